@@ -1,0 +1,152 @@
+"""Tiny random policies of real architecture, with real tokenizers, image processors and chat templates.
+
+Built from configuration, without a download: the demo trains one, the tests and benchmarks use all three families.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+QWEN_SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_tiny_policy(
+    family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000, **sizes: Any
+) -> Path:
+    """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
+
+    Args:
+        family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
+        folder: created; loads with ``from_pretrained``.
+        corpus: lines the byte-level BPE tokenizer is trained on.
+        seed: of the weights.
+        vocab_size: of the tokenizer, special tokens included.
+        sizes: overrides of the text config, such as ``hidden_size``.
+
+    Returns:
+        ``folder``.
+    """
+    tokenizer = _train_tokenizer(family, corpus, vocab_size)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = _llava(tokenizer, text) if family == "llava" else _qwen(family, tokenizer, text)
+    model.save_pretrained(folder)
+    if family == "llava":
+        side = model.config.vision_config.image_size
+        transformers.LlavaProcessor(
+            image_processor=transformers.CLIPImageProcessorPil(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            ),
+            tokenizer=tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=LLAVA_TEMPLATE,
+        ).save_pretrained(folder)
+    else:
+        tokenizer.chat_template = QWEN_TEMPLATE
+        tokenizer.save_pretrained(folder)
+        transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
+    return folder
+
+
+def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    llava = family == "llava"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=LLAVA_SPECIAL if llava else QWEN_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if llava:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, padding_side="left", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+            pad_token="<pad>", extra_special_tokens={"image_token": "<image>"},
+        )  # fmt: skip
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    )  # fmt: skip
+
+
+def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]) -> transformers.PreTrainedModel:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _qwen(
+    family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
+) -> transformers.PreTrainedModel:
+    ids = dict(zip(QWEN_SPECIAL, tokenizer.convert_tokens_to_ids(QWEN_SPECIAL), strict=True))
+    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
+    mrope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [half - 2 * (half * 3 // 8)] + [half * 3 // 8] * 2,
+    }
+    text_config = {
+        **text, "rope_parameters": mrope, "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+    }  # fmt: skip
+    special = {
+        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
+    }  # fmt: skip
+    patches = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "qwen2_vl":
+        vision = {
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": text["hidden_size"],
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            **patches,
+        }
+        return transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(text_config=text_config, vision_config=vision, **special)
+        )
+    vision = {
+        "depth": 3, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": text["hidden_size"], "num_heads": 4,
+        "window_size": 56, "fullatt_block_indexes": [2], "tokens_per_second": 2, **patches,
+    }  # fmt: skip
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text_config, vision_config=vision, **special)
+    )

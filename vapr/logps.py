@@ -1,0 +1,37 @@
+"""Hidden states + PackedBatch -> log-probs of tokens and of completions.
+
+T = packed tokens, L = predictions, M = predictions counted once per completion, C = completions, P = pairs.
+"""
+
+import torch
+from torch import Tensor
+
+from vapr.model import Policy, hidden_states
+from vapr.packing import PackedBatch
+from vapr_kernels import gather_rows, linear_logps
+
+
+def token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head."""
+    rows = gather_rows(hidden_states(policy, batch), batch.predict_from)  # (L, D)
+    return linear_logps(rows, policy.head, batch.labels)
+
+
+def per_completion(logps: Tensor, batch: PackedBatch) -> Tensor:
+    """Token log-probs laid out completion by completion, shape (M,); shared tokens appear once in each."""
+    return gather_rows(logps, batch.sum_prediction)
+
+
+def completion_logps(counted: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted sum over each completion's tokens: log-probs (M,) -> (P, 2), chosen first.
+
+    Shared tokens count in both sums, so in a loss of the difference their gradients cancel exactly.
+    """
+    sums = completion_sums(counted * batch.token_weights, batch)
+    return torch.stack([sums.index_select(0, batch.chosen), sums.index_select(0, batch.rejected)], dim=1)
+
+
+def completion_sums(counted: Tensor, batch: PackedBatch) -> Tensor:
+    """Sum over the tokens of every completion, (M,) -> (C,)."""
+    # Each sum is added up in token order by one thread: the same on every run, unlike scatter_add.
+    return torch.segment_reduce(counted, "sum", lengths=batch.completion_lengths, unsafe=True)

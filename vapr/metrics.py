@@ -1,0 +1,180 @@
+"""What is logged, and where: metrics.jsonl, tensorboard, the terminal."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from vapr.loader import Step
+from vapr.model import Policy
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
+
+
+class Totals:
+    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for."""
+
+    NAMES = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # fp64, so that the order of adding does not show
+        self.num_pairs = 0
+
+    def add(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, logps: Tensor) -> None:
+        """Add a micro-batch: everything (P,), ``logps`` (P, 2)."""
+        margins = chosen_rewards - rejected_rewards
+        rows = (losses, chosen_rewards, rejected_rewards, margins, (margins > 0).float(), logps[:, 0], logps[:, 1])
+        sums = torch.stack([row.detach().double().sum() for row in rows])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.num_pairs += len(losses)
+
+    def means(self) -> dict[str, float]:
+        assert self._sums is not None
+        return dict(zip(self.NAMES, (self._sums / self.num_pairs).tolist(), strict=True))
+
+
+class MetricsLog:
+    """Appends one JSON object a line to metrics.jsonl and writes the numbers to tensorboard.
+
+    Args:
+        run_dir: the run's folder.
+        resume_step: objects after this step are cut off; None starts a new file.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run_dir / "metrics.jsonl"
+        if resume_step is not None and self._path.exists():
+            self._cut_off(resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        # JSON knows no NaN: a number that is none becomes null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()
+
+    def _cut_off(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the half-written last line of a killed run
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+
+class Display:
+    """A progress bar with rate and ETA on a terminal; plain lines, at most one every few seconds, in a log."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step") -> None:
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._began, self._done_before = done, time.monotonic(), done
+        self._last_line = -math.inf
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
+            self._bar.start()
+
+    def advance(self, note: str, amount: int = 1) -> None:
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self.SECONDS_BETWEEN_LINES or self._done >= self._total:
+            self._last_line = now
+            rate = (self._done - self._done_before) / max(now - self._began, 1e-9)
+            eta = (self._total - self._done) / rate if rate else math.inf
+            self._console.print(f"{self._label} {self._unit} {self._done}/{self._total} | {note} | ETA {_clock(eta)}")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        (self._bar.console if self._bar else self._console).print(line, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+def useful_flops(policy: Policy, step: Step) -> float:
+    """FLOPs a step needs on shared tokens: what sharing saves is not counted, recomputation neither.
+
+    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
+    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
+    """
+    config = policy.base.config.get_text_config()
+    layers = policy.base.model.language_model.layers
+    weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
+    adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
+    passes = 2 if policy.adapters is not None else 3
+    flops = 2.0 * step.num_tokens * (weights * passes + adapters * 3)
+    for batch in step.batches:
+        flops += 2.0 * passes * len(batch.labels) * policy.head.numel()
+        attended = sum(
+            q * k - q * (q - 1) / 2 for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
+        )
+        flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
+    return flops
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device, None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

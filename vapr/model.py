@@ -1,0 +1,214 @@
+"""Loads a policy, freezes it, adds LoRA, and runs a PackedBatch through transformers' own modules."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from vapr import attention
+from vapr.config import PolicyConfig
+from vapr.errors import UserError
+from vapr.packing import PackedBatch
+from vapr.processor import ProcessedImage
+from vapr_kernels.gather_rows import gather_rows
+
+FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
+    # model type: class, module of the vision tower, module of the projector
+    "llava": (transformers.LlavaForConditionalGeneration, "vision_tower", "multi_modal_projector"),
+    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, "visual", "visual.merger"),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, "visual", "visual.merger"),
+}
+BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
+RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """The model being trained. With LoRA, ``adapters_off`` turns it into its own reference."""
+
+    base: transformers.PreTrainedModel  # its linear layers hold the adapters, if there are any
+    adapters: peft.PeftModel | None
+    folder: Path  # where config and weights were read from
+    family: str
+    attention_backend: str
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def head(self) -> Tensor:
+        """The LM head, shape (V, D)."""
+        return self.base.get_output_embeddings().weight
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, in a fixed order; tied weights appear once."""
+        return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+
+    def adapters_off(self) -> contextlib.AbstractContextManager[None]:
+        return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
+
+
+def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Policy:
+    """Load a model of a supported family, freeze what is not trained, add adapters.
+
+    Raises:
+        UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model_config = load_model_config(config.model)
+    dtype = getattr(torch, config.dtype)
+    backend = attention.choose_backend(config.attention, device, dtype)
+    model_class, tower, projector = FAMILIES[model_config.model_type]
+    try:
+        base, info = model_class.from_pretrained(
+            config.model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"policy.model: {config.model} does not load ({' '.join(str(error).split())})") from None
+    if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
+        raise UserError(f"policy.model: {config.model} lacks weights or has wrong shapes, first {absent[0]}")
+    if getattr(base.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"policy.model: {config.model} has an LM head with a bias, which vapr does not support")
+    _use_attention(base, backend, tower)
+    _disable_dropout(base)
+    parts = {
+        part: _part_modules(base, part, tower, projector) for part in ("language_model", "projector", "vision_tower")
+    }
+    trained = [name for part, names in parts.items() if getattr(config.train, part) for name in names]
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(config.lora is None and name in trained)
+    adapters = _add_lora(base, config, trained) if config.lora else None
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.to(device).train()
+    folder = Path(cached_file(config.model, "config.json")).parent
+    return Policy(base, adapters, folder, model_config.model_type, backend, dtype)
+
+
+def load_model_config(model: str) -> transformers.PreTrainedConfig:
+    """The model's transformers config, refused if its architecture cannot be packed exactly."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"policy.model: {model} is no readable model ({' '.join(str(error).split())})") from None
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [])
+    where = f"policy.model: {model} ({config.model_type})"
+    if recurrent := kinds.intersection(RECURRENT) or {text.model_type}.intersection(RECURRENT):
+        raise UserError(
+            f"{where} has recurrent layers ({', '.join(sorted(recurrent))}); packing cannot fork their state"
+        )
+    if config.model_type in BIDIRECTIONAL:
+        raise UserError(
+            f"{where} lets image tokens see later ones (bidirectional), which causal packing cannot express"
+        )
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")
+    if kinds - {"full_attention"} or (config.model_type == "llava" and getattr(text, "sliding_window", None)):
+        raise UserError(f"{where} uses sliding-window attention, which packing does not support")
+    if getattr(config.vision_config, "model_type", "") == "pixtral":
+        raise UserError(f"{where} has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP")
+    return config
+
+
+def _use_attention(base: transformers.PreTrainedModel, backend: str, tower: str) -> None:
+    base.model.language_model.config._attn_implementation = attention.LANGUAGE_MODEL
+    if backend != "sdpa" and tower == "visual":  # Qwen's tower has windows; its SDPA path loops over them
+        base.model.visual.config._attn_implementation = attention.VISION_TOWER
+
+
+def _disable_dropout(base: nn.Module) -> None:
+    """Dropout would make shared and separate sequences differ by construction."""
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _part_modules(base: transformers.PreTrainedModel, part: str, tower: str, projector: str) -> list[str]:
+    """Names of the parameters of a part; every parameter belongs to exactly one."""
+
+    def part_of(name: str) -> str:
+        if name.startswith(f"model.{projector}."):
+            return "projector"
+        return "vision_tower" if name.startswith(f"model.{tower}.") else "language_model"
+
+    return [name for name, _ in base.named_parameters() if part_of(name) == part]
+
+
+def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: list[str]) -> peft.PeftModel:
+    assert config.lora is not None
+    head = base.get_output_embeddings()
+    linear = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in set(trained)
+    ]
+    if config.lora.targets != "all-linear":
+        wanted = config.lora.targets
+        known = linear
+        linear = [name for name in linear if any(name == end or name.endswith(f".{end}") for end in wanted)]
+        for end in wanted:
+            if not any(name == end or name.endswith(f".{end}") for name in linear):
+                names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known}))
+                raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
+    lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
+    # Adapters in the compute dtype: their fp32 master copy lives in the optimizer.
+    return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+
+
+def hidden_states(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Last hidden states of every packed token, after the final norm, shape (T, D).
+
+    ``batch`` lies on the policy's device.
+    """
+    model = policy.base.model
+    embeds = model.get_input_embeddings()(batch.input_ids)  # (T, D)
+    if batch.images:
+        features = gather_rows(image_features(policy, batch.images).to(embeds.dtype), batch.image_features)  # (I, D)
+        embeds = embeds.index_copy(0, batch.image_tokens, features)
+    position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
+    out = model.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=position_ids,
+        use_cache=False,
+        segments=batch.attention,
+        backend=policy.attention_backend,
+    )
+    return out.last_hidden_state[0]
+
+
+def image_features(policy: Policy, images: tuple[ProcessedImage, ...]) -> Tensor:
+    """Features of the images laid end to end, (sum of their tokens, D). The tower runs once."""
+    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
+    options = {}
+    if images[0].grid_thw is not None:
+        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=policy.device)
+    trained = any(
+        p.requires_grad for n, p in policy.base.named_parameters() if not n.startswith("model.language_model")
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        out = policy.base.model.get_image_features(pixels.to(policy.device, policy.dtype), **options)
+        return torch.cat(list(out.pooler_output))
+
+
+@contextlib.contextmanager
+def frozen(policy: Policy) -> Iterator[None]:
+    """Evaluation: no gradients, no checkpointing."""
+    policy.base.eval()
+    with torch.no_grad():
+        yield
+    policy.base.train()

@@ -1,0 +1,332 @@
+"""A pair -> token ids of each path, processed images, rotary positions: what the model sees at inference.
+
+Tokenizer, image processor and chat template are loaded one by one, because transformers cannot build Qwen's processor
+class where torchvision does not import. The results equal ``AutoProcessor``'s (tests/test_processor.py).
+"""
+
+import difflib
+import hashlib
+import io
+import re
+import threading
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import transformers
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+from vapr.config import TokenWeights
+from vapr.errors import UserError
+from vapr.pairs import Message, PreferencePair
+
+READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+"""PIL modes that convert to RGB without losing range. 16-bit and float images would be clipped."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """One image as the model takes it."""
+
+    pixel_values: np.ndarray  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
+    grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
+    num_tokens: int  # placeholders in the prompt, features out of the projector
+    content_hash: str  # sha256 of the pixels and the grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenPath:
+    """One full token sequence: prompt and one completion."""
+
+    input_ids: np.ndarray  # (tokens,) int64
+    position_ids: np.ndarray  # (3, tokens) int64; LLaVA uses one row, all three are equal
+    completion_start: int
+    token_weights: np.ndarray  # (completion tokens,) float32
+    images: tuple[ProcessedImage, ...]
+    image_starts: tuple[int, ...]  # first placeholder of each image
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedPair:
+    """Chosen and rejected paths of one pair, in that order."""
+
+    id: str
+    paths: tuple[TokenPath, ...]
+    weight: float
+    where: str
+
+
+class Processor:
+    """Tokenises prompts and completions and processes images for one model folder or hub id.
+
+    Args:
+        model: local folder or hub id.
+        config: the model's transformers config.
+        image_backend: ``auto`` (torchvision where it imports, else PIL), ``pil`` or ``torchvision``.
+
+    Raises:
+        UserError: if a file of the model is missing or the backend cannot be had.
+    """
+
+    def __init__(self, model: str, config: transformers.PreTrainedConfig, image_backend: str = "auto") -> None:
+        self.family = config.model_type
+        self.image_backend = _resolve_backend(image_backend)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.image_processor = AutoImageProcessor.from_pretrained(model, backend=self.image_backend)
+            self._settings, _ = ProcessorMixin.get_processor_dict(model)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{model}: tokenizer or image processor does not load ({_one_line(error)})") from None
+        self.chat_template = self._settings.get("chat_template") or self.tokenizer.chat_template
+        if not self.chat_template:
+            raise UserError(f"{model}: no chat template (chat_template.jinja or tokenizer_config.json)")
+        self.image_token_id = int(config.image_token_id)
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self._vision_config = config.vision_config
+        self._recent = _RecentImages(maximum_bytes=512 * 2**20)
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        """The chat template's text, image placeholders not yet repeated."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tokenize_pair(self, pair: PreferencePair, weights: TokenWeights | None = None) -> TokenizedPair:
+        """Token paths of a pair.
+
+        The prompt is what ``apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)`` gives; a
+        completion is the rest of the rendered conversation, tokenised without special tokens.
+
+        Raises:
+            UserError: naming the row, for an image that cannot be used or a text that breaks the template.
+        """
+        try:
+            images = tuple(self.process_image(image) for image in pair.images)
+            prompt_text = self.render(list(pair.prompt), add_generation_prompt=True)
+            prompt_ids = self._prompt_ids(prompt_text, images)
+            weights = weights or TokenWeights()
+            paths = tuple(
+                self._path(prompt_ids, images, *self._completion(pair, side, prompt_text, weights))
+                for side in ("chosen", "rejected")
+            )
+            if np.array_equal(paths[0].input_ids, paths[1].input_ids):
+                raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
+        except UserError as error:
+            raise UserError(f"{pair.where}: row '{pair.id}': {error}") from None
+        return TokenizedPair(pair.id, paths, pair.weight, pair.where)
+
+    def process_image(self, source: Path | bytes) -> ProcessedImage:
+        """Decode, turn upright, convert to RGB and process one image; the most recent ones are remembered."""
+        key = _image_key(source)
+        if (known := self._recent.get(key)) is not None:
+            return known
+        image = read_image(source)
+        try:
+            out = self.image_processor(images=[image], return_tensors="np")
+        except ValueError as error:  # e.g. Qwen: aspect ratio above 200
+            raise UserError(f"image {_name(source)} is refused by the image processor: {_one_line(error)}") from None
+        pixels = np.ascontiguousarray(out["pixel_values"])
+        grid = tuple(int(n) for n in out["image_grid_thw"][0]) if "image_grid_thw" in out else None
+        content = hashlib.sha256(pixels)
+        content.update(repr((pixels.shape, grid)).encode())
+        processed = ProcessedImage(pixels, grid, self._num_image_tokens(pixels, grid), content.hexdigest())
+        self._recent.put(key, processed)
+        return processed
+
+    def _num_image_tokens(self, pixels: np.ndarray, grid: tuple[int, int, int] | None) -> int:
+        if grid is not None:
+            return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
+        # The rule of LlavaProcessor: one token a patch, plus the CLS token unless the strategy drops it.
+        patch_size = self._settings.get("patch_size") or self._vision_config.patch_size
+        height, width = pixels.shape[-2:]
+        extra = self._settings.get("num_additional_image_tokens", 0)
+        dropped = self._settings.get("vision_feature_select_strategy") == "default"
+        return (height // patch_size) * (width // patch_size) + extra - int(dropped)
+
+    def _prompt_ids(self, text: str, images: tuple[ProcessedImage, ...]) -> np.ndarray:
+        pieces = text.split(self.image_token)
+        if len(pieces) - 1 != len(images):
+            raise UserError(
+                f"the rendered prompt holds {len(pieces) - 1} '{self.image_token}' for {len(images)} image(s); "
+                f"remove '{self.image_token}' from the row's text"
+            )
+        repeated = [self.image_token * image.num_tokens for image in images]
+        expanded = "".join(piece + token for piece, token in zip(pieces, [*repeated, ""], strict=True))
+        # As transformers does: a template that writes the BOS itself must not get a second one.
+        bos = self.tokenizer.bos_token
+        add_special_tokens = not (bos is not None and expanded.startswith(bos))
+        return np.array(self.tokenizer(expanded, add_special_tokens=add_special_tokens)["input_ids"], np.int64)
+
+    def _completion(
+        self, pair: PreferencePair, side: str, prompt_text: str, weights: TokenWeights
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (tokens,) and weights (tokens,) of one completion."""
+        messages = getattr(pair, side)
+        full = self.render([*pair.prompt, *messages], add_generation_prompt=False)
+        if not full.startswith(prompt_text):
+            raise UserError("the chat template renders the prompt differently once an answer follows it")
+        text = full[len(prompt_text) :]
+        if self.image_token in text:
+            raise UserError(f"'{side}' contains '{self.image_token}'")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"], np.int64)
+        if len(ids) == 0:
+            raise UserError(f"'{side}' has no tokens")
+        token_weights = np.full(len(ids), weights.unchanged, np.float32)
+        if weights.changed == weights.unchanged:
+            return ids, token_weights
+        answer = messages[0]["content"][0]["text"] if messages[0]["content"] else ""
+        begin = max(text.find(answer.strip()) - (len(answer) - len(answer.lstrip())), 0)
+        for start, end in changed_spans(pair, side):
+            for n, (first, last) in enumerate(encoded["offset_mapping"]):
+                if first < begin + end and last > begin + start:
+                    token_weights[n] = weights.changed
+        return ids, token_weights
+
+    def _path(
+        self, prompt_ids: np.ndarray, images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
+    ) -> TokenPath:
+        input_ids = np.concatenate([prompt_ids, ids])
+        placeholders = np.flatnonzero(prompt_ids == self.image_token_id)
+        counts = [image.num_tokens for image in images]
+        if len(placeholders) != sum(counts):
+            raise UserError(f"{len(placeholders)} image tokens for {sum(counts)} image features")
+        starts = tuple(int(placeholders[n]) for n in np.cumsum([0, *counts])[:-1]) if images else ()
+        merge = 1 if self.family == "llava" else self.image_processor.merge_size
+        positions = rotary_positions(len(input_ids), images, starts, merge)
+        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, starts)
+
+
+def rotary_positions(
+    num_tokens: int, images: tuple[ProcessedImage, ...], image_starts: tuple[int, ...], merge_size: int
+) -> np.ndarray:
+    """Positions in time, height and width, shape (3, tokens): Qwen2-VL's M-RoPE (arXiv 2409.12191, section 2.1).
+
+    Text advances all three by one a token. An image's tokens take its grid's coordinates from where the text stopped,
+    and the text goes on after the largest of them. Without grids (LLaVA) this is plain counting.
+    """
+    positions = np.empty((3, num_tokens), np.int64)
+    token, position = 0, 0
+    for image, start in zip(images, image_starts, strict=True):
+        if image.grid_thw is None:
+            continue
+        positions[:, token:start] = position + np.arange(start - token)
+        position += start - token
+        time, height, width = image.grid_thw
+        grid = np.indices((time, height // merge_size, width // merge_size)).reshape(3, -1)
+        positions[:, start : start + image.num_tokens] = position + grid
+        position += max(height, width) // merge_size
+        token = start + image.num_tokens
+    positions[:, token:] = position + np.arange(num_tokens - token)
+    return positions
+
+
+def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
+    """Character ranges of a completion that the edit changed: the row's ``edits``, or else a word-level diff."""
+    texts = ["".join(part["text"] for part in messages[0]["content"]) for messages in (pair.chosen, pair.rejected)]
+    spans = {"chosen": [], "rejected": []}  # type: dict[str, list[tuple[int, int]]]
+    if pair.edits:
+        shift = 0
+        for edit in sorted(pair.edits, key=lambda edit: edit.start):
+            spans["chosen"].append((edit.start, edit.end))
+            spans["rejected"].append((edit.start + shift, edit.start + shift + len(edit.to)))
+            shift += len(edit.to) - (edit.end - edit.start)
+        return spans[side]
+    words = [list(re.finditer(r"\s+|\w+|[^\w\s]", text)) for text in texts]
+    matcher = difflib.SequenceMatcher(None, *[[word[0] for word in line] for line in words], autojunk=False)
+    for operation, *bounds in matcher.get_opcodes():
+        if operation == "equal":
+            continue
+        for name, line, (first, last) in zip(spans, words, (bounds[:2], bounds[2:]), strict=True):
+            if first < last:
+                spans[name].append((line[first].start(), line[last - 1].end()))
+    return spans[side]
+
+
+def read_image(source: Path | bytes) -> Image.Image:
+    """Decode an image, upright and in RGB, as transformers' ``load_image`` does.
+
+    Raises:
+        UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
+    """
+    name = _name(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.mode not in READABLE_MODES:
+                    raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
+                if getattr(image, "n_frames", 1) > 1:
+                    raise UserError(f"image {name} is animated ({image.n_frames} frames); save one frame")
+                if 0 in image.size:
+                    raise UserError(f"image {name} has size {image.size[0]} x {image.size[1]}")
+                upright = ImageOps.exif_transpose(image)
+                return (upright or image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"image {name} is a decompression bomb: {_one_line(error)}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"image {name} is not an image file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"image {name} cannot be read: {_one_line(error)}") from None
+
+
+class _RecentImages:
+    """Processed images by source, the least recently used dropped first. Threads of the loader share it."""
+
+    def __init__(self, maximum_bytes: int) -> None:
+        self._maximum_bytes = maximum_bytes
+        self._num_bytes = 0
+        self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object) -> ProcessedImage | None:
+        with self._lock:
+            if key in self._images:
+                self._images.move_to_end(key)
+                return self._images[key]
+            return None
+
+    def put(self, key: object, image: ProcessedImage) -> None:
+        with self._lock:
+            if key not in self._images:
+                self._images[key] = image
+                self._num_bytes += image.pixel_values.nbytes
+            while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
+                _, dropped = self._images.popitem(last=False)
+                self._num_bytes -= dropped.pixel_values.nbytes
+
+
+def _image_key(source: Path | bytes) -> object:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    try:
+        stat = source.stat()
+    except OSError as error:
+        raise UserError(f"image {source} cannot be read: {_one_line(error)}") from None
+    return str(source), stat.st_size, stat.st_mtime_ns
+
+
+def _resolve_backend(wanted: str) -> str:
+    if wanted == "pil":
+        return wanted
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        if wanted == "torchvision":
+            raise UserError(f"data.image_backend: torchvision does not import ({_one_line(error)})") from None
+        return "pil"
+    return "torchvision"
+
+
+def _name(source: Path | bytes) -> str:
+    return "in the row" if isinstance(source, bytes) else f"'{source}'"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

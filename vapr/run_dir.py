@@ -1,0 +1,109 @@
+"""The run's folder: who may write to it, what a resumed run must agree with, what describes it."""
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vapr import checkpoint
+from vapr.config import Config
+from vapr.errors import UserError
+from vapr.model import Policy
+
+MAY_CHANGE = ("run_dir", "checkpoint", "reference", "data.eval")
+"""Keys (and what lies below them) that a resumed run may set differently."""
+
+
+class RunDir:
+    """Opens ``config.run_dir`` for one process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: if it holds a run and ``resume`` is false, is in use, or was started with another config.
+    """
+
+    def __init__(self, config: Config, *, resume: bool) -> None:
+        self.path = Path(config.run_dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run_dir: {self.path} cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run_dir: {self.path} is in use by another vapr process") from None
+        if self.holds_run and not resume:
+            raise UserError(f"run_dir: {self.path} holds a run; continue it with --resume, or give another run_dir")
+        if self.holds_run and (difference := _difference(self.path / "config.yaml", config)):
+            raise UserError(f"run_dir: {self.path} was started with {difference}; set it back, or give another run_dir")
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether at least one step was taken here."""
+        metrics = self.path / "metrics.jsonl"
+        begun = metrics.is_file() and metrics.stat().st_size > 0
+        return begun or self.finished or bool(checkpoint.list_checkpoints(self.path))
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "final").is_dir()
+
+    def describe(self, config: Config, policy: Policy) -> None:
+        """Write config.yaml (resolved) and environment.json."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        temporary = self.path / "config.yaml.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.path / "config.yaml")
+        checkpoint.write_json(self.path / "environment.json", environment(policy))
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def environment(policy: Policy) -> dict[str, Any]:
+    """Versions and devices that a reader of the run wants to know."""
+    versions = {}
+    for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    device = (
+        torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "model_folder": str(policy.folder),
+        "attention": policy.attention_backend,
+    }
+
+
+def _difference(saved: Path, config: Config) -> str | None:
+    """The first key whose value is not the saved run's, as ``key: value (now value)``."""
+    try:
+        before = _flat(yaml.safe_load(saved.read_text()))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
+    now = _flat(json.loads(config.model_dump_json()))
+    for key in {**before, **now}:
+        if any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+            continue
+        if before.get(key) != now.get(key):
+            return f"{key}: {before.get(key)} (now {now.get(key)})"
+    return None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return _flat({str(n): item for n, item in enumerate(value)}, prefix)
+    return {prefix.rstrip("."): value}

@@ -1,0 +1,296 @@
+"""train(config): the loop, read aloud."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vapr import checkpoint
+from vapr.config import Config
+from vapr.engine import Engine
+from vapr.errors import UserError
+from vapr.loader import PairLoader, Step
+from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
+from vapr.loss import PairLogps, preference_losses
+from vapr.metrics import Display, MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
+from vapr.model import Policy, frozen, load_policy
+from vapr.packing import PackedBatch
+from vapr.pairs import read_pairs
+from vapr.processor import Processor
+from vapr.reference import Reference, first_margin
+from vapr.run_dir import RunDir
+
+
+class TrainingStopped(Exception):
+    """The run ended before its last step, for a reason that is no mistake of the config."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Train the policy that ``config`` describes; returns the folder of the final model.
+
+    Raises:
+        UserError: for a mistake in config, data, model or run folder.
+        TrainingStopped: for a loss or gradient that is not finite, or after a signal (checkpointed).
+    """
+    run = RunDir(config, resume=resume)
+    final = run.path / "final"
+    if run.finished:
+        print(f"{run.path}: this run is finished; its model is in {final}")
+        return final
+    torch.manual_seed(config.seed)  # the adapters' initial weights
+    policy = load_policy(config.policy)
+    processor = Processor(config.policy.model, policy.base.config, config.data.image_backend)
+    loader = open_pairs(config, config.data.train, processor, shuffle=config.data.shuffle)
+    held_out = open_pairs(config, config.data.eval, processor, shuffle=False) if config.data.eval else None
+    num_steps = min(config.optim.epochs * loader.steps_per_epoch, config.optim.max_steps or math.inf)
+    engine = Engine(policy, config.optim, int(num_steps))
+    run.describe(config, policy)
+    _say_what_runs(config, policy, processor, engine, loader, held_out, int(num_steps))
+    reference = None
+    if any(term.needs_reference for term in config.losses):
+        reference = Reference(policy, config.reference.cache_dir, config.packing.share)
+        if policy.adapters is None:
+            _prepare_reference(reference, policy, loader, held_out, int(num_steps))
+
+    start = _resume(run, engine, loader) if resume else 0
+    log = MetricsLog(run.path, start if resume else None)
+    display = Display("train", int(num_steps), done=start)
+    with _Interrupts() as interrupts:
+        try:
+            for number, step in enumerate(loader.steps(start, int(num_steps)), start=start + 1):
+                if number == 1 and reference is not None:
+                    _check_first_margin(config, policy, reference, step, display)
+                values = train_step(config, policy, engine, reference, step)
+                _stop_unless_finite(values, step, number, run.path)
+                engine.step()
+                log.write(number, values)
+                display.advance(_summary(values))
+                last = number == num_steps
+                if last or number % config.checkpoint.every == 0 or interrupts.received:
+                    if reference is not None:
+                        reference.flush()
+                    saved = checkpoint.save(
+                        run.path, number, engine, {"skipped": loader.skipped}, config.checkpoint.keep
+                    )
+                    if held_out is not None and (last or not interrupts.received):
+                        log.write(number, evaluate(config, policy, reference, held_out))
+                    if interrupts.received and not last:
+                        raise interrupts.stopped(saved)
+        finally:
+            display.close()
+            log.close()
+    checkpoint.save_final(policy, final)
+    _say_what_was_done(run.path, loader, held_out, reference)
+    run.close()
+    return final
+
+
+def train_step(
+    config: Config, policy: Policy, engine: Engine, reference: Reference | None, step: Step
+) -> dict[str, Any]:
+    """Forward and backward of every micro-batch of a step; the update is the caller's. Returns what is logged."""
+    began = time.monotonic()
+    totals = Totals()
+    for cpu_batch in step.batches:
+        batch = cpu_batch.to(policy.device)
+        logps, losses, rewards = score(config, policy, reference, batch, step)
+        engine.backward(losses.sum() / step.num_pairs)
+        totals.add(losses, *rewards, logps)
+    grad_norm = float(engine.gradient_norm())  # waits for the device
+    seconds = time.monotonic() - began
+    peak = peak_flops(policy.device)
+    return {
+        **totals.means(),
+        "grad_norm": grad_norm,
+        "lr": engine.lr,
+        "pairs": step.num_pairs,
+        "tokens": step.num_tokens,
+        "tokens_saved": step.num_tokens_unshared - step.num_tokens,
+        "pairs_per_second": step.num_pairs / seconds,
+        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
+        "peak_memory_mib": peak_memory_mib(policy.device),
+    }
+
+
+def score(
+    config: Config, policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Policy log-probs (P, 2), weighted losses (P,), and (chosen, rejected) rewards (P,) of a micro-batch."""
+    reference_logps = torch.zeros(batch.num_pairs, 2, device=policy.device)
+    if reference is not None:
+        reference_logps = completion_logps(reference.logps(batch), batch)
+    logps = completion_logps(per_completion(token_logps(policy, batch), batch), batch)
+    lengths = completion_sums(batch.token_weights, batch).clamp(min=1)
+    pair_logps = PairLogps(
+        chosen=logps[:, 0],
+        rejected=logps[:, 1],
+        reference_chosen=reference_logps[:, 0],
+        reference_rejected=reference_logps[:, 1],
+        chosen_lengths=lengths[batch.chosen],
+        rejected_lengths=lengths[batch.rejected],
+        mean_chosen_length=step.num_chosen_tokens / step.num_pairs,
+    )
+    losses, *rewards = preference_losses(pair_logps, config.losses)
+    return logps, losses * batch.pair_weights, (rewards[0], rewards[1])
+
+
+def evaluate(config: Config, policy: Policy, reference: Reference | None, held_out: PairLoader) -> dict[str, float]:
+    """The training metrics on held-out pairs, keys ``eval/...``."""
+    totals = Totals()
+    display = Display("evaluate", len(held_out.pairs), unit="pair")
+    with frozen(policy):
+        for step in held_out.steps(0, held_out.steps_per_epoch):
+            for cpu_batch in step.batches:
+                logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
+                totals.add(losses, *rewards, logps)
+                display.advance("", cpu_batch.num_pairs)
+    display.close()
+    return {f"eval/{name}": value for name, value in totals.means().items()}
+
+
+def open_pairs(config: Config, source: str, processor: Processor, *, shuffle: bool) -> PairLoader:
+    """Read the pairs of a file or folder and put a loader in front of them."""
+    data = config.data
+    root = Path(data.image_root) if data.image_root else None
+    pairs, skipped = read_pairs(Path(source), format=data.format, image_root=root, on_bad_row=data.on_bad_row)
+    loader = PairLoader(
+        pairs,
+        processor,
+        config.packing,
+        pairs_per_step=config.optim.pairs_per_step,
+        seed=config.seed,
+        shuffle=shuffle,
+        too_long=data.too_long,
+        on_bad_row=data.on_bad_row,
+        token_weights=config.token_weights,
+    )
+    loader.skipped.update({line.split(": ", 1)[0]: line for line in skipped})
+    return loader
+
+
+def _prepare_reference(
+    reference: Reference, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
+) -> None:
+    """Full fine-tuning: the policy is its own reference only until its first update, so score everything now."""
+    plans = [(loader, min(num_steps, loader.steps_per_epoch))]
+    if held_out is not None:
+        plans.append((held_out, held_out.steps_per_epoch))
+    for pairs, stop in plans:
+        display = Display("reference", stop)
+        for step in pairs.steps(0, stop):
+            for batch in step.batches:
+                reference.logps(batch.to(policy.device))
+            reference.flush()
+            display.advance(f"{reference.hits} found, {reference.misses} computed")
+        display.close()
+    reference.policy_changes()
+
+
+def _check_first_margin(config: Config, policy: Policy, reference: Reference, step: Step, display: Display) -> None:
+    largest, allowed = first_margin(policy, reference, step.batches)
+    allowed = config.reference.tolerance or allowed
+    display.say(f"first step: largest |log-ratio| to the reference {largest:.2e} (tolerance {allowed:.2e})")
+    if not largest <= allowed:
+        raise UserError(
+            f"the policy differs from its reference before the first update: |log-ratio| {largest:.2e} exceeds "
+            f"{allowed:.2e}; delete {reference.folder}, or raise reference.tolerance if you know why"
+        )
+
+
+def _resume(run: RunDir, engine: Engine, loader: PairLoader) -> int:
+    """Restore the newest whole checkpoint; returns the steps done."""
+    folders = checkpoint.list_checkpoints(run.path)
+    if not folders:
+        print(f"{run.path}: no checkpoint yet; starting from the beginning")
+        return 0
+    state = checkpoint.load(folders[-1], engine)
+    loader.skipped.update(state["skipped"])
+    print(f"{run.path}: resuming after step {state['step']} ({folders[-1].name})")
+    return state["step"]
+
+
+def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if not bad:
+        return
+    rows = [f"{pair.where} ({pair.id})" for pair in step.pairs]
+    listed = run_dir / f"not-finite-step-{number:06d}.json"
+    checkpoint.write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
+    raise TrainingStopped(
+        f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
+        f"the last checkpoint is kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
+        + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    )
+
+
+def _summary(values: dict[str, Any]) -> str:
+    return (
+        f"loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:+.3f} "
+        f"logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f} {values['pairs_per_second']:.1f} pairs/s"
+    )
+
+
+def _say_what_runs(
+    config: Config, policy: Policy, processor: Processor, engine: Engine, loader: PairLoader,
+    held_out: PairLoader | None, num_steps: int,
+) -> None:  # fmt: skip
+    trained = sum(master.numel() for master in engine.masters.values())
+    how = "LoRA" if policy.adapters is not None else "full"
+    eval_pairs = f", {len(held_out.pairs):,} held out" if held_out is not None else ""
+    print(
+        f"policy     {config.policy.model} ({policy.family}), {how}, {trained:,} trained parameters, {config.policy.dtype}"
+    )
+    print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {processor.image_backend}")
+    print(f"data       {len(loader.pairs):,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs")
+    print(
+        f"loss       {' + '.join(f'{term.weight:g} {term.kind}' for term in config.losses)}, share {config.packing.share}"
+    )
+    print(f"run_dir    {config.run_dir}", flush=True)
+
+
+def _say_what_was_done(
+    run_dir: Path, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
+) -> None:
+    if reference is not None:
+        for line in reference.messages:
+            print(line)
+        print(
+            f"reference  {reference.hits:,} completions found in the cache, {reference.misses:,} computed ({reference.folder})"
+        )
+    skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
+    if skipped:
+        checkpoint.write_json(run_dir / "skipped.json", skipped)
+        print(f"skipped    {len(skipped)} pairs, listed with reasons in {run_dir / 'skipped.json'}")
+    print(f"final      {run_dir / 'final'}")
+
+
+class _Interrupts:
+    """SIGTERM and the first Ctrl-C let the step finish and be checkpointed; the second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "_Interrupts":
+        self.received: signal.Signals | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def stopped(self, saved: Path) -> TrainingStopped:
+        assert self.received is not None
+        message = f"{self.received.name}: stopped after writing {saved}; continue with --resume"
+        return TrainingStopped(message, 128 + self.received)
