@@ -1,0 +1,70 @@
+"""Hard mode for every test, and tiny policies of all three families."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.pairs import PreferencePair, read_pairs
+
+PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
+FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(autouse=True)
+def _hard_mode(tmp_path_factory, monkeypatch):
+    """Fixed seed, fresh memory that holds NaN, and a cache folder of the test run's own."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def photo_root() -> Path:
+    """The photographs that scikit-image packages."""
+    skimage = pytest.importorskip("skimage")
+    return Path(skimage.__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def photo_pairs(photo_root) -> list[PreferencePair]:
+    pairs, skipped = read_pairs(PHOTO_PAIRS, image_root=photo_root)
+    assert not skipped
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def photo_rows() -> list[dict]:
+    return [json.loads(line) for line in PHOTO_PAIRS.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def corpus(photo_pairs) -> list[str]:
+    messages = [m for pair in photo_pairs for m in (*pair.prompt, *pair.chosen, *pair.rejected)]
+    return [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, corpus):
+    """``tiny(family)`` -> folder of a random model; weights large enough that attention and positions matter."""
+    folders: dict[str, Path] = {}
+
+    def build(family: str) -> Path:
+        if family not in folders:
+            folder = tmp_path_factory.mktemp("policies") / family
+            folders[family] = build_tiny_policy(family, folder, corpus, initializer_range=0.15)
+        return folders[family]
+
+    return build
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param

@@ -1,0 +1,74 @@
+"""Independent ways to the same numbers: untouched Hugging Face processors and models, one sequence at a time."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from vapr.packing import PackedBatch
+from vapr.processor import TokenPath
+
+CLASSES = {
+    "llava": transformers.LlavaForConditionalGeneration,
+    "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+}
+
+
+def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
+    """transformers' own processor class. Qwen's cannot be constructed without torchvision, because it insists on a
+    video processor; its attributes are set one by one, its methods stay untouched."""
+    if family == "llava":
+        return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
+    cls = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
+    processor = cls.__new__(cls)
+    processor.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    processor.video_token_id = processor.tokenizer.convert_tokens_to_ids(processor.video_token)
+    return processor
+
+
+def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    return CLASSES[family].from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Tensor:
+    """Log-probs of a path's completion tokens: the sequence alone through the model's own forward, (tokens,)."""
+    input_ids = torch.from_numpy(path.input_ids)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    if path.images:
+        pixels = torch.cat([torch.from_numpy(image.pixel_values) for image in path.images])
+        inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
+    if family != "llava":
+        if path.images:
+            inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in path.images])
+        is_image = torch.zeros_like(input_ids)
+        for image, start in zip(path.images, path.image_starts, strict=True):
+            is_image[0, start : start + image.num_tokens] = 1
+        inputs["mm_token_type_ids"] = is_image
+    logits = model(**inputs).logits[0, path.completion_start - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, input_ids[0, path.completion_start :, None])[:, 0]
+
+
+def pair_logps(model: torch.nn.Module, family: str, batch: PackedBatch) -> Tensor:
+    """Summed log-probs of every pair's chosen and rejected completion, (P, 2)."""
+    rows = [[completion_logps(model, family, path).sum() for path in pair.paths[:2]] for pair in batch.pairs]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def gradients(loss: Tensor, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Gradient by name; parameters the loss does not reach get zeros."""
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+
+
+def worst_relative_error(got: dict[str, Tensor], truth: dict[str, Tensor], names: Iterable[str] | None = None) -> float:
+    """Largest difference in any tensor, relative to that tensor's largest entry (or to the largest of all / 1000)."""
+    overall = max(float(t.abs().max()) for t in truth.values()) / 1000
+    return max(
+        float((got[n] - truth[n]).abs().max()) / max(float(truth[n].abs().max()), overall) for n in names or truth
+    )
