@@ -4,11 +4,13 @@ import json
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that spin for a core slow all of them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.pairs import PreferencePair, read_pairs
 

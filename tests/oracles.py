@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+
 from vapr.packing import PackedBatch
 from vapr.processor import TokenPath
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from vapr_kernels import gather_rows, linear_logps, naive
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.testing import assert_matches_naive
@@ -27,10 +28,14 @@ def test_linear_logps(shape, chunk_rows, frozen, dtype):
     head.requires_grad_(not frozen)
     # bf16: the naive twin rounds nothing between its fp32 sums, so a bf16 rounding of the result is all we allow for
     floor = 8e-3 if dtype is torch.bfloat16 else 1e-6
-    assert_matches_naive(lambda *a: linear_logps(*a, chunk_rows=chunk_rows), naive.linear_logps, x, head, labels, floor=floor)
+    assert_matches_naive(
+        lambda *a: linear_logps(*a, chunk_rows=chunk_rows), naive.linear_logps, x, head, labels, floor=floor
+    )
 
 
-@pytest.mark.parametrize(("boost", "low", "high"), [(0, -40, -1), (18, -3, -1e-12), (60, -1e-12, 0), (-400, -700, -300)])
+@pytest.mark.parametrize(
+    ("boost", "low", "high"), [(0, -40, -1), (18, -3, -1e-12), (60, -1e-12, 0), (-400, -700, -300)]
+)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 def test_linear_logps_when_sure_and_when_far_off(boost, low, high, frozen):
     """Near p = 1 the gradient is 1 - p times a direction: 1 - exp(logp) would round it to nothing or to noise."""

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from vapr.config import PackingConfig
 from vapr.loader import fill_packs
 from vapr.packing import NO_PARENT, PackedBatch, count_tokens, pack
@@ -25,14 +26,18 @@ def path(prompt: list[int], completion: list[int], *images: ProcessedImage, imag
     return TokenPath(ids, positions, len(prompt), np.ones(len(completion), np.float32), images, tuple(starts))
 
 
-def pair(name: str, prompt: list[int], *completions: list[int], images: tuple[ProcessedImage, ...] = ()) -> TokenizedPair:
+def pair(
+    name: str, prompt: list[int], *completions: list[int], images: tuple[ProcessedImage, ...] = ()
+) -> TokenizedPair:
     return TokenizedPair(name, tuple(path(prompt, c, *images) for c in completions), 1.0, "x:1")
 
 
 def segments(batch: PackedBatch) -> list[tuple[list[int], int]]:
     """(token ids, parent) of every segment."""
     bounds = batch.cu_seqlens.tolist()
-    return [(batch.input_ids[a:b].tolist(), p) for a, b, p in zip(bounds, bounds[1:], batch.parents.tolist(), strict=False)]
+    return [
+        (batch.input_ids[a:b].tolist(), p) for a, b, p in zip(bounds, bounds[1:], batch.parents.tolist(), strict=False)
+    ]
 
 
 def test_a_pair_is_a_fork_where_the_completions_part():
@@ -112,7 +117,7 @@ def test_four_completions_of_one_prompt():
 
 @pytest.mark.parametrize("share", ["none", "pair", "image"])
 def test_random_forests_spell_out_their_paths(share):
-    """Whatever is merged: a path read through ancestors is the path, in ids and positions, for every completion token."""
+    """Whatever is merged: a path read through ancestors is the path, ids and positions alike."""
     rng = random.Random(share)
     for _ in range(50):
         cat = image("cat", 2)

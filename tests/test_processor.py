@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+
+from tests import oracles
 from vapr.config import TokenWeights
 from vapr.errors import UserError
 from vapr.pairs import Edit, PreferencePair
 from vapr.processor import Processor, changed_spans, read_image
-
-from tests import oracles
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def processor(tiny, family) -> Processor:
 
 
 def text_pair(chosen: str, rejected: str, **fields) -> PreferencePair:
-    message = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}  # noqa: E731
+    message = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}
     return PreferencePair(
         id="t", images=(), prompt=(message("user", "What is it?"),), chosen=(message("assistant", chosen),),
         rejected=(message("assistant", rejected),), where="t.jsonl:1", **fields,
@@ -122,7 +122,9 @@ def test_token_weights_fall_on_the_changed_words(processor):
 
 def test_every_photo_pairs_edit_is_found_in_its_tokens(processor, photo_pairs):
     for pair in photo_pairs:
-        for side, path in zip(("chosen", "rejected"), processor.tokenize_pair(pair, TokenWeights(changed=2)).paths, strict=True):
+        for side, path in zip(
+            ("chosen", "rejected"), processor.tokenize_pair(pair, TokenWeights(changed=2)).paths, strict=True
+        ):
             answer = "".join(part["text"] for part in getattr(pair, side)[0]["content"])
             changed = processor.tokenizer.decode(path.input_ids[path.completion_start :][path.token_weights == 2])
             for start, end in changed_spans(pair, side):

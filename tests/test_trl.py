@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from PIL import Image
-from vapr import trainer
-from vapr.config import Config
 
 from tests import oracles
+from vapr import trainer
+from vapr.config import Config
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -36,9 +36,7 @@ def parts(messages: list[dict]) -> list[dict]:
 
 
 def trl_losses(folder, family, rows, tmp_path, *, peft_config=None, **options) -> list[float]:
-    examples = [
-        {"images": r["pil"], **{key: parts(r[key]) for key in ("prompt", "chosen", "rejected")}} for r in rows
-    ]
+    examples = [{"images": r["pil"], **{key: parts(r[key]) for key in ("prompt", "chosen", "rejected")}} for r in rows]
     processor = oracles.hugging_face_processor(folder, family)
     if family == "llava":
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
@@ -54,7 +52,13 @@ def trl_losses(folder, family, rows, tmp_path, *, peft_config=None, **options) -
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     model = oracles.load_model(folder, family)
-    dpo = InOrder(model=model, args=config, train_dataset=datasets.Dataset.from_list(examples), processing_class=processor, peft_config=peft_config)
+    dpo = InOrder(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(examples),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
     dpo.train()
     return [entry["loss"] for entry in dpo.state.log_history if "loss" in entry]
 
@@ -67,7 +71,13 @@ def vapr_losses(folder, rows, photo_root, tmp_path, **changes) -> list[float]:
             "run_dir": str(tmp_path / "run"),
             "policy": {"model": str(folder), "dtype": "float32", "train": {"projector": True, "vision_tower": True}},
             "data": {"train": str(data), "image_root": str(photo_root), "shuffle": False, "image_backend": "pil"},
-            "optim": {"lr": 2e-4, "schedule": "cosine", "warmup_ratio": 0.2, "pairs_per_step": PAIRS, "max_steps": STEPS},
+            "optim": {
+                "lr": 2e-4,
+                "schedule": "cosine",
+                "warmup_ratio": 0.2,
+                "pairs_per_step": PAIRS,
+                "max_steps": STEPS,
+            },
             "reference": {"cache_dir": str(tmp_path / "reference")},
             **changes,
         }

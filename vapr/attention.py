@@ -97,7 +97,9 @@ def _varlen(
         options["is_causal"] = causal
     if k.shape[1] != q.shape[1]:
         options["enable_gqa"] = True
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp was asked for
+    return out
 
 
 def _sdpa(
@@ -117,9 +119,9 @@ def _sdpa(
         mask = None
         if causal and 1 < num_q < num_k:  # SDPA's is_causal aligns to the first key, not to the last
             mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
-        heads_first = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))
+        q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))  # (1, H, tokens, E)
         is_causal = causal and num_q == num_k
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=is_causal, scale=scale)
+        out = F.scaled_dot_product_attention(q_n, k_n, v_n, attn_mask=mask, is_causal=is_causal, scale=scale)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 

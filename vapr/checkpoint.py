@@ -1,7 +1,7 @@
 """Save, resume and export: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
-``optimizer.safetensors`` and ``state.json``. A folder with that name is complete; one that ends in ``.tmp`` never counts.
+``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
 """
 
 import json
@@ -23,9 +23,9 @@ from vapr.errors import UserError
 from vapr.model import FAMILIES, Policy, load_model_config
 
 PROCESSOR_FILES = (
-    "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json", "added_tokens.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "video_preprocessor_config.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def save_final(policy: Policy, folder: Path) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     if policy.adapters is not None:
-        policy.adapters.save_pretrained(temporary)
+        policy.adapters.save_pretrained(str(temporary))
         readme = temporary / "README.md"  # PEFT's empty model card
         readme.unlink(missing_ok=True)
     else:

@@ -1,7 +1,9 @@
 """The ``vapr`` command: parses and calls, nothing else. Torch loads only when a command needs it."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -38,8 +40,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _quiet_libraries() -> None:
     """Other libraries' start-up chatter is not for our users; their errors still are."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    # transformers imports deepspeed wherever it is installed, which then announces that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -83,6 +88,21 @@ def export(run: Path, out: Path, adapter: bool) -> None:
 
     checkpoint.export(run, out, adapter=adapter)
     click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.option(
+    "--out", default=Path("demo-out"), type=click.Path(path_type=Path), show_default=True, help="A new or empty folder."
+)
+@click.option(
+    "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of pictures, weights and order."
+)
+@one_line_errors
+def demo(out: Path, seed: int) -> None:
+    """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
+    from vapr.demo.run import run_demo
+
+    run_demo(out, seed)
 
 
 if __name__ == "__main__":

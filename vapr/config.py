@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -19,7 +19,7 @@ class LoraConfig(_Part):
     """LoRA adapters (arXiv 2106.09685) on the linear layers of every trained part."""
 
     rank: int = Field(128, ge=1)
-    alpha: float = Field(256, gt=0)
+    alpha: int = Field(256, ge=1)
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``, or endings of module names such as ``[q_proj, v_proj]``."""
 
@@ -159,7 +159,7 @@ class Config(_Part):
     seed: int = Field(0, ge=0)
     policy: PolicyConfig
     data: DataConfig
-    loss: LossConfig | Annotated[list[LossConfig], Field(min_length=1)] = LossConfig()
+    loss: LossConfig | list[LossConfig] = LossConfig()
     packing: PackingConfig = PackingConfig()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -171,9 +171,11 @@ class Config(_Part):
     @classmethod
     def _one_loss_or_a_list(cls, loss: Any) -> Any:
         # Validated here, not by the union, whose errors would name both alternatives.
-        if isinstance(loss, list) and loss:
+        if loss == []:
+            raise ValueError("give one loss, or a list of at least one")
+        if isinstance(loss, list):
             return [term if isinstance(term, LossConfig) else LossConfig.model_validate(term) for term in loss]
-        return loss if isinstance(loss, LossConfig | list) else LossConfig.model_validate(loss)
+        return loss if isinstance(loss, LossConfig) else LossConfig.model_validate(loss)
 
     @model_validator(mode="after")
     def _token_weights_agree(self) -> "Config":
@@ -230,25 +232,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     node: Any = raw
-    for depth, parent in enumerate(parents):
-        child = _child(node, parent)
-        if child is None and isinstance(node, dict):
-            child = node[parent] = {}
-        if not isinstance(child, dict | list):
-            raise UserError(f"--set {override}: '{'.'.join(parents[: depth + 1])}' has no keys below it")
-        node = child
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise UserError(f"--set {override}: '{'.'.join(parents)}' is a list of {len(node)}; write an index")
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, key: str) -> Any:
-    if isinstance(node, list):
-        return node[int(key)] if key.isdigit() and int(key) < len(node) else None
-    return node.get(key)
+    part: str | int
+    for depth, part in enumerate([*parents, last]):
+        name = ".".join(parents[:depth])
+        if isinstance(node, list):
+            if not str(part).isdigit() or int(part) >= len(node):
+                raise UserError(f"--set {override}: '{name}' is a list of {len(node)}; write an index")
+            part = int(part)
+        elif not isinstance(node, dict):
+            raise UserError(f"--set {override}: '{name}' has no keys below it")
+        if depth == len(parents):
+            node[part] = value
+        else:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:

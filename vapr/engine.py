@@ -61,6 +61,7 @@ class Engine:
     @staticmethod
     def _move_gradient(master: nn.Parameter) -> Any:
         def move(weight: Tensor) -> None:
+            assert weight.grad is not None
             if master.grad is None:
                 master.grad = weight.grad.float()
             else:

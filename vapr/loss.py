@@ -185,7 +185,7 @@ def apo_down_loss(
     *,
     beta: float,
 ) -> Tensor:
-    """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): both down, rejected more."""
+    """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): rejected falls more."""
     chosen = beta * (chosen_logps - reference_chosen_logps)
     rejected = beta * (rejected_logps - reference_rejected_logps)
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
@@ -201,7 +201,7 @@ def simpo_loss(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """SimPO: ``-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma)``, no reference (arXiv 2405.14734, equation 6)."""
+    """SimPO: ``-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma)``, no reference (arXiv 2405.14734, eq. 6)."""
     z = beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 

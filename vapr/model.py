@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -69,12 +70,15 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
     dtype = getattr(torch, config.dtype)
     backend = attention.choose_backend(config.attention, device, dtype)
     model_class, tower, projector = FAMILIES[model_config.model_type]
+    loaded: Any
     try:
-        base, info = model_class.from_pretrained(
+        loaded = model_class.from_pretrained(
             config.model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"policy.model: {config.model} does not load ({' '.join(str(error).split())})") from None
+    base: transformers.PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
         raise UserError(f"policy.model: {config.model} lacks weights or has wrong shapes, first {absent[0]}")
     if getattr(base.get_output_embeddings(), "bias", None) is not None:
@@ -90,8 +94,8 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
     adapters = _add_lora(base, config, trained) if config.lora else None
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.to(device).train()
-    folder = Path(cached_file(config.model, "config.json")).parent
+    torch.nn.Module.to(base, device).train()
+    folder = Path(str(cached_file(config.model, "config.json"))).parent
     return Policy(base, adapters, folder, model_config.model_type, backend, dtype)
 
 
@@ -135,7 +139,7 @@ def _disable_dropout(base: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 def _part_modules(base: transformers.PreTrainedModel, part: str, tower: str, projector: str) -> list[str]:

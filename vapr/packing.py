@@ -8,6 +8,7 @@ T = packed tokens, N = segments, S = attention sequences, K = gathered keys, L =
 once per completion, C = completions, P = pairs, I = image tokens.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,15 @@ class PackedBatch:
         return len(self.pairs)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-            for name in self.__dataclass_fields__
-            if isinstance(value := getattr(self, name), Tensor | RowIndex | SegmentAttention)
-        }
-        rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in moved}
-        return PackedBatch(**moved, **rest)
+        """The same batch on ``device``; images stay on the host until the tower takes them."""
+        moved: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, RowIndex | SegmentAttention):
+                moved[name] = value.to(device)
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(slots=True)

@@ -85,15 +85,17 @@ class Processor:
         if not self.chat_template:
             raise UserError(f"{model}: no chat template (chat_template.jinja or tokenizer_config.json)")
         self.image_token_id = int(config.image_token_id)
-        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         self._vision_config = config.vision_config
         self._recent = _RecentImages(maximum_bytes=512 * 2**20)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         """The chat template's text, image placeholders not yet repeated."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        assert isinstance(text, str)
+        return text
 
     def tokenize_pair(self, pair: PreferencePair, weights: TokenWeights | None = None) -> TokenizedPair:
         """Token paths of a pair.
@@ -130,8 +132,11 @@ class Processor:
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
             raise UserError(f"image {_name(source)} is refused by the image processor: {_one_line(error)}") from None
         pixels = np.ascontiguousarray(out["pixel_values"])
-        grid = tuple(int(n) for n in out["image_grid_thw"][0]) if "image_grid_thw" in out else None
-        content = hashlib.sha256(pixels)
+        grid = None
+        if "image_grid_thw" in out:
+            time, height, width = (int(n) for n in out["image_grid_thw"][0])
+            grid = (time, height, width)
+        content = hashlib.sha256(pixels.data)
         content.update(repr((pixels.shape, grid)).encode())
         processed = ProcessedImage(pixels, grid, self._num_image_tokens(pixels, grid), content.hexdigest())
         self._recent.put(key, processed)
@@ -237,7 +242,8 @@ def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
             shift += len(edit.to) - (edit.end - edit.start)
         return spans[side]
     words = [list(re.finditer(r"\s+|\w+|[^\w\s]", text)) for text in texts]
-    matcher = difflib.SequenceMatcher(None, *[[word[0] for word in line] for line in words], autojunk=False)
+    before, after = ([word[0] for word in line] for line in words)
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for operation, *bounds in matcher.get_opcodes():
         if operation == "equal":
             continue
@@ -260,8 +266,8 @@ def read_image(source: Path | bytes) -> Image.Image:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.mode not in READABLE_MODES:
                     raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
-                if getattr(image, "n_frames", 1) > 1:
-                    raise UserError(f"image {name} is animated ({image.n_frames} frames); save one frame")
+                if (num_frames := getattr(image, "n_frames", 1)) > 1:
+                    raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
                 if 0 in image.size:
                     raise UserError(f"image {name} has size {image.size[0]} x {image.size[1]}")
                 upright = ImageOps.exif_transpose(image)

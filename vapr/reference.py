@@ -90,7 +90,7 @@ class Reference:
             UserError: if something is missing after the policy changed (a row or image was altered during the run).
         """
         missing = [pair for pair in batch.pairs if any(self.key(path) not in self._values for path in pair.paths)]
-        self.hits += sum(len(pair.paths) for pair in batch.pairs) - sum(len(pair.paths) for pair in missing)
+        before = self.misses
         if missing:
             if not self._policy_is_reference:
                 pair = missing[0]
@@ -99,6 +99,7 @@ class Reference:
                 batch if len(missing) == batch.num_pairs else pack(missing, self._share).to(self._policy.device)
             )
         values = [self._values[self.key(path)] for pair in batch.pairs for path in pair.paths]
+        self.hits += len(values) - (self.misses - before)
         return torch.from_numpy(np.concatenate(values)).to(batch.labels.device, non_blocking=True)
 
     def _compute(self, batch: PackedBatch) -> None:
@@ -108,8 +109,9 @@ class Reference:
         pieces = np.split(values, np.cumsum(batch.completion_lengths.tolist())[:-1])
         for path, piece in zip(paths, pieces, strict=True):
             key = self.key(path)
-            self._values[key] = self._unsaved[key] = piece.copy()
-        self.misses += len(paths)
+            if key not in self._values:
+                self._values[key] = self._unsaved[key] = piece.copy()
+                self.misses += 1
         if sum(value.nbytes for value in self._unsaved.values()) > FLUSH_BYTES:
             self.flush()
 
@@ -142,7 +144,7 @@ class Reference:
             shard.rename(damaged)
             reason = " ".join(str(error).split())
             self.messages.append(
-                f"reference cache: {shard} is damaged ({reason}); set aside as {damaged.name}, its rows are computed again"
+                f"{shard} is damaged ({reason}); set aside as {damaged.name}, what it held is computed again"
             )
             return
         ends = np.cumsum(lengths)
@@ -212,7 +214,7 @@ def weights_hash(folder: Path, root: Path) -> str:
 def _checksum(*arrays: np.ndarray) -> int:
     value = 0
     for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 

@@ -67,7 +67,7 @@ class RunDir:
 
 def environment(policy: Policy) -> dict[str, Any]:
     """Versions and devices that a reader of the run wants to know."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -58,6 +58,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     reference = None
     if any(term.needs_reference for term in config.losses):
         reference = Reference(policy, config.reference.cache_dir, config.packing.share)
+        for line in reference.messages:
+            print(f"reference  {line}")
         if policy.adapters is None:
             _prepare_reference(reference, policy, loader, held_out, int(num_steps))
 
@@ -66,12 +68,14 @@ def train(config: Config, *, resume: bool = False) -> Path:
     display = Display("train", int(num_steps), done=start)
     with _Interrupts() as interrupts:
         try:
+            began = time.monotonic()
             for number, step in enumerate(loader.steps(start, int(num_steps)), start=start + 1):
                 if number == 1 and reference is not None:
                     _check_first_margin(config, policy, reference, step, display)
                 values = train_step(config, policy, engine, reference, step)
                 _stop_unless_finite(values, step, number, run.path)
                 engine.step()
+                values |= _speed(policy, step, time.monotonic() - began)
                 log.write(number, values)
                 display.advance(_summary(values))
                 last = number == num_steps
@@ -85,6 +89,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         log.write(number, evaluate(config, policy, reference, held_out))
                     if interrupts.received and not last:
                         raise interrupts.stopped(saved)
+                began = time.monotonic()
         finally:
             display.close()
             log.close()
@@ -98,23 +103,26 @@ def train_step(
     config: Config, policy: Policy, engine: Engine, reference: Reference | None, step: Step
 ) -> dict[str, Any]:
     """Forward and backward of every micro-batch of a step; the update is the caller's. Returns what is logged."""
-    began = time.monotonic()
     totals = Totals()
     for cpu_batch in step.batches:
         batch = cpu_batch.to(policy.device)
         logps, losses, rewards = score(config, policy, reference, batch, step)
         engine.backward(losses.sum() / step.num_pairs)
         totals.add(losses, *rewards, logps)
-    grad_norm = float(engine.gradient_norm())  # waits for the device
-    seconds = time.monotonic() - began
-    peak = peak_flops(policy.device)
     return {
         **totals.means(),
-        "grad_norm": grad_norm,
+        "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
         "pairs": step.num_pairs,
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
+    }
+
+
+def _speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
+    """Of a whole step: waiting for data, forward, backward, update."""
+    peak = peak_flops(policy.device)
+    return {
         "pairs_per_second": step.num_pairs / seconds,
         "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
         "peak_memory_mib": peak_memory_mib(policy.device),
@@ -246,14 +254,12 @@ def _say_what_runs(
     trained = sum(master.numel() for master in engine.masters.values())
     how = "LoRA" if policy.adapters is not None else "full"
     eval_pairs = f", {len(held_out.pairs):,} held out" if held_out is not None else ""
-    print(
-        f"policy     {config.policy.model} ({policy.family}), {how}, {trained:,} trained parameters, {config.policy.dtype}"
-    )
+    size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
+    print(f"policy     {config.policy.model} ({policy.family}), {size}")
     print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {processor.image_backend}")
     print(f"data       {len(loader.pairs):,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs")
-    print(
-        f"loss       {' + '.join(f'{term.weight:g} {term.kind}' for term in config.losses)}, share {config.packing.share}"
-    )
+    losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.losses)
+    print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 
 
@@ -261,11 +267,8 @@ def _say_what_was_done(
     run_dir: Path, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
 ) -> None:
     if reference is not None:
-        for line in reference.messages:
-            print(line)
-        print(
-            f"reference  {reference.hits:,} completions found in the cache, {reference.misses:,} computed ({reference.folder})"
-        )
+        counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
+        print(f"reference  {counted} ({reference.folder})")
     skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
     if skipped:
         checkpoint.write_json(run_dir / "skipped.json", skipped)

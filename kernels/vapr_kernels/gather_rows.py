@@ -35,11 +35,12 @@ class RowIndex:
         return cls(rows, num_rows, rounds)
 
     def to(self, device: torch.device | str) -> "RowIndex":
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        move = lambda x: x.to(device, non_blocking=True)
         return RowIndex(move(self.rows), self.num_rows, tuple((move(a), move(b)) for a, b in self.rounds))
 
 
 def gather_rows_bwd(dout: Tensor, index: RowIndex) -> Tensor:
+    """Sum ``dout`` (K, ...) into the rows it was copied from, (T, ...)."""
     accumulate = torch.promote_types(dout.dtype, torch.float32)
     dx = dout.new_zeros((index.num_rows, *dout.shape[1:]), dtype=accumulate)
     for rows, copies in index.rounds:

@@ -1,0 +1,111 @@
+"""The command line as a user meets it: quick help, one-line errors, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vapr.pairs import write_pairs
+
+
+def vapr(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "40"}
+    command = [sys.executable, "-m", "vapr.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and message in lines[0], result.stderr
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from click.testing import CliRunner; from vapr.cli import main; "
+        "print(CliRunner().invoke(main, ['--help']).output); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy', 'pydantic')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout and "export" in result.stdout
+
+
+@pytest.fixture
+def run_yaml(tiny, photo_rows, photo_root, tmp_path) -> Path:
+    write_pairs(tmp_path / "pairs.jsonl", photo_rows[:8])
+    raw = {
+        "run_dir": str(tmp_path / "run"),
+        "policy": {"model": str(tiny("qwen2_vl")), "dtype": "float32", "lora": {"rank": 2}},
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root)},
+        "optim": {"pairs_per_step": 4},
+        "reference": {"cache_dir": str(tmp_path / "reference")},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_train_resume_export(run_yaml, tmp_path):
+    trained = vapr("train", str(run_yaml), "--set", "optim.lr=1e-3")
+    assert trained.returncode == 0, trained.stderr
+    assert "attention sdpa, images by pil" in trained.stdout
+    assert "largest |log-ratio| to the reference 0.00e+00" in trained.stderr
+    assert "Traceback" not in trained.stderr and "Warning" not in trained.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert_one_line_error(
+        vapr("train", str(run_yaml), "--set", "optim.lr=1e-3"), "holds a run; continue it with --resume"
+    )
+    again = vapr("train", str(run_yaml), "--set", "optim.lr=1e-3", "--resume")
+    assert again.returncode == 0 and "this run is finished" in again.stdout
+    exported = vapr("export", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen2_vl"
+    assert_one_line_error(vapr("export", str(tmp_path / "run"), "--out", str(tmp_path / "out")), "already exists")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.betta=1"], "unknown key 'loss.betta'; did you mean 'beta'?"),
+        (["policy.model=/nowhere/model"], "policy.model: /nowhere/model"),
+        (["policy.model=."], "is a folder without config.json"),
+        (["policy.attention=flash-attn"], "flash-attn needs a CUDA device"),
+        (["policy.lora.targets=[k_prj]"], "no trained linear layer is called 'k_prj'; there are down_proj"),
+        (["data.train=none.jsonl"], "none.jsonl: no such file or folder"),
+        (["data.eval=none.jsonl"], "none.jsonl: no such file or folder"),
+        (["data.image_root=/nowhere"], "not found"),
+        (["data.image_backend=torchvision"], "torchvision does not import"),
+        (["packing.max_tokens=10"], "packing.max_tokens is 10"),
+        (["run_dir=/proc/run"], "run_dir: /proc/run cannot be written"),
+    ],
+    ids=str,
+)
+def test_mistakes(run_yaml, overrides, message):
+    if overrides == ["data.image_backend=torchvision"]:
+        try:
+            import torchvision  # noqa: F401
+        except (ImportError, RuntimeError):
+            pass
+        else:
+            pytest.skip("torchvision imports here")
+    arguments = [argument for override in overrides for argument in ("--set", override)]
+    assert_one_line_error(vapr("train", str(run_yaml), *arguments, cwd=run_yaml.parent), message)
+
+
+def test_a_run_that_never_took_a_step_can_be_started_again(run_yaml, tmp_path):
+    assert_one_line_error(vapr("train", str(run_yaml), "--set", "packing.max_tokens=10"), "max_tokens")
+    assert vapr("train", str(run_yaml)).returncode == 0
+
+
+def test_export_of_what_is_no_run(tmp_path):
+    assert_one_line_error(vapr("export", str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
+
+
+def test_a_config_that_is_not_there():
+    assert_one_line_error(vapr("train", "/nowhere/run.yaml"), "/nowhere/run.yaml")

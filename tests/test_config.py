@@ -1,0 +1,136 @@
+"""The config: what is accepted, and one line for everything that is not."""
+
+import pytest
+import yaml
+
+from vapr.config import Config
+from vapr.errors import UserError
+
+MINIMAL = {"run_dir": "runs/x", "policy": {"model": "m"}, "data": {"train": "pairs.jsonl"}}
+
+DOCUMENTED = """
+run_dir: runs/qwen2_5_vl_3b
+seed: 0
+policy:
+  model: Qwen/Qwen2.5-VL-3B-Instruct
+  dtype: bfloat16
+  base_weights: bfloat16
+  attention: auto
+  gradient_checkpointing: false
+  train: {language_model: true, projector: false, vision_tower: false}
+  lora: {rank: 128, alpha: 256, targets: all-linear}
+data:
+  train: pairs/
+  eval: null
+  format: auto
+  image_root: null
+  image_backend: auto
+  shuffle: true
+  too_long: error
+  on_bad_row: error
+loss: {kind: sigmoid, beta: 0.1}
+packing: {max_tokens: 8192, share: pair}
+optim: {lr: 5.0e-6, schedule: cosine, warmup_ratio: 0.03, weight_decay: 0.0, clip: 1.0, pairs_per_step: 64, epochs: 1,
+        max_steps: null}
+reference: {cache_dir: null}
+kernels: auto
+parallel: {engine: auto, zero: 2, offload: none}
+checkpoint: {every: 100, keep: 3}
+"""
+
+
+def test_every_documented_key_is_accepted_and_is_the_default():
+    config = Config.parse(yaml.safe_load(DOCUMENTED))
+    shorter = Config.parse(
+        {
+            "run_dir": "runs/qwen2_5_vl_3b",
+            "policy": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "lora": {}},
+            "data": {"train": "pairs/"},
+        }
+    )
+    assert config == shorter
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"polcy": {}}, "unknown key 'polcy'; did you mean 'policy'?"),
+        ({"loss": {"betta": 0.2}}, "unknown key 'loss.betta'; did you mean 'beta'?"),
+        ({"policy": {"model": "m", "lora": {"rnk": 8}}}, "unknown key 'policy.lora.rnk'; did you mean 'rank'?"),
+        ({"optim": {"xyzzy": 1}}, "unknown key 'optim.xyzzy'; known keys here: lr, schedule"),
+        ({"loss": {"beta": -1.0}}, "loss.beta: input should be greater than 0, got -1.0"),
+        ({"loss": {"kind": "dpo"}}, "loss.kind: input should be 'sigmoid', 'robust'"),
+        ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing: input should be less than 0.5"),
+        ({"loss": []}, "loss: give one loss, or a list of at least one"),
+        ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
+        ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),
+        ({"optim": {"lr": "fast"}}, "optim.lr: input should be a valid number"),
+        ({"optim": {"pairs_per_step": 0}}, "optim.pairs_per_step: input should be greater than or equal to 1"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: must lie in [0, 1)"),
+        ({"packing": {"max_tokens": "many"}}, "packing.max_tokens: input should be a valid integer"),
+        ({"policy": {}}, "'policy.model' is missing"),
+        ({"policy": {"model": "m", "dtype": "float16"}}, "policy.dtype: input should be 'float32' or 'bfloat16', got"),
+        ({"policy": {"model": "m", "train": {"language_model": False}}}, "policy.train freezes every part"),
+        ({"data": "pairs.jsonl"}, "data: "),
+        ({"run_dir": None}, "run_dir: "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistakes_are_one_line(changes, message):
+    with pytest.raises(UserError) as error:
+        Config.parse({**MINIMAL, **changes}, where="run.yaml")
+    assert str(error.value).startswith("run.yaml: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "loss": [{"kind": "sigmoid"}, {"kind": "sft"}]}))
+    config = Config.load(
+        path, ("optim.lr=1e-4", "policy.lora={rank: 8}", "loss.1.weight=0.5", "data.eval=held_out.jsonl")
+    )
+    assert config.optim.lr == 1e-4
+    assert config.policy.lora is not None and config.policy.lora.rank == 8
+    assert config.losses[1].weight == 0.5
+    assert config.data.eval == "held_out.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "write --set key.subkey=value"),
+        ("optim.learning_rate=1", "unknown key 'optim.learning_rate'"),
+        ("loss.7.weight=1", "'loss' is a list of 2"),
+        ("loss.7=1", "'loss' is a list of 2; write an index"),
+        ("run_dir.x=1", "'run_dir' has no keys below it"),
+        ("optim.lr=[1", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(tmp_path, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "loss": [{"kind": "sigmoid"}, {"kind": "sft"}]}))
+    with pytest.raises(UserError) as error:
+        Config.load(path, (override,))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run_dir: [1", "not valid YAML"),
+        (b"- a list", "a config is a mapping"),
+        (b"", "a config is a mapping"),
+        (b"\xff\xfe\x00", "cannot be read as a text file"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Config.load(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        Config.load(tmp_path / "none.yaml")

@@ -1,0 +1,391 @@
+"""Training runs of tiny policies on photographs: what is logged and written, and that interruptions leave no trace."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from vapr import checkpoint, trainer
+from vapr.config import Config
+from vapr.errors import UserError
+from vapr.pairs import write_pairs
+
+LOGGED = {
+    "step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "grad_norm", "lr", "pairs", "tokens", "tokens_saved", "pairs_per_second", "mfu", "peak_memory_mib",
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_config(tiny, photo_rows, photo_root, tmp_path):
+    """A config of six steps on 24 pairs; ``changes`` replace whole sections."""
+
+    def make(name: str = "run", family: str = "qwen2_5_vl", rows=None, lora: bool = True, **changes) -> Config:
+        data = tmp_path / "pairs.jsonl"
+        if not data.exists() or rows is not None:
+            write_pairs(data, rows or photo_rows[:24])
+        policy = {"model": str(tiny(family)), "dtype": "float32", **({"lora": {"rank": 4, "alpha": 8}} if lora else {})}
+        raw = {
+            "run_dir": str(tmp_path / name),
+            "policy": policy,
+            "data": {"train": str(data), "image_root": str(photo_root)},
+            "optim": {"lr": 1e-3, "pairs_per_step": 8, "epochs": 2},
+            "reference": {"cache_dir": str(tmp_path / "reference")},
+            "checkpoint": {"every": 2, "keep": 2},
+        }
+        return Config.parse({**raw, **changes})
+
+    return make
+
+
+def metrics(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config: Config) -> list[float]:
+    return [entry["loss"] for entry in metrics(config) if "loss" in entry]
+
+
+def final_bytes(config: Config) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (Path(config.run_dir) / "final").glob("*.safetensors")}
+
+
+def test_every_family_learns_from_photographs(family, make_config):
+    config = make_config(family=family, optim={"lr": 3e-3, "pairs_per_step": 8, "epochs": 5})
+    trainer.train(config)
+    entries = metrics(config)
+    assert [entry["step"] for entry in entries] == list(range(1, 16))
+    assert all(set(entry) == LOGGED for entry in entries)
+    first, last = entries[0], entries[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # a policy equal to its reference
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert last["loss"] < 0.6 and last["rewards/accuracies"] > 0.7
+    assert first["tokens_saved"] > 0.3 * first["tokens"]
+
+
+def test_full_fine_tuning_writes_a_model_that_loads(make_config, family):
+    config = make_config(family=family, lora=False, packing={"share": "image"})
+    final = trainer.train(config)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(final)
+    masters = load_file(checkpoint.list_checkpoints(Path(config.run_dir))[-1] / "weights.safetensors")
+    weights = dict(model.named_parameters())
+    assert masters.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], master) for name, master in masters.items())
+    assert transformers.AutoTokenizer.from_pretrained(final).chat_template or (final / "chat_template.jinja").exists()
+
+
+def test_exported_weights_are_base_plus_adapter(make_config, tmp_path):
+    import peft
+
+    config = make_config()
+    final = trainer.train(config)
+    checkpoint.export(Path(config.run_dir), tmp_path / "merged")
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(config.policy.model)
+    adapted = peft.PeftModel.from_pretrained(base, str(final))
+    ids = torch.arange(5, 40)[None]
+    torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    checkpoint.export(Path(config.run_dir), tmp_path / "adapter", adapter=True)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == final_bytes(config)[
+        "adapter_model.safetensors"
+    ]
+
+
+class _Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+@pytest.mark.parametrize("crash_before_update", [1, 3, 4, 6])
+def test_a_resumed_run_ends_with_the_same_bytes(make_config, monkeypatch, lora, crash_before_update):
+    """Crashes before the first checkpoint, between two, right after one, and at the last step; mid-epoch included."""
+    changes = {"lora": lora, "packing": {"share": "image", "max_tokens": 700}, "reference": {"cache_dir": None}}
+    unbroken, broken = make_config("unbroken", **changes), make_config("broken", **changes)
+    trainer.train(unbroken)
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]) / "vapr")  # each starts from an empty cache
+
+    real_step = trainer.Engine.step
+
+    def crashing_step(engine):
+        if engine.num_updates + 1 == crash_before_update:
+            raise _Crash
+        real_step(engine)
+
+    monkeypatch.setattr(trainer.Engine, "step", crashing_step)
+    with pytest.raises(_Crash):
+        trainer.train(broken)
+    monkeypatch.setattr(trainer.Engine, "step", real_step)
+    trainer.train(broken, resume=True)
+    assert final_bytes(broken) == final_bytes(unbroken)
+    assert losses(broken) == losses(unbroken)
+    assert [entry["step"] for entry in metrics(broken)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_half_written_checkpoint_never_counts(make_config, monkeypatch):
+    config = make_config()
+    monkeypatch.setattr(
+        checkpoint, "write_json", lambda *a: (_ for _ in ()).throw(_Crash) if "state" in str(a[0]) else None
+    )
+    with pytest.raises(_Crash):
+        trainer.train(config)
+    assert checkpoint.list_checkpoints(Path(config.run_dir)) == []
+    monkeypatch.undo()
+    trainer.train(config, resume=True)
+    assert len(losses(config)) == 6
+
+
+def run_in_process(config: Config, tmp_path: Path, *arguments: str) -> subprocess.Popen:
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())  # JSON is YAML
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vapr.cli", "train", str(path), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_steps(process: subprocess.Popen, config: Config, num_steps: int) -> None:
+    """Until that many steps are in metrics.jsonl (or the process has ended)."""
+    path = Path(config.run_dir) / "metrics.jsonl"
+    while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < num_steps):
+        os.sched_yield()
+
+
+def test_kill_9_loses_only_what_is_not_checkpointed(make_config, tmp_path):
+    optim = {"lr": 1e-3, "pairs_per_step": 8, "epochs": 10}
+    unbroken, killed = make_config("unbroken", optim=optim), make_config("killed", optim=optim)
+    trainer.train(unbroken)
+    process = run_in_process(killed, tmp_path)
+    wait_for_steps(process, killed, 5)
+    process.kill()
+    process.communicate()
+    done = len(losses(killed))
+    assert 5 <= done < 30 and not (Path(killed.run_dir) / "final").exists()
+    trainer.train(killed, resume=True)
+    assert final_bytes(killed) == final_bytes(unbroken)
+
+
+def test_sigterm_checkpoints_and_leaves(make_config, tmp_path):
+    config = make_config(optim={"lr": 1e-3, "pairs_per_step": 8, "epochs": 30}, checkpoint={"every": 1000})
+    process = run_in_process(config, tmp_path)
+    wait_for_steps(process, config, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    [saved] = checkpoint.list_checkpoints(Path(config.run_dir))
+    assert int(saved.name[5:]) == len(losses(config))
+    assert f"SIGTERM: stopped after writing {saved}; continue with --resume" in output
+
+
+def test_reference_cache_changes_nothing_and_is_reused(make_config, capsys):
+    cold, warm = make_config("cold", lora=False), make_config("warm", lora=False)
+    trainer.train(cold)
+    assert "48 computed" in capsys.readouterr().out  # 24 pairs, two completions each
+    trainer.train(warm)
+    assert " 0 computed" in capsys.readouterr().out
+    assert final_bytes(warm) == final_bytes(cold) and losses(warm) == losses(cold)
+
+
+def test_a_changed_row_costs_one_row(make_config, photo_rows, capsys):
+    trainer.train(make_config("before"))
+    rows = [dict(row) for row in photo_rows[:24]]
+    rows[3] = {**rows[3], "rejected": [{"role": "assistant", "content": "Something else entirely."}]}
+    capsys.readouterr()
+    trainer.train(make_config("after", rows=rows))
+    assert " 1 computed" in capsys.readouterr().out  # the chosen completion of that row is still known
+
+
+def test_a_damaged_cache_is_set_aside_and_computed_again(make_config, tmp_path, capsys):
+    trainer.train(make_config("before"))
+    shards = list((tmp_path / "reference").glob("*/*.safetensors"))
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1  # one bit
+        shard.write_bytes(content)
+    capsys.readouterr()
+    trainer.train(make_config("after"))
+    printed = capsys.readouterr()
+    assert printed.out.count("is damaged (its checksum does not match)") == len(shards) > 0
+    assert "48 computed" in printed.out
+
+
+def test_another_model_misses_everything(make_config, tiny, tmp_path, capsys):
+    trainer.train(make_config("before"))
+    folder = tmp_path / "other"
+    shutil.copytree(tiny("qwen2_5_vl"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1.001
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    policy = {"model": str(folder), "dtype": "float32", "lora": {"rank": 4}}
+    trainer.train(make_config("after", policy=policy))
+    assert "48 computed" in capsys.readouterr().out
+
+
+def test_a_reference_that_is_not_the_policys_is_refused(make_config, monkeypatch):
+    config = make_config()
+    real = trainer.Reference.logps
+    monkeypatch.setattr(trainer.Reference, "logps", lambda self, batch: real(self, batch) - 0.01)
+    with pytest.raises(UserError, match="the policy differs from its reference before the first update"):
+        trainer.train(config)
+
+
+def test_losses_without_a_reference_compute_none(make_config, capsys):
+    trainer.train(make_config(loss={"kind": "simpo", "beta": 2.0}))
+    assert "reference " not in capsys.readouterr().out
+
+
+def test_held_out_pairs_are_scored(make_config, photo_rows, tmp_path, photo_root):
+    held_out = tmp_path / "held_out.jsonl"
+    write_pairs(held_out, photo_rows[24:40])
+    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(held_out), "image_root": str(photo_root)}
+    config = make_config(lora=False, data=data)
+    trainer.train(config)
+    scored = [entry for entry in metrics(config) if "loss" not in entry]
+    assert [entry["step"] for entry in scored] == [2, 4, 6]
+    names = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    assert all(set(entry) == {"step", *(f"eval/{name}" for name in names)} for entry in scored)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(make_config, lora):
+    config = make_config(
+        lora=lora,
+        optim={"lr": 1e30, "schedule": "constant", "warmup_ratio": 0, "pairs_per_step": 4, "clip": None},
+        checkpoint={"every": 1},
+    )
+    with pytest.raises(
+        trainer.TrainingStopped, match=r"step 2: .* not finite; stopped before the update.*pairs.jsonl:\d+"
+    ) as stopped:
+        trainer.train(config)
+    assert stopped.value.exit_code == 1
+    assert [folder.name for folder in checkpoint.list_checkpoints(Path(config.run_dir))] == ["step-000001"]
+    listed = json.loads((Path(config.run_dir) / "not-finite-step-000002.json").read_text())
+    assert len(listed["pairs"]) == 4
+
+
+def test_token_weights_select_what_is_learned(make_config):
+    """With unchanged tokens masked, chosen and rejected log-probs are those of the edit alone: much smaller."""
+    whole, edit = make_config("whole"), make_config("edit", loss={"token_weights": {"changed": 1, "unchanged": 0}})
+    trainer.train(whole)
+    trainer.train(edit)
+    assert metrics(edit)[0]["logps/chosen"] > 0.5 * metrics(whole)[0]["logps/chosen"]
+    assert metrics(edit)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_pair_weights_scale_losses(make_config, photo_rows):
+    rows = [{**row, "weight": 0.5} for row in photo_rows[:24]]
+    config = make_config(rows=rows)
+    trainer.train(config)
+    assert losses(config)[0] == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_bf16_keeps_fp32_master_weights(make_config, tiny):
+    """Updates of 1e-6 are far below bf16's resolution at 0.1; they must add up in the masters all the same."""
+    policy = {"model": str(tiny("qwen2_5_vl")), "dtype": "bfloat16"}
+    config = make_config(
+        policy=policy,
+        lora=False,
+        optim={"lr": 1e-6, "schedule": "constant", "warmup_ratio": 0, "pairs_per_step": 8, "epochs": 2},
+    )
+    trainer.train(config)
+    before = transformers.AutoModelForImageTextToText.from_pretrained(tiny("qwen2_5_vl")).state_dict()
+    after = load_file(checkpoint.list_checkpoints(Path(config.run_dir))[-1] / "weights.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32
+    moved = (after[name] - before[name].bfloat16().float()).abs()
+    assert 1e-6 < moved.median() < 7e-6
+    final = load_file(Path(config.run_dir) / "final" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in final.values())
+
+
+def test_pairs_that_do_not_fit(make_config, photo_rows, tmp_path, photo_root):
+    with pytest.raises(UserError, match=r"pairs.jsonl:\d+: row '.*' has \d+ tokens but packing.max_tokens is 60"):
+        trainer.train(make_config("refused", packing={"max_tokens": 60}))
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root), "too_long": "skip"}
+    config = make_config("skipped", packing={"max_tokens": 60}, data=data)
+    trainer.train(config)
+    skipped = json.loads((Path(config.run_dir) / "skipped.json").read_text())
+    first_epoch = sum(entry["pairs"] for entry in metrics(config)[:3])
+    assert skipped and first_epoch + len(skipped) == 24
+    assert all("nothing is truncated" in reason for reason in skipped.values())
+
+
+def test_bad_rows_and_images_can_be_skipped(make_config, photo_rows, photo_root, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(
+        photo_root, root, ignore=lambda d, names: [n for n in names if Path(n).suffix not in (".png", ".jpg")]
+    )
+    (root / "broken.png").write_bytes(b"not a picture")
+    rows = [dict(row) for row in photo_rows[:24]]
+    rows[2]["images"] = ["broken.png"] * len(rows[2].get("images", []))
+    rows[5] = {key: value for key, value in rows[5].items() if key != "chosen"}
+    assert rows[2]["images"]
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(root)}
+    with pytest.raises(UserError, match=r"pairs.jsonl:6: 'chosen' is missing"):
+        trainer.train(make_config("refused", rows=rows, data=data))
+    config = make_config("skipped", data={**data, "on_bad_row": "skip"})
+    trainer.train(config)
+    skipped = json.loads((Path(config.run_dir) / "skipped.json").read_text())
+    assert len(skipped) == 2
+    assert any("broken.png' is not an image file" in reason for reason in skipped.values())
+
+
+def test_run_dir_rules(make_config, capsys, tmp_path):
+    config = make_config()
+    trainer.train(config, resume=True)
+    assert "no checkpoint yet; starting from the beginning" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run; continue it with --resume"):
+        trainer.train(config)
+    before = final_bytes(config)
+    trainer.train(config, resume=True)
+    assert "this run is finished" in capsys.readouterr().out and final_bytes(config) == before
+    shutil.rmtree(Path(config.run_dir) / "final")
+    changed = config.model_copy(update={"seed": 1})
+    with pytest.raises(UserError, match=r"was started with seed: 0 \(now 1\)"):
+        trainer.train(changed, resume=True)
+    newest = checkpoint.list_checkpoints(Path(config.run_dir))[-1]
+    (newest / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"step-000006: checkpoint cannot be used .* delete it"):
+        trainer.train(config, resume=True)
+
+
+def test_keep_leaves_the_newest_checkpoints(make_config):
+    config = make_config(checkpoint={"every": 1, "keep": 2})
+    trainer.train(config)
+    names = [folder.name for folder in checkpoint.list_checkpoints(Path(config.run_dir))]
+    assert names == ["step-000005", "step-000006"]
+
+
+def test_packing_changes_no_result(make_config):
+    """Sharing, pack size and order inside a step move the losses by rounding only."""
+    runs = {}
+    for name, packing in {
+        "shared": {"share": "image"}, "pair": {"share": "pair"}, "none": {"share": "none"}, "small": {"max_tokens": 400},
+    }.items():  # fmt: skip
+        # share: image also changes the shuffled order, so the file's order is taken
+        base = make_config(name, packing=packing)
+        config = base.model_copy(update={"data": base.data.model_copy(update={"shuffle": False})})
+        trainer.train(config)
+        runs[name] = losses(config)
+    for other in ("pair", "none", "small"):
+        assert runs[other] == pytest.approx(runs["shared"], abs=1e-5)
