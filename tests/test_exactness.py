@@ -5,12 +5,17 @@ Everything here is judged against ``tests/oracles.py``: log-probs, loss, and the
 
 import copy
 import dataclasses
+import json
 import random
+import shutil
 
 import numpy as np
 import peft
 import pytest
 import torch
+import transformers
+
+from tests import oracles
 from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.loader import fill_packs
 from vapr.logps import completion_logps, per_completion, token_logps
@@ -20,13 +25,13 @@ from vapr.packing import pack
 from vapr.pairs import PreferencePair
 from vapr.processor import Processor, TokenizedPair
 
-from tests import oracles
-
 EVERYTHING = TrainConfig(language_model=True, projector=True, vision_tower=True)
 
 
 def policy_of(folder, *, lora=False, **options) -> Policy:
-    config = PolicyConfig(model=str(folder), dtype="float32", lora=LoraConfig(rank=4, alpha=8) if lora else None, **options)
+    config = PolicyConfig(
+        model=str(folder), dtype="float32", lora=LoraConfig(rank=4, alpha=8) if lora else None, **options
+    )
     policy = load_policy(config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.trained_parameters().items():
@@ -216,7 +221,9 @@ def test_the_two_classic_bugs_would_show(tiny, full_oracle):
         keys=type(one_sequence.keys).build(torch.arange(total), total),
     )  # fmt: skip
     not_restarted = batch.position_ids.clone()
-    starts = batch.cu_seqlens[1:-1].long()[(batch.parents[1:] >= 0) & (batch.parents[1:] != torch.arange(len(batch.parents) - 1))]
+    starts = batch.cu_seqlens[1:-1].long()[
+        (batch.parents[1:] >= 0) & (batch.parents[1:] != torch.arange(len(batch.parents) - 1))
+    ]
     for start in starts.tolist():  # the second child of a branch goes on counting after the first
         not_restarted[:, start:] += 5
     for broken in (
@@ -234,7 +241,9 @@ def test_rejected_gradient_ignores_chosen_tokens(tiny, photo_pairs):
     folder = tiny(family)
     policy = policy_of(folder)
     pair = next(p for p in photo_pairs if p.category == "caption")
-    other = dataclasses.replace(pair, chosen=({"role": "assistant", "content": [{"type": "text", "text": "Quite another answer."}]},))
+    other = dataclasses.replace(
+        pair, chosen=({"role": "assistant", "content": [{"type": "text", "text": "Quite another answer."}]},)
+    )
     grads = []
     for variant in (pair, other):
         batch = pack(tokenize(policy, folder, [variant]), "pair")
@@ -247,7 +256,9 @@ def test_more_than_two_completions(family, tiny, photo_pairs):
     folder = tiny(family)
     policy = policy_of(folder)
     first, second = chosen_pairs(photo_pairs)[4:6]
-    tokenized = tokenize(policy, folder, [first, dataclasses.replace(first, id="b", chosen=second.chosen, rejected=second.rejected)])
+    tokenized = tokenize(
+        policy, folder, [first, dataclasses.replace(first, id="b", chosen=second.chosen, rejected=second.rejected)]
+    )
     four = dataclasses.replace(tokenized[0], paths=(*tokenized[0].paths, *tokenized[1].paths))
     batch = pack([four], "pair")
     counted = per_completion(token_logps(policy, batch), batch)
@@ -265,3 +276,49 @@ def test_same_numbers_on_every_run(tiny, photo_pairs):
     runs = [packed_loss_and_grads(policy, [pairs], "image") for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     assert all(torch.equal(runs[0][2][name], runs[1][2][name]) for name in runs[0][2])
+
+
+def _tied(config):
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+
+
+def _full_strategy(config):
+    config.vision_feature_select_strategy = "full"
+
+
+def _two_feature_layers(config):
+    config.vision_feature_layer = [-2, -1]
+
+
+def _ungrouped_heads(config):
+    config.text_config.num_key_value_heads = config.text_config.num_attention_heads
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen2_vl", _tied),
+        ("qwen2_5_vl", _tied),
+        ("llava", _full_strategy),
+        ("llava", _two_feature_layers),
+        ("qwen2_5_vl", _ungrouped_heads),
+    ],
+)
+def test_other_shapes_of_the_families(family, change, tiny, photo_pairs, tmp_path):
+    folder = tmp_path / "variant"
+    shutil.copytree(tiny(family), folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    change(config)
+    torch.manual_seed(5)
+    oracles.CLASSES[family](config).save_pretrained(folder)
+    if change is _full_strategy:
+        settings = json.loads((folder / "processor_config.json").read_text())
+        settings["vision_feature_select_strategy"] = "full"
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+    policy = policy_of(folder, train=EVERYTHING)
+    pairs = tokenize(policy, folder, chosen_pairs(photo_pairs)[:5])
+    model = oracles.load_model(folder, family)
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(policy.trained_parameters())
+    truth = oracle_loss_and_grads(model, family, parameters, pairs)
+    assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 1e-5)

@@ -81,6 +81,7 @@ class PairLoader:
         self._too_long = too_long
         self._on_bad_row = on_bad_row
         self._token_weights = token_weights
+        self._epoch_order: tuple[int, list[int]] = (-1, [])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,7 +128,9 @@ class PairLoader:
 
     def _members(self, step: int) -> list[PreferencePair]:
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = self.order(epoch)  # cheap beside a step; remembering it would be state to restore
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, self.order(epoch)
+        order = self._epoch_order[1]
         return [self.pairs[n] for n in order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]]
 
     def _tokenize(self, pair: PreferencePair) -> TokenizedPair | UserError:

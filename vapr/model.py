@@ -114,7 +114,7 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         raise UserError(
             f"{where} has recurrent layers ({', '.join(sorted(recurrent))}); packing cannot fork their state"
         )
-    if config.model_type in BIDIRECTIONAL:
+    if config.model_type in BIDIRECTIONAL or getattr(text, "use_bidirectional_attention", None):
         raise UserError(
             f"{where} lets image tokens see later ones (bidirectional), which causal packing cannot express"
         )

@@ -291,6 +291,8 @@ def _check_turns(
 
 
 def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
+    if isinstance(image, bytes) and image:
+        return image
     if isinstance(image, dict):
         if isinstance(image.get("bytes"), bytes):
             return image["bytes"]

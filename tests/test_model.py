@@ -1,0 +1,122 @@
+"""Which models are taken, which are refused and how, and what is trained."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from vapr.attention import choose_backend
+from vapr.config import LoraConfig, PolicyConfig, TrainConfig
+from vapr.errors import UserError
+from vapr.model import load_model_config, load_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.Gemma3Config(), "lets image tokens see later ones"),
+        (transformers.PaliGemmaConfig(), "lets image tokens see later ones"),
+        (transformers.Qwen3NextConfig(), "recurrent layers .linear_attention."),
+        (transformers.MambaConfig(), "recurrent layers"),
+        (transformers.LlamaConfig(), "is not supported; vapr trains llava, qwen2_vl, qwen2_5_vl"),
+        (transformers.LlavaConfig(text_config=transformers.MistralConfig(sliding_window=64)), "sliding-window"),
+        (transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig()), "Pixtral"),
+        (
+            transformers.Qwen2_5_VLConfig(
+                text_config={"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+            ),
+            "sliding-window",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_models_that_cannot_be_packed_are_refused(config, message, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_model_config(str(tmp_path))
+
+
+def test_a_model_with_missing_weights_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny("llava"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in weights if "gate_proj" in name)
+    save_file(
+        {k: v for k, v in weights.items() if k != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks weights or has wrong shapes, first .*gate_proj"):
+        load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="float32"), CPU)
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    shutil.copytree(tiny("llava"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="does not load"):
+        load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="float32"), CPU)
+
+
+def test_adapters_sit_on_the_trained_parts_and_not_on_the_head(family, tiny):
+    def adapted(**train) -> set[str]:
+        config = PolicyConfig(
+            model=str(tiny(family)), dtype="float32", lora=LoraConfig(rank=2), train=TrainConfig(**train)
+        )
+        return {name.split(".lora_")[0] for name in load_policy(config, CPU).trained_parameters()}
+
+    language = adapted()
+    assert {name.rsplit(".", 1)[1] for name in language} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert len(language) == 3 * 7 and all(".language_model." in name for name in language)
+    projector = adapted(language_model=False, projector=True)
+    assert projector and all("merger" in name or "projector" in name for name in projector)
+    assert not adapted(vision_tower=True, language_model=False) & (language | projector)
+
+
+def test_lora_targets_by_ending(tiny):
+    config = PolicyConfig(
+        model=str(tiny("qwen2_vl")), dtype="float32", lora=LoraConfig(rank=2, targets=["q_proj", "v_proj"])
+    )
+    names = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in load_policy(config, CPU).trained_parameters()}
+    assert names == {"q_proj", "v_proj"}
+
+
+def test_adapters_are_the_compute_dtype_and_off_means_off(tiny):
+    policy = load_policy(PolicyConfig(model=str(tiny("qwen2_vl")), dtype="bfloat16", lora=LoraConfig(rank=2)), CPU)
+    assert {p.dtype for p in policy.trained_parameters().values()} == {torch.bfloat16}
+    with torch.no_grad():
+        for name, parameter in policy.trained_parameters().items():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    layer = policy.base.model.language_model.layers[0].mlp.up_proj
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    with policy.adapters_off():
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert not torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_dropout_is_switched_off(tiny, tmp_path):
+    shutil.copytree(tiny("llava"), tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    config.text_config.attention_dropout = config.vision_config.attention_dropout = 0.5
+    config.save_pretrained(tmp_path / "model")
+    policy = load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="float32"), CPU)
+    attention = [m for m in policy.base.modules() if hasattr(m, "attention_dropout")]
+    assert attention and all(m.attention_dropout == 0 for m in attention)
+
+
+def test_backends():
+    assert choose_backend("auto", CPU, torch.bfloat16) == "sdpa"
+    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) in ("varlen", "flash-attn")
+    with pytest.raises(UserError, match="varlen needs a CUDA device and dtype bfloat16"):
+        choose_backend("varlen", CPU, torch.bfloat16)
