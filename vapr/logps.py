@@ -11,9 +11,12 @@ from vapr.packing import PackedBatch
 from vapr_kernels import gather_rows, linear_logps
 
 
-def token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
-    """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head."""
-    rows = gather_rows(hidden_states(policy, batch), batch.predict_from)  # (L, D)
+def token_logps(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
+    """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head.
+
+    ``features`` are the batch's image features, if known already.
+    """
+    rows = gather_rows(hidden_states(policy, batch, features), batch.predict_from)  # (L, D)
     return linear_logps(rows, policy.head, batch.labels)
 
 

@@ -18,7 +18,6 @@ from vapr import attention
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
 from vapr.packing import PackedBatch
-from vapr.processor import ProcessedImage
 from vapr_kernels.gather_rows import gather_rows
 
 FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
@@ -41,6 +40,7 @@ class Policy:
     family: str
     attention_backend: str
     dtype: torch.dtype
+    vision_trained: bool  # whether tower or projector change
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +96,8 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.nn.Module.to(base, device).train()
     folder = Path(str(cached_file(config.model, "config.json"))).parent
-    return Policy(base, adapters, folder, model_config.model_type, backend, dtype)
+    vision_trained = config.train.projector or config.train.vision_tower
+    return Policy(base, adapters, folder, model_config.model_type, backend, dtype, vision_trained)
 
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
@@ -174,16 +175,18 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
     return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
 
 
-def hidden_states(policy: Policy, batch: PackedBatch) -> Tensor:
+def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
     """Last hidden states of every packed token, after the final norm, shape (T, D).
 
-    ``batch`` lies on the policy's device.
+    Args:
+        batch: on the policy's device.
+        features: what :func:`image_features` gives for its images, if known already.
     """
     model = policy.base.model
     embeds = model.get_input_embeddings()(batch.input_ids)  # (T, D)
     if batch.images:
-        features = gather_rows(image_features(policy, batch.images).to(embeds.dtype), batch.image_features)  # (I, D)
-        embeds = embeds.index_copy(0, batch.image_tokens, features)
+        features = image_features(policy, batch) if features is None else features
+        embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
     position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
     out = model.language_model(
         inputs_embeds=embeds[None],
@@ -195,18 +198,20 @@ def hidden_states(policy: Policy, batch: PackedBatch) -> Tensor:
     return out.last_hidden_state[0]
 
 
-def image_features(policy: Policy, images: tuple[ProcessedImage, ...]) -> Tensor:
-    """Features of the images laid end to end, (sum of their tokens, D). The tower runs once."""
-    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
+def image_features(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Features of the batch's distinct images laid end to end, (sum of their tokens, D). The tower runs once."""
+    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in batch.images]))
     options = {}
-    if images[0].grid_thw is not None:
-        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=policy.device)
-    trained = any(
-        p.requires_grad for n, p in policy.base.named_parameters() if not n.startswith("model.language_model")
-    )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+    if batch.images[0].grid_thw is not None:
+        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in batch.images], device=policy.device)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         out = policy.base.model.get_image_features(pixels.to(policy.device, policy.dtype), **options)
         return torch.cat(list(out.pooler_output))
+
+
+def shared_image_features(policy: Policy, batch: PackedBatch) -> Tensor | None:
+    """The features that policy and reference have in common, if tower and projector are frozen; else None."""
+    return image_features(policy, batch) if batch.images and not policy.vision_trained else None
 
 
 @contextlib.contextmanager

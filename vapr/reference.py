@@ -81,10 +81,11 @@ class Reference:
         """From now on the policy's own weights are updated: nothing more can be computed, only looked up."""
         self._policy_is_reference = False
 
-    def logps(self, batch: PackedBatch) -> Tensor:
+    def logps(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
         """Reference log-probs of the batch's completions, laid out as :func:`vapr.logps.per_completion`, (M,).
 
-        What is not in the cache is computed first, packed without the pairs that are.
+        What is not in the cache is computed first, packed without the pairs that are. ``features`` are the batch's
+        image features, where policy and reference have them in common.
 
         Raises:
             UserError: if something is missing after the policy changed (a row or image was altered during the run).
@@ -95,16 +96,17 @@ class Reference:
             if not self._policy_is_reference:
                 pair = missing[0]
                 raise UserError(f"{pair.where}: row '{pair.id}' or its image changed since the run began; restore it")
-            self._compute(
-                batch if len(missing) == batch.num_pairs else pack(missing, self._share).to(self._policy.device)
-            )
+            if len(missing) < batch.num_pairs:
+                self._compute(pack(missing, self._share).to(self._policy.device))
+            else:
+                self._compute(batch, features)
         values = [self._values[self.key(path)] for pair in batch.pairs for path in pair.paths]
         self.hits += len(values) - (self.misses - before)
         return torch.from_numpy(np.concatenate(values)).to(batch.labels.device, non_blocking=True)
 
-    def _compute(self, batch: PackedBatch) -> None:
+    def _compute(self, batch: PackedBatch, features: Tensor | None = None) -> None:
         with frozen(self._policy), self._policy.adapters_off():
-            values = per_completion(token_logps(self._policy, batch), batch).float().cpu().numpy()
+            values = per_completion(token_logps(self._policy, batch, features), batch).float().cpu().numpy()
         paths = [path for pair in batch.pairs for path in pair.paths]
         pieces = np.split(values, np.cumsum(batch.completion_lengths.tolist())[:-1])
         for path, piece in zip(paths, pieces, strict=True):

@@ -18,7 +18,7 @@ from vapr.loader import PairLoader, Step
 from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
 from vapr.loss import PairLogps, preference_losses
 from vapr.metrics import Display, MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
-from vapr.model import Policy, frozen, load_policy
+from vapr.model import Policy, frozen, load_policy, shared_image_features
 from vapr.packing import PackedBatch
 from vapr.pairs import read_pairs
 from vapr.processor import Processor
@@ -133,10 +133,11 @@ def score(
     config: Config, policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Policy log-probs (P, 2), weighted losses (P,), and (chosen, rejected) rewards (P,) of a micro-batch."""
+    features = shared_image_features(policy, batch)
     reference_logps = torch.zeros(batch.num_pairs, 2, device=policy.device)
     if reference is not None:
-        reference_logps = completion_logps(reference.logps(batch), batch)
-    logps = completion_logps(per_completion(token_logps(policy, batch), batch), batch)
+        reference_logps = completion_logps(reference.logps(batch, features), batch)
+    logps = completion_logps(per_completion(token_logps(policy, batch, features), batch), batch)
     lengths = completion_sums(batch.token_weights, batch).clamp(min=1)
     pair_logps = PairLogps(
         chosen=logps[:, 0],
