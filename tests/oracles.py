@@ -25,7 +25,7 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     cls = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
     processor = cls.__new__(cls)
     processor.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template
     processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
     processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)

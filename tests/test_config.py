@@ -58,20 +58,20 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"loss": {"betta": 0.2}}, "unknown key 'loss.betta'; did you mean 'beta'?"),
         ({"policy": {"model": "m", "lora": {"rnk": 8}}}, "unknown key 'policy.lora.rnk'; did you mean 'rank'?"),
         ({"optim": {"xyzzy": 1}}, "unknown key 'optim.xyzzy'; known keys here: lr, schedule"),
-        ({"loss": {"beta": -1.0}}, "loss.beta: input should be greater than 0, got -1.0"),
-        ({"loss": {"kind": "dpo"}}, "loss.kind: input should be 'sigmoid', 'robust'"),
-        ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing: input should be less than 0.5"),
+        ({"loss": {"beta": -1.0}}, "loss.beta must be > 0, got -1.0"),
+        ({"loss": {"kind": "dpo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
+        ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be in [0, 0.5), got 0.5"),
         ({"loss": []}, "loss: give one loss, or a list of at least one"),
         ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
         ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),
-        ({"optim": {"lr": "fast"}}, "optim.lr: input should be a valid number"),
-        ({"optim": {"pairs_per_step": 0}}, "optim.pairs_per_step: input should be greater than or equal to 1"),
-        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: must lie in [0, 1)"),
-        ({"packing": {"max_tokens": "many"}}, "packing.max_tokens: input should be a valid integer"),
+        ({"optim": {"lr": "fast"}}, "optim.lr: should be a valid number"),
+        ({"optim": {"pairs_per_step": 0}}, "optim.pairs_per_step must be at least 1, got 0"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas must be in [0, 1)"),
+        ({"packing": {"max_tokens": "many"}}, "packing.max_tokens: should be a valid integer"),
         ({"policy": {}}, "'policy.model' is missing"),
-        ({"policy": {"model": "m", "dtype": "float16"}}, "policy.dtype: input should be 'float32' or 'bfloat16', got"),
+        ({"policy": {"model": "m", "dtype": "float16"}}, "policy.dtype: should be 'float32' or 'bfloat16', got 'float16'"),
         ({"policy": {"model": "m", "train": {"language_model": False}}}, "policy.train freezes every part"),
-        ({"data": "pairs.jsonl"}, "data: "),
+        ({"data": "pairs.jsonl"}, "data: a mapping of keys to values is needed here, got 'pairs.jsonl'"),
         ({"run_dir": None}, "run_dir: "),
     ],
     ids=str,
@@ -91,7 +91,7 @@ def test_overrides(tmp_path):
     )
     assert config.optim.lr == 1e-4
     assert config.policy.lora is not None and config.policy.lora.rank == 8
-    assert config.losses[1].weight == 0.5
+    assert config.loss[1].weight == 0.5
     assert config.data.eval == "held_out.jsonl"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
 from vapr.attention import choose_backend
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
 from vapr.errors import UserError

@@ -1,5 +1,6 @@
 """Training runs of tiny policies on photographs: what is logged and written, and that interruptions leave no trace."""
 
+import dataclasses
 import json
 import math
 import os
@@ -145,7 +146,7 @@ def test_a_half_written_checkpoint_never_counts(make_config, monkeypatch):
 
 def run_in_process(config: Config, tmp_path: Path, *arguments: str) -> subprocess.Popen:
     path = tmp_path / "config.json"
-    path.write_text(config.model_dump_json())  # JSON is YAML
+    path.write_text(json.dumps(config.as_dict()))  # JSON is YAML
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     return subprocess.Popen(
         [sys.executable, "-m", "vapr.cli", "train", str(path), *arguments],
@@ -360,7 +361,7 @@ def test_run_dir_rules(make_config, capsys, tmp_path):
     trainer.train(config, resume=True)
     assert "this run is finished" in capsys.readouterr().out and final_bytes(config) == before
     shutil.rmtree(Path(config.run_dir) / "final")
-    changed = config.model_copy(update={"seed": 1})
+    changed = dataclasses.replace(config, seed=1)
     with pytest.raises(UserError, match=r"was started with seed: 0 \(now 1\)"):
         trainer.train(changed, resume=True)
     newest = checkpoint.list_checkpoints(Path(config.run_dir))[-1]
@@ -384,7 +385,7 @@ def test_packing_changes_no_result(make_config):
     }.items():  # fmt: skip
         # share: image also changes the shuffled order, so the file's order is taken
         base = make_config(name, packing=packing)
-        config = base.model_copy(update={"data": base.data.model_copy(update={"shuffle": False})})
+        config = dataclasses.replace(base, data=dataclasses.replace(base.data, shuffle=False))
         trainer.train(config)
         runs[name] = losses(config)
     for other in ("pair", "none", "small"):

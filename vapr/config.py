@@ -1,39 +1,67 @@
-"""Every knob of a run: a frozen pydantic model of the YAML file. Unknown keys are errors."""
+"""Every knob of a run: frozen dataclasses that check themselves, read from a YAML file by pydantic.
 
+Unknown keys are errors. pydantic is imported only to read a file, so that everything below the command line runs where
+it is not installed.
+"""
+
+import dataclasses
 import difflib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import pydantic
 import yaml
-from pydantic import Field, field_validator, model_validator
 
 from vapr.errors import UserError
 
+STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
+"""pydantic's settings for every section: no unknown keys, no NaN."""
 
-class _Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+def _check(holds: bool, key: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {rule}, got {value}")
 
 
-class LoraConfig(_Part):
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
     """LoRA adapters (arXiv 2106.09685) on the linear layers of every trained part."""
 
-    rank: int = Field(128, ge=1)
-    alpha: int = Field(256, ge=1)
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    rank: int = 128
+    alpha: int = 256
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``, or endings of module names such as ``[q_proj, v_proj]``."""
 
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, "policy.lora.rank", "at least 1", self.rank)
+        _check(self.alpha >= 1, "policy.lora.alpha", "at least 1", self.alpha)
+        _check(bool(self.targets), "policy.lora.targets", "all-linear or a list of names", self.targets)
 
-class TrainConfig(_Part):
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
     """Which parts of the model are trained. With ``lora`` a trained part gets adapters instead."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
 
     language_model: bool = True
     """Embeddings, decoder layers and LM head."""
     projector: bool = False
     vision_tower: bool = False
 
+    def __post_init__(self) -> None:
+        if not (self.language_model or self.projector or self.vision_tower):
+            raise ValueError("policy.train freezes every part; set at least one of them to true")
 
-class PolicyConfig(_Part):
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The model, and how it is held and run."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     model: str
     """Hub id or local folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -45,14 +73,13 @@ class PolicyConfig(_Part):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
 
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> "PolicyConfig":
-        if not (self.train.language_model or self.train.projector or self.train.vision_tower):
-            raise ValueError("policy.train freezes every part; set at least one of them to true")
-        return self
 
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pairs and images are, and what happens to those that cannot be used."""
 
-class DataConfig(_Part):
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     train: str
     """File or folder of pairs: jsonl, json or parquet."""
     eval: str | None = None
@@ -71,95 +98,150 @@ LossKind = Literal[
 ]
 
 
-class TokenWeights(_Part):
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights:
     """Weights of a completion's tokens inside its log-prob (DDPO, arXiv 2312.00849)."""
 
-    changed: float = Field(1.0, ge=0)
-    """Tokens inside an edit span."""
-    unchanged: float = Field(1.0, ge=0)
+    __pydantic_config__: ClassVar = STRICT_KEYS
 
-    @model_validator(mode="after")
-    def _not_both_zero(self) -> "TokenWeights":
+    changed: float = 1.0
+    """Tokens inside an edit span."""
+    unchanged: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.changed >= 0, "loss.token_weights.changed", "at least 0", self.changed)
+        _check(self.unchanged >= 0, "loss.token_weights.unchanged", "at least 0", self.unchanged)
         if self.changed == 0 and self.unchanged == 0:
             raise ValueError("loss.token_weights are both 0; nothing would be learned")
-        return self
 
 
-class LossConfig(_Part):
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
     """One loss. ``loss`` in the run config is one of these, or a list of them (their weighted sum)."""
 
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     kind: LossKind = "sigmoid"
-    weight: float = Field(1.0, ge=0)
+    weight: float = 1.0
     """Factor of this term in a list."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = 0.1
     """Strength of the pull towards the reference. Larger stays closer."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed share of swapped pairs (sigmoid: cDPO; robust: its unbiased form)."""
-    gamma: float = Field(0.5, ge=0)
+    label_smoothing: float = 0.0
+    """Assumed share of swapped pairs (sigmoid: cDPO; robust: its unbiased form; simpo)."""
+    gamma: float = 0.5
     """simpo: the margin that the length-normalised rewards are asked to keep."""
-    dpop_lambda: float = Field(5.0, ge=0)
+    dpop_lambda: float = 5.0
     """dpop: weight of the penalty on a chosen log-prob below the reference's."""
-    sft_weight: float = Field(0.0, ge=0)
+    sft_weight: float = 0.0
     """Adds this many times the ``sft`` loss of the chosen completion."""
     token_weights: TokenWeights = TokenWeights()
+
+    def __post_init__(self) -> None:
+        _check(self.beta > 0, "loss.beta", "> 0", self.beta)
+        _check(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", "in [0, 0.5)", self.label_smoothing)
+        for name in ("weight", "gamma", "dpop_lambda", "sft_weight"):
+            _check(getattr(self, name) >= 0, f"loss.{name}", "at least 0", getattr(self, name))
 
     @property
     def needs_reference(self) -> bool:
         return self.kind not in ("simpo", "orpo", "sft")
 
 
-class PackingConfig(_Part):
-    max_tokens: int = Field(8192, ge=1)
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """Size of a forward pass and what is computed once in it."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    max_tokens: int = 8192
     """Packed tokens of one forward pass."""
     share: Literal["none", "pair", "image"] = "pair"
 
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 1, "packing.max_tokens", "at least 1", self.max_tokens)
 
-class OptimConfig(_Part):
-    lr: float = Field(5e-6, gt=0)
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule, and how much data a step and the run see."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    lr: float = 5e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float | None = Field(1.0, gt=0)
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
     """Largest gradient norm; null switches clipping off."""
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    pairs_per_step: int = Field(64, ge=1)
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    eps: float = 1e-8
+    pairs_per_step: int = 64
+    epochs: int = 1
+    max_steps: int | None = None
 
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("must lie in [0, 1)")
-        return betas
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optim.lr", "> 0", self.lr)
+        _check(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", "in [0, 1]", self.warmup_ratio)
+        _check(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        _check(self.clip is None or self.clip > 0, "optim.clip", "> 0 or null", self.clip)
+        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "in [0, 1)", list(self.betas))
+        _check(self.eps > 0, "optim.eps", "> 0", self.eps)
+        _check(self.pairs_per_step >= 1, "optim.pairs_per_step", "at least 1", self.pairs_per_step)
+        _check(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        _check(self.max_steps is None or self.max_steps >= 1, "optim.max_steps", "at least 1 or null", self.max_steps)
 
 
-class ReferenceConfig(_Part):
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The cache of reference log-probs."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     cache_dir: str | None = None
     """Where reference log-probs are kept; null: the user's cache folder."""
-    tolerance: float | None = Field(None, gt=0)
+    tolerance: float | None = None
     """Largest |log-ratio| accepted before the first update; null: measured (see the log)."""
 
+    def __post_init__(self) -> None:
+        _check(self.tolerance is None or self.tolerance > 0, "reference.tolerance", "> 0 or null", self.tolerance)
 
-class ParallelConfig(_Part):
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Several GPUs. So far one process runs plain PyTorch, which has nothing to shard or offload."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     engine: Literal["auto", "torch"] = "auto"
     zero: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed stage on several GPUs; a single process has nothing to shard."""
     offload: Literal["none"] = "none"
 
 
-class CheckpointConfig(_Part):
-    every: int = Field(100, ge=1)
-    keep: int = Field(3, ge=1)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often and how many."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    every: int = 100
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "checkpoint.every", "at least 1", self.every)
+        _check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
 
 
-class Config(_Part):
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run. ``loss`` is a list of terms; in a file a single one needs no brackets."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
     run_dir: str
-    seed: int = Field(0, ge=0)
     policy: PolicyConfig
     data: DataConfig
-    loss: LossConfig | list[LossConfig] = LossConfig()
+    seed: int = 0
+    loss: list[LossConfig] = field(default_factory=lambda: [LossConfig()])
     packing: PackingConfig = PackingConfig()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -167,32 +249,25 @@ class Config(_Part):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _one_loss_or_a_list(cls, loss: Any) -> Any:
-        # Validated here, not by the union, whose errors would name both alternatives.
-        if loss == []:
-            raise ValueError("give one loss, or a list of at least one")
-        if isinstance(loss, list):
-            return [term if isinstance(term, LossConfig) else LossConfig.model_validate(term) for term in loss]
-        return loss if isinstance(loss, LossConfig) else LossConfig.model_validate(loss)
-
-    @model_validator(mode="after")
-    def _token_weights_agree(self) -> "Config":
-        if len({term.token_weights for term in self.losses}) > 1:
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, "seed", "at least 0", self.seed)
+        if not self.loss:
+            raise ValueError("loss: give one loss, or a list of at least one")
+        if any(term.token_weights != self.token_weights for term in self.loss):
             raise ValueError("loss: token_weights must be the same in every term")
-        if sum(term.weight for term in self.losses) == 0:
+        if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
-        return self
-
-    @property
-    def losses(self) -> list[LossConfig]:
-        """The terms of the weighted sum, one or more."""
-        return self.loss if isinstance(self.loss, list) else [self.loss]
 
     @property
     def token_weights(self) -> TokenWeights:
-        return self.losses[0].token_weights
+        return self.loss[0].token_weights
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, every key resolved: what config.yaml holds."""
+        return {
+            **dataclasses.asdict(self),
+            "optim": {**dataclasses.asdict(self.optim), "betas": list(self.optim.betas)},
+        }
 
     @classmethod
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> "Config":
@@ -216,10 +291,15 @@ class Config(_Part):
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str = "config") -> "Config":
         """Build a config from plain data; see :meth:`load` for the errors."""
+        import pydantic
+
+        single_loss = isinstance(raw.get("loss"), dict)
+        if single_loss:
+            raw = {**raw, "loss": [raw["loss"]]}
         try:
-            return cls.model_validate(raw)
+            return pydantic.TypeAdapter(cls).validate_python(raw)
         except pydantic.ValidationError as error:
-            raise UserError(f"{where}: {_first_problem(error)}") from None
+            raise UserError(f"{where}: {_first_problem(error.errors(), single_loss)}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -249,33 +329,34 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[part]
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
-    problems = error.errors()
+def _first_problem(problems: list[Any], single_loss: bool) -> str:
     # An unknown key explains the missing one it was meant to be: name it first.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key '{path}'; {_nearest_key(problem['loc'])}"
+    problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
+    location = [part for part in problem["loc"] if not (single_loss and part == 0)]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key '{key}'; {_nearest_key(location)}"
     if problem["type"] == "missing":
-        return f"'{path}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:] if message.startswith(("Input", "Unable")) else message
-    given = problem.get("input")
-    shown = f", got {given!r}" if isinstance(given, str | int | float | bool | type(None)) else ""
-    return f"{path}: {message}{shown}" if path else f"{message}"
+        return f"'{key}' is missing"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])  # our own sentence, which names the key
+    if problem["type"] == "dataclass_type":
+        return f"{key}: a mapping of keys to values is needed here, got {problem['input']!r:.40}"
+    message = problem["msg"].replace("Input should", "should")
+    return f"{key}: {message}, got {problem['input']!r:.40}"
 
 
-def _nearest_key(location: tuple[int | str, ...]) -> str:
-    model: type[pydantic.BaseModel] = Config
+def _nearest_key(location: list[Any]) -> str:
+    section: Any = Config
     for part in location[:-1]:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _model_of(model.model_fields[part].annotation) or model
-    known = list(model.model_fields)
+        fields = {f.name: f for f in dataclasses.fields(section)}
+        section = (_section_of(fields[part].type) if part in fields else None) or section
+    known = [f.name for f in dataclasses.fields(section)]
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known keys here: {', '.join(known)}"
 
 
-def _model_of(annotation: Any) -> type[pydantic.BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+def _section_of(annotation: Any) -> Any:
+    if dataclasses.is_dataclass(annotation):
         return annotation
-    return next((model for arg in get_args(annotation) if (model := _model_of(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section_of(arg))), None)

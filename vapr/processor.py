@@ -13,11 +13,13 @@ import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.config import TokenWeights
@@ -77,9 +79,11 @@ class Processor:
         self.image_backend = _resolve_backend(image_backend)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.image_processor = AutoImageProcessor.from_pretrained(model, backend=self.image_backend)
+            self.image_processor = _load_image_processor(model, self.image_backend)
             self._settings, _ = ProcessorMixin.get_processor_dict(model)
         except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{model}: tokenizer or image processor does not load ({_one_line(error)})") from None
         self.chat_template = self._settings.get("chat_template") or self.tokenizer.chat_template
         if not self.chat_template:
@@ -328,6 +332,17 @@ def _resolve_backend(wanted: str) -> str:
             raise UserError(f"data.image_backend: torchvision does not import ({_one_line(error)})") from None
         return "pil"
     return "torchvision"
+
+
+def _load_image_processor(model: str, backend: str) -> Any:
+    if backend == "torchvision":
+        return AutoImageProcessor.from_pretrained(model, backend=backend)
+    # By class: the auto class of transformers 5.17 wants torchvision even for its PIL processors.
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
+    name = settings.get("image_processor_type", "").removesuffix("Fast").removesuffix("Pil") + "Pil"
+    if not hasattr(transformers, name):
+        raise UserError(f"{model}: transformers has no PIL version of its image processor; install torchvision")
+    return getattr(transformers, name).from_pretrained(model)
 
 
 def _name(source: Path | bytes) -> str:

@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class RunDir:
 
     def describe(self, config: Config, policy: Policy) -> None:
         """Write config.yaml (resolved) and environment.json."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(config.as_dict(), sort_keys=False)
         temporary = self.path / "config.yaml.tmp"
         temporary.write_text(text)
         temporary.replace(self.path / "config.yaml")
@@ -92,7 +91,7 @@ def _difference(saved: Path, config: Config) -> str | None:
         before = _flat(yaml.safe_load(saved.read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
-    now = _flat(json.loads(config.model_dump_json()))
+    now = _flat(config.as_dict())
     for key in {**before, **now}:
         if any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
             continue

@@ -56,7 +56,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     run.describe(config, policy)
     _say_what_runs(config, policy, processor, engine, loader, held_out, int(num_steps))
     reference = None
-    if any(term.needs_reference for term in config.losses):
+    if any(term.needs_reference for term in config.loss):
         reference = Reference(policy, config.reference.cache_dir, config.packing.share)
         for line in reference.messages:
             print(f"reference  {line}")
@@ -148,7 +148,7 @@ def score(
         rejected_lengths=lengths[batch.rejected],
         mean_chosen_length=step.num_chosen_tokens / step.num_pairs,
     )
-    losses, *rewards = preference_losses(pair_logps, config.losses)
+    losses, *rewards = preference_losses(pair_logps, config.loss)
     return logps, losses * batch.pair_weights, (rewards[0], rewards[1])
 
 
@@ -259,7 +259,7 @@ def _say_what_runs(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {processor.image_backend}")
     print(f"data       {len(loader.pairs):,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs")
-    losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.losses)
+    losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 
