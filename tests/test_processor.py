@@ -176,3 +176,27 @@ def test_a_folder_without_tokenizer_is_one_line(tmp_path, tiny, family):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not load"):
         Processor(str(tmp_path), config, "pil")
+
+
+def test_torchvision_backend_equals_auto_processor(family, tiny, photo_pairs):
+    """Where torchvision imports, transformers can build every processor itself: tokens and pixels are equal."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        pytest.skip("torchvision does not import here")
+    theirs = transformers.AutoProcessor.from_pretrained(tiny(family))
+    ours = Processor(str(tiny(family)), transformers.AutoConfig.from_pretrained(tiny(family)), "auto")
+    assert ours.image_backend == "torchvision"
+    for pair in photo_pairs[:30]:
+        images = iter([read_image(image) for image in pair.images])
+        messages = [
+            {**m, "content": [{**p, "image": next(images)} if p["type"] == "image" else p for p in m["content"]]}
+            for m in pair.prompt
+        ]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        expected = theirs.apply_chat_template(messages, **options)
+        path = ours.tokenize_pair(pair).paths[0]
+        assert path.input_ids[: path.completion_start].tolist() == expected["input_ids"][0].tolist()
+        if pair.images:
+            pixels = np.concatenate([image.pixel_values for image in path.images])
+            assert np.array_equal(pixels, expected["pixel_values"].numpy().reshape(pixels.shape))
