@@ -72,9 +72,9 @@ def segment_attention(
         Shape (T, H, E), what each token would get within its own path.
     """
     k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)  # (K, G, E)
-    # varlen_attn of torch 2.11 knows no grouped key heads; SDPA's grouped path has no fused CPU kernel.
-    expand = backend == "sdpa" or (backend == "varlen" and "enable_gqa" not in _varlen_options())
-    if expand and k.shape[1] != q.shape[1]:
+    # varlen_attn of torch 2.11 knows no grouped key heads; nor does SDPA's memory-efficient kernel, the one for fp32.
+    knows_groups = {"flash-attn": True, "varlen": "enable_gqa" in _varlen_options(), "sdpa": not q.is_cuda}
+    if k.shape[1] != q.shape[1] and not knows_groups[backend]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if backend == "sdpa":
         return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale, causal=True)
@@ -117,13 +117,21 @@ def _sdpa(
     for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
         num_q, num_k = len(q_n), len(k_n)
         mask = None
-        if causal and 1 < num_q < num_k:  # SDPA's is_causal aligns to the first key, not to the last
-            mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
+        if causal and 1 < num_q < num_k:
+            mask = _bottom_right(num_q, num_k, q.device)
         q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))  # (1, H, tokens, E)
-        is_causal = causal and num_q == num_k
-        out = F.scaled_dot_product_attention(q_n, k_n, v_n, attn_mask=mask, is_causal=is_causal, scale=scale)
+        is_causal, grouped = causal and num_q == num_k, q_n.shape[1] != k_n.shape[1]
+        out = F.scaled_dot_product_attention(
+            q_n, k_n, v_n, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
+
+
+@functools.lru_cache(maxsize=128)  # every layer of a batch asks for the same ones
+def _bottom_right(num_q: int, num_k: int, device: torch.device) -> Tensor:
+    """Causal with the last query at the last key; SDPA's own ``is_causal`` aligns to the first."""
+    return torch.ones(num_q, num_k, dtype=torch.bool, device=device).tril(num_k - num_q)
 
 
 def _language_model_attention(

@@ -85,6 +85,8 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
         raise UserError(f"policy.model: {config.model} has an LM head with a bias, which vapr does not support")
     _use_attention(base, backend, tower)
     _disable_dropout(base)
+    if tower == "visual":
+        _embed_patches_by_matmul(base.model.visual.patch_embed.proj)
     parts = {
         part: _part_modules(base, part, tower, projector) for part in ("language_model", "projector", "vision_tower")
     }
@@ -134,6 +136,16 @@ def _use_attention(base: transformers.PreTrainedModel, backend: str, tower: str)
         base.model.visual.config._attn_implementation = attention.VISION_TOWER
 
 
+def _embed_patches_by_matmul(convolution: nn.Conv3d) -> None:
+    """Qwen's patch embedding has one output position a patch: a matrix product, which Conv3d computes many times slower
+    on a CPU. Weight and bias stay where they are."""
+
+    def forward(patches: Tensor) -> Tensor:  # (patches, channels, time, height, width) -> (patches, D)
+        return nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+
+    convolution.forward = forward  # type: ignore[method-assign,assignment]
+
+
 def _disable_dropout(base: nn.Module) -> None:
     """Dropout would make shared and separate sequences differ by construction."""
     for module in base.modules():
@@ -157,10 +169,11 @@ def _part_modules(base: transformers.PreTrainedModel, part: str, tower: str, pro
 def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: list[str]) -> peft.PeftModel:
     assert config.lora is not None
     head = base.get_output_embeddings()
+    in_trained_part = set(trained)
     linear = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in set(trained)
+        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in in_trained_part
     ]
     if config.lora.targets != "all-linear":
         wanted = config.lora.targets

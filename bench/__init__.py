@@ -1,0 +1,1 @@
+"""Benchmarks: one script per operation, and training steps against TRL. Not part of the installed package."""

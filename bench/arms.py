@@ -1,0 +1,277 @@
+"""The arms of the training-step benchmark: vapr as it trains, and TRL's DPOTrainer as it trains.
+
+An arm is called once a step and trains on the next rows: data, forward, backward, clipping and update.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.workloads import Subject
+from vapr import trainer
+from vapr.config import Config, DataConfig, OptimConfig, PackingConfig
+from vapr.engine import Engine
+from vapr.loader import PairLoader, Step
+from vapr.model import Policy
+from vapr.packing import PackedBatch
+from vapr.pairs import PreferencePair
+from vapr.reference import Reference
+
+LR = 1e-3
+"""Large, so that a few updates move the loss far enough to compare the arms by it."""
+
+
+TRL_MICRO_PAIRS = 4
+"""Pairs of one TRL forward pass on a GPU; a step accumulates over several."""
+
+
+class OnlineReference(Reference):
+    """Forgets what it computed: every batch is a miss, as every batch of a first epoch is."""
+
+    def logps(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
+        self._values.clear()
+        self._unsaved.clear()
+        return super().logps(batch, features)
+
+
+class VaprArm:
+    """vapr's own loader, reference, ``train_step`` and update.
+
+    Args:
+        subject: builds the policy.
+        pairs: the rows, in the order in which they are trained on.
+        pairs_per_step: pairs of one update.
+        share: ``packing.share``.
+        cached: the reference is in the cache; else computed in the step.
+        trained: policy and engine to go on with, so that several arms need one model on a GPU.
+    """
+
+    def __init__(
+        self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, *, share: str, cached: bool,
+        trained: tuple[Policy, Engine] | None = None,
+    ) -> None:  # fmt: skip
+        self.config = vapr_config(subject, share, pairs_per_step)
+        self.policy, self.engine = trained or new_policy(subject, self.config)
+        self._subject, self._pairs = subject, pairs
+        self.num_steps = len(pairs) // pairs_per_step
+        cache = str(subject.folder / "references")
+        self.reference = (Reference if cached else OnlineReference)(self.policy, cache, share)
+        self._batches: list[Step] | None = None
+        if cached:
+            for step in self._loader().steps(0, self.num_steps):
+                for batch in step.batches:
+                    self.reference.logps(batch.to(self.policy.device))
+        self.losses: list[float] = []
+
+    def _loader(self) -> PairLoader:
+        processor = self._subject.new_processor()
+        pairs_per_step = self.config.optim.pairs_per_step
+        return PairLoader(
+            self._pairs, processor, self.config.packing, pairs_per_step=pairs_per_step, shuffle=False
+        )  # fmt: skip
+
+    def prebuild(self) -> list[Step]:
+        """Every step's packs."""
+        if self._batches is None:
+            self._batches = list(self._loader().steps(0, self.num_steps))
+        return self._batches
+
+    def start(self, *, prebuilt: bool) -> None:
+        """Go back to the first row."""
+        self.steps: Iterator[Step] = (
+            iter(self.prebuild()) if prebuilt else self._loader().steps(0, self.num_steps)
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        step = next(self.steps)
+        values = trainer.train_step(self.config, self.policy, self.engine, self.reference, step)
+        self.engine.step()
+        self.losses.append(values["loss"])
+
+
+def vapr_config(subject: Subject, share: str, pairs_per_step: int) -> Config:
+    """The run config of a vapr arm."""
+    return Config(
+        run_dir=str(subject.folder / "run"),
+        policy=subject.policy_config(),
+        data=DataConfig(train="unused", shuffle=False),
+        packing=PackingConfig(max_tokens=subject.shape.max_tokens, share=share),
+        optim=OptimConfig(lr=LR, schedule="constant", warmup_ratio=0.0, pairs_per_step=pairs_per_step),
+    )
+
+
+def new_policy(subject: Subject, config: Config) -> tuple[Policy, Engine]:
+    """A policy before its first update, and its optimizer."""
+    policy = subject.policy()
+    return policy, Engine(policy, config.optim, num_steps=10**6)
+
+
+class TrlArm:
+    """TRL's DPOTrainer on the same weights and rows, through its own data loader, collator and training step.
+
+    The trainer's outer loop (callbacks, logging, schedule) is left out, which is in TRL's favour.
+
+    Args:
+        subject, pairs, pairs_per_step: as for vapr.
+        policy: vapr's, before its first update: TRL gets the same adapters, or the same trained parameters.
+        compact: score completion tokens only, which TRL does on Triton devices alone.
+        cached: reference log-probs are handed over by the collator.
+    """
+
+    def __init__(
+        self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, policy: Policy, *,
+        compact: bool, cached: bool,
+    ) -> None:  # fmt: skip
+        self._compact = compact
+        # Unpacked, unshared pairs of a 7B model without checkpointing: more than four do not fit beside each other.
+        micro_pairs = min(pairs_per_step, TRL_MICRO_PAIRS) if subject.device.type == "cuda" else pairs_per_step
+        assert pairs_per_step % micro_pairs == 0
+        self._micro_batches = pairs_per_step // micro_pairs
+        self.trainer = _dpo_trainer(subject, pairs, micro_pairs, policy)
+        self.trainer.create_optimizer()
+        accelerator = self.trainer.accelerator
+        self._model, self._optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self._model.train()
+        self.trainer.current_gradient_accumulation_steps = self._micro_batches
+        if cached:
+            self._inject_reference()
+        self.losses: list[float] = []
+
+    def _inject_reference(self) -> None:
+        """Compute every row's reference now, and let the collator add it to each batch."""
+        known: dict[str, tuple[float, float]] = {}
+        for batch in self.trainer.get_train_dataloader():
+            ids = batch.pop("ids")
+            chosen, rejected = self.trainer.compute_ref_log_probs(self._model, self.trainer._prepare_inputs(batch))
+            known.update(zip(ids, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+        self.trainer.data_collator.reference = known
+        self.trainer.precompute_ref_logps = True
+
+    def start(self, *, prebuilt: bool) -> None:
+        """Go back to the first row."""
+        loader = self.trainer.get_train_dataloader()
+        self.steps = iter(list(loader)) if prebuilt else iter(loader)
+
+    def __call__(self) -> None:
+        loss = 0.0
+        for _ in range(self._micro_batches):
+            batch = dict(next(self.steps))
+            batch.pop("ids")
+            with self._compact_head():
+                loss += self.trainer.training_step(self._model, batch)  # already divided by the number of them
+        self.trainer.accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss))
+
+    def _compact_head(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._compact:
+            return contextlib.nullcontext()
+        return mock.patch("trl.trainer.utils._use_triton", return_value=True)
+
+
+class _Collator:
+    """TRL's vision collator; keeps the rows' ids and adds their reference log-probs, if known."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+        self.reference: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [example.pop("id") for example in examples]
+        batch = dict(self._collator(examples))
+        batch["ids"] = ids
+        if self.reference:
+            values = torch.tensor([self.reference[name] for name in ids])
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = values.unbind(1)
+        return batch
+
+
+def _dpo_trainer(subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, policy: Policy) -> Any:
+    import peft
+    import trl
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    on_gpu = subject.device.type == "cuda"
+    args = trl.DPOConfig(
+        output_dir=str(subject.folder / "trl"), per_device_train_batch_size=pairs_per_step, use_cpu=not on_gpu,
+        bf16=on_gpu, gradient_checkpointing=False, max_length=None, remove_unused_columns=False, report_to=[],
+        save_strategy="no", logging_steps=10**6, disable_dropout=True, learning_rate=LR, max_grad_norm=1.0,
+        lr_scheduler_type="constant", optim="adamw_torch_fused", train_sampling_strategy="sequential",
+        dataloader_num_workers=8 if on_gpu else 0, dataloader_pin_memory=on_gpu, disable_tqdm=True,
+    )  # fmt: skip
+    model = subject.model()
+    lora = _trl_freeze(model, policy)
+    processor = trl_processor(subject)
+    out = trl.DPOTrainer(
+        model=model,
+        ref_model=None if lora else subject.model(),
+        args=args,
+        train_dataset=_trl_rows(pairs),
+        processing_class=processor,
+        data_collator=_Collator(DataCollatorForVisionPreference(processor=processor)),
+        peft_config=peft.LoraConfig(**lora) if lora else None,
+    )
+    with torch.no_grad():
+        for name, parameter in policy.trained_parameters().items():
+            out.model.get_parameter(f"base_model.model.{name}" if lora else name).copy_(parameter)
+    return out
+
+
+def _trl_freeze(model: torch.nn.Module, policy: Policy) -> dict[str, Any] | None:
+    """Train what vapr trains: returns the arguments of the same adapters, or freezes the rest for full fine-tuning."""
+    trained = policy.trained_parameters()
+    if policy.adapters is not None:
+        config = policy.adapters.peft_config["default"]
+        ending = ".lora_A.default.weight"
+        targets = [name.removesuffix(ending) for name in trained if name.endswith(ending)]
+        return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": targets, "lora_dropout": 0.0}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return None
+
+
+def _trl_rows(pairs: list[PreferencePair]) -> Any:
+    import datasets
+
+    def message(messages: tuple[dict[str, Any], ...]) -> list[dict[str, str]]:
+        text = "".join(part["text"] for part in messages[0]["content"] if part["type"] == "text")
+        return [{"role": messages[0]["role"], "content": text}]  # TRL puts the image in front
+
+    rows = [
+        {
+            "id": pair.id,
+            "images": [str(image) for image in pair.images if isinstance(image, Path)],
+            **{part: message(getattr(pair, part)) for part in ("prompt", "chosen", "rejected")},
+        }
+        for pair in pairs
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+
+
+def trl_processor(subject: Subject) -> Any:
+    """The family's processor class around vapr's tokenizer and image processor, without a video processor.
+
+    Qwen's needs torchvision for videos, which cannot be had beside a CPU build of torch.
+    """
+    parts = subject.new_processor()
+    if subject.shape.family == "llava":
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(subject.folder, backend=parts.image_backend)
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.processing_utils import ProcessorMixin
+
+    class ImagesOnly(Qwen2_5_VLProcessor):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return ImagesOnly(parts.image_processor, parts.tokenizer, chat_template=parts.chat_template)

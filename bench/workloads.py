@@ -1,0 +1,244 @@
+"""What the training-step benchmark trains: models of given shape with random weights, and rows of equal length.
+
+No weights are saved or downloaded: :meth:`Subject.model` builds the same random model on every call.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, PreTrainedModel, Qwen2VLImageProcessorPil
+
+from vapr.config import LoraConfig, PolicyConfig
+from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.model import FAMILIES, Policy, load_policy
+from vapr.pairs import PreferencePair, read_pairs, write_pairs
+from vapr.processor import Processor
+
+PROMPT_WORDS = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A model to be built from its config, and the images it is shown."""
+
+    family: str
+    text: dict[str, Any]  # overrides of the text config
+    vision: dict[str, Any]  # overrides of the vision config
+    image_size: tuple[int, int]  # width and height of the files
+    lora_rank: int
+    max_tokens: int
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """How long the completions are, and how many pairs show one image."""
+
+    name: str
+    completion_tokens: int
+    pairs_per_image: int = 1
+
+
+WORKLOADS = {w.name: w for w in (Workload("answers", 20), Workload("captions", 150), Workload("four_per_image", 20, 4))}
+
+
+def _qwen_text(hidden: int, inter: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": 32768,
+    }  # fmt: skip
+
+
+# A tower costs per image token about what it costs beside the 7B models: 0.4 of a language-model token for Qwen,
+# 0.05 for CLIP.
+SMALL_QWEN = Shape(
+    family="qwen2_5_vl",
+    text=_qwen_text(320, 864, 4, 5, 1, 4096),
+    vision={
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_heads": 3,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    },
+    image_size=(448, 448),  # 256 image tokens
+    lora_rank=16,
+    max_tokens=4096,
+)
+SMALL_LLAVA = Shape(
+    family="llava",
+    text=_qwen_text(320, 864, 4, 5, 5, 4096),
+    vision={
+        "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 224
+    },
+    image_size=(448, 448),  # 256 image tokens
+    lora_rank=16,
+    max_tokens=4096,
+)  # fmt: skip
+QWEN_VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+# The published configs of the models these are named after.
+SHAPES = {
+    "small-qwen2.5-vl": SMALL_QWEN,
+    "small-llava": SMALL_LLAVA,
+    "qwen2.5-vl-3b": Shape(
+        family="qwen2_5_vl", text=_qwen_text(2048, 11008, 36, 16, 2, 151936), vision=QWEN_VISION,
+        image_size=(640, 480), lora_rank=128, max_tokens=8192, tie_word_embeddings=True,
+    ),
+    "qwen2.5-vl-7b": Shape(
+        family="qwen2_5_vl", text=_qwen_text(3584, 18944, 28, 28, 4, 152064), vision=QWEN_VISION,
+        image_size=(640, 480), lora_rank=128, max_tokens=8192,
+    ),
+    "llava-1.5-7b": Shape(
+        family="llava", text=_qwen_text(4096, 11008, 32, 32, 32, 32064),
+        vision={
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 336, "projection_dim": 768,
+        },
+        image_size=(640, 480), lora_rank=128, max_tokens=8192,
+    ),
+}  # fmt: skip
+
+
+class Subject:
+    """One shape, its folder (tokenizer, image processor, config; no weights) and how it is trained.
+
+    Args:
+        shape: what to build.
+        folder: written to.
+        device: where the models are built.
+        lora: adapters of the shape's rank, or else full fine-tuning of the language model.
+    """
+
+    def __init__(self, shape: Shape, folder: Path, device: torch.device, *, lora: bool = True) -> None:
+        self.shape, self.folder, self.device, self.lora = shape, folder, device, lora
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.words = _words()
+        random = np.random.default_rng(0)
+        corpus = [" ".join(random.permutation(self.words)) for _ in range(8)]
+        build_tiny_policy(shape.family, folder, corpus, vocab_size=4096)
+        (folder / "model.safetensors").unlink()
+        _reshape(folder, shape)
+        self.processor = self.new_processor()
+
+    @cached_property
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(self.folder)
+
+    def new_processor(self) -> Processor:
+        """A processor that has not seen an image yet: vapr's remembers the most recent ones."""
+        return Processor(str(self.folder), self.config)
+
+    def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The random model on the device, the same weights each time."""
+        model_class = FAMILIES[self.shape.family][0]
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(self.folder)  # vapr and TRL both change the config they are given
+        with torch.device(self.device):
+            return model_class._from_config(config, dtype=dtype or self.dtype, attn_implementation="sdpa")
+
+    def policy_config(self, dtype: torch.dtype | None = None) -> PolicyConfig:
+        lora = LoraConfig(rank=self.shape.lora_rank, alpha=2 * self.shape.lora_rank) if self.lora else None
+        name = str(dtype or self.dtype).removeprefix("torch.")
+        return PolicyConfig(model=str(self.folder), dtype=name, lora=lora)
+
+    def policy(self, dtype: torch.dtype | None = None) -> Policy:
+        """vapr's policy around :meth:`model`, through ``load_policy`` itself: only reading the weights is replaced."""
+        loaded = self.model(dtype), {"missing_keys": [], "mismatched_keys": []}
+        with mock.patch.object(FAMILIES[self.shape.family][0], "from_pretrained", return_value=loaded):
+            torch.manual_seed(0)
+            return load_policy(self.policy_config(dtype), self.device)
+
+    def pairs(self, workload: Workload, num_pairs: int, *, seed: int = 0) -> list[PreferencePair]:
+        """Write and read pairs whose completions all have the workload's number of tokens, end of turn included."""
+        random = np.random.default_rng(seed)
+        num_words = self._num_words(workload.completion_tokens)
+        rows = []
+        for number in range(num_pairs):
+            if number % workload.pairs_per_image == 0:
+                image = _photo(self.folder / f"{workload.name}-{seed}-{number}.jpg", self.shape.image_size, random)
+            rows.append(_row(f"{workload.name}-{number}", image, self.words, num_words, random))
+        file = self.folder / f"{workload.name}-{seed}.jsonl"
+        write_pairs(file, rows)
+        return read_pairs(file)[0]
+
+    def _num_words(self, num_tokens: int) -> int:
+        """Words of a completion of so many tokens. Every word is one token; the template adds some."""
+        image = _photo(self.folder / "probe.jpg", self.shape.image_size, np.random.default_rng(0))
+        file = self.folder / "probe.jsonl"
+        write_pairs(file, [_row("probe", image, self.words, num_tokens, np.random.default_rng(0))])
+        path = self.processor.tokenize_pair(read_pairs(file)[0][0]).paths[0]
+        return num_tokens - (len(path.input_ids) - path.completion_start - num_tokens)
+
+
+def _words() -> list[str]:
+    """Pronounceable words of two and three syllables; so few that the tokenizer gives each a token of its own."""
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
+    random = np.random.default_rng(1)
+    return sorted({"".join(random.choice(syllables, size)) for size in (2, 2, 2, 3) for _ in range(700)})
+
+
+def _reshape(folder: Path, shape: Shape) -> None:
+    """Write the shape's sizes into the folder's config and image processor."""
+    config = AutoConfig.from_pretrained(folder)
+    values = config.to_dict()
+    for part, sizes in (("text_config", shape.text), ("vision_config", shape.vision)):
+        values[part] = {**values[part], **sizes}
+    values["text_config"].pop("layer_types", None)  # one a layer: rebuilt from the new number of layers
+    values["text_config"].pop("head_dim", None)
+    values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"] = shape.tie_word_embeddings
+    half = values["text_config"]["hidden_size"] // values["text_config"]["num_attention_heads"] // 2
+    if shape.family != "llava":
+        values["vision_config"]["out_hidden_size"] = shape.text["hidden_size"]
+        section = [half - 2 * (half * 3 // 8)] + [half * 3 // 8] * 2
+        values["text_config"]["rope_parameters"]["mrope_section"] = section
+    type(config).from_dict(values).save_pretrained(folder)
+    if shape.family == "llava":
+        side = shape.vision["image_size"]
+        file = folder / "processor_config.json"
+        settings = json.loads(file.read_text())
+        settings["image_processor"]["size"] = {"shortest_edge": side}
+        settings["image_processor"]["crop_size"] = {"height": side, "width": side}
+        file.write_text(json.dumps(settings))
+    else:
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        images.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
+        images.save_pretrained(folder)
+
+
+def _photo(path: Path, size: tuple[int, int], random: np.random.Generator) -> Path:
+    """A JPEG of smooth colours: decoding it costs what a photograph costs."""
+    coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+    return path
+
+
+def _row(name: str, image: Path, words: list[str], num_words: int, random: np.random.Generator) -> dict[str, Any]:
+    """Chosen and rejected differ in one word, anywhere but at the start: an edited negative."""
+
+    def pick(count: int) -> list[str]:
+        return [words[number] for number in random.integers(0, len(words), count)]
+
+    # One first word for all: without a space before it, words differ in their number of tokens.
+    question = [{"type": "image"}, {"type": "text", "text": " ".join([words[0], *pick(PROMPT_WORDS)])}]
+    chosen = [words[0], *pick(num_words - 1)]
+    rejected = list(chosen)
+    where = int(random.integers(1, num_words))
+    rejected[where] = next(word for word in pick(8) if word != chosen[where])
+    return {
+        "id": name,
+        "images": [str(image)],
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": " ".join(chosen),
+        "rejected": " ".join(rejected),
+    }

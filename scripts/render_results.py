@@ -1,0 +1,144 @@
+"""Markdown tables of bench/results/*.jsonl: for every case the rows of its newest run.
+
+    python scripts/render_results.py [FOLDER] [--write README.md | --check README.md]
+
+``--write`` replaces the block between the markers below; ``--check`` exits 1 if that block is out of date.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
+ABOUT_THE_RUN = ("bench", "run", "time", "commit", "device", "threads", "versions")
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--check", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    tables = render(read_rows(options.folder))
+    file = options.write or options.check
+    if file is None:
+        print(tables)
+        return 0
+    old = file.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        print(f"{file}: no '{BEGIN}' ... '{END}' block in it; add the two lines where the tables belong")
+        return 2
+    new = replace_block(old, tables)
+    if options.write:
+        file.write_text(new, encoding="utf-8")
+    elif new != old:
+        print(f"{file}: its results are out of date; run scripts/render_results.py --write {file}")
+        return 1
+    return 0
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows of a folder, oldest first."""
+    rows = [
+        json.loads(line)
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    return sorted(rows, key=lambda row: row["time"])  # stable: rows of one second keep their order
+
+
+def render(rows: list[Row]) -> str:
+    """Every bench's tables, one after another."""
+    parts = []
+    for bench in sorted({row["bench"] for row in rows}):
+        of_bench = [row for row in rows if row["bench"] == bench]
+        parts += train_step_tables(of_bench) if bench == "train_step" else plain_tables(bench, of_bench)
+    return "\n\n".join(parts) if parts else "No results yet."
+
+
+def newest_run(rows: list[Row], case: tuple[str, ...]) -> dict[tuple, list[Row]]:
+    """Rows by case, of each case's newest run only: numbers of different runs must not be divided."""
+    by_case: dict[tuple, list[Row]] = {}
+    for row in rows:
+        by_case.setdefault(tuple(row.get(key) for key in case), []).append(row)
+    return {key: [row for row in group if row["run"] == group[-1]["run"]] for key, group in by_case.items()}
+
+
+def train_step_tables(rows: list[Row]) -> list[str]:
+    """One table for each device, tuning and way of feeding; a line a case, a column an arm."""
+    cases = newest_run(rows, ("device", "tuning", "data", "model", "workload"))
+    tables = []
+    for device, tuning, data in dict.fromkeys(key[:3] for key in cases):
+        chosen = {key[3:]: group for key, group in cases.items() if key[:3] == (device, tuning, data)}
+        arms = list(dict.fromkeys(row["arm"] for group in chosen.values() for row in group))
+        title = f"**Training steps, pairs per second** ({device}, {tuning}, data {data}; in brackets: times TRL)"
+        lines = [["model", "workload", *arms, "commit"]]
+        for (model, workload), group in chosen.items():
+            by_arm = {row["arm"]: row for row in group}
+            cells = [train_step_cell(by_arm.get(arm)) for arm in arms]
+            lines.append([model, workload.replace("_", " "), *cells, commit_cell(group[-1])])
+        tables.append(f"{title}\n\n{table(lines)}")
+    return tables
+
+
+def train_step_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if "pairs_per_second" not in row:
+        return row.get("absent", "")
+    ratio = row.get("speedup_over_trl")
+    share = f", {row['useful_share']:.0%} of peak" if ratio is None and "useful_share" in row else ""
+    return f"{row['pairs_per_second']:.2f}" + (
+        f" ({ratio:.1f}x)" if ratio is not None and row["arm"] != "trl" else share
+    )
+
+
+def plain_tables(bench: str, rows: list[Row]) -> list[str]:
+    """One table a device: every text field names the case, every number is a column."""
+    tables = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        on_device = [row for row in rows if row["device"] == device]
+        fields = [key for row in on_device for key in row if key not in ABOUT_THE_RUN]
+        texts = [key for key in dict.fromkeys(fields) if any(isinstance(row.get(key), str) for row in on_device)]
+        numbers = [key for key in dict.fromkeys(fields) if key not in texts]
+        groups = newest_run(on_device, tuple(texts))
+        lines = [[*(name.replace("_", " ") for name in (*texts, *numbers)), "commit"]]
+        for key, group in groups.items():
+            last = group[-1]
+            values = [number_cell(last.get(name)) for name in numbers]
+            lines.append([*("" if text is None else str(text) for text in key), *values, commit_cell(last)])
+        tables.append(f"**{bench}** ({device})\n\n{table(lines)}")
+    return tables
+
+
+def number_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def commit_cell(row: Row) -> str:
+    """The commit; a dirty one may be shown but not quoted."""
+    commit = row["commit"]
+    return f"{commit.removesuffix('-dirty')[:8]} (dirty)" if commit.endswith("-dirty") else commit[:8]
+
+
+def table(lines: list[list[str]]) -> str:
+    head, *body = ("| " + " | ".join(cells) + " |" for cells in lines)
+    rule = "|" + " --- |" * len(lines[0])
+    return "\n".join([head, rule, *body])
+
+
+def replace_block(text: str, block: str) -> str:
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Quick facts about the benchmark's own code; the speed itself is measured, not tested."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import record as rec
+from bench.arms import VaprArm
+from bench.train_step import agreement
+from bench.workloads import SHAPES, WORKLOADS, Subject
+
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def load(path: Path, name: str):
+    """Import a file that lies in no package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def render_results():
+    return load(REPOSITORY / "scripts" / "render_results.py", "render_results")
+
+
+@pytest.fixture(scope="module")
+def gpu_checks():
+    return load(REPOSITORY / "tests" / "test_gpu.py", "gpu_checks")
+
+
+@pytest.fixture(scope="module", params=["small-qwen2.5-vl", "small-llava"])
+def subject(request, tmp_path_factory):
+    return Subject(SHAPES[request.param], tmp_path_factory.mktemp("subject"), CPU)
+
+
+def test_record_writes_a_whole_row_to_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "new"))
+    rec.record("op", shape="short", seconds_p50=0.5)
+    rec.record("op", shape="long", seconds_p50=1.5)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "op.jsonl").read_text().splitlines()]
+    assert [row["shape"] for row in rows] == ["short", "long"]
+    assert rows[0]["run"] == rows[1]["run"]
+    assert {"bench", "run", "time", "commit", "device", "threads", "versions"} <= rows[0].keys()
+    assert rows[0]["versions"].keys() == {"torch", "triton", "transformers", "trl", "peft"}
+
+
+def test_measure_runs_every_arm_once_a_round():
+    order: list[str] = []
+    arms = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = rec.measure(arms, rounds=3, warmup=1, device=CPU)
+    assert order == [*"abc", *"bca", *"cab", *"abc"]
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 3, 3]
+    assert timings["a"].fields()["timed"] == 3
+
+
+def test_percentiles_lie_in_order():
+    assert rec.percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert rec.percentiles([1.0]) == (1.0, 1.0, 1.0)
+
+
+def row(**fields):
+    about = {"bench": "train_step", "run": "r1", "time": "2026-01-01T00:00:00+00:00", "commit": "0123456789ab-dirty"}
+    case = {"device": "CPU x", "model": "m", "workload": "answers", "tuning": "lora", "data": "as shipped"}
+    return {**about, **case, **fields}
+
+
+def test_render_results_shows_the_newest_run_and_marks_dirty(render_results):
+    rows = [
+        row(arm="trl", pairs_per_second=9.0, run="r0"),
+        row(arm="trl", pairs_per_second=2.0),
+        row(arm="vapr shared cached", pairs_per_second=8.0, speedup_over_trl=4.0),
+        row(arm="trl cached", absent="trl is not installed"),
+        {**row(bench="op", shape="short", seconds_p50=0.25), "versions": {}},
+    ]
+    text = render_results.render(rows)
+    assert "| m | answers | 2.00 | 8.00 (4.0x) | trl is not installed | 01234567 (dirty) |" in text
+    assert "9.00" not in text
+    assert "0.25" in text
+
+
+def test_render_results_writes_and_checks_the_block(render_results, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train_step.jsonl").write_text(json.dumps(row(arm="trl", pairs_per_second=2.0)) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- results:begin -->\nold\n<!-- results:end -->\nbelow\n")
+
+    def run(option: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["render_results.py", str(tmp_path), option, str(readme)])
+        return render_results.main()
+
+    assert run("--check") == 1
+    assert "out of date" in capsys.readouterr().out
+    assert run("--write") == 0
+    assert run("--check") == 0
+    assert readme.read_text().startswith("above\n") and readme.read_text().endswith("\nbelow\n")
+    readme.write_text("no markers")
+    assert run("--check") == 2
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
+def test_rows_of_a_workload_have_equal_lengths(subject, workload):
+    pairs = [subject.processor.tokenize_pair(pair) for pair in subject.pairs(workload, 8)]
+    paths = [path for pair in pairs for path in pair.paths]
+    assert {len(path.input_ids) - path.completion_start for path in paths} == {workload.completion_tokens}
+    assert len({path.completion_start for path in paths}) == 1
+    assert paths[0].images[0].num_tokens == 256
+    assert len({path.images[0].content_hash for path in paths}) == 8 // workload.pairs_per_image
+
+
+def test_two_models_of_a_subject_are_equal(subject):
+    first, second = subject.model(), subject.model()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_vapr_arms_agree_whatever_is_shared_and_cached(gpu_checks, tmp_path):
+    subject = Subject(gpu_checks.shrink(SHAPES["small-llava"], 1, 2), tmp_path, CPU)
+    pairs = subject.pairs(WORKLOADS["four_per_image"], 8)
+    losses = {}
+    for share, cached in (("none", False), ("pair", True), ("image", True)):
+        arm = VaprArm(subject, pairs, 4, share=share, cached=cached)
+        arm.start(prebuilt=share == "image")
+        arm(), arm()
+        losses[share] = arm.losses
+    assert losses["pair"] == pytest.approx(losses["none"], abs=1e-4)
+    assert losses["image"] == pytest.approx(losses["none"], abs=1e-4)
+    assert losses["none"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses["none"][1] != losses["none"][0]
+
+
+def test_an_arm_that_does_other_work_is_noticed():
+    class Arm:
+        def __init__(self, *losses):
+            self.losses = list(losses)
+
+    arms = {"trl": Arm(0.69, 0.60), "vapr shared cached": Arm(0.69, 0.62)}
+    case = {"model": "small-qwen2.5-vl", "data": "as shipped", "dtype": "float32", "tuning": "lora r=16"}
+    assert agreement(arms, "vapr shared cached", case)["agrees"] is False
+    assert agreement(arms, "vapr shared cached", {**case, "model": "small-llava"})["agrees"] is None
+
+
+# What tests/test_gpu.py checks on a GPU, here on the CPU: the same functions, so that their own mistakes show.
+
+
+def test_gpu_check_of_attention(gpu_checks):
+    for forest in gpu_checks.FORESTS.values():
+        gpu_checks.check_attention(forest, (4, 2), CPU, torch.float32, "sdpa")
+
+
+def test_gpu_check_of_the_gather(gpu_checks):
+    gpu_checks.check_gather_determinism(CPU, torch.float32)
+    gpu_checks.check_gather_determinism(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_gpu_check_of_linear_logps(gpu_checks, trained_head):
+    gpu_checks.check_linear_logps(
+        CPU, torch.bfloat16, vocabulary=997, width=64, num_rows=33, trained_head=trained_head
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["small-qwen2.5-vl", "small-llava"])
+def test_gpu_check_of_packing_in_bf16(gpu_checks, model, tmp_path):
+    shape = gpu_checks.shrink(SHAPES[model], 2, 3)
+    gpu_checks.check_packing_error(shape, tmp_path, CPU, torch.bfloat16, num_pairs=4)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gpu_check_of_a_training_step(gpu_checks, family, tiny, photo_pairs, tmp_path, lora):
+    gpu_checks.check_training_step(tiny(family), photo_pairs[:8], tmp_path, CPU, "float32", family, lora=lora)

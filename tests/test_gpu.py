@@ -1,0 +1,300 @@
+"""What only a GPU can show: the varlen backend, bf16, real vocabulary and widths. Skipped without CUDA.
+
+Every check is a plain function of a device and a backend; tests/test_bench.py runs some of them on the CPU, so that
+a typing mistake shows there too.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
+from vapr import attention, trainer
+from vapr.config import Config, DataConfig, LoraConfig, OptimConfig, PackingConfig, PolicyConfig
+from vapr.engine import Engine
+from vapr.loader import PairLoader
+from vapr.logps import completion_sums, per_completion, token_logps
+from vapr.model import Policy, frozen, image_features, load_policy
+from vapr.packing import SegmentAttention, pack
+from vapr.pairs import PreferencePair
+from vapr.processor import Processor
+from vapr.reference import Reference, first_margin
+from vapr_kernels import gather_rows, linear_logps, naive
+from vapr_kernels.gather_rows import RowIndex
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+CUDA = torch.device("cuda")
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    got, truth = got.detach().double(), truth.detach().double()
+    return float((got - truth).norm() / truth.norm())
+
+
+def random_forest(lengths: list[tuple[int, int]], device: torch.device) -> SegmentAttention:
+    """Sequences of (queries, keys above them); each one's extra keys are the first tokens of the sequence before it."""
+    starts = np.cumsum([0, *(q for q, _ in lengths)])
+    keys: list[np.ndarray] = []
+    for n, (num_q, above) in enumerate(lengths):
+        assert above == 0 or above <= lengths[n - 1][0]
+        keys += [starts[n - 1] + np.arange(above) if above else np.empty(0, np.int64), starts[n] + np.arange(num_q)]
+    lengths_q = tuple(q for q, _ in lengths)
+    lengths_k = tuple(q + above for q, above in lengths)
+    return SegmentAttention(
+        cu_seqlens_q=torch.tensor([0, *lengths_q]).cumsum(0).int(),
+        cu_seqlens_k=torch.tensor([0, *lengths_k]).cumsum(0).int(),
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        keys=RowIndex.build(torch.from_numpy(np.concatenate(keys)), int(starts[-1])),
+    ).to(device)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, scale: float) -> Tensor:
+    """Scores with an explicit mask, sequence by sequence, in the dtype of ``q``; heads repeated."""
+    k, v = (x[segments.keys.rows].repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outs = []
+    pieces = (q.split(segments.lengths_q), k.split(segments.lengths_k), v.split(segments.lengths_k))
+    for q_n, k_n, v_n in zip(*pieces, strict=True):
+        scores = torch.einsum("qhe,khe->hqk", q_n, k_n) * scale
+        sees = torch.ones(len(q_n), len(k_n), dtype=torch.bool, device=q.device).tril(len(k_n) - len(q_n))
+        outs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(~sees, -torch.inf).softmax(-1), v_n))
+    return torch.cat(outs)
+
+
+FORESTS = {
+    "lone": [(257, 0)],
+    "queries_shorter_than_keys": [(400, 0), (3, 390), (1, 3), (129, 1)],  # bottom-right, one query, one shared key
+    "many": [(64, 0), (17, 64), (300, 0), (300, 300), (31, 200)],
+}
+
+
+def check_attention(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], device: torch.device, dtype: torch.dtype, backend: str
+) -> None:
+    """Output and gradients of a backend against explicit masks in fp64."""
+    segments = random_forest(lengths, device)
+    num_tokens, scale = segments.keys.num_rows, 128**-0.5
+    q, k, v = (
+        torch.randn(num_tokens, num_heads, 128, device=device, dtype=dtype, requires_grad=True)
+        for num_heads in (heads[0], heads[1], heads[1])
+    )
+    dout = torch.randn(num_tokens, heads[0], 128, device=device, dtype=dtype)
+    out = attention.segment_attention(q, k, v, segments, scale=scale, backend=backend)
+    got = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    true_out = naive_attention(*wide, segments, scale)
+    truth = [true_out, *torch.autograd.grad(true_out, wide, dout.double())]
+    allowed = 1.5e-2 if dtype == torch.bfloat16 else 1e-4
+    for name, g, t in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
+        assert g.isfinite().all(), name
+        assert relative_error(g, t) < allowed, f"{name}: {relative_error(g, t):.2e}"
+
+
+@pytest.mark.parametrize("heads", [(28, 4), (16, 2), (32, 32)], ids=str)
+@pytest.mark.parametrize("forest", FORESTS)
+def test_varlen_attention_is_bottom_right_causal_with_grouped_heads(forest, heads):
+    check_attention(FORESTS[forest], heads, CUDA, torch.bfloat16, "varlen")
+
+
+@pytest.mark.parametrize("forest", FORESTS)
+def test_sdpa_loop_on_the_gpu(forest):
+    check_attention(FORESTS[forest], (28, 4), CUDA, torch.float32, "sdpa")
+
+
+def test_varlen_agrees_with_the_sdpa_loop():
+    segments = random_forest(FORESTS["queries_shorter_than_keys"], CUDA)
+    q, k, v = (torch.randn(533, heads, 128, device=CUDA, dtype=torch.bfloat16) for heads in (28, 4, 4))
+    outs = [
+        attention.segment_attention(q, k, v, segments, scale=0.1, backend=backend) for backend in ("varlen", "sdpa")
+    ]
+    assert relative_error(*outs) < 1e-2
+
+
+def check_gather_determinism(device: torch.device, dtype: torch.dtype) -> None:
+    """Two backward runs give the same bits, and the sum of the copies."""
+    torch.use_deterministic_algorithms(False)  # conftest's hard mode would hide what users get
+    rows = torch.randint(0, 50, (4000,))  # each row about 80 times
+    index = RowIndex.build(rows, 60).to(device)
+    x = torch.randn(60, 4, 128, device=device, dtype=dtype, requires_grad=True)
+    dout = torch.randn(4000, 4, 128, device=device, dtype=dtype)
+    first, second = (torch.autograd.grad(gather_rows(x, index), x, dout)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    wide = x.detach().double().requires_grad_()
+    truth = torch.autograd.grad(naive.gather_rows(wide, rows.to(device)), wide, dout.double())[0]
+    assert relative_error(first, truth) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gather_backward_is_deterministic(dtype):
+    check_gather_determinism(CUDA, dtype)
+
+
+def check_linear_logps(
+    device: torch.device, dtype: torch.dtype, *, vocabulary: int, width: int, num_rows: int, trained_head: bool
+) -> None:
+    """Log-probs and gradients against fp64 on the same (rounded) inputs; one row is confident, one hopeless."""
+    hidden = torch.randn(num_rows, width, device=device).to(dtype)
+    head = (torch.randn(vocabulary, width, device=device) * 3 / width**0.5).to(dtype)
+    labels = torch.randint(0, vocabulary, (num_rows,), device=device)
+    labels[1] = vocabulary - 1
+    hidden[0] = (3 * head[labels[0]].float()).to(dtype)
+    hidden[1] = -head[labels[1]]
+    hidden.requires_grad_()
+    head.requires_grad_(trained_head)
+    logps = linear_logps(hidden, head, labels)
+    dout = torch.randn(num_rows, device=device)
+    leaves = [hidden, head] if trained_head else [hidden]
+    got = torch.autograd.grad(logps, leaves, dout)
+    wide = [hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_(trained_head)]
+    truth = naive.linear_logps(*wide, labels)
+    expected = torch.autograd.grad(truth, wide[: len(leaves)], dout.double())
+    error = (logps.double() - truth).abs()
+    allowed = 1e-5 + 1e-7 * truth.abs()
+    assert (error <= allowed).all(), f"logp error {float(error.max()):.2e} at logp {float(truth[error.argmax()]):.2f}"
+    # The gradient is stored in the inputs' dtype: half a unit in its last place is bf16's 2e-3.
+    assert relative_error(got[0], expected[0]) < 2e-3
+    if trained_head:
+        assert relative_error(got[1], expected[1]) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen_head", "trained_head"])
+def test_linear_logps_at_a_real_vocabulary(trained_head):
+    check_linear_logps(
+        CUDA, torch.bfloat16, vocabulary=152_064, width=1024, num_rows=333, trained_head=trained_head
+    )  # fmt: skip
+
+
+def shrink(shape: Shape, layers: int, tower_layers: int) -> Shape:
+    """The same widths, fewer layers."""
+    text = {**shape.text, "num_hidden_layers": layers}
+    vision = dict(shape.vision)
+    if shape.family == "llava":
+        vision["num_hidden_layers"] = tower_layers
+    else:
+        vision |= {"depth": tower_layers, "fullatt_block_indexes": [tower_layers - 1]}
+    return Shape(
+        family=shape.family, text=text, vision=vision, image_size=shape.image_size, lora_rank=8,
+        max_tokens=shape.max_tokens, tie_word_embeddings=shape.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def completion_logprobs(policy: Policy, pairs: list, share: str, *, together: bool) -> Tensor:
+    """Log-prob of every completion token, pair by pair, in one pack or each path in a pack of its own."""
+    batches = [pack(pairs, share)] if together else [pack([pair], "none") for pair in pairs]
+    with frozen(policy):
+        moved = [batch.to(policy.device) for batch in batches]
+        return torch.cat([per_completion(token_logps(policy, batch), batch) for batch in moved]).double()
+
+
+def check_packing_error(
+    shape: Shape, folder: Path, device: torch.device, dtype: torch.dtype, *, num_pairs: int
+) -> None:
+    """In low precision, sharing and packing cost no more than twice the rounding that separate sequences have.
+
+    The truth is fp32 with the same (rounded) weights, sequences alone.
+    """
+    subject = Subject(shape, folder, device)
+    tokenized = [
+        subject.processor.tokenize_pair(pair) for pair in subject.pairs(WORKLOADS["four_per_image"], num_pairs)
+    ]
+    policy = subject.policy(dtype)
+    with torch.no_grad():  # adapters start as nothing; make them count
+        for parameter in policy.trained_parameters().values():
+            parameter.normal_(0, 0.02)
+    low = completion_logprobs(policy, tokenized, "none", together=False)
+    packed = {
+        share: completion_logprobs(policy, tokenized, share, together=True) for share in ("none", "pair", "image")
+    }
+    exact = subject.policy(torch.float32)
+    exact.base.load_state_dict({name: value.float() for name, value in policy.base.state_dict().items()})
+    truth = completion_logprobs(exact, tokenized, "none", together=False)
+    own = relative_error(low, truth)
+    assert own < 0.05
+    for share, values in packed.items():
+        error = relative_error(values, truth)
+        assert error <= 2 * own + 1e-6, f"{share}: error {error:.2e}, separate sequences {own:.2e}"
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-vl-7b", "llava-1.5-7b"])
+def test_packed_bf16_is_as_good_as_separate_sequences_at_7b_widths(model, tmp_path):
+    check_packing_error(shrink(SHAPES[model], 2, 3), tmp_path, CUDA, torch.bfloat16, num_pairs=8)
+
+
+def test_vision_tower_attention_against_sdpa(tmp_path):
+    """Windows and full attention through the varlen call, against transformers' own SDPA path."""
+    subject = Subject(shrink(SHAPES["qwen2.5-vl-7b"], 2, 4), tmp_path, CUDA)
+    policy = subject.policy()
+    assert policy.base.model.visual.config._attn_implementation == attention.VISION_TOWER
+    pairs = [subject.processor.tokenize_pair(pair) for pair in subject.pairs(WORKLOADS["answers"], 3)]
+    batch = pack(pairs).to(CUDA)
+    with torch.no_grad():
+        got = image_features(policy, batch)
+        policy.base.model.visual.config._attn_implementation = "sdpa"
+        same_dtype = image_features(policy, batch)
+        exact = subject.policy(torch.float32)
+        exact.base.load_state_dict({name: value.float() for name, value in policy.base.state_dict().items()})
+        truth = image_features(exact, batch)
+    assert relative_error(got, truth) <= 2 * relative_error(same_dtype, truth)
+
+
+def check_training_step(
+    folder: Path, pairs: list[PreferencePair], cache: Path, device: torch.device, dtype: str, family: str, *, lora: bool
+) -> None:
+    """One update end to end: the loss starts at log 2, gradients are finite, the reference is met to rounding."""
+    config = Config(
+        run_dir=str(cache / "run"),
+        policy=PolicyConfig(model=str(folder), dtype=dtype, lora=LoraConfig(rank=8, alpha=16) if lora else None),
+        data=DataConfig(train="unused"),
+        packing=PackingConfig(max_tokens=160),
+        optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, pairs_per_step=len(pairs)),
+    )
+    policy = load_policy(config.policy, device)
+    processor = Processor(str(folder), policy.base.config)
+    loader = PairLoader(pairs, processor, config.packing, pairs_per_step=len(pairs), shuffle=False)
+    engine, reference = Engine(policy, config.optim, 1), Reference(policy, str(cache))
+    (step,) = loader.steps(0, 1)
+    assert len(step.batches) > 1  # gradients are accumulated over packs
+    largest, allowed = first_margin(policy, reference, step.batches)
+    assert largest <= allowed, f"{family}: |log-ratio| {largest:.2e}, tolerance {allowed:.2e}"
+    values = trainer.train_step(config, policy, engine, reference, step)
+    assert abs(values["loss"] - np.log(2)) < (1e-5 if dtype == "float32" else 0.05)
+    assert 0 < values["grad_norm"] < float("inf")
+    assert all(master.grad.isfinite().all() for master in engine.masters.values() if master.grad is not None)
+    before = {name: master.detach().clone() for name, master in engine.masters.items()}
+    engine.step()
+    assert any(not torch.equal(before[name], master) for name, master in engine.masters.items())
+    with frozen(policy):
+        batch = step.batches[0].to(device)
+        assert completion_sums(per_completion(token_logps(policy, batch), batch), batch).isfinite().all()
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_training_step_in_bf16(family, tiny, photo_pairs, tmp_path, lora):
+    check_training_step(tiny(family), photo_pairs[:8], tmp_path, CUDA, "bfloat16", family, lora=lora)
+
+
+def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tmp_path):
+    """From the same seed, up to the atomics of FlashAttention's backward."""
+    norms = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = Config(
+            run_dir="run",
+            policy=PolicyConfig(model=str(tiny("qwen2_5_vl")), lora=LoraConfig(rank=8, alpha=16)),
+            data=DataConfig(train="unused"),
+            optim=OptimConfig(pairs_per_step=4),
+        )
+        policy = load_policy(config.policy, CUDA)
+        engine = Engine(policy, config.optim, 1)
+        processor = Processor(config.policy.model, policy.base.config)
+        loader = PairLoader(photo_pairs[:4], processor, config.packing, pairs_per_step=4, shuffle=False)
+        (step,) = loader.steps(0, 1)
+        reference = Reference(policy, str(tmp_path))
+        norms.append(trainer.train_step(config, policy, engine, reference, step)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
