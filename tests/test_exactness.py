@@ -5,6 +5,7 @@ Everything here is judged against ``tests/oracles.py``: log-probs, loss, and the
 
 import copy
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from tests import oracles
 from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
@@ -121,9 +123,10 @@ def test_full_fine_tuning(family, share, full_oracle):
     assert_same(packed_loss_and_grads(policy, [pairs], share), truth, 1e-5)
 
 
-def test_lora_on_the_language_model(family, tiny, photo_pairs):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_lora_on_the_language_model(family, gradient_checkpointing, tiny, photo_pairs):
     folder = tiny(family)
-    policy = policy_of(folder, lora=True)
+    policy = policy_of(folder, lora=True, gradient_checkpointing=gradient_checkpointing)
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     model = oracles.load_model(folder, family)
     wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
@@ -195,15 +198,29 @@ def test_two_images_with_equal_placeholder_counts_are_not_shared(family, tiny, p
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
 
 
-def test_swapped_images_inside_one_path_are_not_shared(family, tiny, photo_pairs):
+@pytest.mark.parametrize("images", ["swapped", "other second"])
+def test_two_images_in_a_prompt_are_told_apart(family, images, tiny, photo_pairs, photo_root):
+    """Whole paths with equal token ids, whose images differ in order, or only after a shared first one."""
     folder = tiny(family)
     policy = policy_of(folder)
     pair = next(p for p in photo_pairs if len(p.images) == 2)
-    swapped = dataclasses.replace(pair, id="swapped", images=pair.images[::-1])
-    batch = pack(tokenize(policy, folder, [pair, swapped]), "image")
+    second = next(photo_root / name for name in ("coffee.png", "rocket.jpg") if photo_root / name not in pair.images)
+    resized = [np.asarray(Image.open(path).convert("RGB").resize((112, 112))) for path in (*pair.images, second)]
+    first, middle, last = (_png(pixels) for pixels in resized)
+    pair = dataclasses.replace(pair, images=(first, middle))
+    other = dataclasses.replace(pair, id="other", images=(middle, first) if images == "swapped" else (first, last))
+    tokenized = tokenize(policy, folder, [pair, other])
+    assert np.array_equal(tokenized[0].paths[0].input_ids, tokenized[1].paths[0].input_ids)
+    batch = pack(tokenized, "image")
     got = completion_logps(per_completion(token_logps(policy, batch), batch), batch)
     truth = oracles.pair_logps(oracles.load_model(folder, family), family, batch)
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_the_two_classic_bugs_would_show(tiny, full_oracle):

@@ -107,8 +107,8 @@ class Display:
         self._bar = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self._console,
+                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
             )  # fmt: skip
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
             self._bar.start()
@@ -123,7 +123,16 @@ class Display:
             self._last_line = now
             rate = (self._done - self._done_before) / max(now - self._began, 1e-9)
             eta = (self._total - self._done) / rate if rate else math.inf
-            self._console.print(f"{self._label} {self._unit} {self._done}/{self._total} | {note} | ETA {_clock(eta)}")
+            parts = (f"{self._label} {self._unit} {self._done}/{self._total}", note, f"ETA {_clock(eta)}")
+            self._console.print(" | ".join(part for part in parts if part), markup=False)
+
+    def note(self, note: str) -> None:
+        """What happens between two steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._label} | {note}", markup=False)
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

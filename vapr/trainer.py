@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -86,7 +87,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         run.path, number, engine, {"skipped": loader.skipped}, config.checkpoint.keep
                     )
                     if held_out is not None and (last or not interrupts.received):
-                        log.write(number, evaluate(config, policy, reference, held_out))
+                        log.write(number, evaluate(config, policy, reference, held_out, display.note))
                     if interrupts.received and not last:
                         raise interrupts.stopped(saved)
                 began = time.monotonic()
@@ -152,17 +153,17 @@ def score(
     return logps, losses * batch.pair_weights, (rewards[0], rewards[1])
 
 
-def evaluate(config: Config, policy: Policy, reference: Reference | None, held_out: PairLoader) -> dict[str, float]:
+def evaluate(
+    config: Config, policy: Policy, reference: Reference | None, held_out: PairLoader, say: Callable[[str], None]
+) -> dict[str, float]:
     """The training metrics on held-out pairs, keys ``eval/...``."""
     totals = Totals()
-    display = Display("evaluate", len(held_out.pairs), unit="pair")
     with frozen(policy):
         for step in held_out.steps(0, held_out.steps_per_epoch):
             for cpu_batch in step.batches:
                 logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
                 totals.add(losses, *rewards, logps)
-                display.advance("", cpu_batch.num_pairs)
-    display.close()
+                say(f"scoring held-out pairs {totals.num_pairs}/{len(held_out.pairs)}")
     return {f"eval/{name}": value for name, value in totals.means().items()}
 
 
@@ -243,8 +244,8 @@ def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir
 
 def _summary(values: dict[str, Any]) -> str:
     return (
-        f"loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:+.3f} "
-        f"logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f} {values['pairs_per_second']:.1f} pairs/s"
+        f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
+        f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
     )
 
 
