@@ -205,6 +205,17 @@ def test_a_changed_row_costs_one_row(make_config, photo_rows, capsys):
     assert " 1 computed" in capsys.readouterr().out  # the chosen completion of that row is still known
 
 
+def test_another_image_under_the_same_tokens_is_computed(make_config, photo_rows, capsys):
+    """LLaVA gives every photograph the same number of tokens: only the pixels tell the rows apart."""
+    trainer.train(make_config("before", family="llava"))
+    rows = [dict(row) for row in photo_rows[:24]]
+    number = next(n for n, row in enumerate(rows) if row.get("images") == ["astronaut.png"])
+    rows[number]["images"] = ["coffee.png"]
+    capsys.readouterr()
+    trainer.train(make_config("after", family="llava", rows=rows))
+    assert " 2 computed" in capsys.readouterr().out
+
+
 def test_a_damaged_cache_is_set_aside_and_computed_again(make_config, tmp_path, capsys):
     trainer.train(make_config("before"))
     shards = list((tmp_path / "reference").glob("*/*.safetensors"))

@@ -101,8 +101,13 @@ def export(run: Path, out: Path, adapter: bool) -> None:
 def demo(out: Path, seed: int) -> None:
     """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
     from vapr.demo.run import run_demo
+    from vapr.trainer import TrainingStopped
 
-    run_demo(out, seed)
+    try:
+        run_demo(out, seed)
+    except TrainingStopped as stopped:
+        click.echo(f"Stopped: {stopped}", err=True)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Engine:
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
-            fused=policy.device.type == "cuda",
+            fused=True,
         )
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
@@ -120,7 +120,7 @@ class Engine:
         for name, master in self.masters.items():
             master.copy_(masters[name])
             state = {
-                key: moments[f"{name}.{key}"].to(self._device_of(key, master))
+                key: moments[f"{name}.{key}"].to(master.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name}.{key}" in moments
             }
@@ -128,7 +128,3 @@ class Engine:
                 self.optimizer.state[master] = state
         self._copy_masters()
         self.num_updates = num_updates
-
-    def _device_of(self, key: str, master: Tensor) -> torch.device:
-        # Plain AdamW counts its steps on the CPU.
-        return torch.device("cpu") if key == "step" and not self.optimizer.defaults["fused"] else master.device

@@ -1,6 +1,7 @@
 """Loads a policy, freezes it, adds LoRA, and runs a PackedBatch through transformers' own modules."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from vapr import attention
 from vapr.config import PolicyConfig
@@ -65,6 +67,8 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
     Raises:
         UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a log has no use for bars
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = load_model_config(config.model)
     dtype = getattr(torch, config.dtype)

@@ -36,10 +36,18 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"run_dir: {self.path} is in use by another vapr process") from None
-        if self.holds_run and not resume:
+        if not self.holds_run:
+            return
+        if not resume:
             raise UserError(f"run_dir: {self.path} holds a run; continue it with --resume, or give another run_dir")
-        if self.holds_run and (difference := _difference(self.path / "config.yaml", config)):
+        if difference := _difference(self.path / "config.yaml", config):
             raise UserError(f"run_dir: {self.path} was started with {difference}; set it back, or give another run_dir")
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
 
     @property
     def holds_run(self) -> bool:
@@ -49,8 +57,13 @@ class RunDir:
         return begun or self.finished or bool(checkpoint.list_checkpoints(self.path))
 
     @property
+    def final(self) -> Path:
+        """Where the aligned model goes."""
+        return self.path / "final"
+
+    @property
     def finished(self) -> bool:
-        return (self.path / "final").is_dir()
+        return self.final.is_dir()
 
     def describe(self, config: Config, policy: Policy) -> None:
         """Write config.yaml (resolved) and environment.json."""
@@ -59,9 +72,6 @@ class RunDir:
         temporary.write_text(text)
         temporary.replace(self.path / "config.yaml")
         checkpoint.write_json(self.path / "environment.json", environment(policy))
-
-    def close(self) -> None:
-        self._lock.close()
 
 
 def environment(policy: Policy) -> dict[str, Any]:

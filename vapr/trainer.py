@@ -1,7 +1,9 @@
 """train(config): the loop, read aloud."""
 
+import contextlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,62 +44,52 @@ def train(config: Config, *, resume: bool = False) -> Path:
         UserError: for a mistake in config, data, model or run folder.
         TrainingStopped: for a loss or gradient that is not finite, or after a signal (checkpointed).
     """
-    run = RunDir(config, resume=resume)
-    final = run.path / "final"
-    if run.finished:
-        print(f"{run.path}: this run is finished; its model is in {final}")
-        return final
+    with RunDir(config, resume=resume) as run:
+        if run.finished:
+            print(f"{run.path}: this run is finished; its model is in {run.final}")
+        else:
+            _train(config, run, resume=resume)
+        return run.final
+
+
+def _train(config: Config, run: RunDir, *, resume: bool) -> None:
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = load_policy(config.policy)
     processor = Processor(config.policy.model, policy.base.config, config.data.image_backend)
     loader = open_pairs(config, config.data.train, processor, shuffle=config.data.shuffle)
     held_out = open_pairs(config, config.data.eval, processor, shuffle=False) if config.data.eval else None
-    num_steps = min(config.optim.epochs * loader.steps_per_epoch, config.optim.max_steps or math.inf)
-    engine = Engine(policy, config.optim, int(num_steps))
+    num_steps = min(config.optim.epochs * loader.steps_per_epoch, config.optim.max_steps or sys.maxsize)
+    engine = Engine(policy, config.optim, num_steps)
     run.describe(config, policy)
-    _say_what_runs(config, policy, processor, engine, loader, held_out, int(num_steps))
-    reference = None
-    if any(term.needs_reference for term in config.loss):
-        reference = Reference(policy, config.reference.cache_dir, config.packing.share)
-        for line in reference.messages:
-            print(f"reference  {line}")
-        if policy.adapters is None:
-            _prepare_reference(reference, policy, loader, held_out, int(num_steps))
+    _say_what_runs(config, policy, processor, engine, loader, held_out, num_steps)
+    reference = open_reference(config, policy, loader, held_out, num_steps)
 
     start = _resume(run, engine, loader) if resume else 0
     log = MetricsLog(run.path, start if resume else None)
-    display = Display("train", int(num_steps), done=start)
-    with _Interrupts() as interrupts:
-        try:
+    display = Display("train", num_steps, done=start)
+    with _Interrupts() as interrupts, contextlib.closing(log), contextlib.closing(display):
+        began = time.monotonic()
+        for number, step in enumerate(loader.steps(start, num_steps), start=start + 1):
+            if number == 1 and reference is not None:
+                _check_first_margin(config, policy, reference, step, display)
+            values = train_step(config, policy, engine, reference, step)
+            _stop_unless_finite(values, step, number, run.path)
+            engine.step()
+            values |= _speed(policy, step, time.monotonic() - began)
+            log.write(number, values)
+            display.advance(_summary(values))
+            last = number == num_steps
+            if last or number % config.checkpoint.every == 0 or interrupts.received:
+                if reference is not None:
+                    reference.flush()
+                saved = checkpoint.save(run.path, number, engine, {"skipped": loader.skipped}, config.checkpoint.keep)
+                if interrupts.received and not last:
+                    raise interrupts.stopped(saved)
+                if held_out is not None:
+                    log.write(number, evaluate(config, policy, reference, held_out, display.note))
             began = time.monotonic()
-            for number, step in enumerate(loader.steps(start, int(num_steps)), start=start + 1):
-                if number == 1 and reference is not None:
-                    _check_first_margin(config, policy, reference, step, display)
-                values = train_step(config, policy, engine, reference, step)
-                _stop_unless_finite(values, step, number, run.path)
-                engine.step()
-                values |= _speed(policy, step, time.monotonic() - began)
-                log.write(number, values)
-                display.advance(_summary(values))
-                last = number == num_steps
-                if last or number % config.checkpoint.every == 0 or interrupts.received:
-                    if reference is not None:
-                        reference.flush()
-                    saved = checkpoint.save(
-                        run.path, number, engine, {"skipped": loader.skipped}, config.checkpoint.keep
-                    )
-                    if held_out is not None and (last or not interrupts.received):
-                        log.write(number, evaluate(config, policy, reference, held_out, display.note))
-                    if interrupts.received and not last:
-                        raise interrupts.stopped(saved)
-                began = time.monotonic()
-        finally:
-            display.close()
-            log.close()
-    checkpoint.save_final(policy, final)
-    _say_what_was_done(run.path, loader, held_out, reference)
-    run.close()
-    return final
+    checkpoint.save_final(policy, run.final)
+    _say_what_was_done(run, loader, held_out, reference)
 
 
 def train_step(
@@ -187,22 +179,33 @@ def open_pairs(config: Config, source: str, processor: Processor, *, shuffle: bo
     return loader
 
 
-def _prepare_reference(
-    reference: Reference, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
-) -> None:
-    """Full fine-tuning: the policy is its own reference only until its first update, so score everything now."""
+def open_reference(
+    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
+) -> Reference | None:
+    """The reference, if a loss needs one.
+
+    With adapters it is there whenever they are switched off. In full fine-tuning the policy is its own reference only
+    until its first update, so everything the run will see is scored now.
+    """
+    if not any(term.needs_reference for term in config.loss):
+        return None
+    reference = Reference(policy, config.reference.cache_dir, config.packing.share)
+    for line in reference.messages:
+        print(f"reference  {line}")
+    if policy.adapters is not None:
+        return reference
     plans = [(loader, min(num_steps, loader.steps_per_epoch))]
     if held_out is not None:
         plans.append((held_out, held_out.steps_per_epoch))
     for pairs, stop in plans:
-        display = Display("reference", stop)
-        for step in pairs.steps(0, stop):
-            for batch in step.batches:
-                reference.logps(batch.to(policy.device))
-            reference.flush()
-            display.advance(f"{reference.hits} found, {reference.misses} computed")
-        display.close()
+        with contextlib.closing(Display("reference", stop)) as display:
+            for step in pairs.steps(0, stop):
+                for batch in step.batches:
+                    reference.logps(batch.to(policy.device))
+                reference.flush()
+                display.advance(f"{reference.hits} found, {reference.misses} computed")
     reference.policy_changes()
+    return reference
 
 
 def _check_first_margin(config: Config, policy: Policy, reference: Reference, step: Step, display: Display) -> None:
@@ -266,16 +269,16 @@ def _say_what_runs(
 
 
 def _say_what_was_done(
-    run_dir: Path, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
+    run: RunDir, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
 ) -> None:
     if reference is not None:
         counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
         print(f"reference  {counted} ({reference.folder})")
     skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
     if skipped:
-        checkpoint.write_json(run_dir / "skipped.json", skipped)
-        print(f"skipped    {len(skipped)} pairs, listed with reasons in {run_dir / 'skipped.json'}")
-    print(f"final      {run_dir / 'final'}")
+        checkpoint.write_json(run.path / "skipped.json", skipped)
+        print(f"skipped    {len(skipped)} pairs, listed with reasons in {run.path / 'skipped.json'}")
+    print(f"final      {run.final}")
 
 
 class _Interrupts:

@@ -12,7 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 QWEN_SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
@@ -105,7 +106,7 @@ def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
     config = transformers.LlavaConfig(
         vision_config=vision,
         text_config=transformers.LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **text),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -115,7 +116,7 @@ def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 def _qwen(
     family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 ) -> transformers.PreTrainedModel:
-    ids = dict(zip(QWEN_SPECIAL, tokenizer.convert_tokens_to_ids(QWEN_SPECIAL), strict=True))
+    ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
     mrope = {
         "rope_type": "default",
@@ -126,11 +127,11 @@ def _qwen(
         **text, "rope_parameters": mrope, "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
     }  # fmt: skip
-    special = {
+    special: dict[str, Any] = {
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
     }  # fmt: skip
-    patches = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    patches: dict[str, Any] = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
         vision = {
             "depth": 2,
