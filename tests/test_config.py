@@ -61,6 +61,7 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"loss": {"beta": -1.0}}, "loss.beta must be > 0, got -1.0"),
         ({"loss": {"kind": "dpo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
         ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be in [0, 0.5), got 0.5"),
+        ({"loss": {"kind": "hinge", "label_smoothing": 0.1}}, "loss.label_smoothing means nothing to hinge"),
         ({"loss": []}, "loss: give one loss, or a list of at least one"),
         ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
         ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),

@@ -81,10 +81,18 @@ def test_json_parquet_and_folders_read_alike(folder):
 
 
 def test_an_edit_runs_folder_is_read_from_its_pairs(folder):
-    (folder / "job" / "pairs").mkdir(parents=True)
-    write_pairs(folder / "job" / "pairs" / "x.jsonl", [{**ROW, "images": [str(folder / "cat.png")]}])
-    pairs, _ = read_pairs(folder / "job")
-    assert len(pairs) == 1
+    """Rejects and ledgers beside ``pairs/`` are no pairs; image paths start at the folder itself."""
+    (folder / "pairs").mkdir()
+    (folder / "rejects.jsonl").write_text('{"reason": "too long"}\n')
+    write_pairs(folder / "pairs" / "x.jsonl", [ROW])
+    pairs, _ = read_pairs(folder)
+    assert [pair.images for pair in pairs] == [(folder / "cat.png",)]
+
+
+def test_null_means_absent(folder):
+    row = {**ROW, "id": None, "weight": None, "edits": [{"start": 0, "end": 3, "from": None, "to": "Tan"}]}
+    pair = read_one(folder, row)
+    assert pair.weight == 1.0 and pair.edits == (Edit(0, 3, "Tan"),) and pair.id.endswith("pairs.jsonl:1")
 
 
 def user(*contents):
@@ -119,14 +127,19 @@ def user(*contents):
         ({"weight": "heavy"}, "'weight' must be a number"),
         ({"edits": [{"start": 0, "end": 99, "to": "x"}]}, "within the chosen text"),
         ({"edits": [{"start": 0, "end": 3, "from": "Tan", "to": "x"}]}, "'from' is 'Tan' but the chosen text has 'Red'"),
-        ({"edits": "Red"}, "an edit needs start, end and to"),
+        ({"edits": "Red"}, "'edits' must be a list, got 'Red'"),
+        ({"edits": [{"start": 0.0, "end": 3.0, "to": "x"}]}, "an edit needs start, end and to"),
+        ({"images": ["data:image/png;base64," + "A" * 5000]}, "is no path; save it to a file"),
+        ({"prompt": user("<image>\nQ?")}, "'prompt' holds '<image>' as text; write an image part"),
+        ({"chosen": "Red \ud83d"}, "'chosen' holds half a character"),
+        ({"weight": 10**400}, "'weight' is too large"),
     ],
     ids=str,
 )  # fmt: skip
 def test_bad_rows_are_named(folder, changes, message):
     good = {**ROW, "id": "good"}
     bad = {key: value for key, value in {**ROW, **changes}.items() if value is not ...}
-    write_pairs(folder / "pairs.jsonl", [good, bad])
+    (folder / "pairs.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")  # escapes as they come
     with pytest.raises(UserError) as error:
         read_pairs(folder / "pairs.jsonl")
     assert str(error.value).startswith(f"{folder}/pairs.jsonl:2: ")

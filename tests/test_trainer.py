@@ -342,6 +342,30 @@ def test_pairs_that_do_not_fit(make_config, photo_rows, tmp_path, photo_root):
     assert all("nothing is truncated" in reason for reason in skipped.values())
 
 
+def test_a_step_whose_pairs_are_all_skipped_is_no_update(make_config, photo_rows, tmp_path, photo_root):
+    """One pair a step: skipped ones leave no line, the others keep their step and learning rate."""
+    optim = {"lr": 1e-3, "schedule": "linear", "warmup_ratio": 0, "pairs_per_step": 1}
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root), "too_long": "skip", "shuffle": False}
+    config = make_config(packing={"max_tokens": 60}, data=data, optim=optim)
+    trainer.train(config)
+    skipped = json.loads((Path(config.run_dir) / "skipped.json").read_text())
+    steps = [entry["step"] for entry in metrics(config)]
+    assert 0 < len(skipped) < 24 and len(steps) == 24 - len(skipped)
+    lines = {int(place.rsplit(":", 1)[1]) for place in skipped}
+    assert set(steps) == set(range(1, 25)) - lines
+    assert [entry["lr"] for entry in metrics(config)] == pytest.approx([1e-3 * (1 - (n - 1) / 24) for n in steps])
+    with pytest.raises(UserError, match="every pair so far was skipped; the first: .*pairs.jsonl:1: "):
+        trainer.train(make_config("none", packing={"max_tokens": 5}, data=data, optim=optim))
+
+
+def test_pairs_without_any_image(make_config, photo_rows, family):
+    rows = [row for row in photo_rows if not row.get("images")]
+    for share in ("pair", "image"):
+        config = make_config(share, family=family, rows=rows, packing={"share": share})
+        trainer.train(config)
+        assert losses(config)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_bad_rows_and_images_can_be_skipped(make_config, photo_rows, photo_root, tmp_path):
     root = tmp_path / "photos"
     shutil.copytree(
@@ -360,6 +384,84 @@ def test_bad_rows_and_images_can_be_skipped(make_config, photo_rows, photo_root,
     skipped = json.loads((Path(config.run_dir) / "skipped.json").read_text())
     assert len(skipped) == 2
     assert any("broken.png' is not an image file" in reason for reason in skipped.values())
+
+
+def test_a_bad_image_late_in_the_run_costs_no_step(make_config, photo_rows, photo_root, tmp_path):
+    """The steps before it are checkpointed, and the run goes on once the row is mended, or is to be skipped."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for row in photo_rows[:24]:
+        for name in row.get("images", []):
+            shutil.copy(photo_root / name, root / name)
+    bad = next(n for n, row in enumerate(photo_rows[:24]) if n >= 16 and row.get("images"))
+    rows = [dict(row) for row in photo_rows[:24]]
+    rows[bad]["images"] = ["broken.png"] * len(rows[bad]["images"])
+    (root / "broken.png").write_bytes(b"not a picture")
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(root), "shuffle": False}
+    optim = {"pairs_per_step": 8, "epochs": 1}
+    config = make_config(rows=rows, data=data, optim=optim, checkpoint={"every": 100})
+    with pytest.raises(
+        UserError, match=rf"pairs.jsonl:{bad + 1}: .*not an image file; the 2 steps before it are saved"
+    ):
+        trainer.train(config)
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_row="skip"))
+    trainer.train(skipping, resume=True)
+    assert [entry["step"] for entry in metrics(config)] == [1, 2, 3]
+    assert [entry["pairs"] for entry in metrics(config)] == [8, 8, 7]
+
+
+def test_packs_of_text_rows_only_do_not_disturb_a_projector(make_config, photo_rows, tiny):
+    """Nothing trained is reached from such a pack: no gradient, no error."""
+    with_image = [row for row in photo_rows if len(row.get("images", [])) == 1][:4]
+    text = [row for row in photo_rows if not row.get("images")][:4]
+    policy = {"model": str(tiny("llava")), "dtype": "float32", "train": {"language_model": False, "projector": True}}
+    packing = {"max_tokens": 150}
+    trainer.train(make_config(rows=with_image + text, policy=policy, packing=packing))
+
+
+def test_masks_without_any_changed_token(make_config, photo_rows):
+    """A rejected answer that only adds words changes no token of the chosen one."""
+    rows = [
+        {**row, "id": str(n), "edits": [], "chosen": "A red cat.", "rejected": "A big red cat."}
+        for n, row in enumerate(photo_rows[:8])
+    ]
+    weights = {"changed": 1, "unchanged": 0}
+    for kind in ("sft", "simpo", "ipo"):
+        config = make_config(kind, rows=rows, loss={"kind": kind, "token_weights": weights})
+        trainer.train(config)
+        assert all(math.isfinite(loss) for loss in losses(config))
+
+
+def test_max_steps_overrides_epochs(make_config):
+    config = make_config(optim={"pairs_per_step": 8, "max_steps": 5})
+    trainer.train(config)
+    assert [entry["pairs"] for entry in metrics(config)] == [8] * 5  # 24 pairs: the second epoch is begun
+
+
+def test_changed_pairs_are_not_resumed(make_config, photo_rows):
+    config = make_config(checkpoint={"every": 2})
+    trainer.train(config)
+    shutil.rmtree(Path(config.run_dir) / "final")
+    with pytest.raises(UserError, match="the pairs changed since"):
+        trainer.train(make_config(rows=photo_rows[:23]), resume=True)
+
+
+def test_an_evaluation_lost_between_checkpoint_and_line_is_made_up(make_config, photo_rows, photo_root, tmp_path):
+    write_pairs(tmp_path / "held_out.jsonl", photo_rows[24:30])
+    data = {
+        "train": str(tmp_path / "pairs.jsonl"),
+        "eval": str(tmp_path / "held_out.jsonl"),
+        "image_root": str(photo_root),
+    }
+    config = make_config(data=data)
+    trainer.train(config)
+    path = Path(config.run_dir) / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    assert "eval/loss" in whole[-1]
+    path.write_text("".join(whole[:-1]))
+    shutil.rmtree(Path(config.run_dir) / "final")
+    trainer.train(config, resume=True)
+    assert path.read_text().splitlines(keepends=True) == whole
 
 
 def test_run_dir_rules(make_config, capsys, tmp_path):

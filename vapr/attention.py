@@ -128,7 +128,7 @@ def _sdpa(
     return torch.cat(outs)
 
 
-@functools.lru_cache(maxsize=128)  # every layer of a batch asks for the same ones
+@functools.lru_cache(maxsize=32)  # every layer of a batch asks for the same ones
 def _bottom_right(num_q: int, num_k: int, device: torch.device) -> Tensor:
     """Causal with the last query at the last key; SDPA's own ``is_causal`` aligns to the first."""
     return torch.ones(num_q, num_k, dtype=torch.bool, device=device).tril(num_k - num_q)

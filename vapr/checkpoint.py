@@ -95,6 +95,9 @@ def save_final(policy: Policy, folder: Path) -> None:
         policy.adapters.save_pretrained(str(temporary))
         readme = temporary / "README.md"  # PEFT's empty model card
         readme.unlink(missing_ok=True)
+        settings = json.loads((temporary / "adapter_config.json").read_text())
+        settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
+        write_json(temporary / "adapter_config.json", settings)
     else:
         policy.base.save_pretrained(temporary)
     copy_processor_files(policy.folder, temporary)
@@ -132,9 +135,10 @@ def export(run_dir: Path, out: Path, *, adapter: bool = False) -> None:
 
 
 def _merge(run_dir: Path, final: Path, temporary: Path) -> None:
-    config = Config.load(run_dir / "config.yaml").policy
-    model_class, _, _ = FAMILIES[load_model_config(config.model).model_type]
-    base = model_class.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, Config.load(run_dir / "config.yaml").policy.dtype)
+    source = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model_class, _, _ = FAMILIES[load_model_config(source).model_type]
+    base = model_class.from_pretrained(source, dtype=dtype)
     merged = peft.PeftModel.from_pretrained(base, str(final)).merge_and_unload(safe_merge=True)
     merged.save_pretrained(temporary)
     copy_processor_files(final, temporary)

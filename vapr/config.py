@@ -97,6 +97,8 @@ LossKind = Literal[
     "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "apo_down", "simpo", "orpo", "dpop", "sft"
 ]
 
+OPTIONS_OF_KINDS = {"label_smoothing": ("sigmoid", "robust", "simpo"), "gamma": ("simpo",), "dpop_lambda": ("dpop",)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWeights:
@@ -141,6 +143,9 @@ class LossConfig:
         _check(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", "in [0, 0.5)", self.label_smoothing)
         for name in ("weight", "gamma", "dpop_lambda", "sft_weight"):
             _check(getattr(self, name) >= 0, f"loss.{name}", "at least 0", getattr(self, name))
+        for name, kinds in OPTIONS_OF_KINDS.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"loss.{name} means nothing to {self.kind}; it belongs to {', '.join(kinds)}")
 
     @property
     def needs_reference(self) -> bool:
@@ -178,6 +183,7 @@ class OptimConfig:
     pairs_per_step: int = 64
     epochs: int = 1
     max_steps: int | None = None
+    """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", "> 0", self.lr)

@@ -100,6 +100,10 @@ class Engine:
             if weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def skip_step(self) -> None:
+        """A step without pairs: no update, but the schedule goes on."""
+        self.num_updates += 1
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Master weights by name, and optimizer state by ``name.exp_avg`` and the like."""
         names = {id(master): name for name, master in self.masters.items()}

@@ -4,6 +4,7 @@ The order is a pure function of seed and epoch. Tokenising and image processing 
 never change the order.
 """
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ LOOKAHEAD = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """The micro-batches of one optimizer step, on the CPU, and what is counted over all of them."""
+    """The micro-batches of one optimizer step, on the CPU, and what is counted over all of them.
+
+    A step whose pairs were all skipped has no batches, and no update.
+    """
 
     batches: tuple[PackedBatch, ...]
     num_pairs: int
@@ -55,7 +59,7 @@ class PairLoader:
         token_weights: weights of changed and unchanged tokens.
 
     Attributes:
-        skipped: reason by pair id, for pairs left out.
+        skipped: reason by place in the file, for pairs left out.
     """
 
     def __init__(
@@ -86,6 +90,15 @@ class PairLoader:
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.pairs) // self.pairs_per_step)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the pairs and their order; a place in the data means nothing in other data."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in pair.images]
+            digest.update(repr((pair.id, images, pair.prompt, pair.chosen, pair.rejected, pair.weight)).encode())
+        return digest.hexdigest()
 
     def order(self, epoch: int) -> list[int]:
         """Pair numbers in the order of an epoch. With ``share: image``, pairs of one image stay together."""
@@ -119,10 +132,10 @@ class PairLoader:
                         if isinstance(result, UserError):
                             if self._on_bad_row == "error":
                                 raise result
-                            self.skipped[pair.id] = str(result)
+                            self.skipped[pair.where] = str(result)
                         else:
                             tokenized.append(result)
-                    yield self._pack(tokenized, step)
+                    yield self._pack(tokenized)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -139,7 +152,7 @@ class PairLoader:
         except UserError as error:
             return error
 
-    def _pack(self, pairs: list[TokenizedPair], step: int) -> Step:
+    def _pack(self, pairs: list[TokenizedPair]) -> Step:
         fitting = []
         for pair in pairs:
             num_tokens = count_tokens([pair], self._packing.share)
@@ -152,16 +165,11 @@ class PairLoader:
             )
             if self._too_long == "error":
                 raise UserError(reason)
-            self.skipped[pair.id] = reason
-        if not fitting:
-            raise UserError(f"step {step + 1}: every pair of it was skipped; first reason: {self._first_reason()}")
+            self.skipped[pair.where] = reason
         packs = fill_packs(fitting, self._packing)
         batches = tuple(pack(members, self._packing.share) for members in packs)
         chosen_tokens = sum(float(pair.paths[0].token_weights.sum()) for pair in fitting)
         return Step(batches, len(fitting), chosen_tokens)
-
-    def _first_reason(self) -> str:
-        return next(iter(self.skipped.values()), "none")
 
 
 def fill_packs(pairs: list[TokenizedPair], packing: PackingConfig) -> list[list[TokenizedPair]]:

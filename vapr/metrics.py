@@ -61,6 +61,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / "metrics.jsonl"
+        self.evaluated: set[int] = set()  # steps that have their evaluation
         if resume_step is not None and self._path.exists():
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -85,8 +86,12 @@ class MetricsLog:
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                entry = json.loads(line)
+                if entry["step"] > step:
+                    continue
+                kept.append(line)
+                if "eval/loss" in entry:
+                    self.evaluated.add(entry["step"])
             except (ValueError, KeyError):
                 continue  # the half-written last line of a killed run
         temporary = self._path.with_suffix(".tmp")

@@ -74,12 +74,14 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
     dtype = getattr(torch, config.dtype)
     backend = attention.choose_backend(config.attention, device, dtype)
     model_class, tower, projector = FAMILIES[model_config.model_type]
+    # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
+    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     loaded: Any
     try:
         loaded = model_class.from_pretrained(
-            config.model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"policy.model: {config.model} does not load ({' '.join(str(error).split())})") from None
     base: transformers.PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -111,7 +113,7 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"policy.model: {model} is no readable model ({' '.join(str(error).split())})") from None
     text = config.get_text_config()
@@ -129,6 +131,8 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")
     if kinds - {"full_attention"} or (config.model_type == "llava" and getattr(text, "sliding_window", None)):
         raise UserError(f"{where} uses sliding-window attention, which packing does not support")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{where} is quantized, which is not supported yet; use the unquantized model")
     if getattr(config.vision_config, "model_type", "") == "pixtral":
         raise UserError(f"{where} has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP")
     return config

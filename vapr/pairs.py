@@ -51,7 +51,8 @@ def read_pairs(
     """Read every pair of a file, or of all pair files of a folder in name order.
 
     Args:
-        source: a .jsonl, .json or .parquet file, or a folder (``pairs/`` inside it is taken if it has no such file).
+        source: a .jsonl, .json or .parquet file, or a folder. Of a folder with ``pairs/`` in it only that is read, and
+            image paths start at the folder itself.
         format: ``auto``, ``vapr`` or ``trl``.
         image_root: folder all images must lie in; by default paths start at the data file's folder.
         on_bad_row: ``error`` raises at the first bad row; ``skip`` leaves it out and reports it.
@@ -65,13 +66,14 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     skipped: list[str] = []
     ids: dict[str, str] = {}
-    for file in _pair_files(source):
+    files, folder = _pair_files(source)
+    for file in files:
         for number, row in _READERS[file.suffix](file):
             where = f"{file}:{number}"
             try:
                 if isinstance(row, _BadRow):
                     raise row
-                pair = _pair_from_row(row, format, image_root or file.parent, image_root is not None, where)
+                pair = _pair_from_row(row, format, image_root or folder, image_root is not None, where)
                 if pair.id in ids:
                     raise _BadRow(f"id '{pair.id}' was already used at {ids[pair.id]}; ids must be unique")
             except _BadRow as error:
@@ -96,18 +98,19 @@ def write_pairs(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def _pair_files(source: Path) -> list[Path]:
+def _pair_files(source: Path) -> tuple[list[Path], Path]:
+    """The files to read, and the folder that relative image paths start at."""
     if source.is_file():
         if source.suffix not in _READERS:
             raise UserError(f"{source}: unknown file type; use {', '.join(_READERS)}")
-        return [source]
+        return [source], source.parent
     if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder")
-    for folder in (source, source / "pairs"):
-        files = sorted(file for file in folder.glob("*") if file.suffix in _READERS) if folder.is_dir() else []
-        if files:
-            return files
-    raise UserError(f"{source}: no {', '.join(_READERS)} file in this folder")
+        raise UserError(f"{source}: no such file or folder (a data set of the hub has to be downloaded first)")
+    folder = source / "pairs" if (source / "pairs").is_dir() else source
+    files = sorted(file for file in folder.glob("*") if file.suffix in _READERS)
+    if not files:
+        raise UserError(f"{folder}: no {', '.join(_READERS)} file in this folder")
+    return files, source
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -147,7 +150,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
-                yield number, {key: value for key, value in row.items() if value is not None}
+                yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
 
@@ -162,6 +165,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 def _pair_from_row(row: Any, format: str, root: Path, confined: bool, where: str) -> PreferencePair:
     if not isinstance(row, dict):
         raise _BadRow("a row must be an object with prompt, chosen and rejected")
+    row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
     missing = [key for key in ("chosen", "rejected") if key not in row]
     # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
     implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
@@ -206,7 +210,10 @@ def _row_id(row: dict[str, Any], where: str) -> str:
 def _weight(weight: Any) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise _BadRow(f"'weight' must be a number of at least 0, got {weight!r}")
-    return float(weight)
+    try:
+        return float(weight)
+    except OverflowError:
+        raise _BadRow("'weight' is too large") from None
 
 
 def _messages(value: Any, key: str, role: str) -> list[Message]:
@@ -227,13 +234,17 @@ def _messages(value: Any, key: str, role: str) -> list[Message]:
 
 def _parts(content: Any, key: str) -> list[dict[str, str]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise _BadRow(f"'{key}' holds a content that is neither text nor a list of parts: {content!r:.60}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            try:
+                part["text"].encode()
+            except UnicodeEncodeError:
+                raise _BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)") from None
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image":
             inline = [name for name in ("image", "url", "path", "base64") if part.get(name)]
@@ -280,6 +291,8 @@ def _check_turns(
             raise _BadRow(f"'{key}' is empty")
     if chosen == rejected:
         raise _BadRow("chosen and rejected are the same text; there is nothing to prefer")
+    if num_images and any("<image>" in part.get("text", "") for message in prompt for part in message["content"]):
+        raise _BadRow("'prompt' holds '<image>' as text; write an image part {\"type\": \"image\"} in its place")
     num_parts = sum(part["type"] == "image" for message in prompt for part in message["content"])
     if num_parts == 0 and num_images:
         first = roles.index("user")
@@ -300,27 +313,33 @@ def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
     if not isinstance(image, str) or not image:
         raise _BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
     path = root / image
-    if confined and not path.resolve().is_relative_to(root.resolve()):
-        raise _BadRow(f"image '{image}' lies outside data.image_root ({root})")
-    if not path.is_file():
-        raise _BadRow(f"image '{image}' not found (looked for {path})")
+    try:
+        if confined and not path.resolve().is_relative_to(root.resolve()):
+            raise _BadRow(f"image '{image}' lies outside data.image_root ({root})")
+        if not path.is_file():
+            raise _BadRow(f"image '{image}' not found (looked for {path})")
+    except (OSError, ValueError):  # too long, or with a NUL: base64 or a data URL instead of a path
+        raise _BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
     return path
 
 
 def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
     if not edits:
         return ()
+    if not isinstance(edits, list):
+        raise _BadRow(f"'edits' must be a list, got {edits!r:.60}")
     text = "".join(part["text"] for part in chosen[0]["content"])
     spans = []
     for edit in edits:
         try:
             span = Edit(start=edit["start"], end=edit["end"], to=edit["to"])
-            valid = 0 <= span.start <= span.end <= len(text) and isinstance(span.to, str)
+            whole = isinstance(span.start, int) and isinstance(span.end, int)
+            valid = whole and 0 <= span.start <= span.end <= len(text) and isinstance(span.to, str)
         except (TypeError, KeyError):
             valid = False
         if not valid:
             raise _BadRow(f"an edit needs start, end and to within the chosen text, got {edit!r:.80}")
-        if text[span.start : span.end] != edit.get("from", text[span.start : span.end]):
+        if edit.get("from") not in (None, text[span.start : span.end]):
             raise _BadRow(
                 f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
             )

@@ -9,7 +9,6 @@ import hashlib
 import io
 import re
 import threading
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,9 @@ from transformers.processing_utils import ProcessorMixin
 from vapr.config import TokenWeights
 from vapr.errors import UserError
 from vapr.pairs import Message, PreferencePair
+
+MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+"""Pillow only warns here, and warnings are no business of several threads."""
 
 READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 """PIL modes that convert to RGB without losing range. 16-bit and float images would be clipped."""
@@ -78,7 +80,7 @@ class Processor:
         self.family = config.model_type
         self.image_backend = _resolve_backend(image_backend)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             self.image_processor = _load_image_processor(model, self.image_backend)
             self._settings, _ = ProcessorMixin.get_processor_dict(model)
         except (OSError, ValueError, ImportError) as error:
@@ -265,19 +267,21 @@ def read_image(source: Path | bytes) -> Image.Image:
     """
     name = _name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.mode not in READABLE_MODES:
-                    raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
-                if (num_frames := getattr(image, "n_frames", 1)) > 1:
-                    raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
-                if 0 in image.size:
-                    raise UserError(f"image {name} has size {image.size[0]} x {image.size[1]}")
-                upright = ImageOps.exif_transpose(image)
-                return (upright or image).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"image {name} is a decompression bomb: {_one_line(error)}") from None
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if width * height > MAXIMUM_PIXELS:
+                raise UserError(f"image {name} may be a decompression bomb: {width} x {height} pixels; scale it down")
+            if image.mode not in READABLE_MODES:
+                raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
+            # Phones put a second picture behind the photograph (MPO); the first is meant.
+            if (num_frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+                raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
+            if width * height == 0:
+                raise UserError(f"image {name} has size {width} x {height}")
+            upright = ImageOps.exif_transpose(image)
+            return (upright or image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {name} may be a decompression bomb: {_one_line(error)}") from None
     except UnidentifiedImageError:
         raise UserError(f"image {name} is not an image file") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -336,7 +340,7 @@ def _resolve_backend(wanted: str) -> str:
 
 def _load_image_processor(model: str, backend: str) -> Any:
     if backend == "torchvision":
-        return AutoImageProcessor.from_pretrained(model, backend=backend)
+        return AutoImageProcessor.from_pretrained(model, backend=backend, trust_remote_code=False)
     # By class: the auto class of transformers 5.17 wants torchvision even for its PIL processors.
     settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
     name = settings.get("image_processor_type", "").removesuffix("Fast").removesuffix("Pil") + "Pil"

@@ -8,6 +8,7 @@ losses are applied later), so every loss shares one cache.
 The cache is a folder of safetensors shards, one a flush, written whole; runs may share it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,9 +50,8 @@ class Reference:
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
-        self._weights = weights_hash(policy.folder, root)
         described = {
-            "weights": self._weights,
+            "weights": weights_hash(policy.folder, root),
             "dtype": str(policy.dtype),
             "device": policy.device.type,
             "attention": policy.attention_backend,
@@ -59,7 +59,10 @@ class Reference:
         }
         self._salt = json.dumps(described, sort_keys=True).encode()
         self.folder = root / hashlib.sha256(self._salt).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"reference.cache_dir: {self.folder} cannot be written ({error.strerror})") from None
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []
@@ -143,7 +146,8 @@ class Reference:
                 raise ValueError("its checksum does not match")
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             damaged = shard.with_suffix(".damaged")
-            shard.rename(damaged)
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
+                shard.rename(damaged)
             reason = " ".join(str(error).split())
             self.messages.append(
                 f"{shard} is damaged ({reason}); set aside as {damaged.name}, what it held is computed again"
@@ -206,10 +210,13 @@ def weights_hash(folder: Path, root: Path) -> str:
                 known[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name}:{known[identity]}\n".encode())
     if known != memory:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = memory_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.rename(memory_file)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            temporary = memory_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            temporary.write_text(json.dumps(known))
+            temporary.rename(memory_file)
+        except OSError as error:
+            raise UserError(f"reference.cache_dir: {root} cannot be written ({error.strerror})") from None
     return digest.hexdigest()
 
 

@@ -14,7 +14,9 @@ from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model import Policy
 
-MAY_CHANGE = ("run_dir", "checkpoint", "reference", "data.eval")
+MAY_CHANGE = (
+    "run_dir", "checkpoint", "reference", "data.eval", "data.too_long", "data.on_bad_row", "packing.max_tokens",
+)  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 
 

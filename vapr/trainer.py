@@ -2,12 +2,10 @@
 
 import contextlib
 import math
-import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from vapr import checkpoint
 from vapr.config import Config
 from vapr.engine import Engine
 from vapr.errors import UserError
+from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.loader import PairLoader, Step
 from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
 from vapr.loss import PairLogps, preference_losses
@@ -27,14 +26,6 @@ from vapr.pairs import read_pairs
 from vapr.processor import Processor
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
-
-
-class TrainingStopped(Exception):
-    """The run ended before its last step, for a reason that is no mistake of the config."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -58,7 +49,7 @@ def _train(config: Config, run: RunDir, *, resume: bool) -> None:
     processor = Processor(config.policy.model, policy.base.config, config.data.image_backend)
     loader = open_pairs(config, config.data.train, processor, shuffle=config.data.shuffle)
     held_out = open_pairs(config, config.data.eval, processor, shuffle=False) if config.data.eval else None
-    num_steps = min(config.optim.epochs * loader.steps_per_epoch, config.optim.max_steps or sys.maxsize)
+    num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     engine = Engine(policy, config.optim, num_steps)
     run.describe(config, policy)
     _say_what_runs(config, policy, processor, engine, loader, held_out, num_steps)
@@ -67,29 +58,98 @@ def _train(config: Config, run: RunDir, *, resume: bool) -> None:
     start = _resume(run, engine, loader) if resume else 0
     log = MetricsLog(run.path, start if resume else None)
     display = Display("train", num_steps, done=start)
-    with _Interrupts() as interrupts, contextlib.closing(log), contextlib.closing(display):
-        began = time.monotonic()
-        for number, step in enumerate(loader.steps(start, num_steps), start=start + 1):
-            if number == 1 and reference is not None:
-                _check_first_margin(config, policy, reference, step, display)
-            values = train_step(config, policy, engine, reference, step)
-            _stop_unless_finite(values, step, number, run.path)
-            engine.step()
-            values |= _speed(policy, step, time.monotonic() - began)
-            log.write(number, values)
-            display.advance(_summary(values))
-            last = number == num_steps
-            if last or number % config.checkpoint.every == 0 or interrupts.received:
-                if reference is not None:
-                    reference.flush()
-                saved = checkpoint.save(run.path, number, engine, {"skipped": loader.skipped}, config.checkpoint.keep)
-                if interrupts.received and not last:
-                    raise interrupts.stopped(saved)
-                if held_out is not None:
-                    log.write(number, evaluate(config, policy, reference, held_out, display.note))
-            began = time.monotonic()
+    with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
+        training = _Training(config, run, policy, engine, loader, held_out, reference, log, display, start, start)
+        if start and training.is_due(num_steps):
+            training.evaluate()  # the run may have ended between the checkpoint and its evaluation
+        with training.saved_on_mistakes():
+            for step in loader.steps(start, num_steps):
+                training.take(step)
+                if training.is_due(num_steps) or interrupts.received:
+                    saved = training.save()
+                    if interrupts.received and training.done < num_steps:
+                        raise interrupts.stopped(saved)
+                    training.evaluate()
     checkpoint.save_final(policy, run.final)
     _say_what_was_done(run, loader, held_out, reference)
+
+
+@dataclass(slots=True, eq=False)
+class _Training:
+    """A run under way: what the loop does with each step."""
+
+    config: Config
+    run: RunDir
+    policy: Policy
+    engine: Engine
+    loader: PairLoader
+    held_out: PairLoader | None
+    reference: Reference | None
+    log: MetricsLog
+    display: Display
+    done: int  # steps
+    saved: int  # steps in the newest checkpoint
+    num_pairs: int = 0  # trained on by this process
+    began: float = field(default_factory=time.monotonic)  # the step under way
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether a checkpoint and an evaluation belong here."""
+        return self.done == num_steps or self.done % self.config.checkpoint.every == 0
+
+    def take(self, step: Step) -> None:
+        """Forward, backward, update, log."""
+        if step.num_pairs == 0:
+            self.engine.skip_step()
+            self.done += 1
+            self.display.advance("every pair of this step was skipped")
+            return
+        if self.done == self.num_pairs == 0 and self.reference is not None:
+            _check_first_margin(self.config, self.policy, self.reference, step, self.display)
+        values = train_step(self.config, self.policy, self.engine, self.reference, step)
+        _stop_unless_finite(values, step, self.done + 1, self.run.path)
+        self.engine.step()
+        self.done += 1
+        self.num_pairs += step.num_pairs
+        values |= _speed(self.policy, step, time.monotonic() - self.began)
+        self.log.write(self.done, values)
+        self.display.advance(_summary(values))
+        self.began = time.monotonic()
+
+    def save(self) -> Path:
+        """Checkpoint, reference values and the list of skipped pairs; returns the checkpoint's folder."""
+        if self.num_pairs == self.saved == 0:
+            first = next(iter(self.loader.skipped.values()))
+            raise UserError(f"data.train: every pair so far was skipped; the first: {first}")
+        if self.reference is not None:
+            self.reference.flush()
+        _list_skipped(self.run, self.loader, self.held_out)
+        state = {"skipped": self.loader.skipped, "data": self.loader.digest}
+        self.saved = self.done
+        return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint.keep)
+
+    def evaluate(self) -> None:
+        """Score the held-out pairs, unless that was done at this step."""
+        if self.held_out is not None and self.done not in self.log.evaluated:
+            values = evaluate(self.config, self.policy, self.reference, self.held_out, self.display.note)
+            self.log.write(self.done, values)
+        self.began = time.monotonic()
+
+    @contextlib.contextmanager
+    def saved_on_mistakes(self) -> Iterator[None]:
+        """A bad row or too small a GPU, found hours into a run, costs no step: they are checkpointed first."""
+        try:
+            yield
+        except (UserError, torch.OutOfMemoryError) as error:
+            way_out = ""
+            if self.done > self.saved and self.num_pairs:
+                way_out = f"; the {self.done} steps before it are saved, continue with --resume"
+                self.save()
+            if isinstance(error, UserError):
+                raise UserError(f"{error}{way_out}") from None
+            raise TrainingStopped(
+                f"step {self.done + 1} does not fit the GPU's memory; lower packing.max_tokens or set "
+                f"policy.gradient_checkpointing: true{way_out}"
+            ) from None
 
 
 def train_step(
@@ -100,7 +160,8 @@ def train_step(
     for cpu_batch in step.batches:
         batch = cpu_batch.to(policy.device)
         logps, losses, rewards = score(config, policy, reference, batch, step)
-        engine.backward(losses.sum() / step.num_pairs)
+        if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
+            engine.backward(losses.sum() / step.num_pairs)
         totals.add(losses, *rewards, logps)
     return {
         **totals.means(),
@@ -131,7 +192,8 @@ def score(
     if reference is not None:
         reference_logps = completion_logps(reference.logps(batch, features), batch)
     logps = completion_logps(per_completion(token_logps(policy, batch, features), batch), batch)
-    lengths = completion_sums(batch.token_weights, batch).clamp(min=1)
+    lengths = completion_sums(batch.token_weights, batch)
+    lengths = torch.where(lengths > 0, lengths, 1.0)  # all tokens masked: the log-prob is 0 whatever it is divided by
     pair_logps = PairLogps(
         chosen=logps[:, 0],
         rejected=logps[:, 1],
@@ -139,7 +201,7 @@ def score(
         reference_rejected=reference_logps[:, 1],
         chosen_lengths=lengths[batch.chosen],
         rejected_lengths=lengths[batch.rejected],
-        mean_chosen_length=step.num_chosen_tokens / step.num_pairs,
+        mean_chosen_length=(step.num_chosen_tokens or 1.0) / step.num_pairs,
     )
     losses, *rewards = preference_losses(pair_logps, config.loss)
     return logps, losses * batch.pair_weights, (rewards[0], rewards[1])
@@ -156,6 +218,8 @@ def evaluate(
                 logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
                 totals.add(losses, *rewards, logps)
                 say(f"scoring held-out pairs {totals.num_pairs}/{len(held_out.pairs)}")
+    if not totals.num_pairs:
+        raise UserError(f"data.eval: every pair was skipped; the first: {next(iter(held_out.skipped.values()))}")
     return {f"eval/{name}": value for name, value in totals.means().items()}
 
 
@@ -176,6 +240,8 @@ def open_pairs(config: Config, source: str, processor: Processor, *, shuffle: bo
         token_weights=config.token_weights,
     )
     loader.skipped.update({line.split(": ", 1)[0]: line for line in skipped})
+    if skipped:
+        print(f"skipped    {len(skipped)} rows of {source}; the first: {skipped[0]}")
     return loader
 
 
@@ -226,6 +292,10 @@ def _resume(run: RunDir, engine: Engine, loader: PairLoader) -> int:
         print(f"{run.path}: no checkpoint yet; starting from the beginning")
         return 0
     state = checkpoint.load(folders[-1], engine)
+    if state["data"] != loader.digest:
+        raise UserError(
+            f"data.train: the pairs changed since {run.path} was started; restore them, or give another run_dir"
+        )
     loader.skipped.update(state["skipped"])
     print(f"{run.path}: resuming after step {state['step']} ({folders[-1].name})")
     return state["step"]
@@ -274,31 +344,14 @@ def _say_what_was_done(
     if reference is not None:
         counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
         print(f"reference  {counted} ({reference.folder})")
-    skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
-    if skipped:
-        checkpoint.write_json(run.path / "skipped.json", skipped)
-        print(f"skipped    {len(skipped)} pairs, listed with reasons in {run.path / 'skipped.json'}")
+    if num_skipped := _list_skipped(run, loader, held_out):
+        print(f"skipped    {num_skipped} pairs, listed with reasons in {run.path / 'skipped.json'}")
     print(f"final      {run.final}")
 
 
-class _Interrupts:
-    """SIGTERM and the first Ctrl-C let the step finish and be checkpointed; the second Ctrl-C stops at once."""
-
-    def __enter__(self) -> "_Interrupts":
-        self.received: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-    def stopped(self, saved: Path) -> TrainingStopped:
-        assert self.received is not None
-        message = f"{self.received.name}: stopped after writing {saved}; continue with --resume"
-        return TrainingStopped(message, 128 + self.received)
+def _list_skipped(run: RunDir, loader: PairLoader, held_out: PairLoader | None) -> int:
+    """Write the pairs left out so far, place in the file -> reason; returns how many."""
+    skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
+    if skipped:
+        checkpoint.write_json(run.path / "skipped.json", skipped)
+    return len(skipped)
