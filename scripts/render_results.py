@@ -2,7 +2,8 @@
 
     python scripts/render_results.py [FOLDER] [--write README.md | --check README.md]
 
-``--write`` replaces the block between the markers below; ``--check`` exits 1 if that block is out of date.
+``--write`` replaces the block between the markers below with the headline (training steps, data as shipped, the arms a
+reader asks for first); ``--check`` exits 1 if that block is out of date. Without either, every table is printed.
 """
 
 import argparse
@@ -13,6 +14,9 @@ from typing import Any
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
+HEADLINE_ARMS = (
+    "trl", "trl compact", "trl compact cached", "vapr shared online", "vapr shared cached", "vapr image-shared cached",
+)  # fmt: skip
 ABOUT_THE_RUN = ("bench", "run", "time", "commit", "device", "threads", "versions")
 
 Row = dict[str, Any]
@@ -24,16 +28,16 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--check", type=Path, metavar="FILE")
     options = parser.parse_args()
-    tables = render(read_rows(options.folder))
+    rows = read_rows(options.folder)
     file = options.write or options.check
     if file is None:
-        print(tables)
+        print(render(rows))
         return 0
     old = file.read_text(encoding="utf-8")
     if BEGIN not in old or END not in old:
         print(f"{file}: no '{BEGIN}' ... '{END}' block in it; add the two lines where the tables belong")
         return 2
-    new = replace_block(old, tables)
+    new = replace_block(old, render([row for row in rows if is_headline(row)]))
     if options.write:
         file.write_text(new, encoding="utf-8")
     elif new != old:
@@ -59,6 +63,10 @@ def render(rows: list[Row]) -> str:
         of_bench = [row for row in rows if row["bench"] == bench]
         parts += train_step_tables(of_bench) if bench == "train_step" else plain_tables(bench, of_bench)
     return "\n\n".join(parts) if parts else "No results yet."
+
+
+def is_headline(row: Row) -> bool:
+    return row["bench"] == "train_step" and row["data"] == "as shipped" and row["arm"] in HEADLINE_ARMS
 
 
 def newest_run(rows: list[Row], case: tuple[str, ...]) -> dict[tuple, list[Row]]:
