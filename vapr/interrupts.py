@@ -1,6 +1,7 @@
 """How a run ends before its last step: by a signal, or for a reason that is no mistake of the config."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +19,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         self.received: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
