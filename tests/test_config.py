@@ -62,6 +62,9 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"loss": {"kind": "dpo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
         ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be in [0, 0.5), got 0.5"),
         ({"loss": {"kind": "hinge", "label_smoothing": 0.1}}, "loss.label_smoothing means nothing to hinge"),
+        ({"loss": "sigmoid"}, "loss: should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them"),
+        ({"policy": {"model": "m", "lora": {"targets": "q_proj"}}}, "policy.lora.targets: should be all-linear, or a list of module names"),
+        ({"seed": 2**64}, "seed must be at least 0 and below 2^63"),
         ({"loss": []}, "loss: give one loss, or a list of at least one"),
         ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
         ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),
@@ -82,6 +85,10 @@ def test_mistakes_are_one_line(changes, message):
         Config.parse({**MINIMAL, **changes}, where="run.yaml")
     assert str(error.value).startswith("run.yaml: ")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_off_without_quotes_is_off():
+    assert Config.parse({**MINIMAL, **yaml.safe_load("kernels: off")}).kernels == "off"
 
 
 def test_overrides(tmp_path):

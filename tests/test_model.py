@@ -51,6 +51,13 @@ def test_a_model_with_missing_weights_is_refused(tiny, tmp_path):
         load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="float32"), CPU)
 
 
+def test_cut_weights_are_one_line(tiny, tmp_path):
+    shutil.copytree(tiny("llava"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(UserError, match="does not load .*header"):
+        load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="float32"), CPU)
+
+
 def test_pickled_weights_are_refused(tiny, tmp_path):
     shutil.copytree(tiny("llava"), tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")

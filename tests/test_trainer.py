@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vapr import checkpoint, trainer
 from vapr.config import Config
@@ -205,6 +205,40 @@ def test_a_changed_row_costs_one_row(make_config, photo_rows, capsys):
     assert " 1 computed" in capsys.readouterr().out  # the chosen completion of that row is still known
 
 
+def test_a_changed_answer_in_bf16_is_within_the_measured_tolerance(make_config, tiny, photo_rows):
+    """The rejected completion was scored when it shared its beginning with another chosen one: another pack layout."""
+    policy = {"model": str(tiny("llava")), "dtype": "bfloat16", "lora": {"rank": 2}}
+    for number, row in enumerate(photo_rows[:6]):
+        row = {**row, "edits": [], "chosen": "Yes. It is a red one.", "rejected": "Yes. It is a blue one."}
+        trainer.train(make_config(f"a{number}", rows=[row], policy=policy))
+        trainer.train(make_config(f"b{number}", rows=[{**row, "chosen": "Surely red."}], policy=policy))
+
+
+def test_weights_that_are_not_numbers_are_named_and_not_cached(make_config, tiny, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny("qwen2_vl"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][:] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    policy = {"model": str(folder), "dtype": "float32", "lora": {"rank": 2}}
+    with pytest.raises(UserError, match="log-probs of .*pairs.jsonl:.* are not finite; the weights in"):
+        trainer.train(make_config(policy=policy))
+    assert not list((tmp_path / "reference").glob("*/*.safetensors"))
+
+
+def test_held_out_pairs_that_do_not_fit_cost_no_model(make_config, photo_rows, tmp_path, photo_root, capsys):
+    write_pairs(tmp_path / "held_out.jsonl", [row for row in photo_rows if len(row.get("images", [])) == 2][:2])
+    data = {
+        "train": str(tmp_path / "pairs.jsonl"),
+        "eval": str(tmp_path / "held_out.jsonl"),
+        "image_root": str(photo_root),
+        "too_long": "skip",
+    }
+    config = make_config(data=data, packing={"max_tokens": 75})
+    assert trainer.train(config).is_dir()
+    assert "data.eval: no pair could be used" in capsys.readouterr().out
+
+
 def test_another_image_under_the_same_tokens_is_computed(make_config, photo_rows, capsys):
     """LLaVA gives every photograph the same number of tokens: only the pixels tell the rows apart."""
     trainer.train(make_config("before", family="llava"))
@@ -236,8 +270,6 @@ def test_another_model_misses_everything(make_config, tiny, tmp_path, capsys):
     shutil.copytree(tiny("qwen2_5_vl"), folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] * 1.001
-    from safetensors.torch import save_file
-
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
     policy = {"model": str(folder), "dtype": "float32", "lora": {"rank": 4}}

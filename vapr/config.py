@@ -256,7 +256,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, "seed", "at least 0", self.seed)
+        _check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
         if not self.loss:
             raise ValueError("loss: give one loss, or a list of at least one")
         if any(term.token_weights != self.token_weights for term in self.loss):
@@ -299,6 +299,8 @@ class Config:
         """Build a config from plain data; see :meth:`load` for the errors."""
         import pydantic
 
+        if raw.get("kernels") is False:  # YAML reads a bare ``off`` as false
+            raw = {**raw, "kernels": "off"}
         single_loss = isinstance(raw.get("loss"), dict)
         if single_loss:
             raw = {**raw, "loss": [raw["loss"]]}
@@ -335,10 +337,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[part]
 
 
+SHAPES = {
+    "loss": "should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them",
+    "policy.lora.targets": "should be all-linear, or a list of module names such as [q_proj, v_proj]",
+}
+
+
 def _first_problem(problems: list[Any], single_loss: bool) -> str:
     # An unknown key explains the missing one it was meant to be: name it first.
     problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
-    location = [part for part in problem["loc"] if not (single_loss and part == 0)]
+    # pydantic names the alternatives it tried, as in "literal['all-linear']": no key of the user's.
+    location = [part for part in problem["loc"] if "[" not in str(part) and not (single_loss and part == 0)]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key '{key}'; {_nearest_key(location)}"
@@ -348,7 +357,7 @@ def _first_problem(problems: list[Any], single_loss: bool) -> str:
         return str(problem["ctx"]["error"])  # our own sentence, which names the key
     if problem["type"] == "dataclass_type":
         return f"{key}: a mapping of keys to values is needed here, got {problem['input']!r:.40}"
-    message = problem["msg"].replace("Input should", "should")
+    message = SHAPES.get(key) or problem["msg"].replace("Input should", "should")
     return f"{key}: {message}, got {problem['input']!r:.40}"
 
 

@@ -161,10 +161,10 @@ class PairLoader:
                 continue
             reason = (
                 f"{pair.where}: row '{pair.id}' has {num_tokens:,} tokens but packing.max_tokens is "
-                f"{self._packing.max_tokens:,}; raise it, or set data.too_long: skip (nothing is truncated)"
+                f"{self._packing.max_tokens:,} (nothing is truncated)"
             )
             if self._too_long == "error":
-                raise UserError(reason)
+                raise UserError(f"{reason}; raise it, or set data.too_long: skip")
             self.skipped[pair.where] = reason
         packs = fill_packs(fitting, self._packing)
         batches = tuple(pack(members, self._packing.share) for members in packs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
         loaded = model_class.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         raise UserError(f"policy.model: {config.model} does not load ({' '.join(str(error).split())})") from None
     base: transformers.PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -110,6 +111,8 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
     """The model's transformers config, refused if its architecture cannot be packed exactly."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
     try:

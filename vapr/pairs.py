@@ -4,6 +4,7 @@ Formats so far: vapr rows and TRL rows. A new format is one more function from a
 called from :func:`_pair_from_row`.
 """
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -41,6 +42,12 @@ class PreferencePair:
     where: str = field(default="", compare=False)  # "pairs.jsonl:17", for error messages
 
 
+KNOWN_KEYS = frozenset(
+    ("id", "images", "image", "prompt", "chosen", "rejected", "weight", "edits", "category", "provenance")
+)
+"""Other keys may be there and mean nothing to training; a near miss of one of these is a mistake."""
+
+
 class _BadRow(Exception):
     """What is wrong with a row, before its place is known."""
 
@@ -66,6 +73,8 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     skipped: list[str] = []
     ids: dict[str, str] = {}
+    if image_root is not None and not image_root.is_dir():
+        raise UserError(f"data.image_root: {image_root}: no such folder")
     files, folder = _pair_files(source)
     for file in files:
         for number, row in _READERS[file.suffix](file):
@@ -124,6 +133,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, _BadRow("not UTF-8 text")
             except json.JSONDecodeError as error:
                 yield number, _BadRow(f"not valid JSON ({error.msg} at column {error.colno})")
+            except RecursionError:
+                yield number, _BadRow("not a row: JSON nested too deeply")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -133,6 +144,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: a .json file of pairs is one list of rows")
     yield from enumerate(rows, start=1)
@@ -166,6 +179,9 @@ def _pair_from_row(row: Any, format: str, root: Path, confined: bool, where: str
     if not isinstance(row, dict):
         raise _BadRow("a row must be an object with prompt, chosen and rejected")
     row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
+    for key in row.keys() - KNOWN_KEYS:
+        if close := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8):
+            raise _BadRow(f"unknown key '{key}'; did you mean '{close[0]}'?")
     missing = [key for key in ("chosen", "rejected") if key not in row]
     # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
     implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))

@@ -112,7 +112,13 @@ class Reference:
             values = per_completion(token_logps(self._policy, batch, features), batch).float().cpu().numpy()
         paths = [path for pair in batch.pairs for path in pair.paths]
         pieces = np.split(values, np.cumsum(batch.completion_lengths.tolist())[:-1])
-        for path, piece in zip(paths, pieces, strict=True):
+        rows = [pair for pair in batch.pairs for _ in pair.paths]
+        for path, piece, row in zip(paths, pieces, rows, strict=True):
+            if not np.isfinite(piece).all():
+                raise UserError(
+                    f"policy.model: the reference's log-probs of {row.where} ('{row.id}') are not finite; "
+                    f"the weights in {self._policy.folder} are damaged, or bfloat16 overflows"
+                )
             key = self.key(path)
             if key not in self._values:
                 self._values[key] = self._unsaved[key] = piece.copy()
@@ -161,8 +167,8 @@ class Reference:
 def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatch, ...]) -> tuple[float, float]:
     """Largest |log-ratio| of a completion before the first update, and the largest that rounding explains.
 
-    The tolerance is ``1e-4 + 1e-6 |logp|`` in fp32. In bf16 it grows with what packing a pair alone instead of together
-    changes, measured on the first pack: four times the largest relative change.
+    The tolerance is ``1e-4 + 1e-6 |logp|`` in fp32. In bf16 the factor of ``|logp|`` is what another layout changes,
+    measured on the first pack: four times the largest relative change, and at least a quarter of bf16's resolution.
 
     Returns:
         ``(largest, tolerance)`` of the completion that uses most of its tolerance.
@@ -174,7 +180,7 @@ def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatc
             batch = cpu_batch.to(policy.device)
             logps = completion_sums(per_completion(token_logps(policy, batch), batch), batch)
             if number == 0 and policy.dtype != torch.float32:
-                relative = max(relative, 4 * _layout_noise(policy, batch, logps))
+                relative = max(torch.finfo(policy.dtype).eps / 4, 4 * _layout_noise(policy, batch, logps))
             margins = (logps - completion_sums(reference.logps(batch), batch)).abs()
             tolerances = 1e-4 + relative * logps.abs()
             worst = int((margins / tolerances).nan_to_num(nan=torch.inf).argmax())
@@ -184,10 +190,10 @@ def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatc
 
 
 def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float:
-    """Largest relative change of a completion's log-prob when each pair is packed alone."""
+    """Largest relative change of a completion's log-prob when each path is computed alone."""
     alone = []
     for pair in batch.pairs:
-        single = pack([pair]).to(policy.device)
+        single = pack([pair], "none").to(policy.device)
         alone.append(completion_sums(per_completion(token_logps(policy, single), single), single))
     return float(((torch.cat(alone) - together).abs() / (1 + together.abs())).max())
 

@@ -131,7 +131,8 @@ class _Training:
         """Score the held-out pairs, unless that was done at this step."""
         if self.held_out is not None and self.done not in self.log.evaluated:
             values = evaluate(self.config, self.policy, self.reference, self.held_out, self.display.note)
-            self.log.write(self.done, values)
+            if values:
+                self.log.write(self.done, values)
         self.began = time.monotonic()
 
     @contextlib.contextmanager
@@ -218,8 +219,9 @@ def evaluate(
                 logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
                 totals.add(losses, *rewards, logps)
                 say(f"scoring held-out pairs {totals.num_pairs}/{len(held_out.pairs)}")
-    if not totals.num_pairs:
-        raise UserError(f"data.eval: every pair was skipped; the first: {next(iter(held_out.skipped.values()))}")
+    if not totals.num_pairs:  # no reason to lose a trained model
+        print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
+        return {}
     return {f"eval/{name}": value for name, value in totals.means().items()}
 
 
@@ -310,7 +312,7 @@ def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir
     checkpoint.write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
     raise TrainingStopped(
         f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
-        f"the last checkpoint is kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
+        f"checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
         + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     )
 
