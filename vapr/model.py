@@ -148,8 +148,8 @@ def _use_attention(base: transformers.PreTrainedModel, backend: str, tower: str)
 
 
 def _embed_patches_by_matmul(convolution: nn.Conv3d) -> None:
-    """Qwen's patch embedding has one output position a patch: a matrix product, which Conv3d computes many times slower
-    on a CPU. Weight and bias stay where they are."""
+    """Qwen's patch embedding has one output position a patch: a matrix product, which Conv3d computes more slowly on a
+    CPU. Weight and bias stay where they are."""
 
     def forward(patches: Tensor) -> Tensor:  # (patches, channels, time, height, width) -> (patches, D)
         return nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
