@@ -19,8 +19,9 @@ from vapr.engine import Engine
 from vapr.loader import PairLoader, Step
 from vapr.model import Policy
 from vapr.packing import PackedBatch
-from vapr.pairs import PreferencePair
+from vapr.preference_pair import PreferencePair
 from vapr.reference import Reference
+from vapr.workers import Workers, default_workers
 
 LR = 1e-3
 """Large, so that a few updates move the loss far enough to compare the arms by it."""
@@ -58,6 +59,7 @@ class VaprArm:
         self.config = vapr_config(subject, share, pairs_per_step)
         self.policy, self.engine = trained or new_policy(subject, self.config)
         self._subject, self._pairs = subject, pairs
+        self._workers: Workers | None = None
         self.num_steps = len(pairs) // pairs_per_step
         cache = str(subject.folder / "references")
         self.reference = (Reference if cached else OnlineReference)(self.policy, cache, share)
@@ -69,10 +71,12 @@ class VaprArm:
         self.losses: list[float] = []
 
     def _loader(self) -> PairLoader:
-        processor = self._subject.new_processor()
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = Workers(self._subject.new_processor(), count=default_workers())
         pairs_per_step = self.config.optim.pairs_per_step
         return PairLoader(
-            self._pairs, processor, self.config.packing, pairs_per_step=pairs_per_step, shuffle=False
+            self._pairs, self._workers, self.config.packing, pairs_per_step=pairs_per_step, shuffle=False
         )  # fmt: skip
 
     def prebuild(self) -> list[Step]:

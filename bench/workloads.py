@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2VLImageProcessorPil
 from vapr.config import LoraConfig, PolicyConfig
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.model import FAMILIES, Policy, load_policy
-from vapr.pairs import PreferencePair, read_pairs, write_pairs
+from vapr.pairs import read_pairs, write_pairs
+from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor
 
 PROMPT_WORDS = 30
@@ -170,14 +171,14 @@ class Subject:
             rows.append(_row(f"{workload.name}-{number}", image, self.words, num_words, random))
         file = self.folder / f"{workload.name}-{seed}.jsonl"
         write_pairs(file, rows)
-        return read_pairs(file)[0]
+        return list(read_pairs(file))
 
     def _num_words(self, num_tokens: int) -> int:
         """Words of a completion of so many tokens. Every word is one token; the template adds some."""
         image = _photo(self.folder / "probe.jpg", self.shape.image_size, np.random.default_rng(0))
         file = self.folder / "probe.jsonl"
         write_pairs(file, [_row("probe", image, self.words, num_tokens, np.random.default_rng(0))])
-        path = self.processor.tokenize_pair(read_pairs(file)[0][0]).paths[0]
+        path = self.processor.tokenize_pair(read_pairs(file)[0]).paths[0]
         return num_tokens - (len(path.input_ids) - path.completion_start - num_tokens)
 
 

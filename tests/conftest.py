@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.pairs import PreferencePair, read_pairs
+from vapr.pairs import read_pairs
+from vapr.preference_pair import PreferencePair
 
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
@@ -37,9 +38,7 @@ def photo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def photo_pairs(photo_root) -> list[PreferencePair]:
-    pairs, skipped = read_pairs(PHOTO_PAIRS, image_root=photo_root)
-    assert not skipped
-    return pairs
+    return list(read_pairs(PHOTO_PAIRS, image_root=photo_root))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from vapr.logps import completion_logps, per_completion, token_logps
 from vapr.loss import sigmoid_loss
 from vapr.model import Policy, load_policy
 from vapr.packing import pack
-from vapr.pairs import PreferencePair
+from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor, TokenizedPair
 
 EVERYTHING = TrainConfig(language_model=True, projector=True, vision_tower=True)

@@ -19,9 +19,10 @@ from vapr.loader import PairLoader
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen, image_features, load_policy
 from vapr.packing import SegmentAttention, pack
-from vapr.pairs import PreferencePair
+from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor
 from vapr.reference import Reference, first_margin
+from vapr.workers import Workers
 from vapr_kernels import gather_rows, linear_logps, naive
 from vapr_kernels.gather_rows import RowIndex
 
@@ -256,7 +257,7 @@ def check_training_step(
     )
     policy = load_policy(config.policy, device)
     processor = Processor(str(folder), policy.base.config)
-    loader = PairLoader(pairs, processor, config.packing, pairs_per_step=len(pairs), shuffle=False)
+    loader = PairLoader(pairs, Workers(processor), config.packing, pairs_per_step=len(pairs), shuffle=False)
     engine, reference = Engine(policy, config.optim, 1), Reference(policy, str(cache))
     (step,) = loader.steps(0, 1)
     assert len(step.batches) > 1  # gradients are accumulated over packs
@@ -293,7 +294,7 @@ def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tm
         policy = load_policy(config.policy, CUDA)
         engine = Engine(policy, config.optim, 1)
         processor = Processor(config.policy.model, policy.base.config)
-        loader = PairLoader(photo_pairs[:4], processor, config.packing, pairs_per_step=4, shuffle=False)
+        loader = PairLoader(photo_pairs[:4], Workers(processor), config.packing, pairs_per_step=4, shuffle=False)
         (step,) = loader.steps(0, 1)
         reference = Reference(policy, str(tmp_path))
         norms.append(trainer.train_step(config, policy, engine, reference, step)["grad_norm"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vapr.errors import UserError
-from vapr.pairs import Edit, read_pairs, write_pairs
+from vapr.pairs import read_pairs, write_pairs
+from vapr.preference_pair import Edit
 
 ROW = {
     "id": "a",
@@ -25,7 +26,7 @@ def folder(tmp_path) -> Path:
 
 def read_one(folder: Path, row: dict, **options):
     write_pairs(folder / "pairs.jsonl", [row])
-    [pair], _ = read_pairs(folder / "pairs.jsonl", **options)
+    [pair] = read_pairs(folder / "pairs.jsonl", **options)
     return pair
 
 
@@ -74,7 +75,7 @@ def test_json_parquet_and_folders_read_alike(folder):
     (folder / "a").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist([flat]), folder / "a" / "one.parquet")
     (folder / "a" / "two.json").write_text(json.dumps([{**ROW, "id": "b", "images": ["../cat.png"]}]))
-    pairs, _ = read_pairs(folder / "a")
+    pairs = read_pairs(folder / "a")
     assert [pair.id for pair in pairs] == ["a", "b"]
     assert pairs[0].images == (b"abc",)
     assert pairs[0].prompt == pairs[1].prompt and pairs[0].chosen == pairs[1].chosen
@@ -85,7 +86,7 @@ def test_an_edit_runs_folder_is_read_from_its_pairs(folder):
     (folder / "pairs").mkdir()
     (folder / "rejects.jsonl").write_text('{"reason": "too long"}\n')
     write_pairs(folder / "pairs" / "x.jsonl", [ROW])
-    pairs, _ = read_pairs(folder)
+    pairs = read_pairs(folder)
     assert [pair.images for pair in pairs] == [(folder / "cat.png",)]
 
 
@@ -145,8 +146,9 @@ def test_bad_rows_are_named(folder, changes, message):
         read_pairs(folder / "pairs.jsonl")
     assert str(error.value).startswith(f"{folder}/pairs.jsonl:2: ")
     assert message in str(error.value) and "\n" not in str(error.value)
-    pairs, [skipped] = read_pairs(folder / "pairs.jsonl", on_bad_row="skip")
-    assert [pair.id for pair in pairs] == ["good"] and message in skipped
+    pairs = read_pairs(folder / "pairs.jsonl", on_bad_row="skip")
+    assert [pair.id for pair in pairs] == ["good"]
+    assert list(pairs.skipped) == [f"{folder}/pairs.jsonl:2"] and message in pairs.skipped[f"{folder}/pairs.jsonl:2"]
 
 
 def test_ids_are_unique(folder):
@@ -188,5 +190,5 @@ def test_bad_files(tmp_path, name, content, message):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         read_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file in this folder"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet, \.arrow, \.tar file there"):
         read_pairs(tmp_path)

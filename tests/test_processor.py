@@ -11,7 +11,7 @@ from PIL import Image
 from tests import oracles
 from vapr.config import TokenWeights
 from vapr.errors import UserError
-from vapr.pairs import Edit, PreferencePair
+from vapr.preference_pair import Edit, PreferencePair
 from vapr.processor import Processor, changed_spans, read_image
 
 

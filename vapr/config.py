@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import yaml
 
 from vapr.errors import UserError
+from vapr.formats import FormatName
 
 STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""
@@ -75,22 +76,90 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of pairs of a mixture. What is left out here is taken from ``data``."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    path: str
+    """File, folder, glob of files or hub id."""
+    weight: float = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch."""
+    format: Literal["auto"] | FormatName | None = None
+    columns: dict[str, str] | None = None
+    image_root: str | None = None
+    split: str = "train"
+    """Of a hub data set or a folder of its shards."""
+    subset: str | None = None
+    """Of a hub data set; or the entry of a LLaMA-Factory ``dataset_info.json``."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.weight < float("inf"), "data: a set's weight", "> 0", self.weight)
+        _check_columns(self.columns, self.format)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where pairs and images are, and what happens to those that cannot be used."""
 
     __pydantic_config__: ClassVar = STRICT_KEYS
 
-    train: str
-    """File or folder of pairs: jsonl, json or parquet."""
-    eval: str | None = None
+    train: str | SourceConfig | list[SourceConfig]
+    """File, folder, glob or hub id: jsonl, json, parquet, arrow or webdataset tar. Or a mapping with ``path``,
+    ``weight`` and the like, or a list of those: a mixture."""
+    eval: str | SourceConfig | list[SourceConfig] | None = None
     """Held-out pairs, scored every ``checkpoint.every`` steps and at the end."""
-    format: Literal["auto", "vapr", "trl"] = "auto"
+    format: Literal["auto"] | FormatName = "auto"
+    """Shape of the rows; ``auto`` tells it from the first row and says which it took."""
+    columns: dict[str, str] | None = None
+    """Of any other shape: {prompt: question, chosen: good, rejected: bad, images: image}; ``a.b.0`` goes down."""
     image_root: str | None = None
     """Images must lie inside this folder. Without it, relative paths start at the data file's folder."""
     image_backend: Literal["auto", "pil", "torchvision"] = "auto"
+    """What processes images; part of every cache key. ``auto``: torchvision where it imports, else PIL."""
     shuffle: bool = True
+    """Another order each epoch, from ``seed``. false: the file's order."""
+    workers: int | None = None
+    """Processes that decode images and tokenise; null: half of the CPU cores, at most 8; 0: none."""
     too_long: Literal["error", "skip"] = "error"
+    """What happens to a pair that does not fit into a pack."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row or image that cannot be used."""
+
+    def __post_init__(self) -> None:
+        _check(self.workers is None or self.workers >= 0, "data.workers", "at least 0 or null", self.workers)
+        _check_columns(self.columns, self.format)
+        for name in ("train", "eval"):
+            _check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
+
+    def sources(self, name: Literal["train", "eval"]) -> list[SourceConfig]:
+        """The sets of ``train`` or ``eval``, with what they leave out filled in."""
+        given = getattr(self, name) or []
+        listed = given if isinstance(given, list) else [given]
+        sources = [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
+        return [
+            dataclasses.replace(
+                source,
+                format=source.format or self.format,
+                columns=source.columns if source.columns is not None else self.columns,
+                image_root=source.image_root or self.image_root,
+            )
+            for source in sources
+        ]
+
+
+MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
+
+
+def _check_columns(columns: dict[str, str] | None, format: str | None) -> None:
+    """With a format given, columns rename that format's own keys, which are not listed here."""
+    if columns is None or format not in ("auto", None):
+        return
+    for key in columns:
+        if key not in MAPPED_KEYS:
+            close = difflib.get_close_matches(key, MAPPED_KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(MAPPED_KEYS)}"
+            raise ValueError(f"data.columns: unknown key '{key}'; {hint}")
 
 
 LossKind = Literal[

@@ -1,25 +1,24 @@
 """Pairs in shuffled order -> steps of packed micro-batches. A place in the data is one integer: the step.
 
-The order is a pure function of seed and epoch. Tokenising and image processing run in threads ahead of the trainer and
-never change the order.
+The order is a pure function of seed and epoch. Workers tokenise and process images ahead of the trainer and never
+change the order.
 """
 
-import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vapr.config import PackingConfig, TokenWeights
-from vapr.errors import UserError
+from vapr.config import PackingConfig
+from vapr.errors import BadRow, NoPair, UserError
 from vapr.packing import PackedBatch, count_tokens, pack
-from vapr.pairs import PreferencePair
-from vapr.processor import Processor, TokenizedPair
+from vapr.pairs import Pairs
+from vapr.preference_pair import PreferencePair
+from vapr.processor import TokenizedPair
+from vapr.workers import Task, Workers
 
-WORKERS = 4
 LOOKAHEAD = 2
-"""Steps whose pairs are tokenised ahead of the one being trained on."""
+"""Steps whose pairs are tokenised ahead of the one being trained on, itself included: what bounds the queues."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,13 +49,12 @@ class PairLoader:
     """Steps of ``pairs_per_step`` pairs; the last step of an epoch holds what is left.
 
     Args:
-        pairs: all pairs, images undecoded.
-        processor: tokenises them.
+        pairs: what :func:`vapr.pairs.read_pairs` gives, or a list.
+        workers: tokenise them.
         packing: size of a pack and what is shared.
         pairs_per_step: pairs of one optimizer step.
         seed, shuffle: the order; without ``shuffle`` it is the file's.
         too_long, on_bad_row: ``error`` or ``skip``.
-        token_weights: weights of changed and unchanged tokens.
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
@@ -64,8 +62,8 @@ class PairLoader:
 
     def __init__(
         self,
-        pairs: list[PreferencePair],
-        processor: Processor,
+        pairs: Sequence[PreferencePair],
+        workers: Workers,
         packing: PackingConfig,
         *,
         pairs_per_step: int,
@@ -73,45 +71,63 @@ class PairLoader:
         shuffle: bool = True,
         too_long: str = "error",
         on_bad_row: str = "error",
-        token_weights: TokenWeights | None = None,
     ) -> None:
         self.pairs = pairs
         self.pairs_per_step = pairs_per_step
         self.skipped: dict[str, str] = {}
-        self._processor = processor
+        self._workers = workers
         self._packing = packing
         self._seed = seed
         self._shuffle = shuffle
         self._too_long = too_long
         self._on_bad_row = on_bad_row
-        self._token_weights = token_weights
-        self._epoch_order: tuple[int, list[int]] = (-1, [])
+        self._epoch_order = (-1, np.empty(0, np.int64))
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Rows seen in an epoch: each set's number of rows times its weight."""
+        return sum(round(size * weight) for size, weight in self._sets())
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.pairs) // self.pairs_per_step)
+        return -(-self.pairs_per_epoch // self.pairs_per_step)
 
     @property
     def digest(self) -> str:
-        """Hash of the pairs and their order; a place in the data means nothing in other data."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in pair.images]
-            digest.update(repr((pair.id, images, pair.prompt, pair.chosen, pair.rejected, pair.weight)).encode())
-        return digest.hexdigest()
+        """Hash of the data; a place in it means nothing in other data."""
+        return self.pairs.digest if isinstance(self.pairs, Pairs) else ""
 
-    def order(self, epoch: int) -> list[int]:
-        """Pair numbers in the order of an epoch. With ``share: image``, pairs of one image stay together."""
-        if not self._shuffle:
-            return list(range(len(self.pairs)))
+    @property
+    def image_backend(self) -> str:
+        return self._workers.processor.image_backend
+
+    def _sets(self) -> list[tuple[int, float]]:
+        return self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Row numbers in the order of an epoch. With ``share: image``, rows of one image stay together."""
         random = np.random.default_rng([self._seed, epoch])
+        members = self._members_of_epoch(random)
+        if not self._shuffle:
+            return members
         if self._packing.share != "image":
-            return random.permutation(len(self.pairs)).tolist()
-        by_image: dict[object, list[int]] = {}
-        for number, pair in enumerate(self.pairs):
-            by_image.setdefault(pair.images[0] if pair.images else number, []).append(number)
-        groups = list(by_image.values())
-        return [number for group in random.permutation(len(groups)) for number in random.permutation(groups[group])]
+            return random.permutation(members)
+        keys = self.pairs.image_keys() if isinstance(self.pairs, Pairs) else _image_keys(self.pairs)
+        _, group = np.unique(keys[members], return_inverse=True)
+        rank = random.permutation(group.max() + 1)
+        return members[np.lexsort((random.random(len(members)), rank[group]))]
+
+    def _members_of_epoch(self, random: np.random.Generator) -> np.ndarray:
+        """Rows of an epoch, set by set in file order: all of a set as often as its weight says, and a part of it."""
+        members, start = [], 0
+        for size, weight in self._sets():
+            times, part = divmod(round(size * weight), size)
+            members += [np.arange(start, start + size)] * times
+            if part:
+                chosen = random.permutation(size)[:part] if self._shuffle else np.arange(part)
+                members.append(start + np.sort(chosen))
+            start += size
+        return np.concatenate(members)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps ``start`` to ``stop`` (not included), counted over epochs.
@@ -119,36 +135,33 @@ class PairLoader:
         Raises:
             UserError: for a pair that cannot be used or packed, unless it is to be skipped.
         """
-        with ThreadPoolExecutor(WORKERS, thread_name_prefix="vapr-data") as pool:
-            ahead: dict[int, list] = {}
-            try:
-                for step in range(start, stop):
-                    for n in range(step, min(step + LOOKAHEAD, stop)):
-                        if n not in ahead:
-                            ahead[n] = [(pair, pool.submit(self._tokenize, pair)) for pair in self._members(n)]
-                    tokenized = []
-                    for pair, future in ahead.pop(step):
-                        result = future.result()
-                        if isinstance(result, UserError):
-                            if self._on_bad_row == "error":
-                                raise result
-                            self.skipped[pair.where] = str(result)
-                        else:
-                            tokenized.append(result)
-                    yield self._pack(tokenized)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        ahead: dict[int, list[Task | UserError]] = {}
+        for step in range(start, stop):
+            for n in range(step, min(step + LOOKAHEAD, stop)):
+                if n not in ahead:
+                    ahead[n] = [self._submit(number) for number in self._members(n)]
+            tokenized = []
+            for task in ahead.pop(step):
+                result = task if isinstance(task, UserError) else self._workers.result(task)
+                if isinstance(result, TokenizedPair):
+                    tokenized.append(result)
+                elif isinstance(result, NoPair) or (isinstance(result, BadRow) and self._on_bad_row == "skip"):
+                    self.skipped[str(result).split(": ", 1)[0]] = str(result)
+                else:
+                    raise result
+            yield self._pack(tokenized)
 
-    def _members(self, step: int) -> list[PreferencePair]:
+    def _members(self, step: int) -> list[int]:
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
             self._epoch_order = epoch, self.order(epoch)
         order = self._epoch_order[1]
-        return [self.pairs[n] for n in order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]]
+        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
 
-    def _tokenize(self, pair: PreferencePair) -> TokenizedPair | UserError:
+    def _submit(self, number: int) -> Task | UserError:
+        """Read row ``number`` and hand it to a worker; or what is wrong with it, told in its turn."""
         try:
-            return self._processor.tokenize_pair(pair, self._token_weights)
+            return self._workers.submit(self.pairs[number])
         except UserError as error:
             return error
 
@@ -204,3 +217,9 @@ def _groups(pairs: list[TokenizedPair], share: str) -> list[list[TokenizedPair]]
         images = pair.paths[0].images
         groups.setdefault(images[0].content_hash if share == "image" and images else number, []).append(pair)
     return list(groups.values())
+
+
+def _image_keys(pairs: Sequence[PreferencePair]) -> np.ndarray:
+    """A number for each pair (n,), equal where pairs show the same first image."""
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(p.images[0] if p.images else n, len(numbers)) for n, p in enumerate(pairs)])

@@ -1,15 +1,12 @@
-"""What is logged, and where: metrics.jsonl, tensorboard, the terminal."""
+"""What is logged: metrics.jsonl, tensorboard, and the figures in them."""
 
 import json
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vapr.loader import Step
@@ -97,63 +94,6 @@ class MetricsLog:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
-
-
-class Display:
-    """A progress bar with rate and ETA on a terminal; plain lines, at most one every few seconds, in a log."""
-
-    SECONDS_BETWEEN_LINES = 5.0
-
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step") -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._label, self._total, self._unit = label, total, unit
-        self._done, self._began, self._done_before = done, time.monotonic(), done
-        self._last_line = -math.inf
-        self._bar = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(label, total=total, completed=done, note="")
-            self._bar.start()
-
-    def advance(self, note: str, amount: int = 1) -> None:
-        self._done += amount
-        if self._bar is not None:
-            self._bar.update(self._task, advance=amount, note=note)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= self.SECONDS_BETWEEN_LINES or self._done >= self._total:
-            self._last_line = now
-            rate = (self._done - self._done_before) / max(now - self._began, 1e-9)
-            eta = (self._total - self._done) / rate if rate else math.inf
-            parts = (f"{self._label} {self._unit} {self._done}/{self._total}", note, f"ETA {_clock(eta)}")
-            self._console.print(" | ".join(part for part in parts if part), markup=False)
-
-    def note(self, note: str) -> None:
-        """What happens between two steps."""
-        if self._bar is not None:
-            self._bar.update(self._task, note=note)
-        elif time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._console.print(f"{self._label} | {note}", markup=False)
-
-    def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
-        (self._bar.console if self._bar else self._console).print(line, markup=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "--:--"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
 def useful_flops(policy: Policy, step: Step) -> float:

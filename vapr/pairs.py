@@ -1,363 +1,378 @@
-"""PreferencePair, and the readers of pair files.
+"""Preference pairs by number, out of files of any format, folders, shards, hub data sets and mixtures of them.
 
-Formats so far: vapr rows and TRL rows. A new format is one more function from a row to a PreferencePair,
-called from :func:`_pair_from_row`.
+Rows stay in their files and are decoded and checked when they are asked for, so a million cost no memory.
 """
 
-import difflib
+import contextlib
+import glob
+import hashlib
+import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vapr.errors import UserError
+import numpy as np
 
-Message = dict[str, Any]
-"""``{"role": str, "content": [{"type": "text", "text": str} | {"type": "image"}, ...]}``"""
+from vapr.cache import user_cache, written_whole
+from vapr.display import Display
+from vapr.errors import BadRow, NoPair, UserError
+from vapr.formats import FORMAT_NAMES, as_vapr, detect, map_columns
+from vapr.preference_pair import PreferencePair, pair_from_row
+from vapr.rows import SUFFIXES, TABLES, Rows, open_hub, open_rows, open_saved, open_table
 
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """Characters ``start:end`` of the chosen text, which the rejected text replaces with ``to``."""
-
-    start: int
-    end: int
-    to: str
+CHECKED_AT_START = 5_000
+"""Rows of each file that are checked before a model is loaded. More would make the start grow with the data."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """One prompt with a chosen and a rejected completion. Images stay undecoded: paths or encoded bytes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PairSet:
+    """Rows of one format with one image folder.
 
-    id: str
-    images: tuple[Path | bytes, ...]  # in the order of the prompt's image parts
-    prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
+    ``weight`` is how often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch.
+    """
+
+    rows: Rows
+    format: str
+    columns: Mapping[str, str] | None
+    root: Path
+    confined: bool
     weight: float = 1.0
-    edits: tuple[Edit, ...] = ()
-    category: str | None = None
-    where: str = field(default="", compare=False)  # "pairs.jsonl:17", for error messages
+
+    def as_vapr(self, number: int) -> Any:
+        """A row in vapr's own shape, not yet checked."""
+        row = self.rows[number]
+        return as_vapr(map_columns(row, self.columns) if self.columns else row, self.format)
 
 
-KNOWN_KEYS = frozenset(
-    ("id", "images", "image", "prompt", "chosen", "rejected", "weight", "edits", "category", "provenance")
-)
-"""Other keys may be there and mean nothing to training; a near miss of one of these is a mistake."""
+class Pairs(Sequence[PreferencePair]):
+    """Every pair of one or more sets. ``pairs[n]`` reads row ``n`` and checks it; iterating can leave bad rows out.
+
+    Args:
+        sets: one after the other.
+        on_bad_row: ``error`` or ``skip``, for iterating.
+
+    Attributes:
+        skipped: reason by place, for the rows that iterating left out.
+    """
+
+    def __init__(self, sets: Sequence[PairSet], on_bad_row: str = "error") -> None:
+        self.sets = tuple(sets)
+        self.on_bad_row = on_bad_row
+        self.skipped: dict[str, str] = {}
+        self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
+
+    def __len__(self) -> int:
+        """Rows, good and bad."""
+        return self._starts[-1]
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        part, row = self._find(number)
+        where = part.rows.where(row)
+        try:
+            shaped = part.as_vapr(row)
+            return pair_from_row(shaped, root=part.root, confined=part.confined, where=where, number=number)
+        except BadRow as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        for number in range(len(self)):
+            pair = self.read(number)
+            if isinstance(pair, PreferencePair):
+                yield pair
+
+    def read(self, number: int) -> PreferencePair | BadRow:
+        """Row ``number``, or why it is skipped (which is also noted in ``skipped``).
+
+        Raises:
+            UserError: if it is bad and bad rows are errors.
+        """
+        try:
+            pair: PreferencePair = self[number]
+            return pair
+        except BadRow as error:
+            if self.on_bad_row == "error" and not isinstance(error, NoPair):
+                raise
+            self.skipped[self.where(number)] = str(error)
+            return error
+
+    def where(self, number: int) -> str:
+        """The place of row ``number``: ``file:line``."""
+        part, row = self._find(number)
+        return part.rows.where(row)
+
+    def _find(self, number: int) -> tuple[PairSet, int]:
+        part = bisect_right(self._starts, number) - 1
+        return self.sets[part], number - self._starts[part]
+
+    @property
+    def weighted_sizes(self) -> list[tuple[int, float]]:
+        """Rows and weight of each set."""
+        return [(len(part.rows), part.weight) for part in self.sets]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rows and how they are read; a place in the data means nothing in other data."""
+        digest = hashlib.sha256()
+        for part in self.sets:
+            columns = sorted(part.columns.items()) if part.columns else None
+            digest.update(repr((part.rows.digest, part.format, columns, part.weight)).encode())
+        return digest.hexdigest()
+
+    @property
+    def formats(self) -> list[str]:
+        """One line a set: where it is from, its size and format."""
+        return [
+            f"{_source_name(part.rows)} ({len(part.rows):,} rows, format {part.format}"
+            + (f", weight {part.weight:g}" if part.weight != 1 else "")
+            + ")"
+            for part in self.sets
+        ]
+
+    def check(self, limit: int = CHECKED_AT_START) -> str:
+        """Check the first ``limit`` rows and the last one of each set, and that no id is used twice among them.
+
+        Returns:
+            A line that says how many rows were checked and how many of them have images.
+
+        Raises:
+            UserError: for the first bad row, unless bad rows are skipped.
+        """
+        num_checked = num_with_images = 0
+        for part, start in zip(self.sets, self._starts, strict=False):
+            ids: dict[str, str] = {}
+            size = len(part.rows)
+            for row in [*range(min(size, limit)), *range(max(size - 1, limit), size)]:
+                num_checked += 1
+                pair = self.read(start + row)
+                if isinstance(pair, PreferencePair):
+                    if self.on_bad_row == "error" and part.format in ("vapr", "trl"):  # others count in their own ways
+                        check_id(pair, ids)
+                    num_with_images += bool(pair.images)
+        checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
+        return f"checked {checked}; {num_with_images:,} have images"
+
+    def image_keys(self) -> np.ndarray:
+        """A number for each row (n,) uint64, equal where rows show the same first image.
+
+        Every row is read once for that; the result is kept in the user's cache folder.
+        """
+        known = user_cache() / "index" / f"images-{self.digest[:32]}.npy"
+        try:
+            return np.load(known, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            keys = np.empty(len(self), np.uint64)
+        with Display("group by image", len(self), unit="row") as display:
+            for number in range(len(self)):
+                keys[number] = self._image_key(number)
+                if (number + 1) % 1000 == 0:
+                    display.advance("", 1000)
+        with written_whole(known) as file:
+            np.save(file, keys, allow_pickle=False)
+        return keys
+
+    def _image_key(self, number: int) -> int:
+        part, row = self._find(number)
+        image: object = f"no image, row {number}"
+        try:
+            images = part.as_vapr(row).get("images")
+            first = images[0] if isinstance(images, list) and images else images
+            if isinstance(first, dict):
+                first = first.get("bytes") or first.get("path") or str(first.get("any_of"))
+            if isinstance(first, str | bytes) and first:
+                image = first
+        except (BadRow, AttributeError):
+            pass  # a row of its own; its fault is told when it is read
+        data = image if isinstance(image, bytes) else f"{part.root}|{image}".encode(errors="replace")
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class _BadRow(Exception):
-    """What is wrong with a row, before its place is known."""
+def _source_name(rows: Rows) -> str:
+    return rows.where(0).rsplit(":", 1)[0]
+
+
+def check_id(pair: PreferencePair, places: dict[str, str]) -> None:
+    """Remember where the pair's id is used. Raises UserError if that was before."""
+    if pair.id in places:
+        raise UserError(f"{pair.where}: id '{pair.id}' was already used at {places[pair.id]}; ids must be unique")
+    places[pair.id] = pair.where
 
 
 def read_pairs(
-    source: Path, *, format: str = "auto", image_root: Path | None = None, on_bad_row: str = "error"
-) -> tuple[list[PreferencePair], list[str]]:
-    """Read every pair of a file, or of all pair files of a folder in name order.
+    source: str | Path,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    image_root: str | Path | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    on_bad_row: str = "error",
+) -> Pairs:
+    """Open a file, a folder, a glob of files or a hub data set as pairs, and check its first rows.
 
     Args:
-        source: a .jsonl, .json or .parquet file, or a folder. Of a folder with ``pairs/`` in it only that is read, and
-            image paths start at the folder itself.
-        format: ``auto``, ``vapr`` or ``trl``.
+        source: .jsonl, .json, .parquet, .arrow or .tar; a folder of such files, read in name order; a folder that
+            ``vapr edit`` or ``save_to_disk`` wrote; a folder with LLaMA-Factory's ``dataset_info.json``; or a hub id.
+        format: one of ``vapr.formats.FORMAT_NAMES``, or ``auto``: told from the first row's keys.
+        columns: names of columns for ``prompt``, ``chosen``, ``rejected``, ``images``, ...; ``a.b.0`` goes down.
         image_root: folder all images must lie in; by default paths start at the data file's folder.
-        on_bad_row: ``error`` raises at the first bad row; ``skip`` leaves it out and reports it.
-
-    Returns:
-        The pairs, and one line for each skipped row.
+        split, subset: of a hub data set; ``subset`` also picks an entry of a ``dataset_info.json``.
+        on_bad_row: ``error`` raises at a bad row; ``skip`` leaves it out when iterating and notes it.
 
     Raises:
         UserError: naming file and row.
     """
-    pairs: list[PreferencePair] = []
-    skipped: list[str] = []
-    ids: dict[str, str] = {}
-    if image_root is not None and not image_root.is_dir():
-        raise UserError(f"data.image_root: {image_root}: no such folder")
-    files, folder = _pair_files(source)
-    for file in files:
-        for number, row in _READERS[file.suffix](file):
-            where = f"{file}:{number}"
-            try:
-                if isinstance(row, _BadRow):
-                    raise row
-                pair = _pair_from_row(row, format, image_root or folder, image_root is not None, where)
-                if pair.id in ids:
-                    raise _BadRow(f"id '{pair.id}' was already used at {ids[pair.id]}; ids must be unique")
-            except _BadRow as error:
-                if on_bad_row == "error":
-                    raise UserError(f"{where}: {error}") from None
-                skipped.append(f"{where}: {error}")
-                continue
-            ids[pair.id] = where
-            pairs.append(pair)
-    if not pairs:
-        raise UserError(f"{source}: no pairs in it" + (f" ({len(skipped)} rows skipped)" if skipped else ""))
-    return pairs, skipped
+    sets = open_sets(source, format, columns, image_root, split=split, subset=subset)
+    pairs = Pairs(sets, on_bad_row)
+    if len(pairs) == 0:
+        raise UserError(f"{source}: no pairs in it")
+    pairs.check()
+    return pairs
 
 
-def write_pairs(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_pairs(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows of vapr's own shape as jsonl, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with written_whole(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _pair_files(source: Path) -> tuple[list[Path], Path]:
-    """The files to read, and the folder that relative image paths start at."""
-    if source.is_file():
-        if source.suffix not in _READERS:
-            raise UserError(f"{source}: unknown file type; use {', '.join(_READERS)}")
-        return [source], source.parent
-    if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder (a data set of the hub has to be downloaded first)")
-    folder = source / "pairs" if (source / "pairs").is_dir() else source
-    files = sorted(file for file in folder.glob("*") if file.suffix in _READERS)
-    if not files:
-        raise UserError(f"{folder}: no {', '.join(_READERS)} file in this folder")
-    return files, source
+def open_sets(
+    source: str | Path,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    image_root: str | Path | None = None,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    weight: float = 1.0,
+) -> list[PairSet]:
+    """The sets of one source; see :func:`read_pairs`."""
+    root = Path(image_root) if image_root is not None else None
+    if root is not None and not root.is_dir():
+        raise UserError(f"data.image_root: {root}: no such folder")
+    if format != "auto" and format not in FORMAT_NAMES:
+        raise UserError(f"unknown format '{format}'; known: auto, {', '.join(FORMAT_NAMES)}")
+    sets = []
+    for rows, folder, given, mapped in _open(str(source), split, subset, columns):
+        name = given if format == "auto" else format
+        if name is None:
+            name = "columns" if columns else _detect(rows)
+        if mapped:
+            _check_columns(rows, mapped)
+        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, weight))
+    return sets
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                yield number, _BadRow("not UTF-8 text")
-            except json.JSONDecodeError as error:
-                yield number, _BadRow(f"not valid JSON ({error.msg} at column {error.colno})")
-            except RecursionError:
-                yield number, _BadRow("not a row: JSON nested too deeply")
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{path}: JSON nested too deeply") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a .json file of pairs is one list of rows")
-    yield from enumerate(rows, start=1)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'vapr[data]'") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _pair_from_row(row: Any, format: str, root: Path, confined: bool, where: str) -> PreferencePair:
-    if not isinstance(row, dict):
-        raise _BadRow("a row must be an object with prompt, chosen and rejected")
-    row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
-    for key in row.keys() - KNOWN_KEYS:
-        if close := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8):
-            raise _BadRow(f"unknown key '{key}'; did you mean '{close[0]}'?")
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
-    implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
-    if "prompt" not in row and not implicit:
-        missing.insert(0, "prompt")
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        names = " and ".join(f"'{key}'" for key in missing)
-        raise _BadRow(f"{names} {verb} missing; a pair needs prompt, chosen and rejected")
-    chosen = _messages(row["chosen"], "chosen", "assistant")
-    rejected = _messages(row["rejected"], "rejected", "assistant")
-    if implicit:
-        prompt, chosen, rejected = _split_implicit_prompt(chosen, rejected)
-    else:
-        prompt = _messages(row["prompt"], "prompt", "user")
-    images = row.get("images", row.get("image")) if format != "vapr" else row.get("images")
-    if images is None:
-        images = []
-    elif not isinstance(images, list):
-        images = [images]
-    prompt = _check_turns(prompt, chosen, rejected, len(images))
-    return PreferencePair(
-        id=_row_id(row, where),
-        images=tuple(_image(image, root, confined) for image in images),
-        prompt=tuple(prompt),
-        chosen=tuple(chosen),
-        rejected=tuple(rejected),
-        weight=_weight(row.get("weight", 1.0)),
-        edits=_edits(row.get("edits"), chosen),
-        category=row.get("category"),
-        where=where,
-    )
-
-
-def _row_id(row: dict[str, Any], where: str) -> str:
-    given = row.get("id", where)
-    if not isinstance(given, str | int):
-        raise _BadRow(f"'id' must be text, got {given!r}")
-    return str(given)
-
-
-def _weight(weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise _BadRow(f"'weight' must be a number of at least 0, got {weight!r}")
-    try:
-        return float(weight)
-    except OverflowError:
-        raise _BadRow("'weight' is too large") from None
-
-
-def _messages(value: Any, key: str, role: str) -> list[Message]:
-    """Plain text becomes one message; contents become lists of parts, as every chat template accepts them."""
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise _BadRow(f"'{key}' must be text or a list of messages, got {value!r:.60}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise _BadRow(f"'{key}' holds a message without role and content: {message!r:.60}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise _BadRow(f"'{key}' holds role '{message['role']}'; known roles: system, user, assistant")
-        messages.append({"role": message["role"], "content": _parts(message["content"], key)})
-    return messages
-
-
-def _parts(content: Any, key: str) -> list[dict[str, str]]:
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise _BadRow(f"'{key}' holds a content that is neither text nor a list of parts: {content!r:.60}")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            try:
-                part["text"].encode()
-            except UnicodeEncodeError:
-                raise _BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)") from None
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image":
-            inline = [name for name in ("image", "url", "path", "base64") if part.get(name)]
-            if inline:
-                raise _BadRow(
-                    f"'{key}' holds an image part with '{inline[0]}'; put images into the row's 'images' list"
-                )
-            parts.append({"type": "image"})
-        else:
-            raise _BadRow(f"'{key}' holds a part that is neither text nor image: {part!r:.60}")
-    return parts
-
-
-def _split_implicit_prompt(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
-    if shared == 0:
-        raise _BadRow("'prompt' is missing, and chosen and rejected do not begin with the same messages")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _check_turns(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message], num_images: int
-) -> list[Message]:
-    """Roles in order, nothing empty, completions that differ, one image part for each image.
-
-    Returns the prompt; where images are given but no part places them, they are put before the first user text.
-    """
-    roles = [message["role"] for message in prompt]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise _BadRow(f"'prompt' must be user and assistant in turn and end with user, got {', '.join(roles)}")
-    for key, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not completion or completion[0]["role"] != "assistant":
-            raise _BadRow(f"'{key}' must begin with an assistant message")
-        if any(part["type"] == "image" for message in completion for part in message["content"]):
-            raise _BadRow(f"'{key}' holds an image part; images belong in the prompt")
-        if not any(part["text"].strip() for message in completion for part in message["content"]):
-            raise _BadRow(f"'{key}' is empty")
-    if chosen == rejected:
-        raise _BadRow("chosen and rejected are the same text; there is nothing to prefer")
-    if num_images and any("<image>" in part.get("text", "") for message in prompt for part in message["content"]):
-        raise _BadRow("'prompt' holds '<image>' as text; write an image part {\"type\": \"image\"} in its place")
-    num_parts = sum(part["type"] == "image" for message in prompt for part in message["content"])
-    if num_parts == 0 and num_images:
-        first = roles.index("user")
-        placed = {**prompt[first], "content": [{"type": "image"}] * num_images + prompt[first]["content"]}
-        return [*prompt[:first], placed, *prompt[first + 1 :]]
-    if num_parts != num_images:
-        raise _BadRow(f"the prompt places {num_parts} image(s) but the row has {num_images} in 'images'")
-    return prompt
-
-
-def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
-    if isinstance(image, bytes) and image:
-        return image
-    if isinstance(image, dict):
-        if isinstance(image.get("bytes"), bytes):
-            return image["bytes"]
-        image = image.get("path")
-    if not isinstance(image, str) or not image:
-        raise _BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
-    path = root / image
-    try:
-        if confined and not path.resolve().is_relative_to(root.resolve()):
-            raise _BadRow(f"image '{image}' lies outside data.image_root ({root})")
-        if not path.is_file():
-            raise _BadRow(f"image '{image}' not found (looked for {path})")
-    except (OSError, ValueError):  # too long, or with a NUL: base64 or a data URL instead of a path
-        raise _BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
-    return path
-
-
-def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
-    if not edits:
-        return ()
-    if not isinstance(edits, list):
-        raise _BadRow(f"'edits' must be a list, got {edits!r:.60}")
-    text = "".join(part["text"] for part in chosen[0]["content"])
-    spans = []
-    for edit in edits:
-        try:
-            span = Edit(start=edit["start"], end=edit["end"], to=edit["to"])
-            whole = isinstance(span.start, int) and isinstance(span.end, int)
-            valid = whole and 0 <= span.start <= span.end <= len(text) and isinstance(span.to, str)
-        except (TypeError, KeyError):
-            valid = False
-        if not valid:
-            raise _BadRow(f"an edit needs start, end and to within the chosen text, got {edit!r:.80}")
-        if edit.get("from") not in (None, text[span.start : span.end]):
-            raise _BadRow(
-                f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
+def _check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
+    """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them."""
+    seen: set[str] = set()
+    found: set[str] = set()
+    for number in range(min(len(rows), 100)):
+        with contextlib.suppress(BadRow):
+            row = rows[number]
+            seen |= row.keys()
+            found |= map_columns(row, columns).keys()
+    for key, column in columns.items():
+        if key not in found:
+            raise UserError(
+                f"data.columns.{key}: {_source_name(rows)} has no column '{column}' in its first rows; "
+                f"there are {', '.join(sorted(seen)) or 'none'}"
             )
-        spans.append(span)
-    return tuple(spans)
+
+
+def _detect(rows: Rows) -> str:
+    for number in range(min(len(rows), 10)):
+        try:
+            return detect(rows[number])
+        except BadRow:
+            continue
+    return "vapr"
+
+
+def _open(
+    source: str, split: str, subset: str | None, columns: Mapping[str, str] | None
+) -> Iterator[tuple[Rows, Path, str | None, Mapping[str, str] | None]]:
+    """Rows, the folder relative image paths start at, the format if the source says it, and renamed columns."""
+    path = Path(source).expanduser()
+    if path.name == "dataset_info.json" or (
+        (path / "dataset_info.json").is_file() and not (path / "state.json").is_file()
+    ):
+        folder = path.parent if path.name == "dataset_info.json" else path
+        yield _llama_factory(folder, subset)
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield open_saved(path, split), path, None, columns
+    elif path.exists() or any(c in source for c in "*?["):
+        files, folder = _pair_files(path, source, split)
+        for is_table, group in itertools.groupby(files, key=lambda file: file.suffix if file.suffix in TABLES else ""):
+            for rows in [open_table(list(group))] if is_table else map(open_rows, group):
+                if len(rows):
+                    yield rows, folder, None, columns
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
+        yield open_hub(source, subset, split), Path(), None, columns
+    else:
+        raise UserError(f"{source}: no such file or folder")
+
+
+def _pair_files(path: Path, source: str, split: str) -> tuple[list[Path], Path]:
+    """The files to read, and the folder that relative image paths start at."""
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"{path}: unknown file type; use {', '.join(SUFFIXES)}")
+        return [path], path.parent
+    if path.is_dir():
+        folder = path / "pairs" if (path / "pairs").is_dir() else path
+        files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    else:
+        files = sorted(Path(file) for file in glob.glob(str(path)) if Path(file).suffix in SUFFIXES)
+        folder = path = files[0].parent if files else Path()
+    # Shards named as the hub names them: train-00000-of-00010.parquet. Test rows are not to be trained on.
+    sharded = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
+    if sharded and sharded == files and any(file.name.startswith(f"{split}-") for file in files):
+        files = [file for file in files if file.name.startswith(f"{split}-")]
+    if not files:
+        raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
+    return files, path
+
+
+def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, Mapping[str, str] | None]:
+    """The preference set that a ``dataset_info.json`` describes."""
+    file = folder / "dataset_info.json"
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        ranked = {name: entry for name, entry in entries.items() if entry.get("ranking")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable dataset_info.json ({error})") from None
+    if not ranked:
+        raise UserError(f'{file}: no entry with "ranking": true; name the pair file itself if there is one')
+    if subset is None and len(ranked) > 1:
+        raise UserError(f"{file}: several preference sets; choose one with subset: {', '.join(ranked)}")
+    name = subset or next(iter(ranked))
+    if name not in ranked:
+        raise UserError(f"{file}: no preference set '{name}'; there are {', '.join(ranked)}")
+    entry = ranked[name]
+    if entry.get("formatting", "alpaca") != "sharegpt":
+        raise UserError(f"{file}: '{name}' is not in sharegpt formatting; name its file and map it with data.columns")
+    if "file_name" not in entry:
+        raise UserError(f"{file}: '{name}' has no file_name; download it first")
+    tags = {key: value for key, value in (entry.get("tags") or {}).items() if LLAMA_FACTORY_TAGS.get(key) != value}
+    if tags:
+        raise UserError(f"{file}: '{name}' has tags other than LLaVA's ({', '.join(tags)}); convert it first")
+    named = {"messages": "conversations", **(entry.get("columns") or {})}
+    columns = {{"messages": "conversations"}.get(key, key): column for key, column in named.items()}
+    data = folder / entry["file_name"]
+    if not data.is_file():
+        raise UserError(f"{file}: '{name}' names {data}, which is not there")
+    rows = open_table([data]) if data.suffix in TABLES else open_rows(data)
+    return rows, folder, "llama-factory", columns
+
+
+LLAMA_FACTORY_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system",
+}  # fmt: skip

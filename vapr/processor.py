@@ -22,8 +22,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.config import TokenWeights
-from vapr.errors import UserError
-from vapr.pairs import Message, PreferencePair
+from vapr.errors import BadRow, UserError
+from vapr.preference_pair import Message, PreferencePair
 
 MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 """Pillow only warns here, and warnings are no business of several threads."""
@@ -62,6 +62,7 @@ class TokenizedPair:
     paths: tuple[TokenPath, ...]
     weight: float
     where: str
+    number: int = -1  # of its row in the data read
 
 
 class Processor:
@@ -93,7 +94,11 @@ class Processor:
         self.image_token_id = int(config.image_token_id)
         self.image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         self._vision_config = config.vision_config
-        self._recent = _RecentImages(maximum_bytes=512 * 2**20)
+        self.remember_images(512 * 2**20)
+
+    def remember_images(self, maximum_bytes: int) -> None:
+        """Keep so many bytes of the most recent processed images, for when they come again."""
+        self._recent = _RecentImages(maximum_bytes)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         """The chat template's text, image placeholders not yet repeated."""
@@ -110,22 +115,26 @@ class Processor:
         completion is the rest of the rendered conversation, tokenised without special tokens.
 
         Raises:
-            UserError: naming the row, for an image that cannot be used or a text that breaks the template.
+            BadRow: naming the row, for an image that cannot be used or a text that breaks the template.
         """
         try:
-            images = tuple(self.process_image(image) for image in pair.images)
-            prompt_text = self.render(list(pair.prompt), add_generation_prompt=True)
-            prompt_ids = self._prompt_ids(prompt_text, images)
             weights = weights or TokenWeights()
+            prompt_text = self.render(list(pair.prompt), add_generation_prompt=True)
+            images = [tuple(self.process_image(image) for image in pair.images)] * 2
+            prompts = [self._prompt_ids(prompt_text, images[0])] * 2
+            if pair.rejected_images is not None:
+                images[1] = tuple(self.process_image(image) for image in pair.rejected_images)
+                prompts[1] = self._prompt_ids(prompt_text, images[1])
             paths = tuple(
-                self._path(prompt_ids, images, *self._completion(pair, side, prompt_text, weights))
-                for side in ("chosen", "rejected")
+                self._path(prompt_ids, shown, *self._completion(pair, side, prompt_text, weights))
+                for side, prompt_ids, shown in zip(("chosen", "rejected"), prompts, images, strict=True)
             )
-            if np.array_equal(paths[0].input_ids, paths[1].input_ids):
+            if _same_input(*paths):
                 raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
         except UserError as error:
-            raise UserError(f"{pair.where}: row '{pair.id}': {error}") from None
-        return TokenizedPair(pair.id, paths, pair.weight, pair.where)
+            named = "" if pair.id == pair.where else f" row '{pair.id}':"
+            raise BadRow(f"{pair.where}:{named} {error}") from None
+        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number)
 
     def process_image(self, source: Path | bytes) -> ProcessedImage:
         """Decode, turn upright, convert to RGB and process one image; the most recent ones are remembered."""
@@ -188,15 +197,37 @@ class Processor:
         if len(ids) == 0:
             raise UserError(f"'{side}' has no tokens")
         token_weights = np.full(len(ids), weights.unchanged, np.float32)
-        if weights.changed == weights.unchanged:
-            return ids, token_weights
+        if weights.changed != weights.unchanged:
+            self._weigh_changes(token_weights, pair, side, text, encoded["offset_mapping"], weights.changed)
+        for begin, end in self._user_turns(pair, messages, prompt_text):
+            for n, (first, last) in enumerate(encoded["offset_mapping"]):
+                if first < end and last > begin:
+                    token_weights[n] = 0.0
+        return ids, token_weights
+
+    def _user_turns(
+        self, pair: PreferencePair, messages: tuple[Message, ...], prompt_text: str
+    ) -> list[tuple[int, int]]:
+        """Character ranges of a completion of several turns that the user, not the model, is to say."""
+        spans = []
+        for n in range(1, len(messages), 2):
+            before = self.render([*pair.prompt, *messages[:n]], add_generation_prompt=False)
+            after = self.render([*pair.prompt, *messages[: n + 1]], add_generation_prompt=True)
+            spans.append((len(before) - len(prompt_text), len(after) - len(prompt_text)))
+        return spans
+
+    def _weigh_changes(
+        self, token_weights: np.ndarray, pair: PreferencePair, side: str, text: str, offsets: list[tuple[int, int]],
+        changed: float,
+    ) -> None:  # fmt: skip
+        """Give the tokens of the edit their weight. ``text`` is the rendered completion, ``offsets`` its tokens'."""
+        messages = getattr(pair, side)
         answer = messages[0]["content"][0]["text"] if messages[0]["content"] else ""
         begin = max(text.find(answer.strip()) - (len(answer) - len(answer.lstrip())), 0)
         for start, end in changed_spans(pair, side):
-            for n, (first, last) in enumerate(encoded["offset_mapping"]):
+            for n, (first, last) in enumerate(offsets):
                 if first < begin + end and last > begin + start:
-                    token_weights[n] = weights.changed
-        return ids, token_weights
+                    token_weights[n] = changed
 
     def _path(
         self, prompt_ids: np.ndarray, images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
@@ -210,6 +241,11 @@ class Processor:
         merge = 1 if self.family == "llava" else self.image_processor.merge_size
         positions = rotary_positions(len(input_ids), images, starts, merge)
         return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, starts)
+
+
+def _same_input(chosen: TokenPath, rejected: TokenPath) -> bool:
+    same_images = [image.content_hash for image in chosen.images] == [image.content_hash for image in rejected.images]
+    return same_images and np.array_equal(chosen.input_ids, rejected.input_ids)
 
 
 def rotary_positions(

@@ -2,9 +2,11 @@
 
 import fcntl
 import importlib.metadata
+import os
 import platform
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -18,6 +20,11 @@ MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "data.eval", "data.too_long", "data.on_bad_row", "packing.max_tokens",
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+# A lock is the trainer's, not its workers', who would keep it when the trainer is killed.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held])
 
 
 class RunDir:
@@ -34,6 +41,7 @@ class RunDir:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"run_dir: {self.path} cannot be written ({error.strerror})") from None
+        _held.add(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -6,26 +6,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vapr import checkpoint
 from vapr.config import Config
+from vapr.display import Display
 from vapr.engine import Engine
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.loader import PairLoader, Step
 from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
 from vapr.loss import PairLogps, preference_losses
-from vapr.metrics import Display, MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
-from vapr.model import Policy, frozen, load_policy, shared_image_features
+from vapr.metrics import MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
+from vapr.model import Policy, frozen, load_model_config, load_policy, shared_image_features
 from vapr.packing import PackedBatch
-from vapr.pairs import read_pairs
+from vapr.pairs import Pairs, open_sets
 from vapr.processor import Processor
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
+from vapr.workers import Workers, default_workers
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -44,15 +46,19 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
 
 def _train(config: Config, run: RunDir, *, resume: bool) -> None:
+    with open_workers(config) as workers:
+        loader = open_loader(config, "train", workers)
+        held_out = open_loader(config, "eval", workers) if config.data.eval else None
+        _train_on(config, run, loader, held_out, resume=resume)
+
+
+def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoader | None, *, resume: bool) -> None:
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = load_policy(config.policy)
-    processor = Processor(config.policy.model, policy.base.config, config.data.image_backend)
-    loader = open_pairs(config, config.data.train, processor, shuffle=config.data.shuffle)
-    held_out = open_pairs(config, config.data.eval, processor, shuffle=False) if config.data.eval else None
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     engine = Engine(policy, config.optim, num_steps)
     run.describe(config, policy)
-    _say_what_runs(config, policy, processor, engine, loader, held_out, num_steps)
+    _say_what_runs(config, policy, engine, loader, held_out, num_steps)
     reference = open_reference(config, policy, loader, held_out, num_steps)
 
     start = _resume(run, engine, loader) if resume else 0
@@ -218,33 +224,46 @@ def evaluate(
             for cpu_batch in step.batches:
                 logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
                 totals.add(losses, *rewards, logps)
-                say(f"scoring held-out pairs {totals.num_pairs}/{len(held_out.pairs)}")
+                say(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
     if not totals.num_pairs:  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}
     return {f"eval/{name}": value for name, value in totals.means().items()}
 
 
-def open_pairs(config: Config, source: str, processor: Processor, *, shuffle: bool) -> PairLoader:
-    """Read the pairs of a file or folder and put a loader in front of them."""
+def open_workers(config: Config) -> Workers:
+    """The model's processor, and the processes that run it. No weights are loaded."""
+    processor = Processor(config.policy.model, load_model_config(config.policy.model), config.data.image_backend)
+    count = default_workers() if config.data.workers is None else config.data.workers
+    return Workers(processor, config.token_weights, count)
+
+
+def open_loader(config: Config, name: Literal["train", "eval"], workers: Workers) -> PairLoader:
+    """Open the pairs of ``data.train`` or ``data.eval``, check the first of them, and put a loader in front."""
     data = config.data
-    root = Path(data.image_root) if data.image_root else None
-    pairs, skipped = read_pairs(Path(source), format=data.format, image_root=root, on_bad_row=data.on_bad_row)
-    loader = PairLoader(
+    sets = [
+        part
+        for source in data.sources(name)
+        for part in open_sets(
+            source.path, source.format or "auto", source.columns, source.image_root,
+            split=source.split, subset=source.subset, weight=source.weight,
+        )
+    ]  # fmt: skip
+    pairs = Pairs(sets, data.on_bad_row)
+    if not len(pairs):
+        raise UserError(f"data.{name}: no pairs in it")
+    for line in (*pairs.formats, pairs.check()):
+        print(f"{name:<10} {line}")
+    return PairLoader(
         pairs,
-        processor,
+        workers,
         config.packing,
         pairs_per_step=config.optim.pairs_per_step,
         seed=config.seed,
-        shuffle=shuffle,
+        shuffle=data.shuffle and name == "train",
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
-        token_weights=config.token_weights,
     )
-    loader.skipped.update({line.split(": ", 1)[0]: line for line in skipped})
-    if skipped:
-        print(f"skipped    {len(skipped)} rows of {source}; the first: {skipped[0]}")
-    return loader
 
 
 def open_reference(
@@ -325,16 +344,18 @@ def _summary(values: dict[str, Any]) -> str:
 
 
 def _say_what_runs(
-    config: Config, policy: Policy, processor: Processor, engine: Engine, loader: PairLoader,
+    config: Config, policy: Policy, engine: Engine, loader: PairLoader,
     held_out: PairLoader | None, num_steps: int,
 ) -> None:  # fmt: skip
     trained = sum(master.numel() for master in engine.masters.values())
     how = "LoRA" if policy.adapters is not None else "full"
-    eval_pairs = f", {len(held_out.pairs):,} held out" if held_out is not None else ""
+    eval_pairs = f", {held_out.pairs_per_epoch:,} held out" if held_out is not None else ""
     size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
-    print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {processor.image_backend}")
-    print(f"data       {len(loader.pairs):,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs")
+    print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {loader.image_backend}")
+    print(
+        f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
+    )
     losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)

@@ -20,8 +20,8 @@ from vapr.config import Config
 from vapr.demo.report import write_report
 from vapr.demo.scenes import CATEGORIES, Question, ask, balanced, draw, random_scene
 from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.display import Display
 from vapr.errors import UserError
-from vapr.metrics import Display
 from vapr.model import load_model_config
 from vapr.pairs import read_pairs, write_pairs
 from vapr.processor import Processor, TokenizedPair
@@ -219,7 +219,7 @@ def _config_file(out: Path, stage: str, seed: int, sizes: DemoSizes) -> Path:
 
 def answer_all(model: Path, pairs_file: Path) -> list[str]:
     """Greedy answers of an untouched Hugging Face model to every question of a pair file, in its order."""
-    pairs, _ = read_pairs(pairs_file)
+    pairs = list(read_pairs(pairs_file))
     config = load_model_config(str(model))
     processor = Processor(str(model), config)
     policy = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()

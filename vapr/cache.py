@@ -1,0 +1,70 @@
+"""Where vapr keeps what it can compute again, and how it knows a file without reading it twice."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from vapr.errors import UserError
+
+
+def user_cache() -> Path:
+    """``$XDG_CACHE_HOME/vapr``, by default ``~/.cache/vapr``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vapr"
+
+
+def file_identity(path: Path) -> str:
+    """Changes whenever the file is written again: path, inode, size and time."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def files_hash(files: list[Path], memory_file: Path) -> str:
+    """sha256 over names and contents of files.
+
+    A file's own hash is remembered in ``memory_file`` by :func:`file_identity`, so that it is read once.
+
+    Raises:
+        UserError: if ``memory_file`` cannot be written.
+    """
+    try:
+        memory = json.loads(memory_file.read_text())
+    except (OSError, ValueError):
+        memory = {}
+    digest = hashlib.sha256()
+    known = dict(memory)
+    for file in files:
+        identity = file_identity(file)
+        if identity not in known:
+            with file.open("rb") as stream:
+                known[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name}:{known[identity]}\n".encode())
+    if known != memory:
+        with written_whole(memory_file) as stream:
+            stream.write(json.dumps(known).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name complete or not at all; the folder is made if need be.
+
+    Raises:
+        UserError: if it cannot be written, a full disk included.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""The shapes preference rows come in, and what makes vapr's own row of each.
+
+A format is a function from a row to a row with ``id, images, prompt, chosen, rejected`` (and ``rejected_images``,
+``weight``, ``category``, ``edits`` where it has them), which :func:`vapr.preference_pair.pair_from_row` checks.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from vapr.errors import BadRow, NoPair
+
+Row = dict[str, Any]
+
+FormatName = Literal[
+    "vapr", "trl", "llava", "povid", "ha-dpo", "seva", "rlaif-v", "vlfeedback", "llama-factory", "ms-swift", "mm-rlhf",
+    "mmpr",
+]  # fmt: skip
+FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
+
+PLACEHOLDER = "<image>"
+
+
+def detect(row: Any) -> str:
+    """The name of a row's format, by its keys; ``vapr`` where none fits, whose check then says what is missing."""
+    if not isinstance(row, dict):
+        return "vapr"
+    keys = {key for key, value in row.items() if value is not None}
+    if "conversations" in keys:
+        if "rejected_conversations" in keys:
+            return "povid"
+        return "llama-factory" if isinstance(row.get("rejected"), dict) else "llava"
+    if "messages" in keys and keys & {"rejected_response", "rejected_messages", "rejected_images"}:
+        return "ms-swift"
+    if {"prompt", "completions"} <= keys:
+        return "vlfeedback"
+    if {"image_id", "question", "chosen", "reject"} <= keys:
+        return "ha-dpo" if keys & {"correct", "answer"} else "seva"
+    if {"question", "chosen", "rejected"} <= keys:
+        return "rlaif-v" if keys & {"ds_name", "origin_dataset"} or isinstance(row.get("image"), dict) else "mmpr"
+    texts = all(isinstance(row.get(key), str) for key in ("prompt", "chosen", "rejected"))
+    if texts and keys & {"image", "video"} and "images" not in keys:
+        return "mm-rlhf"
+    if {"chosen", "rejected"} <= keys and ("image" in keys or not keys & {"id", "category", "edits", "provenance"}):
+        return "trl"
+    return "vapr"
+
+
+def as_vapr(row: Any, name: str) -> Any:
+    """A row of format ``name`` as a row of vapr's own shape, not yet checked.
+
+    Raises:
+        BadRow: if keys of the format are missing or of the wrong type; NoPair if the row is sound but prefers nothing.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be an object, got {row!r:.60}")
+    return _READERS[name]({key: value for key, value in row.items() if value is not None})
+
+
+def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
+    """The keys of ``columns`` with what is found under its values; ``a.b.0`` goes down into objects and lists.
+
+    What a row does not have is left out, as rows without images have none.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be an object, got {row!r:.60}")
+    mapped: Row = {}
+    for key, column in columns.items():
+        value: Any = row
+        for part in [column] if column in row else column.split("."):
+            try:
+                value = value[int(part)] if isinstance(value, list) else value[part]
+            except (KeyError, IndexError, TypeError, ValueError):
+                break
+        else:
+            mapped[key] = value
+    return mapped
+
+
+def _need(row: Row, *keys: str) -> None:
+    if missing := [key for key in keys if key not in row]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise BadRow(f"{' and '.join(repr(key) for key in missing)} {verb} missing; this row has {', '.join(row)}")
+
+
+def _vapr(row: Row) -> Row:
+    return row
+
+
+def _trl(row: Row) -> Row:
+    return row if "images" in row else {**row, "images": row.get("image")}
+
+
+def _columns(row: Row) -> Row:
+    """Mapped columns come from anywhere, so prompts may hold placeholders."""
+    return {**row, "prompt": with_image_parts(row.get("prompt"), "prompt")}
+
+
+def _conversations(row: Row) -> Row:
+    """LLaVA's turns ``{"from", "value"}``, with the rejected answer in one of three places."""
+    _need(row, "conversations")
+    for media in ("video", "videos", "audios"):
+        if row.get(media):
+            raise BadRow(f"'{media}' rows are not supported")
+    shaped = {"id": row.get("id"), "images": row.get("images", row.get("image"))}
+    turns = with_image_parts(row["conversations"], "conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"'conversations' must be a list of turns, got {row['conversations']!r:.60}")
+    if isinstance(row.get("system"), str) and row["system"]:
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    if "rejected_conversations" in row:
+        other = with_image_parts(row["rejected_conversations"], "rejected_conversations")
+        if isinstance(row.get("system"), str) and row["system"] and isinstance(other, list):
+            other = [{"role": "system", "content": row["system"]}, *other]
+        return {**shaped, "chosen": turns, "rejected": other}
+    _need(row, "rejected")
+    if "chosen" in row:
+        return {**shaped, "prompt": turns, "chosen": row["chosen"], "rejected": row["rejected"]}
+    return {**shaped, "prompt": turns[:-1], "chosen": turns[-1:], "rejected": row["rejected"]}
+
+
+def _ms_swift(row: Row) -> Row:
+    """The chosen answer ends ``messages``; the other side is a response, messages or other images, or several."""
+    _need(row, "messages")
+    messages = with_image_parts(row["messages"], "messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise BadRow("'messages' must be a list that ends with the chosen answer")
+    shaped = {"id": row.get("id"), "images": row.get("images"), "rejected_images": row.get("rejected_images")}
+    if "rejected_messages" in row:
+        other = with_image_parts(row["rejected_messages"], "rejected_messages")
+        return {**shaped, "chosen": messages, "rejected": other}
+    rejected = row.get("rejected_response")
+    if rejected is None:
+        if "rejected_images" not in row:
+            raise BadRow("'rejected_response' is missing (or rejected_messages, or rejected_images)")
+        rejected = messages[-1:]
+    return {**shaped, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": rejected}
+
+
+def _ha_dpo(row: Row) -> Row:
+    if str(row.get("correct")).lower() == "true":
+        raise NoPair("marked correct, so there is nothing to prefer")
+    return _seva(row)
+
+
+def _seva(row: Row) -> Row:
+    _need(row, "image_id", "question", "chosen", "reject")
+    name = str(row["image_id"])
+    numbered = [f"{prefix}{int(name):012d}.jpg" for prefix in ("COCO_train2014_", "COCO_val2014_", "")] * name.isdigit()
+    guesses = [name, f"{name}.jpg", f"{name}.png", f"VG_100K/{name}.jpg", f"VG_100K_2/{name}.jpg", *numbered]
+    return {
+        "id": row.get("id"),
+        "images": [{"any_of": guesses}],
+        "prompt": with_image_parts(row["question"], "question"),
+        "chosen": row["chosen"],
+        "rejected": row["reject"],
+    }
+
+
+def _question(row: Row) -> Row:
+    """RLAIF-V and MMPR: a question with its image."""
+    _need(row, "question", "chosen", "rejected")
+    return {
+        "id": row.get("id", row.get("idx")),
+        "images": row.get("images", row.get("image")),
+        "prompt": with_image_parts(row["question"], "question"),
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+    }
+
+
+def _mm_rlhf(row: Row) -> Row:
+    _need(row, "prompt", "chosen", "rejected")
+    if row.get("video"):
+        raise BadRow("'video' rows are not supported")
+    return {
+        "id": row.get("id"),
+        "images": row.get("images", row.get("image")),
+        "prompt": with_image_parts(row["prompt"], "prompt"),
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+    }
+
+
+def _vlfeedback(row: Row) -> Row:
+    """The best- and the worst-rated completion, by the mean of the aspects that have a rating."""
+    _need(row, "prompt", "completions")
+    completions = row["completions"]
+    if isinstance(completions, dict):  # a list of structs, as older versions of the datasets library store it
+        completions = [
+            dict(zip(completions, values, strict=False)) for values in zip(*completions.values(), strict=False)
+        ]
+    if not isinstance(completions, list):
+        raise BadRow(f"'completions' must be a list, got {completions!r:.60}")
+    rated = []
+    for completion in completions:
+        if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
+            raise BadRow(f"'completions' holds one without a response: {completion!r:.60}")
+        rating = _mean_rating(completion.get("annotations"))
+        if not math.isnan(rating) and completion["response"].strip():
+            rated.append((rating, completion["response"]))
+    if len(rated) < 2 or max(rated)[0] == min(rated)[0]:
+        raise NoPair("fewer than two completions with different ratings")
+    return {
+        "id": row.get("id"),
+        "images": row.get("img_path", row.get("image")),
+        "prompt": with_image_parts(row["prompt"], "prompt"),
+        "chosen": max(rated, key=lambda entry: entry[0])[1],
+        "rejected": min(rated, key=lambda entry: entry[0])[1],
+    }
+
+
+def _mean_rating(annotations: Any) -> float:
+    ratings = []
+    for aspect in annotations.values() if isinstance(annotations, dict) else ():
+        try:
+            ratings.append(float(aspect["Rating"]))
+        except (TypeError, KeyError, ValueError):  # "N/A"
+            continue
+    return sum(ratings) / len(ratings) if ratings else math.nan
+
+
+def with_image_parts(value: Any, key: str) -> Any:
+    """Text, or turns of text, with every ``<image>`` turned into an image part.
+
+    One line break next to a placeholder belongs to it: chat templates write their own.
+    """
+    if isinstance(value, str):
+        return [{"role": "user", "content": _split(value)}] if PLACEHOLDER in value else value
+    if not isinstance(value, list):
+        return value
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise BadRow(f"'{key}' holds a turn that is no object: {turn!r:.60}")
+        role, text = ("from", "value") if "from" in turn else ("role", "content")
+        content = turn.get(text)
+        if isinstance(content, str) and PLACEHOLDER in content:
+            content = _split(content)
+        turns.append({"role": turn.get(role), "content": content})
+    return turns
+
+
+def _split(text: str) -> list[dict[str, str]]:
+    pieces = text.split(PLACEHOLDER)
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+_READERS: dict[str, Callable[[Row], Row]] = {
+    "vapr": _vapr,
+    "trl": _trl,
+    "columns": _columns,
+    "llava": _conversations,
+    "povid": _conversations,
+    "llama-factory": _conversations,
+    "ms-swift": _ms_swift,
+    "ha-dpo": _ha_dpo,
+    "seva": _seva,
+    "rlaif-v": _question,
+    "mmpr": _question,
+    "mm-rlhf": _mm_rlhf,
+    "vlfeedback": _vlfeedback,
+}

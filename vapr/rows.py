@@ -1,0 +1,360 @@
+"""Rows of a data file by number, without holding the file: an index of places for text and tar, Arrow for tables.
+
+An index is built the first time a file is seen, in one pass, and kept in the user's cache folder; after that opening a
+file of a million rows takes as long as opening one of ten.
+"""
+
+import codecs
+import hashlib
+import itertools
+import json
+import os
+import sys
+import tarfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from zlib import crc32
+
+import numpy as np
+
+from vapr.cache import file_identity, files_hash, user_cache, written_whole
+from vapr.errors import BadRow, UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
+TABLES = (".parquet", ".arrow")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Rows(Protocol):
+    """Raw rows by number."""
+
+    digest: str
+    """Hash of the content: equal only for equal rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Any:
+        """One row as plain data. Raises BadRow if it cannot be decoded."""
+
+    def where(self, number: int) -> str:
+        """``file:line`` of a text file, ``file:row`` of others, counted from 1."""
+
+
+def open_rows(file: Path) -> Rows:
+    """Open a .jsonl, .json, .parquet, .arrow or .tar file.
+
+    Raises:
+        UserError: naming the file, if it is of another kind, cannot be read, or the index cannot be written.
+    """
+    try:
+        if file.suffix == ".jsonl":
+            return JsonLines(file)
+        if file.suffix == ".json":
+            return JsonLines(_as_lines(file, "json", _json_rows), name=str(file))
+        if file.suffix == ".tar":
+            return TarSamples(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    if file.suffix in TABLES:
+        return open_table([file])
+    raise UserError(f"{file}: unknown file type; use {', '.join(SUFFIXES)}")
+
+
+class JsonLines:
+    """One JSON value a line. Blank lines are no rows.
+
+    Args:
+        path: the file.
+        name: the file a row's place is named after, where ``path`` was made from another one.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self._name = name or str(path)
+        self._by_row = name is not None
+        self._path = path
+        self._file = path.open("rb")
+        self._index, self.digest = _line_index(path)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Any:
+        start, length, line = (int(value) for value in self._index[number])
+        # pread has no file position, so threads and forked workers can share the descriptor.
+        text = os.pread(self._file.fileno(), length, start)
+        if len(text) < length:
+            raise UserError(f"{self._name}: was cut short while it was being read; restore it and continue")
+        try:
+            return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise BadRow("not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise BadRow(f"not valid JSON ({error.msg} at column {error.colno})") from None
+        except RecursionError:
+            raise BadRow("not a row: JSON nested too deeply") from None
+
+    def where(self, number: int) -> str:
+        return f"{self._name}:{number + 1 if self._by_row else int(self._index[number][2])}"
+
+
+def _line_index(path: Path) -> tuple[np.ndarray, str]:
+    """(start, length, line number) of each line that is not blank, memory-mapped; and the file's hash."""
+    folder = user_cache() / "index"
+    key = hashlib.sha256(file_identity(path).encode()).hexdigest()[:24]
+    for known in folder.glob(f"{key}.*.npy"):
+        try:
+            return np.load(known, mmap_mode="r", allow_pickle=False), known.name.split(".")[1]
+        except (OSError, ValueError, EOFError):
+            known.unlink(missing_ok=True)  # damaged: built again
+    places, digest = array("q"), hashlib.sha256()
+    start = 0
+    with path.open("rb") as file:
+        if b"\0" in file.peek(4096)[:4096]:
+            raise UserError(f"{path}: not a text file")
+        for number, line in enumerate(file, start=1):
+            digest.update(line)
+            if line.strip():
+                places.extend((start, len(line), number))
+            start += len(line)
+    index = np.frombuffer(places, np.int64).reshape(-1, 3)
+    if len(index) == 0:
+        return index, digest.hexdigest()
+    name = folder / f"{key}.{digest.hexdigest()}.npy"
+    with written_whole(name) as out:
+        np.save(out, index, allow_pickle=False)
+    return np.load(name, mmap_mode="r", allow_pickle=False), digest.hexdigest()
+
+
+def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> Path:
+    """A copy of a file's rows as JSON lines, in the user's cache folder; made the first time the file is seen."""
+    key = hashlib.sha256(file_identity(file).encode()).hexdigest()[:24]
+    lines = user_cache() / "index" / f"{key}.{kind}.jsonl"
+    if not lines.exists():
+        with written_whole(lines) as out:
+            for row in rows(file):
+                out.write(json.dumps(row).encode() + b"\n")
+    return lines
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """The elements of one long JSON list, a piece of the file at a time; or the pairs of HA-DPO's object."""
+    import ijson
+
+    with path.open("rb") as file:
+        head = file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+        if head.startswith(b"["):
+            file.seek(3 if file.peek(3).startswith(codecs.BOM_UTF8) else 0)
+            try:
+                yield from ijson.items(file, "item", use_float=True)
+                return
+            except (ijson.JSONError, UnicodeDecodeError, RecursionError):
+                pass  # ijson gives no line; json below does
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply") from None
+    if not isinstance(whole, dict) or not whole or not all(_is_description(value) for value in whole.values()):
+        raise UserError(f"{path}: a .json file of pairs is one list of rows")
+    for image_id, answers in whole.items():
+        question = DESCRIBE[crc32(image_id.encode()) % len(DESCRIBE)]
+        for chosen in answers["chosen"]:
+            for reject in answers["rejected"]:
+                pair = {"chosen": chosen, "reject": reject, "correct": False}
+                yield {"image_id": image_id, "question": question, **pair}
+
+
+DESCRIBE = (
+    "Describe this image in detail.",
+    "What can be seen in this picture? Give a detailed description.",
+    "Please write down everything this image shows.",
+    "Tell me in detail what is going on in this picture.",
+)
+"""HA-DPO's descriptions come without a question; the image id picks one of these."""
+
+
+def _is_description(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("chosen", "rejected"))
+
+
+class TarSamples:
+    """Samples of a webdataset shard: members that share a name up to the first dot of its last part.
+
+    A sample's ``.json`` member is the row; its image members, in name order, are the row's images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._samples = JsonLines(_as_lines(path, "tar", _tar_samples), name=str(path))
+        self._file = path.open("rb")
+        self.digest = self._samples.digest
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: int) -> Any:
+        sample = self._samples[number]
+        try:
+            row = json.loads(sample["row"])
+        except json.JSONDecodeError as error:
+            raise BadRow(f"'{sample['key']}.json' is not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise BadRow(f"'{sample['key']}.json' must hold an object")
+        row.setdefault("id", sample["key"])
+        if sample["images"]:
+            row.pop("image", None)
+            row["images"] = [self._read(*place) for place in sample["images"]]
+        return row
+
+    def _read(self, start: int, length: int) -> bytes:
+        data = os.pread(self._file.fileno(), length, start)
+        if len(data) < length:
+            raise UserError(f"{self._path}: was cut short while it was being read; restore it and continue")
+        return data
+
+    def where(self, number: int) -> str:
+        return self._samples.where(number)
+
+
+def _tar_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """key, JSON text, and (start, length) of each image of every sample; a sample's members lie side by side."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, members in itertools.groupby((m for m in tar if m.isfile()), key=_sample_key):
+                files = sorted(members, key=lambda member: member.name)
+                texts = [member for member in files if member.name.endswith(".json")]
+                if len(texts) != 1:
+                    raise UserError(f"{path}: sample '{key}' has {len(texts)} .json members; it needs one")
+                text = tar.extractfile(texts[0]).read().decode("utf-8")  # type: ignore[union-attr]
+                images = [(m.offset_data, m.size) for m in files if m.name.lower().endswith(PICTURES)]
+                yield {"key": key, "row": text, "images": images}
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: not a readable tar file ({error}); a compressed one has to be unpacked") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a .json member is not UTF-8 text") from None
+
+
+def _sample_key(member: tarfile.TarInfo) -> str:
+    folder, _, name = member.name.rpartition("/")
+    stem = name.split(".", 1)[0]
+    return f"{folder}/{stem}" if folder else stem
+
+
+class Table:
+    """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped.
+
+    Args:
+        dataset: the data set.
+        digest: hash of its content.
+        names: what to name a row's place after, and the number of rows of each.
+    """
+
+    def __init__(self, dataset: Any, digest: str, names: list[tuple[str, int]]) -> None:
+        self._rows = dataset.with_format("arrow")  # images stay encoded
+        self.digest = digest
+        self._names = [name for name, _ in names]
+        self._starts = [0, *itertools.accumulate(size for _, size in names)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self._rows[number].to_pylist()[0]
+
+    def where(self, number: int) -> str:
+        part = bisect_right(self._starts, number, hi=len(self._names)) - 1
+        return f"{self._names[part]}:{number - self._starts[part] + 1}"
+
+
+def open_table(files: list[Path]) -> Table:
+    """Open parquet files, or Arrow files, as one table. ``datasets`` turns parquet into Arrow in its cache, once.
+
+    Raises:
+        UserError: naming the file that cannot be read, or the library that is missing.
+    """
+    datasets = _datasets()
+    import pyarrow
+    import pyarrow.parquet
+
+    sizes, parts = [], []
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                sizes.append((str(file), pyarrow.parquet.read_metadata(file).num_rows))
+            else:
+                parts.append(_open_arrow(datasets, file))
+                sizes.append((str(file), len(parts[-1])))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({_one_line(error)})") from None
+    try:
+        if parts:
+            dataset = datasets.concatenate_datasets(parts)
+        else:
+            dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{files[0]}: cannot be read as a table ({_one_line(cause)})") from None
+    return Table(dataset, files_hash(files, user_cache() / "index" / "files.json"), sizes)
+
+
+def _open_arrow(datasets: Any, file: Path) -> Any:
+    import pyarrow
+
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
+        return datasets.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
+
+
+def open_saved(folder: Path, split: str) -> Table:
+    """Open a folder written by ``save_to_disk`` of the ``datasets`` library."""
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable saved data set ({_one_line(error)})") from None
+    return _one_split(datasets, dataset, str(folder), split)
+
+
+def open_hub(name: str, subset: str | None, split: str) -> Table:
+    """Load a data set of the Hugging Face hub, or of its cache on this machine.
+
+    Raises:
+        UserError: if there is none of that name, or it cannot be reached.
+    """
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # noqa: BLE001 - the library raises whatever its network and parsers raise
+        raise UserError(
+            f"{name}: no such file or folder here, and the hub gave no data set of that name ({_one_line(error)})"
+        ) from None
+    return _one_split(datasets, dataset, name, split)
+
+
+def _one_split(datasets: Any, dataset: Any, name: str, split: str) -> Table:
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{name}: no split '{split}'; there are {', '.join(dataset)}")
+        dataset = dataset[split]
+    return Table(dataset, dataset._fingerprint, [(name, len(dataset))])
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("tables and hub data sets need the datasets library; pip install 'vapr[data]'") from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
