@@ -35,8 +35,7 @@ class OnlineReference(Reference):
     """Forgets what it computed: every batch is a miss, as every batch of a first epoch is."""
 
     def logps(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
-        self._values.clear()
-        self._unsaved.clear()
+        self.forget()
         return super().logps(batch, features)
 
 

@@ -113,7 +113,7 @@ def _category(category: Any) -> str | None:
 
 
 def _row_id(row: dict[str, Any], where: str) -> str:
-    given = row.get("id", where)
+    given = row.get("id", where.rsplit("/", 1)[-1])
     if not isinstance(given, str | int):
         raise BadRow(f"'id' must be text, got {given!r}")
     return str(given)

@@ -132,7 +132,7 @@ class Processor:
             if _same_input(*paths):
                 raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
         except UserError as error:
-            named = "" if pair.id == pair.where else f" row '{pair.id}':"
+            named = "" if pair.where.endswith(pair.id) else f" row '{pair.id}':"
             raise BadRow(f"{pair.where}:{named} {error}") from None
         return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number)
 

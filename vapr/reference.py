@@ -5,31 +5,30 @@ weights, the dtype and the kernel path. So a changed row misses alone, a changed
 can never be attached to the wrong row. Values are the plain log-probs of each completion token (weights of tokens and
 losses are applied later), so every loss shares one cache.
 
-The cache is a folder of safetensors shards, one a flush, written whole; runs may share it.
+The cache is a folder of safetensors shards, one a flush, written whole; runs may share it. Values stay on disk: what is
+held in memory is where each lies, 24 bytes a completion. Every value has its own checksum, looked at when it is read.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import uuid
-import zlib
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from vapr.cache import files_hash, user_cache, written_whole
 from vapr.errors import UserError
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen
 from vapr.packing import PackedBatch, pack
 from vapr.processor import TokenPath
+from vapr.shards import KEY_BYTES, Index, Shard, write_shard
 
-KEY_BYTES = 16
 FLUSH_BYTES = 64 * 2**20
+UNMERGED_SHARDS = 8
 
 
 class Reference:
@@ -42,11 +41,11 @@ class Reference:
 
     Attributes:
         hits, misses: completions found and computed so far.
-        messages: lines about damaged shards, to be shown to the user.
+        messages: lines about damaged files, to be shown to the user and then cleared.
     """
 
     def __init__(self, policy: Policy, cache_dir: str | None, share: str = "pair") -> None:
-        root = Path(cache_dir) if cache_dir else _user_cache() / "reference"
+        root = Path(cache_dir) if cache_dir else user_cache() / "reference"
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
@@ -55,7 +54,7 @@ class Reference:
             "dtype": str(policy.dtype),
             "device": policy.device.type,
             "attention": policy.attention_backend,
-            "format": 1,
+            "format": 2,
         }
         self._salt = json.dumps(described, sort_keys=True).encode()
         self.folder = root / hashlib.sha256(self._salt).hexdigest()[:16]
@@ -66,10 +65,17 @@ class Reference:
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []
-        self._values: dict[bytes, np.ndarray] = {}
         self._unsaved: dict[bytes, np.ndarray] = {}
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            self._load_shard(shard)
+        self._shards: list[Shard] = []
+        self._indexes: list[Index] = []
+        self._damaged: set[int] = set()  # numbers of shards; -1 for those that could not be opened
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._open_shard(path)
+        self._merge()
+
+    def __len__(self) -> int:
+        """Completions on disk."""
+        return sum(len(index.heads) for index in self._indexes)
 
     def key(self, path: TokenPath) -> bytes:
         """What identifies a completion's log-probs."""
@@ -84,6 +90,10 @@ class Reference:
         """From now on the policy's own weights are updated: nothing more can be computed, only looked up."""
         self._policy_is_reference = False
 
+    def forget(self) -> None:
+        """Leave the cache on disk out of sight, so that everything is computed again."""
+        self._indexes, self._unsaved = [], {}
+
     def logps(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
         """Reference log-probs of the batch's completions, laid out as :func:`vapr.logps.per_completion`, (M,).
 
@@ -91,28 +101,37 @@ class Reference:
         image features, where policy and reference have them in common.
 
         Raises:
-            UserError: if something is missing after the policy changed (a row or image was altered during the run).
+            UserError: if something is missing after the policy changed (a row, an image or the cache was altered
+                during the run).
         """
-        missing = [pair for pair in batch.pairs if any(self.key(path) not in self._values for path in pair.paths)]
-        before = self.misses
+        keys = [[self.key(path) for path in pair.paths] for pair in batch.pairs]
+        known = {key: value for pair in keys for key in pair if (value := self._find(key)) is not None}
+        missing = [n for n, pair in enumerate(keys) if any(key not in known for key in pair)]
+        num_known = len(known)
         if missing:
             if not self._policy_is_reference:
-                pair = missing[0]
-                raise UserError(f"{pair.where}: row '{pair.id}' or its image changed since the run began; restore it")
+                pair = batch.pairs[missing[0]]
+                raise UserError(
+                    f"{pair.where}: row '{pair.id}', its image or the reference cache changed since the run began; "
+                    f"restore the row, or delete {self.folder}/prepared-*.json and continue with --resume"
+                )
             if len(missing) < batch.num_pairs:
-                self._compute(pack(missing, self._share).to(self._policy.device))
+                batch_of_missing = pack([batch.pairs[n] for n in missing], self._share).to(self._policy.device)
+                known |= self._compute(batch_of_missing, None)
             else:
-                self._compute(batch, features)
-        values = [self._values[self.key(path)] for pair in batch.pairs for path in pair.paths]
-        self.hits += len(values) - (self.misses - before)
+                known |= self._compute(batch, features)
+        self.misses += len(known) - num_known
+        self.hits += sum(len(pair) for pair in keys) - (len(known) - num_known)
+        values = [known[key] for pair in keys for key in pair]
         return torch.from_numpy(np.concatenate(values)).to(batch.labels.device, non_blocking=True)
 
-    def _compute(self, batch: PackedBatch, features: Tensor | None = None) -> None:
+    def _compute(self, batch: PackedBatch, features: Tensor | None) -> dict[bytes, np.ndarray]:
         with frozen(self._policy), self._policy.adapters_off():
             values = per_completion(token_logps(self._policy, batch, features), batch).float().cpu().numpy()
         paths = [path for pair in batch.pairs for path in pair.paths]
         pieces = np.split(values, np.cumsum(batch.completion_lengths.tolist())[:-1])
         rows = [pair for pair in batch.pairs for _ in pair.paths]
+        computed: dict[bytes, np.ndarray] = {}
         for path, piece, row in zip(paths, pieces, rows, strict=True):
             if not np.isfinite(piece).all():
                 raise UserError(
@@ -120,48 +139,82 @@ class Reference:
                     f"the weights in {self._policy.folder} are damaged, or bfloat16 overflows"
                 )
             key = self.key(path)
-            if key not in self._values:
-                self._values[key] = self._unsaved[key] = piece.copy()
-                self.misses += 1
+            if key not in self._unsaved and (known := self._find(key)) is not None:
+                computed[key] = known  # its partner was missing, not it
+            else:
+                computed[key] = self._unsaved.setdefault(key, piece.copy())
         if sum(value.nbytes for value in self._unsaved.values()) > FLUSH_BYTES:
             self.flush()
+        return computed
+
+    def _find(self, key: bytes) -> np.ndarray | None:
+        if key in self._unsaved:
+            return self._unsaved[key]
+        for index in reversed(self._indexes):
+            for shard, start, length in index.places(key):
+                value = self._shards[shard].read(key, start, length)
+                if value is not None:
+                    return value
+                if shard not in self._damaged:
+                    self._damaged.add(shard)
+                    self.messages.append(
+                        f"{self._shards[shard].path} is damaged; values that it lost are computed again"
+                    )
+        return None
 
     def flush(self) -> None:
-        """Write what was computed since the last flush as one shard."""
+        """Write what was computed since the last flush as one shard.
+
+        Raises:
+            UserError: if it cannot be written, a full disk included.
+        """
         if not self._unsaved:
             return
-        keys = np.frombuffer(b"".join(self._unsaved), np.uint8).reshape(-1, KEY_BYTES)
-        lengths = np.array([len(value) for value in self._unsaved.values()], np.int64)
-        values = np.concatenate(list(self._unsaved.values()))
         shard = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        temporary = shard.with_suffix(".tmp")
-        metadata = {"crc32": str(_checksum(keys, lengths, values)), "reference": self._salt.decode()}
-        save_file({"keys": keys, "lengths": lengths, "logps": values}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(shard)
+        write_shard(shard, self._unsaved, self._salt.decode())
         self._unsaved = {}
+        self._open_shard(shard)
+        if len(self._indexes) > UNMERGED_SHARDS:
+            self._merge()
 
-    def _load_shard(self, shard: Path) -> None:
+    def _open_shard(self, path: Path) -> None:
         try:
-            with safetensors.safe_open(shard, "numpy") as file:
-                expected = (file.metadata() or {}).get("crc32")
-            tensors = load_file(shard)
-            keys, lengths, values = tensors["keys"], tensors["lengths"], tensors["logps"]
-            if str(_checksum(keys, lengths, values)) != expected:
-                raise ValueError("its checksum does not match")
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-            damaged = shard.with_suffix(".damaged")
+            shard = Shard(path)
+            index = shard.index(len(self._shards))
+        except (OSError, KeyError, ValueError) as error:
+            damaged = path.with_suffix(".damaged")
             with contextlib.suppress(FileNotFoundError):  # another run was faster
-                shard.rename(damaged)
-            reason = " ".join(str(error).split())
+                path.rename(damaged)
+            self._damaged.add(-1)
             self.messages.append(
-                f"{shard} is damaged ({reason}); set aside as {damaged.name}, what it held is computed again"
+                f"{path} is damaged ({' '.join(str(error).split())}); set aside as {damaged.name}, what it held is "
+                "computed again"
             )
             return
-        ends = np.cumsum(lengths)
-        for key, start, end in zip(keys, ends - lengths, ends, strict=True):
-            self._values[key.tobytes()] = values[start:end]
+        self._shards.append(shard)
+        self._indexes.append(index)
+
+    def _merge(self) -> None:
+        """One sorted index out of all, so that a look-up does not slow down with the number of shards."""
+        if self._indexes:
+            columns = zip(*(index.columns() for index in self._indexes), strict=True)
+            heads, shards, starts, lengths = (np.concatenate(column) for column in columns)
+            order = np.argsort(heads, kind="stable")
+            self._indexes = [Index(heads[order], shards[order], starts[order], lengths[order])]
+
+    def progress(self, name: str) -> int:
+        """Steps that :meth:`note_progress` noted under ``name``; 0 if values were lost since."""
+        try:
+            noted = json.loads((self.folder / f"prepared-{name}.json").read_text())
+            return int(noted["steps"]) if len(self) >= noted["values"] and not self._damaged else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def note_progress(self, name: str, steps: int) -> None:
+        """Write down what is computed so far, and that it covers so many steps of the data called ``name``."""
+        self.flush()
+        with written_whole(self.folder / f"prepared-{name}.json") as file:
+            file.write(json.dumps({"steps": steps, "values": len(self)}).encode())
 
 
 def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatch, ...]) -> tuple[float, float]:
@@ -199,39 +252,6 @@ def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float
 
 
 def weights_hash(folder: Path, root: Path) -> str:
-    """sha256 over the weight files of a model folder; remembered by path, size and time in ``root/weights.json``."""
-    files = sorted(folder.glob("*.safetensors"))
-    memory_file = root / "weights.json"
-    try:
-        memory = json.loads(memory_file.read_text())
-    except (OSError, ValueError):
-        memory = {}
-    digest = hashlib.sha256()
-    known = dict(memory)
-    for file in [folder / "config.json", *files]:
-        stat = file.stat()
-        identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if identity not in known:
-            with file.open("rb") as stream:
-                known[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}:{known[identity]}\n".encode())
-    if known != memory:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            temporary = memory_file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_text(json.dumps(known))
-            temporary.rename(memory_file)
-        except OSError as error:
-            raise UserError(f"reference.cache_dir: {root} cannot be written ({error.strerror})") from None
-    return digest.hexdigest()
-
-
-def _checksum(*arrays: np.ndarray) -> int:
-    value = 0
-    for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array).data, value)
-    return value
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vapr"
+    """sha256 over config and weights of a model folder; remembered in ``root/weights.json``."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return files_hash(files, root / "weights.json")
