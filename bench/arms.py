@@ -92,7 +92,7 @@ class VaprArm:
 
     def __call__(self) -> None:
         step = next(self.steps)
-        values = trainer.train_step(self.config, self.policy, self.engine, self.reference, step)
+        values, _ = trainer.train_step(self.config, self.policy, self.engine, self.reference, step)
         self.engine.step()
         self.losses.append(values["loss"])
 

@@ -4,10 +4,13 @@
 ``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +47,13 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     weights, moments = engine.state()
-    _save_tensors(weights, temporary / "weights.safetensors")
-    _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", {"step": step, **state})
+    try:
+        _save_tensors(weights, temporary / "weights.safetensors")
+        _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, **state})
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -92,14 +99,16 @@ def save_final(policy: Policy, folder: Path) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     if policy.adapters is not None:
-        policy.adapters.save_pretrained(str(temporary))
+        with _as_os_error(temporary):
+            policy.adapters.save_pretrained(str(temporary))
         readme = temporary / "README.md"  # PEFT's empty model card
         readme.unlink(missing_ok=True)
         settings = json.loads((temporary / "adapter_config.json").read_text())
         settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
         write_json(temporary / "adapter_config.json", settings)
     else:
-        policy.base.save_pretrained(temporary)
+        with _as_os_error(temporary):
+            policy.base.save_pretrained(temporary)
     copy_processor_files(policy.folder, temporary)
     _publish(temporary, folder)
 
@@ -173,8 +182,20 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with _as_os_error(path):
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     _sync(path)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """The ``vapr`` command: parses and calls, nothing else. Torch loads only when a command needs it."""
 
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,17 @@ def main() -> None:
     _quiet_libraries()
 
 
-@main.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in run_dir.")
-@click.option(
+config_argument = click.argument("config", type=click.Path(path_type=Path))
+set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set optim.lr=1e-6."
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for programs.")
+
+
+@main.command()
+@config_argument
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in run_dir.")
+@set_option
 @one_line_errors
 def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
     """Train the policy that CONFIG (a YAML file) describes."""
@@ -75,6 +81,102 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
     except trainer.TrainingStopped as stopped:
         click.echo(f"Stopped: {stopped}", err=True)
         sys.exit(stopped.exit_code)
+
+
+@main.command()
+@config_argument
+@set_option
+@json_option
+@one_line_errors
+def data(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what is read for CONFIG: rows, images, tokens, what sharing saves, what is skipped and why."""
+    from rich.console import Console
+
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr import survey
+
+    results = {"train": survey.survey(run_config, "train")}
+    if run_config.data.eval is not None:
+        results["eval"] = survey.survey(run_config, "eval")
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        for name, result in results.items():
+            click.echo(f"data.{name}")
+            survey.show(result, Console(soft_wrap=True, highlight=False))
+    for name, result in results.items():
+        if stopping := survey.stops_training(run_config, result):
+            raise UserError(f"data.{name}: vapr train would stop at {stopping}")
+
+
+@main.command()
+@config_argument
+@set_option
+@json_option
+@one_line_errors
+def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Build the reference cache (and with features.cache the image features) of CONFIG ahead of training."""
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr import prepare
+
+    result = prepare.prepare(run_config, partial(click.echo, err=as_json))
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for name in ("reference", "features"):
+        if counts := result.get(name):
+            counted = f"{counts['found']:,} found, {counts['computed']:,} computed, {counts['on disk']:,} on disk"
+            click.echo(f"{name:<10} {counted} ({counts['folder']})")
+    if result["skipped"]:
+        click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
+
+
+@main.command()
+@click.argument("source")
+@click.option("--to", required=True, help="vapr, trl, llama-factory, ms-swift or povid.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
+@click.option("--format", "name", default="auto", show_default=True, help="Of SOURCE.")
+@click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question.")
+@click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in.")
+@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
+@click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json.")
+@click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@json_option
+@one_line_errors
+def convert(
+    source: str, to: str, out: Path, name: str, columns: tuple[str, ...], image_root: Path | None, split: str,
+    subset: str | None, on_bad_row: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the pairs of SOURCE (file, folder, glob or hub id) in another format."""
+    from vapr import convert, pairs
+
+    mapped = {}
+    for text in columns:
+        key, equals, column = text.partition("=")
+        if not equals or not key or not column:
+            raise UserError(f"--column {text}: write --column prompt=question")
+        mapped[key] = column
+    opened = pairs.read_pairs(
+        source, format=name, columns=mapped or None, image_root=image_root, split=split, subset=subset,
+        on_bad_row=on_bad_row,
+    )  # fmt: skip
+    result = {"read": opened.formats, **convert.convert(opened, to, out)}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for line in opened.formats:
+        click.echo(f"read       {line}")
+    click.echo(f"wrote      {out} ({result['written']:,} pairs, format {to})")
+    if result["images"]:
+        click.echo(f"images     {result['images']:,} files written beside it")
+    for key, count in result["lost"].items():
+        click.echo(f"lost       '{key}' of {count:,} pairs, which {to} has no place for")
+    if result["skipped"]:
+        click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
 
 
 @main.command()

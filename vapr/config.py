@@ -282,6 +282,17 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """The cache of image features, for a frozen tower and projector. It needs much disk; its size is announced."""
+
+    __pydantic_config__: ClassVar = STRICT_KEYS
+
+    cache: bool = False
+    cache_dir: str | None = None
+    """Where image features are kept; null: the user's cache folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Several GPUs. So far one process runs plain PyTorch, which has nothing to shard or offload."""
 
@@ -320,6 +331,7 @@ class Config:
     packing: PackingConfig = PackingConfig()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    features: FeaturesConfig = FeaturesConfig()
     kernels: Literal["auto", "off"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -332,6 +344,9 @@ class Config:
             raise ValueError("loss: token_weights must be the same in every term")
         if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
+
+        if self.features.cache and (self.policy.train.projector or self.policy.train.vision_tower):
+            raise ValueError("features.cache: the features change when policy.train names projector or vision_tower")
 
     @property
     def token_weights(self) -> TokenWeights:

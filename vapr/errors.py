@@ -14,3 +14,8 @@ class BadRow(UserError):
 
 class NoPair(BadRow):
     """A row that is sound but prefers nothing, such as one whose ratings are all equal. It is skipped and counted."""
+
+    MARK = "no preference: "
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if self.MARK in message else self.MARK + message)

@@ -139,7 +139,7 @@ def _ms_swift(row: Row) -> Row:
 
 def _ha_dpo(row: Row) -> Row:
     if str(row.get("correct")).lower() == "true":
-        raise NoPair("marked correct, so there is nothing to prefer")
+        raise NoPair("marked correct")
     return _seva(row)
 
 

@@ -4,15 +4,18 @@ The order is a pure function of seed and epoch. Workers tokenise and process ima
 change the order.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from vapr.config import PackingConfig
+from vapr.config import Config, PackingConfig
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.packing import PackedBatch, count_tokens, pack
-from vapr.pairs import Pairs
+from vapr.pairs import NO_IMAGE, Pairs, open_sets
 from vapr.preference_pair import PreferencePair
 from vapr.processor import TokenizedPair
 from vapr.workers import Task, Workers
@@ -81,6 +84,7 @@ class PairLoader:
         self._shuffle = shuffle
         self._too_long = too_long
         self._on_bad_row = on_bad_row
+        self._weighted = True
         self._epoch_order = (-1, np.empty(0, np.int64))
 
     @property
@@ -98,11 +102,31 @@ class PairLoader:
         return self.pairs.digest if isinstance(self.pairs, Pairs) else ""
 
     @property
+    def place(self) -> str:
+        """Name of the data in this order: in it, a number of steps is always the same pairs."""
+        settings = (self.digest, self._packing, self.pairs_per_step, self._seed, self._shuffle, self._weighted)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+    @property
+    def is_weighted(self) -> bool:
+        return any(weight != 1.0 for _, weight in self._sets())
+
+    @property
     def image_backend(self) -> str:
         return self._workers.processor.image_backend
 
+    def once(self) -> "PairLoader":
+        """The same, but an epoch sees every row once, whatever the weights of the sets. Unweighted, it is the same."""
+        other = copy.copy(self)
+        other.skipped = {}
+        other._weighted = False
+        other._epoch_order = (-1, np.empty(0, np.int64))
+        return other
+
     def _sets(self) -> list[tuple[int, float]]:
-        return self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
+        if isinstance(self.pairs, Pairs) and self._weighted:
+            return self.pairs.weighted_sizes
+        return [(len(self.pairs), 1.0)]
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order of an epoch. With ``share: image``, rows of one image stay together."""
@@ -112,8 +136,10 @@ class PairLoader:
             return members
         if self._packing.share != "image":
             return random.permutation(members)
-        keys = self.pairs.image_keys() if isinstance(self.pairs, Pairs) else _image_keys(self.pairs)
-        _, group = np.unique(keys[members], return_inverse=True)
+        keys = (self.pairs.image_keys() if isinstance(self.pairs, Pairs) else _image_keys(self.pairs))[members]
+        alone = keys == NO_IMAGE
+        keys[alone] = np.arange(alone.sum())
+        _, group = np.unique(keys, return_inverse=True)
         rank = random.permutation(group.max() + 1)
         return members[np.lexsort((random.random(len(members)), rank[group]))]
 
@@ -185,6 +211,39 @@ class PairLoader:
         return Step(batches, len(fitting), chosen_tokens)
 
 
+def open_loader(
+    config: Config, name: Literal["train", "eval"], workers: Workers, say: Callable[[str], None] = print
+) -> PairLoader:
+    """Open the pairs of ``data.train`` or ``data.eval``, check the first of them, and put a loader in front.
+
+    ``say`` is shown the files, their formats, and how many of the checked rows have images.
+    """
+    data = config.data
+    sets = [
+        part
+        for source in data.sources(name)
+        for part in open_sets(
+            source.path, source.format or "auto", source.columns, source.image_root,
+            split=source.split, subset=source.subset, weight=source.weight,
+        )
+    ]  # fmt: skip
+    pairs = Pairs(sets, data.on_bad_row)
+    if not len(pairs):
+        raise UserError(f"data.{name}: no pairs in it")
+    for line in (*pairs.formats, pairs.check()):
+        say(f"{name:<10} {line}")
+    return PairLoader(
+        pairs,
+        workers,
+        config.packing,
+        pairs_per_step=config.optim.pairs_per_step,
+        seed=config.seed,
+        shuffle=data.shuffle and name == "train",
+        too_long=data.too_long,
+        on_bad_row=data.on_bad_row,
+    )
+
+
 def fill_packs(pairs: list[TokenizedPair], packing: PackingConfig) -> list[list[TokenizedPair]]:
     """Split pairs over packs of at most ``packing.max_tokens``: first-fit, longest first.
 
@@ -220,6 +279,7 @@ def _groups(pairs: list[TokenizedPair], share: str) -> list[list[TokenizedPair]]
 
 
 def _image_keys(pairs: Sequence[PreferencePair]) -> np.ndarray:
-    """A number for each pair (n,), equal where pairs show the same first image."""
+    """A number for each pair (n,), equal where pairs show the same first image; NO_IMAGE for those without."""
     numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(p.images[0] if p.images else n, len(numbers)) for n, p in enumerate(pairs)])
+    first = [pair.images[0] if pair.images else None for pair in pairs]
+    return np.array([NO_IMAGE if image is None else 2**32 + numbers.setdefault(image, len(numbers)) for image in first])

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vapr import attention
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
 from vapr.packing import PackedBatch
+from vapr.processor import ProcessedImage
 from vapr_kernels.gather_rows import gather_rows
 
 FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
@@ -209,7 +210,7 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
     model = policy.base.model
     embeds = model.get_input_embeddings()(batch.input_ids)  # (T, D)
     if batch.images:
-        features = image_features(policy, batch) if features is None else features
+        features = image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
     position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
     out = model.language_model(
@@ -222,20 +223,15 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
     return out.last_hidden_state[0]
 
 
-def image_features(policy: Policy, batch: PackedBatch) -> Tensor:
-    """Features of the batch's distinct images laid end to end, (sum of their tokens, D). The tower runs once."""
-    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in batch.images]))
+def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
+    """Features of images laid end to end, (sum of their tokens, D). The tower runs once."""
+    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
     options = {}
-    if batch.images[0].grid_thw is not None:
-        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in batch.images], device=policy.device)
+    if images[0].grid_thw is not None:
+        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=policy.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         out = policy.base.model.get_image_features(pixels.to(policy.device, policy.dtype), **options)
         return torch.cat(list(out.pooler_output))
-
-
-def shared_image_features(policy: Policy, batch: PackedBatch) -> Tensor | None:
-    """The features that policy and reference have in common, if tower and projector are frozen; else None."""
-    return image_features(policy, batch) if batch.images and not policy.vision_trained else None
 
 
 @contextlib.contextmanager

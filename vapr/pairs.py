@@ -24,6 +24,8 @@ from vapr.formats import FORMAT_NAMES, as_vapr, detect, map_columns
 from vapr.preference_pair import PreferencePair, pair_from_row
 from vapr.rows import SUFFIXES, TABLES, Rows, open_hub, open_rows, open_saved, open_table
 
+NO_IMAGE = 0
+
 CHECKED_AT_START = 5_000
 """Rows of each file that are checked before a model is loaded. More would make the start grow with the data."""
 
@@ -159,7 +161,7 @@ class Pairs(Sequence[PreferencePair]):
         return f"checked {checked}; {num_with_images:,} have images"
 
     def image_keys(self) -> np.ndarray:
-        """A number for each row (n,) uint64, equal where rows show the same first image.
+        """A number for each row (n,) uint64, equal where rows show the same first image; NO_IMAGE for those without.
 
         Every row is read once for that; the result is kept in the user's cache folder.
         """
@@ -177,9 +179,15 @@ class Pairs(Sequence[PreferencePair]):
             np.save(file, keys, allow_pickle=False)
         return keys
 
+    @property
+    def num_images(self) -> int:
+        """Distinct first images; every row is read once for that."""
+        keys = np.unique(self.image_keys())
+        return len(keys) - int(NO_IMAGE in keys)
+
     def _image_key(self, number: int) -> int:
         part, row = self._find(number)
-        image: object = f"no image, row {number}"
+        image: object = None
         try:
             images = part.as_vapr(row).get("images")
             first = images[0] if isinstance(images, list) and images else images
@@ -189,6 +197,8 @@ class Pairs(Sequence[PreferencePair]):
                 image = first
         except (BadRow, AttributeError):
             pass  # a row of its own; its fault is told when it is read
+        if image is None:
+            return NO_IMAGE
         data = image if isinstance(image, bytes) else f"{part.root}|{image}".encode(errors="replace")
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 

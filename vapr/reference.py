@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapr.cache import files_hash, user_cache, written_whole
+from vapr.cache import files_hash, user_cache
 from vapr.errors import UserError
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen
@@ -76,6 +76,11 @@ class Reference:
     def __len__(self) -> int:
         """Completions on disk."""
         return sum(len(index.heads) for index in self._indexes)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something on disk was lost since it was opened."""
+        return bool(self._damaged)
 
     def key(self, path: TokenPath) -> bytes:
         """What identifies a completion's log-probs."""
@@ -201,20 +206,6 @@ class Reference:
             heads, shards, starts, lengths = (np.concatenate(column) for column in columns)
             order = np.argsort(heads, kind="stable")
             self._indexes = [Index(heads[order], shards[order], starts[order], lengths[order])]
-
-    def progress(self, name: str) -> int:
-        """Steps that :meth:`note_progress` noted under ``name``; 0 if values were lost since."""
-        try:
-            noted = json.loads((self.folder / f"prepared-{name}.json").read_text())
-            return int(noted["steps"]) if len(self) >= noted["values"] and not self._damaged else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-
-    def note_progress(self, name: str, steps: int) -> None:
-        """Write down what is computed so far, and that it covers so many steps of the data called ``name``."""
-        self.flush()
-        with written_whole(self.folder / f"prepared-{name}.json") as file:
-            file.write(json.dumps({"steps": steps, "values": len(self)}).encode())
 
 
 def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatch, ...]) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from vapr.errors import UserError
 from vapr.model import Policy
 
 MAY_CHANGE = (
-    "run_dir", "checkpoint", "reference", "data.eval", "data.too_long", "data.on_bad_row", "packing.max_tokens",
+    "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
+    "packing.max_tokens",
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 

@@ -1,12 +1,13 @@
 """train(config): the loop, read aloud."""
 
 import contextlib
+import errno
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,19 @@ from vapr.config import Config
 from vapr.display import Display
 from vapr.engine import Engine
 from vapr.errors import UserError
+from vapr.extremes import Extremes
+from vapr.features import Features
 from vapr.interrupts import Interrupts, TrainingStopped
-from vapr.loader import PairLoader, Step
+from vapr.loader import PairLoader, Step, open_loader
 from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
 from vapr.loss import PairLogps, preference_losses
 from vapr.metrics import MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
-from vapr.model import Policy, frozen, load_model_config, load_policy, shared_image_features
+from vapr.model import Policy, frozen, load_policy
 from vapr.packing import PackedBatch
-from vapr.pairs import Pairs, open_sets
-from vapr.processor import Processor
+from vapr.prepare import open_features, open_reference, shared_image_features
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
-from vapr.workers import Workers, default_workers
+from vapr.workers import open_workers
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -40,8 +42,16 @@ def train(config: Config, *, resume: bool = False) -> Path:
     with RunDir(config, resume=resume) as run:
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
-        else:
+            return run.final
+        try:
             _train(config, run, resume=resume)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.filename or run.path}: {error.strerror}; make room and continue from the newest checkpoint "
+                "with --resume"
+            ) from None
         return run.final
 
 
@@ -55,17 +65,21 @@ def _train(config: Config, run: RunDir, *, resume: bool) -> None:
 def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoader | None, *, resume: bool) -> None:
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = load_policy(config.policy)
+    features = open_features(config, policy, loader)
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     engine = Engine(policy, config.optim, num_steps)
     run.describe(config, policy)
     _say_what_runs(config, policy, engine, loader, held_out, num_steps)
-    reference = open_reference(config, policy, loader, held_out, num_steps)
+    reference = open_reference(config, policy, features, [loader] if held_out is None else [loader, held_out])
 
-    start = _resume(run, engine, loader) if resume else 0
+    extremes = Extremes()
+    start = _resume(run, engine, loader, extremes) if resume else 0
     log = MetricsLog(run.path, start if resume else None)
     display = Display("train", num_steps, done=start)
     with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
-        training = _Training(config, run, policy, engine, loader, held_out, reference, log, display, start, start)
+        training = _Training(
+            config, run, policy, engine, loader, held_out, reference, features, log, display, extremes, start, start
+        )
         if start and training.is_due(num_steps):
             training.evaluate()  # the run may have ended between the checkpoint and its evaluation
         with training.saved_on_mistakes():
@@ -91,8 +105,10 @@ class _Training:
     loader: PairLoader
     held_out: PairLoader | None
     reference: Reference | None
+    features: Features | None
     log: MetricsLog
     display: Display
+    extremes: Extremes
     done: int  # steps
     saved: int  # steps in the newest checkpoint
     num_pairs: int = 0  # trained on by this process
@@ -111,14 +127,21 @@ class _Training:
             return
         if self.done == self.num_pairs == 0 and self.reference is not None:
             _check_first_margin(self.config, self.policy, self.reference, step, self.display)
-        values = train_step(self.config, self.policy, self.engine, self.reference, step)
+        values, margins = train_step(
+            self.config, self.policy, self.engine, self.reference, step, features=self.features
+        )
         _stop_unless_finite(values, step, self.done + 1, self.run.path)
         self.engine.step()
         self.done += 1
         self.num_pairs += step.num_pairs
+        self.extremes.add((self.done - 1) // self.loader.steps_per_epoch, self.done, margins)
         values |= _speed(self.policy, step, time.monotonic() - self.began)
         self.log.write(self.done, values)
         self.display.advance(_summary(values))
+        for cache in (self.reference, self.features):
+            if cache is not None and cache.messages:
+                self.display.say("; ".join(cache.messages))
+                cache.messages.clear()
         self.began = time.monotonic()
 
     def save(self) -> Path:
@@ -128,15 +151,19 @@ class _Training:
             raise UserError(f"data.train: every pair so far was skipped; the first: {first}")
         if self.reference is not None:
             self.reference.flush()
+        if self.features is not None:
+            self.features.flush()
         _list_skipped(self.run, self.loader, self.held_out)
-        state = {"skipped": self.loader.skipped, "data": self.loader.digest}
+        state = {"skipped": self.loader.skipped, "data": self.loader.digest, "extremes": self.extremes.state()}
         self.saved = self.done
         return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint.keep)
 
     def evaluate(self) -> None:
         """Score the held-out pairs, unless that was done at this step."""
         if self.held_out is not None and self.done not in self.log.evaluated:
-            values = evaluate(self.config, self.policy, self.reference, self.held_out, self.display.note)
+            values = evaluate(
+                self.config, self.policy, self.reference, self.held_out, self.display.note, features=self.features
+            )
             if values:
                 self.log.write(self.done, values)
         self.began = time.monotonic()
@@ -160,17 +187,24 @@ class _Training:
 
 
 def train_step(
-    config: Config, policy: Policy, engine: Engine, reference: Reference | None, step: Step
-) -> dict[str, Any]:
-    """Forward and backward of every micro-batch of a step; the update is the caller's. Returns what is logged."""
+    config: Config, policy: Policy, engine: Engine, reference: Reference | None, step: Step,
+    *, features: Features | None = None,
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
+    """Forward and backward of every micro-batch of a step; the update is the caller's.
+
+    Returns:
+        What is logged, and (row number, margin) of every pair.
+    """
     totals = Totals()
+    margins = []
     for cpu_batch in step.batches:
         batch = cpu_batch.to(policy.device)
-        logps, losses, rewards = score(config, policy, reference, batch, step)
+        logps, losses, rewards = score(config, policy, reference, batch, step, features=features)
+        margins.append(rewards[0] - rewards[1])
         if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
             engine.backward(losses.sum() / step.num_pairs)
         totals.add(losses, *rewards, logps)
-    return {
+    values = {
         **totals.means(),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
@@ -178,6 +212,7 @@ def train_step(
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
+    return values, list(zip((pair.number for pair in step.pairs), torch.cat(margins).tolist(), strict=True))
 
 
 def _speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
@@ -191,14 +226,15 @@ def _speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None
 
 
 def score(
-    config: Config, policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    config: Config, policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step,
+    *, features: Features | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Policy log-probs (P, 2), weighted losses (P,), and (chosen, rejected) rewards (P,) of a micro-batch."""
-    features = shared_image_features(policy, batch)
+    shared = shared_image_features(policy, batch, features)
     reference_logps = torch.zeros(batch.num_pairs, 2, device=policy.device)
     if reference is not None:
-        reference_logps = completion_logps(reference.logps(batch, features), batch)
-    logps = completion_logps(per_completion(token_logps(policy, batch, features), batch), batch)
+        reference_logps = completion_logps(reference.logps(batch, shared), batch)
+    logps = completion_logps(per_completion(token_logps(policy, batch, shared), batch), batch)
     lengths = completion_sums(batch.token_weights, batch)
     lengths = torch.where(lengths > 0, lengths, 1.0)  # all tokens masked: the log-prob is 0 whatever it is divided by
     pair_logps = PairLogps(
@@ -215,84 +251,22 @@ def score(
 
 
 def evaluate(
-    config: Config, policy: Policy, reference: Reference | None, held_out: PairLoader, say: Callable[[str], None]
-) -> dict[str, float]:
+    config: Config, policy: Policy, reference: Reference | None, held_out: PairLoader, say: Callable[[str], None],
+    *, features: Features | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The training metrics on held-out pairs, keys ``eval/...``."""
     totals = Totals()
     with frozen(policy):
         for step in held_out.steps(0, held_out.steps_per_epoch):
             for cpu_batch in step.batches:
-                logps, losses, rewards = score(config, policy, reference, cpu_batch.to(policy.device), step)
+                batch = cpu_batch.to(policy.device)
+                logps, losses, rewards = score(config, policy, reference, batch, step, features=features)
                 totals.add(losses, *rewards, logps)
                 say(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
     if not totals.num_pairs:  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}
     return {f"eval/{name}": value for name, value in totals.means().items()}
-
-
-def open_workers(config: Config) -> Workers:
-    """The model's processor, and the processes that run it. No weights are loaded."""
-    processor = Processor(config.policy.model, load_model_config(config.policy.model), config.data.image_backend)
-    count = default_workers() if config.data.workers is None else config.data.workers
-    return Workers(processor, config.token_weights, count)
-
-
-def open_loader(config: Config, name: Literal["train", "eval"], workers: Workers) -> PairLoader:
-    """Open the pairs of ``data.train`` or ``data.eval``, check the first of them, and put a loader in front."""
-    data = config.data
-    sets = [
-        part
-        for source in data.sources(name)
-        for part in open_sets(
-            source.path, source.format or "auto", source.columns, source.image_root,
-            split=source.split, subset=source.subset, weight=source.weight,
-        )
-    ]  # fmt: skip
-    pairs = Pairs(sets, data.on_bad_row)
-    if not len(pairs):
-        raise UserError(f"data.{name}: no pairs in it")
-    for line in (*pairs.formats, pairs.check()):
-        print(f"{name:<10} {line}")
-    return PairLoader(
-        pairs,
-        workers,
-        config.packing,
-        pairs_per_step=config.optim.pairs_per_step,
-        seed=config.seed,
-        shuffle=data.shuffle and name == "train",
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
-    )
-
-
-def open_reference(
-    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
-) -> Reference | None:
-    """The reference, if a loss needs one.
-
-    With adapters it is there whenever they are switched off. In full fine-tuning the policy is its own reference only
-    until its first update, so everything the run will see is scored now.
-    """
-    if not any(term.needs_reference for term in config.loss):
-        return None
-    reference = Reference(policy, config.reference.cache_dir, config.packing.share)
-    for line in reference.messages:
-        print(f"reference  {line}")
-    if policy.adapters is not None:
-        return reference
-    plans = [(loader, min(num_steps, loader.steps_per_epoch))]
-    if held_out is not None:
-        plans.append((held_out, held_out.steps_per_epoch))
-    for pairs, stop in plans:
-        with contextlib.closing(Display("reference", stop)) as display:
-            for step in pairs.steps(0, stop):
-                for batch in step.batches:
-                    reference.logps(batch.to(policy.device))
-                reference.flush()
-                display.advance(f"{reference.hits} found, {reference.misses} computed")
-    reference.policy_changes()
-    return reference
 
 
 def _check_first_margin(config: Config, policy: Policy, reference: Reference, step: Step, display: Display) -> None:
@@ -306,7 +280,7 @@ def _check_first_margin(config: Config, policy: Policy, reference: Reference, st
         )
 
 
-def _resume(run: RunDir, engine: Engine, loader: PairLoader) -> int:
+def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes) -> int:
     """Restore the newest whole checkpoint; returns the steps done."""
     folders = checkpoint.list_checkpoints(run.path)
     if not folders:
@@ -318,6 +292,7 @@ def _resume(run: RunDir, engine: Engine, loader: PairLoader) -> int:
             f"data.train: the pairs changed since {run.path} was started; restore them, or give another run_dir"
         )
     loader.skipped.update(state["skipped"])
+    extremes.restore(state["extremes"])
     print(f"{run.path}: resuming after step {state['step']} ({folders[-1].name})")
     return state["step"]
 

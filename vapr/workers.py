@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vapr.config import TokenWeights
+from vapr.config import Config, TokenWeights
 from vapr.errors import UserError
+from vapr.model import load_model_config
 from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor, TokenizedPair
 
@@ -138,6 +139,13 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def open_workers(config: Config) -> Workers:
+    """The model's processor, and the processes that run it. No weights are loaded."""
+    processor = Processor(config.policy.model, load_model_config(config.policy.model), config.data.image_backend)
+    count = default_workers() if config.data.workers is None else config.data.workers
+    return Workers(processor, config.token_weights, count)
 
 
 def tokenize(

@@ -1,0 +1,173 @@
+"""Computes ahead of training what stays the same: reference log-probs and, on request, image features."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vapr.cache import written_whole
+from vapr.config import Config
+from vapr.display import Display
+from vapr.errors import UserError
+from vapr.features import Features, announce
+from vapr.loader import PairLoader, open_loader
+from vapr.model import Policy, image_features, load_policy
+from vapr.packing import PackedBatch
+from vapr.pairs import Pairs
+from vapr.reference import Reference
+from vapr.workers import open_workers
+
+SECONDS_BETWEEN_SAVES = 30.0
+"""What a killed run loses at most."""
+
+
+def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Fill the reference cache, and the feature cache if there is to be one, for every pair of ``config.data``.
+
+    Killed and started again it goes on where it was; a changed row costs that row. ``say`` is shown what was found.
+
+    Returns:
+        Counts of completions and images found and computed, and the folders.
+
+    Raises:
+        UserError: for a mistake in config, data or model, or if no loss of the config has a reference.
+    """
+    if not config.features.cache and not any(term.needs_reference for term in config.loss):
+        kinds = ", ".join(term.kind for term in config.loss)
+        raise UserError(f"loss: {kinds} needs no reference, and features.cache is false; there is nothing to prepare")
+    with open_workers(config) as workers:
+        loaders = {"train": open_loader(config, "train", workers, say)}
+        if config.data.eval is not None:
+            loaders["eval"] = open_loader(config, "eval", workers, say)
+        policy = load_policy(config.policy)
+        reference = _new_reference(config, policy, say)
+        features = open_features(config, policy, loaders["train"], say)
+        skipped: dict[str, str] = {}
+        for name, loader in loaders.items():
+            rows = loader.once()
+            _fill(policy, reference, features, rows, _num_steps(config, loader, name == "train"), name)
+            skipped |= rows.skipped
+    result: dict[str, Any] = {"skipped": skipped}
+    if reference is not None:
+        result["reference"] = {"found": reference.hits, "computed": reference.misses, "on disk": len(reference)}
+        result["reference"]["folder"] = str(reference.folder)
+    if features is not None:
+        result["features"] = {"found": features.hits, "computed": features.misses, "on disk": len(features)}
+        result["features"]["folder"] = str(features.folder)
+    return result
+
+
+def open_features(
+    config: Config, policy: Policy, loader: PairLoader, say: Callable[[str], None] = print
+) -> Features | None:
+    """The cache of image features, if it is asked for; says how large it will be."""
+    if not config.features.cache:
+        return None
+    features = Features(policy, config.features.cache_dir)
+    _tell("features", features.messages, say)
+    sample = next(loader.once().steps(0, 1))
+    images = {image.content_hash: image for batch in sample.batches for image in batch.images}
+    if images:
+        tokens = float(np.mean([image.num_tokens for image in images.values()]))
+        num_images = loader.pairs.num_images if isinstance(loader.pairs, Pairs) else len(images)
+        say(f"features   {announce(policy, features, num_images, tokens)}")
+    return features
+
+
+def open_reference(
+    config: Config, policy: Policy, features: Features | None, loaders: list[PairLoader]
+) -> Reference | None:
+    """The reference, if a loss needs one.
+
+    With adapters it is there whenever they are switched off. In full fine-tuning the policy is its own reference only
+    until its first update, so everything the run will see is scored now. The first of ``loaders`` is trained on.
+    """
+    reference = _new_reference(config, policy, print)
+    if reference is None or policy.adapters is not None:
+        return reference
+    for number, loader in enumerate(loaders):
+        _fill(policy, reference, features, loader.once(), _num_steps(config, loader, number == 0), "reference")
+    reference.policy_changes()
+    return reference
+
+
+def shared_image_features(policy: Policy, batch: PackedBatch, features: Features | None) -> Tensor | None:
+    """The features that policy and reference have in common, if tower and projector are frozen; else None."""
+    if not batch.images or policy.vision_trained:
+        return None
+    return image_features(policy, batch.images) if features is None else features.of_batch(batch)
+
+
+def _new_reference(config: Config, policy: Policy, say: Callable[[str], None]) -> Reference | None:
+    if not any(term.needs_reference for term in config.loss):
+        return None
+    reference = Reference(policy, config.reference.cache_dir, config.packing.share)
+    _tell("reference", reference.messages, say)
+    return reference
+
+
+def _num_steps(config: Config, loader: PairLoader, trained_on: bool) -> int:
+    """Steps of ``loader.once()`` that the run will see."""
+    whole = loader.once().steps_per_epoch
+    if not trained_on or loader.is_weighted or config.optim.max_steps is None:
+        return whole
+    return min(config.optim.max_steps, whole)
+
+
+def _fill(
+    policy: Policy, reference: Reference | None, features: Features | None, loader: PairLoader, stop: int, label: str
+) -> None:
+    """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute."""
+    caches = [cache for cache in (reference, features) if cache is not None]
+    done = min(stop, *(_steps_noted(cache, loader.place) for cache in caches))
+    saved = time.monotonic()
+    with Display(f"prepare {label}", stop, done=done) as display:
+        if done:
+            display.say(f"{done:,} of {stop:,} steps were prepared before")
+        for number, step in enumerate(loader.steps(done, stop), start=done + 1):
+            for cpu_batch in step.batches:
+                batch = cpu_batch.to(policy.device)
+                shared = shared_image_features(policy, batch, features)
+                if reference is not None:
+                    reference.logps(batch, shared)
+            display.advance(_counts(reference, features))
+            for cache in caches:
+                _tell(label, cache.messages, display.say)
+            if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                saved = time.monotonic()
+                for cache in caches:
+                    cache.flush()
+                    _note_steps(cache, loader.place, number)
+
+
+def _steps_noted(cache: Reference | Features, place: str) -> int:
+    """Steps that a cache holds the values of, by its own note; 0 if some were lost since."""
+    try:
+        noted = json.loads((cache.folder / f"prepared-{place}.json").read_text())
+        return int(noted["steps"]) if len(cache) >= noted["values"] and not cache.damaged else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _note_steps(cache: Reference | Features, place: str, steps: int) -> None:
+    with written_whole(cache.folder / f"prepared-{place}.json") as file:
+        file.write(json.dumps({"steps": steps, "values": len(cache)}).encode())
+
+
+def _counts(reference: Reference | None, features: Features | None) -> str:
+    counts = []
+    if reference is not None:
+        counts.append(f"{reference.hits:,} found, {reference.misses:,} computed")
+    if features is not None:
+        counts.append(f"images {features.hits:,} found, {features.misses:,} computed")
+    return "; ".join(counts)
+
+
+def _tell(label: str, messages: list[str], say: Callable[[str], None]) -> None:
+    """Show what a cache has to say, once."""
+    for line in messages:
+        say(f"{label:<10} {line}")
+    messages.clear()

@@ -1,0 +1,181 @@
+"""What a run's data is: rows, images, tokens by kind, what sharing saves, what is skipped and why."""
+
+import dataclasses
+import hashlib
+import heapq
+import re
+from collections import Counter
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vapr.config import Config
+from vapr.display import Display
+from vapr.errors import NoPair
+from vapr.loader import PairLoader, open_loader
+from vapr.processor import TokenizedPair
+from vapr.workers import open_workers
+
+LONGEST = 5
+
+
+def survey(config: Config, name: Literal["train", "eval"] = "train") -> dict[str, Any]:
+    """Read every row of ``data.train`` or ``data.eval`` once, as training would, and count. No weights are loaded.
+
+    Bad rows and pairs that are too long are counted whatever the config does with them.
+
+    Returns:
+        Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
+
+    Raises:
+        UserError: if the data or the model's processor cannot be opened.
+    """
+    data = dataclasses.replace(config.data, on_bad_row="skip", too_long="skip")
+    config = dataclasses.replace(config, data=data)
+    with open_workers(config) as workers:
+        loader = open_loader(config, name, workers, say=lambda line: None).once()
+        counts = _Counts()
+        with Display(f"read {name}", loader.steps_per_epoch) as display:
+            for step in loader.steps(0, loader.steps_per_epoch):
+                for pair in step.pairs:
+                    counts.add(pair)
+                counts.packs += [batch.num_tokens for batch in step.batches]
+                display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
+    return {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+
+
+class _Counts:
+    """Sums over pairs."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.packs: list[int] = []
+        self._images: set[bytes] = set()
+        self._ids: set[bytes] = set()
+        self._tokens: Counter[str] = Counter()
+        self._lengths: list[tuple[int, str, str]] = []
+        self._with_images = 0
+        self._several_images = 0
+
+    def add(self, pair: TokenizedPair) -> None:
+        chosen, rejected = pair.paths[:2]
+        self.pairs += 1
+        self._ids.add(hashlib.blake2b(pair.id.encode(), digest_size=8).digest())
+        self._with_images += bool(chosen.images)
+        self._several_images += len(chosen.images) > 1
+        self._images.update(bytes.fromhex(image.content_hash)[:8] for path in pair.paths for image in path.images)
+        in_images = sum(image.num_tokens for image in chosen.images)
+        answers = [path.input_ids[path.completion_start :] for path in (chosen, rejected)]
+        shorter = min(len(answer) for answer in answers)
+        differs = np.flatnonzero(answers[0][:shorter] != answers[1][:shorter])
+        common = int(differs[0]) if len(differs) else shorter
+        self._tokens.update(
+            {
+                "image": in_images,
+                "prompt text": chosen.completion_start - in_images,
+                "answers' common beginning": common,
+                "chosen, rest": len(answers[0]) - common,
+                "rejected, rest": len(answers[1]) - common,
+                "unshared": sum(len(path.input_ids) for path in pair.paths),
+            }
+        )
+        longest = max(len(path.input_ids) for path in pair.paths)
+        entry = (longest, pair.where, pair.id)
+        push = heapq.heappush if len(self._lengths) < LONGEST else heapq.heappushpop
+        push(self._lengths, entry)
+
+    def result(self, config: Config, loader: PairLoader) -> dict[str, Any]:
+        packed, unshared = sum(self.packs), self._tokens.pop("unshared", 0)
+        return {
+            "rows": len(loader.pairs),
+            "pairs": self.pairs,
+            "pairs_with_repeated_ids": self.pairs - len(self._ids),
+            "pairs_with_images": self._with_images,
+            "pairs_with_several_images": self._several_images,
+            "images": len(self._images),
+            "tokens": dict(self._tokens),
+            "sharing": {
+                "share": config.packing.share,
+                "tokens_unshared": unshared,
+                "tokens_packed": packed,
+                "saved": 1 - packed / unshared if unshared else 0.0,
+                "packs": len(self.packs),
+                "mean_fill": packed / (len(self.packs) * config.packing.max_tokens) if self.packs else 0.0,
+            },
+            "longest": [
+                {"tokens": tokens, "where": where, "id": id}
+                for tokens, where, id in sorted(self._lengths, reverse=True)
+            ],
+        }
+
+
+def _sets(loader: PairLoader) -> list[str]:
+    return getattr(loader.pairs, "formats", [])
+
+
+def _reasons(loader: PairLoader) -> dict[str, Any]:
+    """How many rows each reason costs, with the first few places."""
+    grouped: dict[str, list[str]] = {}
+    for place, line in loader.skipped.items():
+        grouped.setdefault(reason_kind(line.removeprefix(f"{place}: ")), []).append(line)
+    return {
+        "rows": len(loader.skipped),
+        "reasons": [
+            {"reason": reason, "rows": len(lines), "first": lines[:3]}
+            for reason, lines in sorted(grouped.items(), key=lambda item: -len(item[1]))
+        ],
+    }
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without what differs from row to row: ids, names, numbers."""
+    reason = re.sub(r"^row '[^']*'[:]? ?", "", reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)", "...", reason)
+    return re.sub(r"\d[\d,.]*", "N", reason)
+
+
+def stops_training(config: Config, result: dict[str, Any]) -> str | None:
+    """The first row that ``vapr train`` would stop at, and how many there are; None if there is none."""
+    for entry in result["skipped"]["reasons"]:
+        too_long = "packing.max_tokens" in entry["reason"]
+        key, setting = (
+            ("data.too_long", config.data.too_long) if too_long else ("data.on_bad_row", config.data.on_bad_row)
+        )
+        if setting == "error" and not entry["reason"].startswith(NoPair.MARK):
+            return f"{entry['first'][0]} ({entry['rows']:,} rows for this reason; data.{key}: skip leaves them out)"
+    return None
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The survey as tables."""
+    for line in result["sets"]:
+        console.print(line, markup=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    sharing = result["sharing"]
+    total = sum(result["tokens"].values()) or 1
+    table.add_row("rows", f"{result['rows']:,}", "")
+    table.add_row("usable pairs", f"{result['pairs']:,}", f"{result['pairs_with_images']:,} with images, "
+                  f"{result['pairs_with_several_images']:,} of them with several")  # fmt: skip
+    if result["pairs_with_repeated_ids"]:
+        table.add_row("repeated ids", f"{result['pairs_with_repeated_ids']:,}", "ids should be unique")
+    table.add_row("distinct images", f"{result['images']:,}", "")
+    for kind, tokens in result["tokens"].items():
+        table.add_row(f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}")
+    table.add_row("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone")
+    table.add_row("tokens packed", f"{sharing['tokens_packed']:,}",
+                  f"share: {sharing['share']} saves {sharing['saved']:.1%}")  # fmt: skip
+    table.add_row("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average")
+    skipped = result["skipped"]
+    table.add_row("skipped rows", f"{skipped['rows']:,}", "")
+    console.print(table)
+    for entry in result["longest"][:LONGEST]:
+        console.print(f"  {entry['tokens']:>7,} tokens  {entry['where']}  {entry['id']}", markup=False)
+    for entry in skipped["reasons"]:
+        console.print(f"  {entry['rows']:>7,} skipped: {entry['reason']}", markup=False)
+        for line in entry["first"]:
+            console.print(f"          {line}", markup=False)
