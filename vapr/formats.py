@@ -146,7 +146,8 @@ def _ha_dpo(row: Row) -> Row:
 def _seva(row: Row) -> Row:
     _need(row, "image_id", "question", "chosen", "reject")
     name = str(row["image_id"])
-    numbered = [f"{prefix}{int(name):012d}.jpg" for prefix in ("COCO_train2014_", "COCO_val2014_", "")] * name.isdigit()
+    prefixes = ("COCO_train2014_", "COCO_val2014_", "") if name.isdecimal() else ()
+    numbered = [f"{prefix}{int(name):012d}.jpg" for prefix in prefixes]
     guesses = [name, f"{name}.jpg", f"{name}.png", f"VG_100K/{name}.jpg", f"VG_100K_2/{name}.jpg", *numbered]
     return {
         "id": row.get("id"),
