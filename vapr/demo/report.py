@@ -2,67 +2,26 @@
 
 import base64
 import html
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-CSS = """
-:root { --ink:#1b2430; --soft:#5b6777; --line:#dde3ea; --card:#fff; --page:#f4f6f9; --before:#9aa7b8; --after:#1f6feb;
-  --good:#1a7f4b; --bad:#b3261e; --font:system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-* { box-sizing:border-box; }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 var(--font); }
-main { max-width:1060px; margin:0 auto; padding:28px 18px 60px; }
-h1 { font-size:1.7rem; line-height:1.2; margin:0 0 6px; }
-h2 { font-size:1.15rem; margin:34px 0 10px; }
-p { margin:6px 0 12px; max-width:75ch; }
-.soft { color:var(--soft); font-size:.92rem; }
-.cards { display:grid; gap:14px; grid-template-columns:repeat(auto-fit, minmax(240px, 1fr)); }
-.card, .box, .item { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px 18px; }
-.big { font-size:1.75rem; font-weight:650; white-space:nowrap; }
-.big i { font-style:normal; color:var(--soft); font-weight:400; }
-svg { display:block; width:100%; height:auto; }
-svg text { font:12px var(--font); fill:var(--ink); }
-.bars { max-width:720px; }
-.curves { display:grid; gap:14px; grid-template-columns:repeat(auto-fit, minmax(min(400px, 100%), 1fr)); }
-.curves h3 { font-size:.92rem; margin:0 0 6px; font-weight:600; }
-.legend { margin:0 0 8px; font-size:.9rem; }
-.legend b { display:inline-block; width:12px; height:12px; border-radius:3px; margin:0 6px 0 14px; }
-.legend b:first-child { margin-left:0; }
-.grid { display:grid; gap:12px; grid-template-columns:repeat(auto-fill, minmax(280px, 1fr)); }
-.item { display:flex; gap:12px; padding:12px; font-size:.9rem; line-height:1.4; }
-.item img { width:96px; height:96px; border-radius:6px; flex:none; }
-.q { font-weight:600; margin-bottom:4px; }
-.right { color:var(--good); } .wrong { color:var(--bad); }
-table { border-collapse:collapse; width:100%; font-size:.92rem; }
-td, th { text-align:left; padding:6px 10px 6px 0; border-bottom:1px solid var(--line); vertical-align:top; }
-td:last-child { overflow-wrap:anywhere; }
-code { background:#eaeef3; padding:1px 5px; border-radius:4px; font-size:.88em; overflow-wrap:anywhere; }
-"""
+from vapr.pages.chart import Series, line_chart
+from vapr.pages.curves import read_metrics
+from vapr.pages.page import page, write_page
 
 NUM_EXAMPLES = {"fixed": 9, "still wrong": 6, "broken": 6}
 
 
 def write_report(out: Path, result: dict[str, Any]) -> Path:
     """Write ``out/report.html`` from the result of a demo and the two runs' metrics; returns its path."""
-    runs = {stage: read_metrics(out / f"{stage}-run" / "metrics.jsonl") for stage in ("sft", "dpo")}
+    runs = {stage: read_metrics(out / f"{stage}-run" / "metrics.jsonl")[0] for stage in ("sft", "dpo")}
     body = "".join(
         (_headline(result), _categories(result), _curves(runs), _examples(out, result), _facts(out, result, runs))
     )
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>vapr demo</title>'
-        f"<style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
-    )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_page(path, page("vapr demo", body))
     return path
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The training steps of a run."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "loss" in row]
 
 
 def _headline(result: dict[str, Any]) -> str:
@@ -129,10 +88,10 @@ def _categories(result: dict[str, Any]) -> str:
 
 def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
     plots = (
-        ("sft: loss", runs["sft"], "loss", "var(--before)"),
-        ("DPO: loss", runs["dpo"], "loss", "var(--after)"),
-        ("DPO: margin of chosen over rejected", runs["dpo"], "rewards/margins", "var(--after)"),
-        ("DPO: share of pairs with a positive margin", runs["dpo"], "rewards/accuracies", "var(--after)"),
+        ("sft: loss", runs["sft"], "loss", "before"),
+        ("DPO: loss", runs["dpo"], "loss", "after"),
+        ("DPO: margin of chosen over rejected", runs["dpo"], "rewards/margins", "after"),
+        ("DPO: share of pairs with a positive margin", runs["dpo"], "rewards/accuracies", "after"),
     )
     boxes = "".join(
         f'<div class="box"><h3>{title}</h3>{line_plot([row[key] for row in rows], colour)}</div>'
@@ -146,39 +105,11 @@ def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 def line_plot(values: list[float], colour: str) -> str:
     """An inline SVG of one value per step, with its running mean; the vertical axis leaves out the first peak."""
-    smooth = _running_mean(values, max(1, len(values) // 40))
     # The first steps of an untrained model would flatten everything after them.
     ranked = sorted(values)
     top = min(ranked[-1], 1.3 * ranked[int(0.92 * (len(ranked) - 1))]) if ranked[0] >= 0 else ranked[-1]
-    bottom = min(0.0, ranked[0])
-    span = (top - bottom) or 1.0
-    width, height, left, base = 320, 170, 44, 148
-
-    def points(series: list[float]) -> str:
-        step = (width - left - 6) / max(1, len(series) - 1)
-        scaled = (max(0.0, min(1.0, (value - bottom) / span)) for value in series)
-        return " ".join(f"{left + n * step:.1f},{base - 138 * share:.1f}" for n, share in enumerate(scaled))
-
-    ticks = "".join(
-        f'<line x1="{left}" x2="{width - 6}" y1="{base - 138 * t:.0f}" y2="{base - 138 * t:.0f}" stroke="var(--line)"/>'
-        f'<text x="{left - 6}" y="{base - 138 * t + 4:.0f}" text-anchor="end">{bottom + t * span:.2g}</text>'
-        for t in (0, 0.5, 1)
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img">{ticks}'
-        f'<polyline fill="none" stroke="{colour}" stroke-width="1" opacity=".35" points="{points(values)}"/>'
-        f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points(smooth)}"/>'
-        f'<text x="{left}" y="{height - 4}">step 1</text>'
-        f'<text x="{width - 6}" y="{height - 4}" text-anchor="end">{len(values)}</text></svg>'
-    )
-
-
-def _running_mean(values: list[float], reach: int) -> list[float]:
-    means = []
-    for n in range(len(values)):
-        near = values[max(0, n - reach) : n + reach + 1]
-        means.append(sum(near) / len(near))
-    return means
+    points = [(n + 1, min(value, top)) for n, value in enumerate(values)]
+    return line_chart([Series("", colour, points)], label="one value per step", include=(0.0,), smooth=True)
 
 
 def _examples(out: Path, result: dict[str, Any]) -> str:
