@@ -55,7 +55,7 @@ svg .dot { fill:var(--colour); } svg .mark { fill:var(--colour); stroke:var(--ca
 .grid { display:grid; gap:12px; grid-template-columns:repeat(auto-fill, minmax(280px, 1fr)); }
 .item { display:flex; gap:12px; padding:12px; font-size:.9rem; line-height:1.4; }
 .item img { width:96px; height:96px; border-radius:6px; flex:none; }
-.q { font-weight:600; margin-bottom:4px; overflow-wrap:anywhere; white-space:pre-line; }
+.q { font-weight:600; margin:2px 0 8px; overflow-wrap:anywhere; white-space:pre-line; }
 .right { color:var(--good); } .wrong { color:var(--bad); }
 .pair { display:flex; gap:18px; margin-bottom:14px; }
 .pair .pictures { flex:0 0 220px; display:flex; flex-wrap:wrap; gap:8px; align-content:flex-start; }
@@ -71,7 +71,7 @@ mark { color:inherit; border-radius:3px; padding:0 1px; font-weight:600; }
 table { border-collapse:collapse; width:100%; font-size:.92rem; }
 td, th { text-align:left; padding:6px 10px 6px 0; border-bottom:1px solid var(--line); vertical-align:top; }
 tr:last-child > * { border-bottom:0; }
-td:last-child { overflow-wrap:anywhere; }
+th, td { overflow-wrap:anywhere; } th { min-width:6.5em; }
 code, pre { background:var(--code); border-radius:4px; font-size:.88em; }
 code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
