@@ -5,6 +5,7 @@ import html
 import io
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -80,6 +81,7 @@ def test_any_value_is_drawn_inside_the_box(values):
             assert 0 <= x <= width and 0 <= y <= height
         labels = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">([^<]*)<', svg)
         assert len(labels) >= 3
+        assert max(float(x) for x, anchor, _ in labels if anchor == "end") < width / 3  # leaves room for the line
         for x, anchor, text in labels:  # 7 pixels hold any character of the axis
             assert float(x) - 7 * len(text) * (1 if anchor == "end" else 0.5) >= -2
             assert float(x) + 7 * len(text) * (0 if anchor == "end" else 0.5) <= width + 2
@@ -138,5 +140,5 @@ def test_labels_of_steps_do_not_meet(first, last):
     svg = line_chart([Series("", "after", [(first, -0.001), (last, 1e5)])], label="")
     labels = [(float(x), text) for x, text in re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', svg)]
     assert len(labels) >= 2
-    for (x, text), (next_x, next_text) in zip(labels, labels[1:], strict=False):
+    for (x, text), (next_x, next_text) in pairwise(labels):
         assert x + 3.5 * len(text) + 6 < next_x - 3.5 * len(next_text)

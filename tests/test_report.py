@@ -120,20 +120,27 @@ def test_skipped_pairs_are_counted_by_reason(tmp_path):
         for n in range(1, 71)
     }
     gone = {
-        f"pairs.jsonl:{n}": f"pairs.jsonl:{n}: image {name!r} not found"
+        f"pairs.jsonl:{n}": f"pairs.jsonl:{n}: image '{name}' not found"
         for n, name in ((80, "a.png"), (81, "it's 2.png"))
     }
     run = make_run(
-        tmp_path, [row(1)], skipped={**gone, **long, "pairs.jsonl:90": "pairs.jsonl:90: doesn't fit, can't be used"}
+        tmp_path,
+        [row(1)],
+        skipped={
+            **gone,
+            **long,
+            "pairs.jsonl:90": "pairs.jsonl:90: can't read '/im/a.png'",
+            "pairs.jsonl:91": "pairs.jsonl:91: can't read '/im/b.png'",
+        },
     )
     page = write_run_report(run, []).read_text()
     summaries = [re.sub(r"<[^>]+>", "", found) for found in re.findall(r"<summary>.*?</summary>", page)]
     assert summaries == [
         "70 x row &#x27;…&#x27; has N tokens but packing.max_tokens is N",
         "2 x image &#x27;…&#x27; not found",
-        "1 x doesn&#x27;t fit, can&#x27;t be used",
+        "2 x can&#x27;t read &#x27;…&#x27;",
     ]
-    assert "73 pairs" in page
+    assert "74 pairs" in page
     assert "9,050 tokens" in page and "9,051 tokens" not in page and "and 20 more in skipped.json" in page
     (run / "skipped.json").unlink()
     assert "Nothing was skipped." in write_run_report(run, []).read_text()

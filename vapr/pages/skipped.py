@@ -36,7 +36,7 @@ def skipped_section(path: Path) -> str:
 
 def _kind(reason: str) -> str:
     """A reason without what is special to one pair: quoted strings and numbers."""
-    unquoted = re.sub(r"""(?<!\w)(['"`])(?:(?!\1).)*\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)
+    unquoted = re.sub(r"""(?<!\w)(['"`]).*?\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)
     return re.sub(r"\d+(?:[.,]\d+)*", "N", unquoted)
 
 
