@@ -150,7 +150,7 @@ def _grid(axes: _Axes, ticks: Sequence[float], labels: Sequence[str]) -> str:
 
 
 def _steps_axis(axes: _Axes, first: float, last: float) -> str:
-    ticks = [tick for tick in _ticks(first, max(last, first + 1), 4, smallest=1) if first <= tick <= last]
+    ticks = [tick for tick in _ticks(first, max(last, first + 1), 5, smallest=1) if first <= tick <= last]
     # So that a short run names its ends, and no two labels meet.
     ticks = ticks if len(ticks) > 1 else sorted({first, last})
     return "".join(

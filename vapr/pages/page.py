@@ -41,6 +41,7 @@ svg .dot { fill:var(--colour); } svg .mark { fill:var(--colour); stroke:var(--ca
 .chosen { --colour:var(--chosen); } .rejected { --colour:var(--rejected); }
 .bars { max-width:720px; }
 .curves { display:grid; gap:14px; grid-template-columns:repeat(auto-fill, minmax(min(310px, 100%), 1fr)); }
+.curves.two { grid-template-columns:repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
 .curves .box { padding:14px 14px 12px; }
 .curves svg { max-width:480px; }
 .curves h3 { font-size:.95rem; margin:0 0 4px; font-weight:600; overflow-wrap:anywhere; }
@@ -71,7 +72,7 @@ mark { color:inherit; border-radius:3px; padding:0 1px; font-weight:600; }
 table { border-collapse:collapse; width:100%; font-size:.92rem; }
 td, th { text-align:left; padding:6px 10px 6px 0; border-bottom:1px solid var(--line); vertical-align:top; }
 tr:last-child > * { border-bottom:0; }
-th, td { overflow-wrap:anywhere; } th { min-width:6.5em; }
+th, td { overflow-wrap:anywhere; } th { width:18%; min-width:7em; }
 code, pre { background:var(--code); border-radius:4px; font-size:.88em; }
 code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
