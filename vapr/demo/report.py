@@ -99,7 +99,8 @@ def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
     )
     return (
         f'<h2>Training</h2><div class="curves two">{boxes}</div><p class="soft">Thin: every step. Thick: mean of the '
-        "steps around it. The sft stage starts with one shape in a picture and goes on to three, so its loss can rise.</p>"
+        "steps around it. The sft stage starts with one shape in a picture and goes on to three, so its loss "
+        "can rise.</p>"
     )
 
 

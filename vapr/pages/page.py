@@ -72,7 +72,7 @@ mark { color:inherit; border-radius:3px; padding:0 1px; font-weight:600; }
 table { border-collapse:collapse; width:100%; font-size:.92rem; }
 td, th { text-align:left; padding:6px 10px 6px 0; border-bottom:1px solid var(--line); vertical-align:top; }
 tr:last-child > * { border-bottom:0; }
-th, td { overflow-wrap:anywhere; } th { width:18%; min-width:7em; }
+th, td { overflow-wrap:anywhere; } th { width:18%; min-width:8.5em; }
 code, pre { background:var(--code); border-radius:4px; font-size:.88em; }
 code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
