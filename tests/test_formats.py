@@ -154,7 +154,10 @@ def test_trained_on_for_a_step_and_written_back_equal(folder, png, tiny, tmp_pat
 
 
 def message(role: str, *parts: str) -> dict:
-    return {"role": role, "content": [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts]}
+    return {
+        "role": role,
+        "content": [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts],
+    }
 
 
 WIDE = {
@@ -204,7 +207,12 @@ def test_llama_factory_finds_the_written_file(folder):
 
 
 def test_dataset_info_with_columns_of_its_own(folder):
-    row = {"talk": [HUMAN], "good": {"from": "gpt", "value": CHOSEN}, "bad": {"from": "gpt", "value": REJECTED}, "pics": ["cat.png"]}
+    row = {
+        "talk": [HUMAN],
+        "good": {"from": "gpt", "value": CHOSEN},
+        "bad": {"from": "gpt", "value": REJECTED},
+        "pics": ["cat.png"],
+    }
     (folder / "mine.json").write_text(json.dumps([row]))
     columns = {"messages": "talk", "chosen": "good", "rejected": "bad", "images": "pics"}
     entry = {"file_name": "mine.json", "formatting": "sharegpt", "ranking": True, "columns": columns}
@@ -218,13 +226,26 @@ def test_dataset_info_with_columns_of_its_own(folder):
 
 
 def test_columns_map_anything(folder, png):
-    row = {"meta": {"n": 7}, "ask": f"{QUESTION}\n<image>", "answers": [{"text": CHOSEN}, {"text": REJECTED}], "pic": "cat.png"}
+    row = {
+        "meta": {"n": 7},
+        "ask": f"{QUESTION}\n<image>",
+        "answers": [{"text": CHOSEN}, {"text": REJECTED}],
+        "pic": "cat.png",
+    }
     (folder / "in.jsonl").write_text(json.dumps(row))
-    columns = {"id": "meta.n", "prompt": "ask", "chosen": "answers.0.text", "rejected": "answers.1.text", "images": "pic"}
+    columns = {
+        "id": "meta.n",
+        "prompt": "ask",
+        "chosen": "answers.0.text",
+        "rejected": "answers.1.text",
+        "images": "pic",
+    }
     [pair] = read_pairs(folder / "in.jsonl", columns=columns)
     assert pair.id == "7" and pair.prompt == (message("user", QUESTION, "<image>"),)
     assert content(pair)["images"] == [png]
-    with pytest.raises(UserError, match=r"data.columns.images: .*in.jsonl has no column 'picture' in its first rows; there are answers"):
+    with pytest.raises(
+        UserError, match=r"data.columns.images: .*in.jsonl has no column 'picture' in its first rows; there are answers"
+    ):
         read_pairs(folder / "in.jsonl", columns={**columns, "images": "picture"})
 
 
@@ -295,7 +316,11 @@ def test_webdataset_shards(folder, png):
     with tarfile.open(folder / "shard-000.tar", "w") as tar:
         for key in ("a", "b"):
             row = {"prompt": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}
-            for name, data in ((f"x/{key}.json", json.dumps(row).encode()), (f"x/{key}.0.png", png), (f"x/{key}.1.png", png[::-1])):
+            for name, data in (
+                (f"x/{key}.json", json.dumps(row).encode()),
+                (f"x/{key}.0.png", png),
+                (f"x/{key}.1.png", png[::-1]),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -309,7 +334,13 @@ def test_webdataset_shards(folder, png):
 
 def test_arrow_files_saved_sets_and_hub_shards(folder, png):
     datasets = pytest.importorskip("datasets")
-    row = {"id": "1", "images": [{"bytes": png, "path": None}], "prompt": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}
+    row = {
+        "id": "1",
+        "images": [{"bytes": png, "path": None}],
+        "prompt": QUESTION,
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+    }
     data = datasets.Dataset.from_list([row, {**row, "id": "2"}])
     data.save_to_disk(folder / "saved")
     assert [pair.id for pair in read_pairs(folder / "saved")] == ["1", "2"]

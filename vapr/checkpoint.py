@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vapr.cache import written_whole
 from vapr.config import Config
 from vapr.engine import Engine
 from vapr.errors import UserError
@@ -51,7 +52,7 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
         _save_tensors(weights, temporary / "weights.safetensors")
         _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"step": step, **state})
-    except OSError:
+    except (OSError, UserError):
         shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
         raise
     if folder.exists():
@@ -161,14 +162,9 @@ def copy_processor_files(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write JSON, whole or not at all. Raises UserError if it cannot be written."""
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
 def _publish(temporary: Path, folder: Path) -> None:

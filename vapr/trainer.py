@@ -17,7 +17,7 @@ from vapr.config import Config
 from vapr.display import Display
 from vapr.engine import Engine
 from vapr.errors import UserError
-from vapr.extremes import Extremes
+from vapr.extremes import Extremes, shown_pairs
 from vapr.features import Features
 from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.loader import PairLoader, Step, open_loader
@@ -26,6 +26,7 @@ from vapr.loss import PairLogps, preference_losses
 from vapr.metrics import MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
 from vapr.model import Policy, frozen, load_policy
 from vapr.packing import PackedBatch
+from vapr.pages.run_report import write_run_report
 from vapr.prepare import open_features, open_reference, shared_image_features
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
@@ -78,18 +79,20 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
     display = Display("train", num_steps, done=start)
     with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
         training = _Training(
-            config, run, policy, engine, loader, held_out, reference, features, log, display, extremes, start, start
-        )
-        if start and training.is_due(num_steps):
+            config, run, policy, engine, loader, held_out, reference, features, log, display, extremes, num_steps,
+            start, start,
+        )  # fmt: skip
+        if start and training.is_due:
             training.evaluate()  # the run may have ended between the checkpoint and its evaluation
         with training.saved_on_mistakes():
             for step in loader.steps(start, num_steps):
                 training.take(step)
-                if training.is_due(num_steps) or interrupts.received:
+                if training.is_due or interrupts.received:
                     saved = training.save()
                     if interrupts.received and training.done < num_steps:
                         raise interrupts.stopped(saved)
                     training.evaluate()
+                    training.report()
     checkpoint.save_final(policy, run.final)
     _say_what_was_done(run, loader, held_out, reference)
 
@@ -109,14 +112,16 @@ class _Training:
     log: MetricsLog
     display: Display
     extremes: Extremes
+    num_steps: int  # of the whole run
     done: int  # steps
     saved: int  # steps in the newest checkpoint
     num_pairs: int = 0  # trained on by this process
     began: float = field(default_factory=time.monotonic)  # the step under way
 
-    def is_due(self, num_steps: int) -> bool:
+    @property
+    def is_due(self) -> bool:
         """Whether a checkpoint and an evaluation belong here."""
-        return self.done == num_steps or self.done % self.config.checkpoint.every == 0
+        return self.done == self.num_steps or self.done % self.config.checkpoint.every == 0
 
     def take(self, step: Step) -> None:
         """Forward, backward, update, log."""
@@ -168,16 +173,25 @@ class _Training:
                 self.log.write(self.done, values)
         self.began = time.monotonic()
 
+    def report(self, *notes: str) -> None:
+        """Write report.html."""
+        shown = shown_pairs(self.extremes, self.loader.pairs)
+        write_run_report(self.run.path, shown, notes, num_steps=self.num_steps)
+
     @contextlib.contextmanager
     def saved_on_mistakes(self) -> Iterator[None]:
         """A bad row or too small a GPU, found hours into a run, costs no step: they are checkpointed first."""
         try:
             yield
+        except TrainingStopped as stopped:
+            self.report(f"Stopped: {stopped}")
+            raise
         except (UserError, torch.OutOfMemoryError) as error:
             way_out = ""
             if self.done > self.saved and self.num_pairs:
                 way_out = f"; the {self.done} steps before it are saved, continue with --resume"
                 self.save()
+                self.report(f"Stopped: {error}")
             if isinstance(error, UserError):
                 raise UserError(f"{error}{way_out}") from None
             raise TrainingStopped(
@@ -344,12 +358,16 @@ def _say_what_was_done(
         print(f"reference  {counted} ({reference.folder})")
     if num_skipped := _list_skipped(run, loader, held_out):
         print(f"skipped    {num_skipped} pairs, listed with reasons in {run.path / 'skipped.json'}")
+    print(f"report     {run.path / 'report.html'}")
     print(f"final      {run.final}")
 
 
 def _list_skipped(run: RunDir, loader: PairLoader, held_out: PairLoader | None) -> int:
     """Write the pairs left out so far, place in the file -> reason; returns how many."""
     skipped = {**loader.skipped, **(held_out.skipped if held_out is not None else {})}
+    listed = run.path / "skipped.json"
     if skipped:
-        checkpoint.write_json(run.path / "skipped.json", skipped)
+        checkpoint.write_json(listed, skipped)
+    else:
+        listed.unlink(missing_ok=True)
     return len(skipped)

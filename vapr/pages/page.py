@@ -4,11 +4,12 @@ import base64
 import difflib
 import html
 import io
-import os
 import re
 from pathlib import Path
 
 from PIL import Image
+
+from vapr.cache import written_whole
 
 CSS = """
 :root { color-scheme:light dark; --ink:#1b2430; --soft:#5b6777; --line:#dde3ea; --card:#fff; --page:#f4f6f9;
@@ -100,13 +101,9 @@ def page(title: str, body: str) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page under a temporary name, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:  # a lone surrogate becomes "?"
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a page, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode(errors="replace"))  # a lone surrogate becomes "?"
 
 
 def thumbnail(image: Image.Image) -> str:

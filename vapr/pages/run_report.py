@@ -18,6 +18,9 @@ NUM_AVERAGED = 20
 """Steps at the start and at the end that the headline compares."""
 
 
+WHEN_MEASURED = "Of the newest epoch, measured in the step that trained on the pair, before its update."
+
+
 @dataclass(frozen=True)
 class ShownPair:
     """A pair as the page shows it."""
@@ -153,7 +156,7 @@ def _extremes(pairs: Sequence[ShownPair]) -> str:
         ),
     )
     return "".join(
-        f'<h2>{title}</h2><p class="soft">{meaning}</p>'
+        f'<h2>{title}</h2><p class="soft">{meaning} {WHEN_MEASURED}</p>'
         + ("".join(_pair(pair) for pair in members) or '<p class="soft">No pair to show.</p>')
         for title, meaning, members in sections
     )
