@@ -1,3 +1,39 @@
-"""vapr: align vision-language models with preference pairs, packed and exact."""
+"""vapr: align vision-language models with preference pairs, packed and exact.
+
+What a notebook needs is here: ``read_pairs``, ``Config``, ``load_policy``, ``Processor``, ``pack`` and ``train``. Each
+loads what it needs when it is first used, so that importing vapr takes no time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vapr.config import Config as Config
+    from vapr.errors import UserError as UserError
+    from vapr.model import load_policy as load_policy
+    from vapr.packing import pack as pack
+    from vapr.pairs import read_pairs as read_pairs
+    from vapr.processor import Processor as Processor
+    from vapr.trainer import train as train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "vapr.config",
+    "UserError": "vapr.errors",
+    "load_policy": "vapr.model",
+    "pack": "vapr.packing",
+    "read_pairs": "vapr.pairs",
+    "Processor": "vapr.processor",
+    "train": "vapr.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vapr' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])

@@ -360,14 +360,14 @@ class Config:
         }
 
     @classmethod
-    def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> "Config":
+    def load(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> "Config":
         """Read a YAML file and apply ``key.sub=value`` overrides.
 
         Raises:
             UserError: naming the file and the key, with the nearest known key for an unknown one.
         """
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a text file ({error})") from None
         except yaml.YAMLError as error:

@@ -18,7 +18,7 @@ from vapr.packing import PackedBatch, count_tokens, pack
 from vapr.pairs import NO_IMAGE, Pairs, open_sets
 from vapr.preference_pair import PreferencePair
 from vapr.processor import TokenizedPair
-from vapr.workers import Task, Workers
+from vapr.workers import Result, Workers
 
 LOOKAHEAD = 2
 """Steps whose pairs are tokenised ahead of the one being trained on, itself included: what bounds the queues."""
@@ -161,14 +161,14 @@ class PairLoader:
         Raises:
             UserError: for a pair that cannot be used or packed, unless it is to be skipped.
         """
-        ahead: dict[int, list[Task | UserError]] = {}
+        ahead: dict[int, list[Callable[[], Result] | UserError]] = {}
         for step in range(start, stop):
             for n in range(step, min(step + LOOKAHEAD, stop)):
                 if n not in ahead:
                     ahead[n] = [self._submit(number) for number in self._members(n)]
             tokenized = []
             for task in ahead.pop(step):
-                result = task if isinstance(task, UserError) else self._workers.result(task)
+                result = task if isinstance(task, UserError) else task()
                 if isinstance(result, TokenizedPair):
                     tokenized.append(result)
                 elif isinstance(result, NoPair) or (isinstance(result, BadRow) and self._on_bad_row == "skip"):
@@ -184,7 +184,7 @@ class PairLoader:
         order = self._epoch_order[1]
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
 
-    def _submit(self, number: int) -> Task | UserError:
+    def _submit(self, number: int) -> Callable[[], Result] | UserError:
         """Read row ``number`` and hand it to a worker; or what is wrong with it, told in its turn."""
         try:
             return self._workers.submit(self.pairs[number])

@@ -4,12 +4,15 @@ import ctypes
 import itertools
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
+import threading
+import traceback
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -23,22 +26,14 @@ RECENT_IMAGES_BYTES = 512 * 2**20
 """Processed images remembered by all workers together."""
 
 ATTEMPTS = 3
-"""Workers a pair may lose before it is blamed."""
+"""Workers that a pair may lose before it is blamed."""
+
+Result = TokenizedPair | UserError
 
 
 def default_workers() -> int:
     """Half of the CPU cores this process may use, between 1 and 8."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-
-
-@dataclass(slots=True, eq=False)
-class Task:
-    """A pair on its way through a worker."""
-
-    pair: PreferencePair
-    worker: int
-    future: Future | None
-    attempts: int = 1
 
 
 class Workers:
@@ -62,83 +57,129 @@ class Workers:
         say: Callable[[str], None] = print,
     ) -> None:
         self.processor = processor
-        self.num_lost = 0
         self._token_weights = token_weights
-        self._say = say
-        self._turns = itertools.cycle(range(count)) if count else None
+        self._turns = itertools.cycle(range(max(count, 1)))
         processor.remember_images(RECENT_IMAGES_BYTES // max(count, 1))
-        self._pools = [self._new_pool() for _ in range(count)]
+        self._workers = [_Worker(processor, token_weights, say) for _ in range(count)]
 
-    def _new_pool(self) -> ProcessPoolExecutor:
-        pool = ProcessPoolExecutor(
-            1,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=_start,
-            initargs=(self.processor, self._token_weights, os.getpid()),
-        )
-        pool.submit(_ready)  # forks now
-        return pool
+    @property
+    def process_ids(self) -> list[int]:
+        return [worker.process_id for worker in self._workers]
 
-    def submit(self, pair: PreferencePair) -> Task:
-        """Begin with a pair. Raises nothing; see :meth:`result`."""
-        if self._turns is None:
-            return Task(pair, 0, None)
+    def submit(self, pair: PreferencePair) -> Callable[[], Result]:
+        """Begin with a pair; calling what is returned waits for its tokens, or what is wrong with it."""
+        if not self._workers:
+            return lambda: tokenize(self.processor, pair, self._token_weights)
         worker = next(self._turns)
         if pair.images:
             image = pair.images[0]
-            worker = zlib.crc32(image[:4096] if isinstance(image, bytes) else str(image).encode()) % len(self._pools)
-        return Task(pair, worker, self._begin(worker, pair))
-
-    def _begin(self, worker: int, pair: PreferencePair) -> Future:
-        try:
-            return self._pools[worker].submit(_tokenize, pair)
-        except BrokenProcessPool as error:  # told when the result is asked for, in order
-            failed: Future = Future()
-            failed.set_exception(error)
-            return failed
-
-    def result(self, task: Task) -> TokenizedPair | UserError:
-        """Wait for a pair: its tokens, or what is wrong with it.
-
-        Raises:
-            UserError: if worker after worker was killed on it.
-        """
-        if task.future is None:
-            return tokenize(self.processor, task.pair, self._token_weights)
-        while True:
-            try:
-                return task.future.result()
-            except BrokenProcessPool:
-                pass
-            if task.attempts == ATTEMPTS:
-                raise UserError(
-                    f"{task.pair.where}: row '{task.pair.id}': {ATTEMPTS} data workers were killed, the last on this "
-                    "row; is there enough memory? (data.workers: 0 uses no processes)"
-                )
-            task.attempts += 1
-            self._replace(task.worker)
-            task.future = self._begin(task.worker, task.pair)
-
-    def _replace(self, worker: int) -> None:
-        """Start another process, unless an earlier pair of the lost one has seen to that."""
-        try:
-            self._pools[worker].submit(_ready)
-        except BrokenProcessPool:
-            self.num_lost += 1
-            self._say("a data worker was killed (out of memory?); another took over, nothing is lost")
-            self._pools[worker].shutdown(wait=False)
-            self._pools[worker] = self._new_pool()
+            worker = zlib.crc32(image[:4096] if isinstance(image, bytes) else str(image).encode()) % len(self._workers)
+        return self._workers[worker].submit(pair).result
 
     def close(self) -> None:
         """End the processes."""
-        for pool in self._pools:
-            pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class _Worker:
+    """One process at a time, and the thread that feeds it and replaces it when it is lost."""
+
+    _forking = threading.Lock()
+    """A pipe's far end must be known to its own process alone, else the pipe does not close when that one is killed."""
+
+    def __init__(self, processor: Processor, token_weights: TokenWeights | None, say: Callable[[str], None]) -> None:
+        self._run = processor, token_weights
+        self._say = say
+        self._tasks: queue.SimpleQueue[tuple[PreferencePair, Future[Result]] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._start()
+        self._thread = threading.Thread(target=self._feed, name="vapr-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def process_id(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def submit(self, pair: PreferencePair) -> "Future[Result]":
+        future: Future[Result] = Future()
+        self._tasks.put((pair, future))
+        return future
+
+    def close(self) -> None:
+        self._closed = True
+        self._tasks.put(None)
+        self._process.kill()
+        self._thread.join()
+        self._process.join()
+
+    def _start(self) -> None:
+        fork = multiprocessing.get_context("fork")
+        with self._forking:
+            self._pipe, far_end = fork.Pipe()
+            self._process = fork.Process(target=_serve, args=(far_end, *self._run, os.getpid()), daemon=True)
+            self._process.start()
+            far_end.close()
+
+    def _feed(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            pair, future = task
+            try:
+                answer = self._ask(pair)
+            except Exception as error:  # noqa: BLE001 - whoever waits for the pair has to hear of it
+                answer = error
+            if answer is None:
+                return
+            if isinstance(answer, TokenizedPair | UserError):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+    def _ask(self, pair: PreferencePair) -> Result | Exception | None:
+        """The process's answer; None if it was closed meanwhile."""
+        for _ in range(ATTEMPTS):
+            try:
+                self._pipe.send(pair)
+                data = self._pipe.recv_bytes()
+            except (EOFError, OSError):  # killed, perhaps in the middle of an answer
+                if self._closed:
+                    return None
+                self._process.join()
+                self._say("a data worker was killed (out of memory?); another took over, nothing is lost")
+                self._start()
+            else:
+                answer: Result | Exception = pickle.loads(data)
+                return answer
+        message = f"{ATTEMPTS} data workers were killed on this row; is there enough memory?"
+        return UserError(f"{pair.where}: row '{pair.id}': {message} (data.workers: 0 uses none)")
+
+
+def _serve(pipe: Connection, processor: Processor, token_weights: TokenWeights | None, parent: int) -> None:
+    """What a worker process does: answer pairs one by one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A worker must not outlive a killed trainer.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    while True:
+        pair = pipe.recv()
+        answer: Result | Exception
+        try:
+            answer = tokenize(processor, pair, token_weights)
+        except Exception as error:  # noqa: BLE001 - a fault of vapr's own: raised again in the trainer
+            error.add_note(traceback.format_exc())
+            answer = error
+        pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
 
 
 def open_workers(config: Config) -> Workers:
@@ -148,37 +189,9 @@ def open_workers(config: Config) -> Workers:
     return Workers(processor, config.token_weights, count)
 
 
-def tokenize(
-    processor: Processor, pair: PreferencePair, token_weights: TokenWeights | None
-) -> TokenizedPair | UserError:
+def tokenize(processor: Processor, pair: PreferencePair, token_weights: TokenWeights | None) -> Result:
     """The pair's tokens, or what is wrong with it."""
     try:
         return processor.tokenize_pair(pair, token_weights)
     except UserError as error:
         return error
-
-
-_mine: tuple[Processor, TokenWeights | None]
-"""What this worker process runs; set by its start."""
-
-
-def _start(processor: Processor, token_weights: TokenWeights | None, parent: int) -> None:
-    global _mine
-    _mine = processor, token_weights
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # A worker must not outlive a killed trainer, whose lock on the run folder it has inherited.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _ready() -> None:
-    """The first task, so that the process is there."""
-
-
-def _tokenize(pair: PreferencePair) -> TokenizedPair | UserError:
-    processor, token_weights = _mine
-    return tokenize(processor, pair, token_weights)
