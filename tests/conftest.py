@@ -11,8 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from vapr.config import Config
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.pairs import read_pairs
+from vapr.pairs import read_pairs, write_pairs
 from vapr.preference_pair import PreferencePair
 
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
@@ -69,3 +70,25 @@ def tiny(tmp_path_factory, corpus):
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def make_config(tiny, photo_rows, photo_root, tmp_path):
+    """A config of six steps on 24 pairs; ``changes`` replace whole sections."""
+
+    def make(name: str = "run", family: str = "qwen2_5_vl", rows=None, lora: bool = True, **changes) -> Config:
+        data = tmp_path / "pairs.jsonl"
+        if not data.exists() or rows is not None:
+            write_pairs(data, rows or photo_rows[:24])
+        policy = {"model": str(tiny(family)), "dtype": "float32", **({"lora": {"rank": 4, "alpha": 8}} if lora else {})}
+        raw = {
+            "run_dir": str(tmp_path / name),
+            "policy": policy,
+            "data": {"train": str(data), "image_root": str(photo_root)},
+            "optim": {"lr": 1e-3, "pairs_per_step": 8, "epochs": 2},
+            "reference": {"cache_dir": str(tmp_path / "reference")},
+            "checkpoint": {"every": 2, "keep": 2},
+        }
+        return Config.parse({**raw, **changes})
+
+    return make

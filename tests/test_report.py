@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vapr.pages import page as page_module
+from vapr.errors import UserError
 from vapr.pages.page import thumbnail
 from vapr.pages.run_report import ShownPair, write_run_report
 
@@ -242,8 +243,8 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(number: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(page_module.os, "fsync", full)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="report.html: cannot be written"):
         write_run_report(run, [PAIR])
     assert path.read_text() == before
     monkeypatch.undo()

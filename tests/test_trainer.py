@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.runs import final_bytes, losses, metrics
 from vapr import checkpoint, trainer
 from vapr.config import Config
 from vapr.errors import UserError
@@ -24,40 +25,6 @@ LOGGED = {
     "step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
     "logps/rejected", "grad_norm", "lr", "pairs", "tokens", "tokens_saved", "pairs_per_second", "mfu", "peak_memory_mib",
 }  # fmt: skip
-
-
-@pytest.fixture
-def make_config(tiny, photo_rows, photo_root, tmp_path):
-    """A config of six steps on 24 pairs; ``changes`` replace whole sections."""
-
-    def make(name: str = "run", family: str = "qwen2_5_vl", rows=None, lora: bool = True, **changes) -> Config:
-        data = tmp_path / "pairs.jsonl"
-        if not data.exists() or rows is not None:
-            write_pairs(data, rows or photo_rows[:24])
-        policy = {"model": str(tiny(family)), "dtype": "float32", **({"lora": {"rank": 4, "alpha": 8}} if lora else {})}
-        raw = {
-            "run_dir": str(tmp_path / name),
-            "policy": policy,
-            "data": {"train": str(data), "image_root": str(photo_root)},
-            "optim": {"lr": 1e-3, "pairs_per_step": 8, "epochs": 2},
-            "reference": {"cache_dir": str(tmp_path / "reference")},
-            "checkpoint": {"every": 2, "keep": 2},
-        }
-        return Config.parse({**raw, **changes})
-
-    return make
-
-
-def metrics(config: Config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(config: Config) -> list[float]:
-    return [entry["loss"] for entry in metrics(config) if "loss" in entry]
-
-
-def final_bytes(config: Config) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (Path(config.run_dir) / "final").glob("*.safetensors")}
 
 
 def test_every_family_learns_from_photographs(family, make_config):
@@ -248,20 +215,6 @@ def test_another_image_under_the_same_tokens_is_computed(make_config, photo_rows
     capsys.readouterr()
     trainer.train(make_config("after", family="llava", rows=rows))
     assert " 2 computed" in capsys.readouterr().out
-
-
-def test_a_damaged_cache_is_set_aside_and_computed_again(make_config, tmp_path, capsys):
-    trainer.train(make_config("before"))
-    shards = list((tmp_path / "reference").glob("*/*.safetensors"))
-    for shard in shards:
-        content = bytearray(shard.read_bytes())
-        content[-1] ^= 1  # one bit
-        shard.write_bytes(content)
-    capsys.readouterr()
-    trainer.train(make_config("after"))
-    printed = capsys.readouterr()
-    assert printed.out.count("is damaged (its checksum does not match)") == len(shards) > 0
-    assert "48 computed" in printed.out
 
 
 def test_another_model_misses_everything(make_config, tiny, tmp_path, capsys):
