@@ -20,6 +20,7 @@ from vapr.loader import PairLoader, Step
 from vapr.model import Policy
 from vapr.packing import PackedBatch
 from vapr.preference_pair import PreferencePair
+from vapr.processor import Processor
 from vapr.reference import Reference
 from vapr.workers import Workers, default_workers
 
@@ -210,7 +211,7 @@ def _dpo_trainer(subject: Subject, pairs: list[PreferencePair], pairs_per_step: 
     )  # fmt: skip
     model = subject.model()
     lora = _trl_freeze(model, policy)
-    processor = trl_processor(subject)
+    processor = trl_processor(subject.new_processor(), subject.folder)
     out = trl.DPOTrainer(
         model=model,
         ref_model=None if lora else subject.model(),
@@ -257,16 +258,15 @@ def _trl_rows(pairs: list[PreferencePair]) -> Any:
     return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
 
 
-def trl_processor(subject: Subject) -> Any:
+def trl_processor(parts: Processor, folder: Path) -> Any:
     """The family's processor class around vapr's tokenizer and image processor, without a video processor.
 
     Qwen's needs torchvision for videos, which cannot be had beside a CPU build of torch.
     """
-    parts = subject.new_processor()
-    if subject.shape.family == "llava":
+    if parts.family == "llava":
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(subject.folder, backend=parts.image_backend)
+        return AutoProcessor.from_pretrained(folder, backend=parts.image_backend)
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.processing_utils import ProcessorMixin
 
