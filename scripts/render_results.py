@@ -61,7 +61,8 @@ def render(rows: list[Row]) -> str:
     parts = []
     for bench in sorted({row["bench"] for row in rows}):
         of_bench = [row for row in rows if row["bench"] == bench]
-        parts += train_step_tables(of_bench) if bench == "train_step" else plain_tables(bench, of_bench)
+        tables = {"train_step": train_step_tables, "data_path": data_path_tables}.get(bench)
+        parts += tables(of_bench) if tables else plain_tables(bench, of_bench)
     return "\n\n".join(parts) if parts else "No results yet."
 
 
@@ -104,6 +105,23 @@ def train_step_cell(row: Row | None) -> str:
     return f"{row['pairs_per_second']:.2f}" + (
         f" ({ratio:.1f}x)" if ratio is not None and row["arm"] != "trl" else share
     )
+
+
+def data_path_tables(rows: list[Row]) -> list[str]:
+    """One table a device: a line for each size of file and provider."""
+    cases = newest_run(rows, ("device", "rows", "provider"))
+    tables = []
+    for device in dict.fromkeys(key[0] for key in cases):
+        lines = [["rows in file", "provider", "pairs/s", "first step s", "resident MiB", "commit"]]
+        for (_, num_rows, provider), group in sorted(item for item in cases.items() if item[0][0] == device):
+            last = group[-1]
+            numbers = [last.get("absent", ""), "", ""]
+            if "absent" not in last:
+                values = (last["pairs_per_second"], last["first_step_seconds"], last["resident_mib"])
+                numbers = [f"{value:,.{digits}f}" for value, digits in zip(values, (1, 2, 0), strict=True)]
+            lines.append([f"{num_rows:,}", provider, *numbers, commit_cell(last)])
+        tables.append(f"**Data path** ({device})\n\n{table(lines)}")
+    return tables
 
 
 def plain_tables(bench: str, rows: list[Row]) -> list[str]:

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import data_arms, data_path
 from bench import record as rec
 from bench.arms import VaprArm
+from bench.data_rows import DataFolder
 from bench.train_step import agreement
 from bench.workloads import SHAPES, WORKLOADS, Subject
 
@@ -102,6 +105,62 @@ def test_render_results_writes_and_checks_the_block(render_results, tmp_path, mo
     assert readme.read_text().startswith("above\n") and readme.read_text().endswith("\nbelow\n")
     readme.write_text("no markers")
     assert run("--check") == 2
+
+
+def test_render_results_of_the_data_path(render_results):
+    def measured(num_rows: int, **fields):
+        return row(bench="data_path", rows=num_rows, provider="vapr", **fields)
+
+    numbers = {"pairs_per_second": 61.25, "first_step_seconds": 1.5, "resident_mib": 1700.4}
+    old = measured(10_000, **{**numbers, "pairs_per_second": 77.0}, run="r0")
+    lines = render_results.render([old, measured(10_000, **numbers), measured(1_000, absent="no trl")]).splitlines()
+    assert lines[-2:] == [
+        "| 1,000 | vapr | no trl |  |  | 01234567 (dirty) |",
+        "| 10,000 | vapr | 61.2 | 1.50 | 1,700 | 01234567 (dirty) |",
+    ]
+
+
+def test_data_path_measures_the_pairs_it_was_asked_for(tmp_path):
+    data = DataFolder(tmp_path, 20)
+    file = data.write_rows(200)
+    row = data_path.run_case("vapr", file, data.model, 64)
+    assert row["pairs"] == 64
+    assert set(data_path.COLUMNS) <= row.keys()
+    # Pages of mapped files are shared with whatever else runs here, so their share may shrink.
+    assert all(row[name] > 0 for name in data_path.COLUMNS if name != "file_growth_mib")
+    assert row["open_seconds"] < row["first_step_seconds"]
+    # At least the pixels of one step lie in memory: of each image token 4 patches of 1,176 numbers in fp32.
+    step_mib = 64 * data.image_tokens * 4 * 1176 * 4 / 2**20
+    assert row["resident_growth_mib"] > step_mib
+    assert data.image_tokens == 300
+
+
+def test_data_path_rows_show_every_image_equally_often(tmp_path):
+    data = DataFolder(tmp_path, 5)
+    rows = [json.loads(line) for line in data.write_rows(15).read_text().splitlines()]
+    shown = [row["images"][0] for row in rows]
+    assert all(len(set(shown[start : start + 5])) == 5 for start in (0, 5, 10))
+    for row in rows:
+        chosen, rejected = (row[side][0]["content"].split() for side in ("chosen", "rejected"))
+        assert sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1
+
+
+def test_resident_memory_counts_forked_pages_once_and_shared_memory_unseen_by_any_process():
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    before = data_arms.resident_mib()
+    context = multiprocessing.get_context("fork")
+    wait = context.Event()
+    child = context.Process(target=wait.wait)
+    child.start()
+    shared = torch.empty(32 * 2**20, dtype=torch.uint8).share_memory_()
+    shared.fill_(1)
+    try:
+        grown = data_arms.resident_mib()["all"] - before["all"]
+    finally:
+        wait.set()
+        child.join()
+    assert held.sum() == len(held)
+    assert 32 <= grown < 64
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
