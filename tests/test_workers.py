@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vapr import loader
 from vapr.config import PackingConfig
 from vapr.errors import BadRow, UserError
 from vapr.loader import PairLoader
@@ -20,11 +21,8 @@ def processor(tiny) -> Processor:
     return Processor(folder, load_model_config(folder))
 
 
-def ids_and_hashes(loader: PairLoader, stop: int) -> list[list]:
-    return [
-        [(pair.id, [i.content_hash for i in pair.paths[0].images]) for pair in step.pairs]
-        for step in loader.steps(0, stop)
-    ]
+def contents(step) -> list:
+    return [(pair.id, [i.pixel_values.tobytes() for i in pair.paths[0].images]) for pair in step.pairs]
 
 
 def new_loader(pairs, workers: Workers, **options) -> PairLoader:
@@ -33,20 +31,21 @@ def new_loader(pairs, workers: Workers, **options) -> PairLoader:
 
 def test_processes_change_neither_results_nor_order(processor, photo_pairs):
     with Workers(processor) as none, Workers(processor, count=3) as three:
-        expected = ids_and_hashes(new_loader(photo_pairs[:40], none), 5)
-        assert ids_and_hashes(new_loader(photo_pairs[:40], three), 5) == expected
+        expected = [contents(step) for step in new_loader(photo_pairs[:40], none).steps(0, 5)]
+        assert [contents(step) for step in new_loader(photo_pairs[:40], three).steps(0, 5)] == expected
         assert len(three.process_ids) == 3
     assert [id for step in expected for id, _ in step] != [pair.id for pair in photo_pairs[:40]]  # shuffled
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(processor, photo_pairs, after):
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(processor, photo_pairs, after, monkeypatch):
+    monkeypatch.setattr(loader, "LOOKAHEAD", 8)
     said = []
     with Workers(processor) as none, Workers(processor, count=2, say=said.append) as two:
-        expected = ids_and_hashes(new_loader(photo_pairs[:48], none), 6)
+        expected = [contents(step) for step in new_loader(photo_pairs[:48], none).steps(0, 6)]
         got = []
         for number, step in enumerate(new_loader(photo_pairs[:48], two).steps(0, 6)):
-            got.append([(pair.id, [i.content_hash for i in pair.paths[0].images]) for pair in step.pairs])
+            got.append(contents(step))
             if number == after:
                 before = two.process_ids
                 for pid in before:
@@ -108,6 +107,14 @@ def test_an_image_that_comes_again_is_processed_once(processor, photo_pairs, mon
     with Workers(processor) as workers:
         list(new_loader(pairs, workers).steps(0, 1))
     assert len(calls) == 1
+
+
+def test_pixels_that_are_still_held_are_not_sent_again(processor, photo_pairs):
+    pairs = [pair for pair in photo_pairs if pair.images == photo_pairs[0].images]
+    with Workers(processor, count=1) as workers:
+        [step] = new_loader(pairs[:8], workers).steps(0, 1)
+    assert len(step.pairs) > 3
+    assert len({id(image) for pair in step.pairs for path in pair.paths for image in path.images}) == 1
 
 
 def test_number_of_workers():

@@ -20,8 +20,8 @@ from vapr.preference_pair import PreferencePair
 from vapr.processor import TokenizedPair
 from vapr.workers import Result, Workers
 
-LOOKAHEAD = 2
-"""Steps whose pairs are tokenised ahead of the one being trained on, itself included: what bounds the queues."""
+LOOKAHEAD = 64
+"""At least so many pairs, and one step, are in the making beyond the step in hand: what bounds the queues."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,9 +161,10 @@ class PairLoader:
         Raises:
             UserError: for a pair that cannot be used or packed, unless it is to be skipped.
         """
+        steps_ahead = 1 + -(-LOOKAHEAD // self.pairs_per_step)
         ahead: dict[int, list[Callable[[], Result] | UserError]] = {}
         for step in range(start, stop):
-            for n in range(step, min(step + LOOKAHEAD, stop)):
+            for n in range(step, min(step + steps_ahead, stop)):
                 if n not in ahead:
                     ahead[n] = [self._submit(number) for number in self._members(n)]
             tokenized = []

@@ -32,7 +32,7 @@ READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCb
 """PIL modes that convert to RGB without losing range. 16-bit and float images would be clipped."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ProcessedImage:
     """One image as the model takes it."""
 

@@ -1,6 +1,7 @@
 """Background processes that turn pairs into tokens and pixels. They never change the order; a lost one is replaced."""
 
 import ctypes
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -9,18 +10,22 @@ import queue
 import signal
 import threading
 import traceback
+import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from vapr.config import Config, TokenWeights
 from vapr.errors import UserError
 from vapr.model import load_model_config
 from vapr.preference_pair import PreferencePair
-from vapr.processor import Processor, TokenizedPair
+from vapr.processor import ProcessedImage, Processor, TokenizedPair
 
 RECENT_IMAGES_BYTES = 512 * 2**20
 """Processed images remembered by all workers together."""
@@ -99,6 +104,8 @@ class _Worker:
         self._say = say
         self._tasks: queue.SimpleQueue[tuple[PreferencePair, Future[Result]] | None] = queue.SimpleQueue()
         self._closed = False
+        # Pixels that some pair in the making still holds need not be sent again: image source -> pixels.
+        self._held: weakref.WeakValueDictionary[Path | bytes, ProcessedImage] = weakref.WeakValueDictionary()
         self._start()
         self._thread = threading.Thread(target=self._feed, name="vapr-worker", daemon=True)
         self._thread.start()
@@ -144,10 +151,12 @@ class _Worker:
 
     def _ask(self, pair: PreferencePair) -> Result | Exception | None:
         """The process's answer; None if it was closed meanwhile."""
+        sources = [*pair.images, *(pair.rejected_images or ())]
+        held = {image.content_hash: image for source in sources if (image := self._held.get(source)) is not None}
         for _ in range(ATTEMPTS):
             try:
-                self._pipe.send(pair)
-                data = self._pipe.recv_bytes()
+                self._pipe.send((pair, frozenset(held)))
+                answer: Result | Exception = _receive(self._pipe)
             except (EOFError, OSError):  # killed, perhaps in the middle of an answer
                 if self._closed:
                     return None
@@ -155,7 +164,10 @@ class _Worker:
                 self._say("a data worker was killed (out of memory?); another took over, nothing is lost")
                 self._start()
             else:
-                answer: Result | Exception = pickle.loads(data)
+                if isinstance(answer, TokenizedPair):
+                    answer = _with_pixels(answer, held)
+                    images = [answer.paths[0].images, answer.paths[1].images][: 1 + (pair.rejected_images is not None)]
+                    self._held.update(zip(sources, itertools.chain(*images), strict=True))
                 return answer
         message = f"{ATTEMPTS} data workers were killed on this row; is there enough memory?"
         return UserError(f"{pair.where}: row '{pair.id}': {message} (data.workers: 0 uses none)")
@@ -172,14 +184,46 @@ def _serve(pipe: Connection, processor: Processor, token_weights: TokenWeights |
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     while True:
-        pair = pipe.recv()
+        pair, held = pipe.recv()
         answer: Result | Exception
         try:
             answer = tokenize(processor, pair, token_weights)
+            if isinstance(answer, TokenizedPair):
+                answer = _with_pixels(answer, dict.fromkeys(held, NO_PIXELS))
         except Exception as error:  # noqa: BLE001 - a fault of vapr's own: raised again in the trainer
             error.add_note(traceback.format_exc())
             answer = error
-        pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+        _send(pipe, answer)
+
+
+NO_PIXELS = np.empty(0, np.float32)
+
+
+def _with_pixels(pair: TokenizedPair, pixels: dict[str, Any]) -> TokenizedPair:
+    """The pair with each image that is named by its content in ``pixels`` replaced by that, or holding those pixels."""
+    new: dict[str, ProcessedImage] = {}
+    for image in (image for path in pair.paths for image in path.images):
+        value = pixels.get(image.content_hash, image)
+        if isinstance(value, np.ndarray):
+            value = dataclasses.replace(image, pixel_values=value)
+        new.setdefault(image.content_hash, value)
+    paths = [dataclasses.replace(path, images=tuple(new[i.content_hash] for i in path.images)) for path in pair.paths]
+    return dataclasses.replace(pair, paths=tuple(paths))
+
+
+def _send(pipe: Connection, value: object) -> None:
+    """Send arrays as they lie in memory, instead of copying them into a pickle first."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    pipe.send_bytes(len(buffers).to_bytes(4, "little") + head)
+    for buffer in buffers:
+        pipe.send_bytes(buffer.raw())
+
+
+def _receive(pipe: Connection) -> Any:
+    head = pipe.recv_bytes()
+    buffers = [pipe.recv_bytes() for _ in range(int.from_bytes(head[:4], "little"))]
+    return pickle.loads(memoryview(head)[4:], buffers=buffers)
 
 
 def open_workers(config: Config) -> Workers:
