@@ -421,17 +421,25 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[part]
 
 
+WRONG_SHAPES = ("string_type", "list_type", "dataclass_type")
+
 SHAPES = {
+    "data.train": "should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those",
+    "data.eval": "should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those",
     "loss": "should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them",
     "policy.lora.targets": "should be all-linear, or a list of module names such as [q_proj, v_proj]",
 }
 
 
 def _first_problem(problems: list[Any], single_loss: bool) -> str:
+    # Where a key takes several shapes, the one that fits further is the one that was meant.
+    deepest = {p["loc"][:2]: max(len(q["loc"]) for q in problems if q["loc"][:2] == p["loc"][:2]) for p in problems}
+    problems = [p for p in problems if p["type"] not in WRONG_SHAPES or len(p["loc"]) == deepest[p["loc"][:2]]]
     # An unknown key explains the missing one it was meant to be: name it first.
     problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     # pydantic names the alternatives it tried, as in "literal['all-linear']": no key of the user's.
-    location = [part for part in problem["loc"] if "[" not in str(part) and not (single_loss and part == 0)]
+    alternatives = [part for part in problem["loc"] if "[" in str(part) or part in ("str", "SourceConfig")]
+    location = [part for part in problem["loc"] if part not in alternatives and not (single_loss and part == 0)]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key '{key}'; {_nearest_key(location)}"
@@ -439,7 +447,7 @@ def _first_problem(problems: list[Any], single_loss: bool) -> str:
         return f"'{key}' is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])  # our own sentence, which names the key
-    if problem["type"] == "dataclass_type":
+    if problem["type"] == "dataclass_type" and key not in SHAPES:
         return f"{key}: a mapping of keys to values is needed here, got {problem['input']!r:.40}"
     message = SHAPES.get(key) or problem["msg"].replace("Input should", "should")
     return f"{key}: {message}, got {problem['input']!r:.40}"

@@ -1,5 +1,7 @@
 """The exceptions that are a user's mistake: shown as one line, without a traceback."""
 
+import re
+
 
 class UserError(ValueError):
     """A mistake in a config, a data file or a model folder.
@@ -19,3 +21,9 @@ class NoPair(BadRow):
 
     def __init__(self, message: str) -> None:
         super().__init__(message if self.MARK in message else self.MARK + message)
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without what is special to one pair: quoted strings and numbers."""
+    unquoted = re.sub(r"""(?<!\w)(['"`]).*?\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)
+    return re.sub(r"\d+(?:[.,]\d+)*", "N", unquoted)

@@ -229,8 +229,6 @@ def open_loader(
         )
     ]  # fmt: skip
     pairs = Pairs(sets, data.on_bad_row)
-    if not len(pairs):
-        raise UserError(f"data.{name}: no pairs in it")
     for line in (*pairs.formats, pairs.check()):
         say(f"{name:<10} {line}")
     return PairLoader(

@@ -240,8 +240,6 @@ def read_pairs(
     """
     sets = open_sets(source, format, columns, image_root, split=split, subset=subset)
     pairs = Pairs(sets, on_bad_row)
-    if len(pairs) == 0:
-        raise UserError(f"{source}: no pairs in it")
     pairs.check()
     return pairs
 
@@ -271,12 +269,16 @@ def open_sets(
         raise UserError(f"unknown format '{format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
     for rows, folder, given, mapped in _open(str(source), split, subset, columns):
+        if not len(rows):
+            continue
         name = given if format == "auto" else format
         if name is None:
             name = "columns" if columns else _detect(rows)
         if mapped:
             _check_columns(rows, mapped)
         sets.append(PairSet(rows, name, mapped, root or folder, root is not None, weight))
+    if not sets:
+        raise UserError(f"{source}: no pairs in it")
     return sets
 
 
@@ -322,8 +324,7 @@ def _open(
         files, folder = _pair_files(path, source, split)
         for is_table, group in itertools.groupby(files, key=lambda file: file.suffix if file.suffix in TABLES else ""):
             for rows in [open_table(list(group))] if is_table else map(open_rows, group):
-                if len(rows):
-                    yield rows, folder, None, columns
+                yield rows, folder, None, columns
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
         yield open_hub(source, subset, split), Path(), None, columns
     else:

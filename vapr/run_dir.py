@@ -47,6 +47,13 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"run_dir: {self.path} is in use by another vapr process") from None
+        try:
+            self._check(config, resume)
+        except UserError:
+            self._lock.close()
+            raise
+
+    def _check(self, config: Config, resume: bool) -> None:
         if not self.holds_run:
             return
         if not resume:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import heapq
-import re
 from collections import Counter
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from vapr.config import Config
 from vapr.display import Display
-from vapr.errors import NoPair
+from vapr.errors import NoPair, reason_kind
 from vapr.loader import PairLoader, open_loader
 from vapr.processor import TokenizedPair
 from vapr.workers import open_workers
@@ -127,13 +126,6 @@ def _reasons(loader: PairLoader) -> dict[str, Any]:
             for reason, lines in sorted(grouped.items(), key=lambda item: -len(item[1]))
         ],
     }
-
-
-def reason_kind(reason: str) -> str:
-    """A reason without what differs from row to row: ids, names, numbers."""
-    reason = re.sub(r"^row '[^']*'[:]? ?", "", reason)
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)", "...", reason)
-    return re.sub(r"\d[\d,.]*", "N", reason)
 
 
 def stops_training(config: Config, result: dict[str, Any]) -> str | None:

@@ -2,8 +2,9 @@
 
 import html
 import json
-import re
 from pathlib import Path
+
+from vapr.errors import reason_kind
 
 MAX_PLACES = 50
 MAX_REASONS = 40
@@ -25,19 +26,13 @@ def skipped_section(path: Path) -> str:
     groups: dict[str, list[tuple[str, str]]] = {}
     for place, reason in reasons.items():
         bare = str(reason).removeprefix(f"{place}: ")
-        groups.setdefault(_kind(bare), []).append((place, bare))
+        groups.setdefault(reason_kind(bare), []).append((place, bare))
     ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
     rest = sum(len(places) for _, places in ranked[MAX_REASONS:])
     more = f"<p>{rest:,} more, of {len(ranked) - MAX_REASONS:,} other kinds.</p>" if rest else ""
     shown = "".join(_reason(kind, places) for kind, places in ranked[:MAX_REASONS])
     counted = f"{len(reasons):,} pair{'' if len(reasons) == 1 else 's'}, by reason (open one for the places):"
     return f'{head}<p>{counted}</p><div class="box skipped">{shown}{more}</div>'
-
-
-def _kind(reason: str) -> str:
-    """A reason without what is special to one pair: quoted strings and numbers."""
-    unquoted = re.sub(r"""(?<!\w)(['"`]).*?\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)
-    return re.sub(r"\d+(?:[.,]\d+)*", "N", unquoted)
 
 
 def _reason(kind: str, places: list[tuple[str, str]]) -> str:
