@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.runs import final_bytes, losses, metrics
-from vapr import checkpoint, trainer
+from vapr import checkpoint, loader, trainer
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.pairs import write_pairs
@@ -393,6 +394,71 @@ def test_a_bad_image_late_in_the_run_costs_no_step(make_config, photo_rows, phot
     trainer.train(skipping, resume=True)
     assert [entry["step"] for entry in metrics(config)] == [1, 2, 3]
     assert [entry["pairs"] for entry in metrics(config)] == [8, 8, 7]
+
+
+def at_step(monkeypatch, number: int, act) -> None:
+    """Do something once, right after the update of a step."""
+    real, taken = trainer.Engine.step, []
+
+    def step(engine):
+        real(engine)
+        taken.append(1)
+        if len(taken) == number:
+            act()
+
+    monkeypatch.setattr(trainer.Engine, "step", step)
+
+
+def test_workers_killed_during_a_run_change_nothing(make_config, photo_root, tmp_path, monkeypatch, capsys):
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root), "workers": 2}
+    optim = {"lr": 1e-3, "pairs_per_step": 2, "epochs": 2}
+    monkeypatch.setattr(loader, "LOOKAHEAD", 4)
+    whole = make_config("whole", data=data, optim=optim)
+    trainer.train(whole)
+    opened = []
+    real = trainer.open_workers
+    monkeypatch.setattr(trainer, "open_workers", lambda config: opened.append(real(config)) or opened[0])
+    at_step(monkeypatch, 3, lambda: [os.kill(pid, signal.SIGKILL) for pid in opened[0].process_ids])
+    killed = make_config("killed", data=data, optim=optim)
+    trainer.train(killed)
+    assert capsys.readouterr().out.count("a data worker was killed") == 2
+    assert final_bytes(killed) == final_bytes(whole) and losses(killed) == losses(whole)
+
+
+def test_an_image_deleted_during_a_run_stops_it_by_name_and_costs_no_step(
+    make_config, photo_rows, photo_root, tmp_path, monkeypatch
+):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for name in {name for row in photo_rows[:24] for name in row.get("images", [])}:
+        shutil.copy(photo_root / name, root / name)
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(root), "shuffle": False, "workers": 0}
+    optim = {"lr": 1e-3, "pairs_per_step": 2, "max_steps": 12}
+    whole = make_config("whole", data=data, optim=optim)
+    trainer.train(whole)
+    last = photo_rows[23]["images"][0]
+    monkeypatch.setattr(loader, "LOOKAHEAD", 2)
+    at_step(monkeypatch, 2, (root / last).unlink)
+    gone = make_config("gone", data=data, optim=optim)
+    with pytest.raises(
+        UserError, match=rf"image '.*{last}.* the \d+ steps before it are saved, continue with --resume"
+    ):
+        trainer.train(gone)
+    assert "Stopped: " in (Path(gone.run_dir) / "report.html").read_text()
+    monkeypatch.undo()
+    shutil.copy(photo_root / last, root / last)
+    trainer.train(gone, resume=True)
+    assert final_bytes(gone) == final_bytes(whole)
+
+
+def test_the_report_shows_the_pairs_of_the_last_epoch(make_config):
+    config = make_config()
+    trainer.train(config)
+    page = (Path(config.run_dir) / "report.html").read_text()
+    assert page.count('class="box pair"') == 16 and page.count("data:image/jpeg;base64,") >= 16
+    assert "Largest margins" in page and "Nothing was skipped." in page
+    steps = {int(n) for n in re.findall(r"at step (\d+)", page)}
+    assert steps <= {4, 5, 6}  # three steps an epoch
 
 
 def test_packs_of_text_rows_only_do_not_disturb_a_projector(make_config, photo_rows, tiny):

@@ -104,7 +104,7 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
     """(start, length, line number) of each line that is not blank, memory-mapped; and the file's hash."""
     folder = user_cache() / "index"
     key = hashlib.sha256(file_identity(path).encode()).hexdigest()[:24]
-    for known in folder.glob(f"{key}.*.npy"):
+    for known in folder.glob(f"{key}.*.npy") if folder.is_dir() else ():
         try:
             return np.load(known, mmap_mode="r", allow_pickle=False), known.name.split(".")[1]
         except (OSError, ValueError, EOFError):

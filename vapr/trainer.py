@@ -189,8 +189,9 @@ class _Training:
         except (UserError, torch.OutOfMemoryError) as error:
             way_out = ""
             if self.done > self.saved and self.num_pairs:
-                way_out = f"; the {self.done} steps before it are saved, continue with --resume"
                 self.save()
+            if self.saved:
+                way_out = f"; the {self.saved} steps before it are saved, continue with --resume"
                 self.report(f"Stopped: {error}")
             if isinstance(error, UserError):
                 raise UserError(f"{error}{way_out}") from None
