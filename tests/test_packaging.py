@@ -33,7 +33,7 @@ def imports(path: Path) -> set[str]:
         ("deepspeed", {"vapr/engine.py"}),
         ("vllm", {"vapr/editing", "vapr/evaluation/generate.py"}),
         ("click", {"vapr/cli.py"}),
-        ("pickle", set()),
+        ("pickle", {"vapr/workers.py"}),  # between a process and its own child; never in a file
     ],
 )
 def test_one_door_per_heavy_dependency(package, doors):

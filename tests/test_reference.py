@@ -99,7 +99,7 @@ def test_a_cache_cut_short_during_full_fine_tuning_stops_it_and_resuming_heals_i
 
 def test_many_shards_are_found_like_one(make_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reference, "FLUSH_BYTES", 1)  # a shard a pack
-    trainer.train(make_config("before", packing={"max_tokens": 160}))
+    trainer.train(make_config("before", packing={"max_tokens": 190}))
     assert len(shards(tmp_path)) > reference.UNMERGED_SHARDS
     capsys.readouterr()
     trainer.train(make_config("after"))

@@ -65,7 +65,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        hint = "; XDG_CACHE_HOME can name another folder" if path.is_relative_to(user_cache()) else ""
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}){hint}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -86,9 +86,10 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
 @main.command()
 @config_argument
 @set_option
+@click.option("--limit", type=click.IntRange(min=1), help="Read about so many rows only, chosen at random.")
 @json_option
 @one_line_errors
-def data(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
     """Show what is read for CONFIG: rows, images, tokens, what sharing saves, what is skipped and why."""
     from rich.console import Console
 
@@ -97,9 +98,9 @@ def data(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     run_config = Config.load(config, overrides)
     from vapr import survey
 
-    results = {"train": survey.survey(run_config, "train")}
+    results = {"train": survey.survey(run_config, "train", limit)}
     if run_config.data.eval is not None:
-        results["eval"] = survey.survey(run_config, "eval")
+        results["eval"] = survey.survey(run_config, "eval", limit)
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:

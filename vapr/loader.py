@@ -85,6 +85,7 @@ class PairLoader:
         self._too_long = too_long
         self._on_bad_row = on_bad_row
         self._weighted = True
+        self._by_image = packing.share == "image" and shuffle
         self._epoch_order = (-1, np.empty(0, np.int64))
 
     @property
@@ -104,22 +105,23 @@ class PairLoader:
     @property
     def place(self) -> str:
         """Name of the data in this order: in it, a number of steps is always the same pairs."""
-        settings = (self.digest, self._packing, self.pairs_per_step, self._seed, self._shuffle, self._weighted)
+        order = (self._seed, self._shuffle, self._weighted, self._by_image)
+        settings = (self.digest, self._packing, self.pairs_per_step, order)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-
-    @property
-    def is_weighted(self) -> bool:
-        return any(weight != 1.0 for _, weight in self._sets())
 
     @property
     def image_backend(self) -> str:
         return self._workers.processor.image_backend
 
-    def once(self) -> "PairLoader":
-        """The same, but an epoch sees every row once, whatever the weights of the sets. Unweighted, it is the same."""
+    def once(self, *, by_image: bool = False) -> "PairLoader":
+        """The same, but an epoch sees every row once, whatever the weights of the sets.
+
+        With ``by_image``, rows of one image stand together whatever is shared, so that no image is processed twice.
+        """
         other = copy.copy(self)
         other.skipped = {}
         other._weighted = False
+        other._by_image |= by_image
         other._epoch_order = (-1, np.empty(0, np.int64))
         return other
 
@@ -132,10 +134,8 @@ class PairLoader:
         """Row numbers in the order of an epoch. With ``share: image``, rows of one image stay together."""
         random = np.random.default_rng([self._seed, epoch])
         members = self._members_of_epoch(random)
-        if not self._shuffle:
-            return members
-        if self._packing.share != "image":
-            return random.permutation(members)
+        if not self._by_image:
+            return random.permutation(members) if self._shuffle else members
         keys = (self.pairs.image_keys() if isinstance(self.pairs, Pairs) else _image_keys(self.pairs))[members]
         alone = keys == NO_IMAGE
         keys[alone] = np.arange(alone.sum())

@@ -47,8 +47,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
         features = open_features(config, policy, loaders["train"], say)
         skipped: dict[str, str] = {}
         for name, loader in loaders.items():
-            rows = loader.once()
-            _fill(policy, reference, features, rows, _num_steps(config, loader, name == "train"), name)
+            rows, stop = _rows_to_fill(config, loader, name == "train")
+            _fill(policy, reference, features, rows, stop, name)
             skipped |= rows.skipped
     result: dict[str, Any] = {"skipped": skipped}
     if reference is not None:
@@ -68,7 +68,7 @@ def open_features(
         return None
     features = Features(policy, config.features.cache_dir)
     _tell("features", features.messages, say)
-    sample = next(loader.once().steps(0, 1))
+    sample = next(loader.steps(0, 1))
     images = {image.content_hash: image for batch in sample.batches for image in batch.images}
     if images:
         tokens = float(np.mean([image.num_tokens for image in images.values()]))
@@ -89,7 +89,7 @@ def open_reference(
     if reference is None or policy.adapters is not None:
         return reference
     for number, loader in enumerate(loaders):
-        _fill(policy, reference, features, loader.once(), _num_steps(config, loader, number == 0), "reference")
+        _fill(policy, reference, features, *_rows_to_fill(config, loader, number == 0), "reference")
     reference.policy_changes()
     return reference
 
@@ -109,12 +109,13 @@ def _new_reference(config: Config, policy: Policy, say: Callable[[str], None]) -
     return reference
 
 
-def _num_steps(config: Config, loader: PairLoader, trained_on: bool) -> int:
-    """Steps of ``loader.once()`` that the run will see."""
-    whole = loader.once().steps_per_epoch
-    if not trained_on or loader.is_weighted or config.optim.max_steps is None:
-        return whole
-    return min(config.optim.max_steps, whole)
+def _rows_to_fill(config: Config, loader: PairLoader, trained_on: bool) -> tuple[PairLoader, int]:
+    """A loader of what the run will see, and its number of steps: every row once, or the first steps of a short run."""
+    max_steps = config.optim.max_steps
+    if trained_on and max_steps is not None and max_steps < loader.steps_per_epoch:
+        return loader, max_steps
+    rows = loader.once(by_image=True)
+    return rows, rows.steps_per_epoch
 
 
 def _fill(

@@ -20,10 +20,11 @@ from vapr.workers import open_workers
 LONGEST = 5
 
 
-def survey(config: Config, name: Literal["train", "eval"] = "train") -> dict[str, Any]:
+def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int | None = None) -> dict[str, Any]:
     """Read every row of ``data.train`` or ``data.eval`` once, as training would, and count. No weights are loaded.
 
-    Bad rows and pairs that are too long are counted whatever the config does with them.
+    Bad rows and pairs that are too long are counted whatever the config does with them. With ``limit`` only about so
+    many rows are read, chosen at random; ``rows_read`` says how many.
 
     Returns:
         Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
@@ -34,10 +35,13 @@ def survey(config: Config, name: Literal["train", "eval"] = "train") -> dict[str
     data = dataclasses.replace(config.data, on_bad_row="skip", too_long="skip")
     config = dataclasses.replace(config, data=data)
     with open_workers(config) as workers:
-        loader = open_loader(config, name, workers, say=lambda line: None).once()
+        loader = open_loader(config, name, workers, say=lambda line: None).once(by_image=limit is None)
+        stop = loader.steps_per_epoch
+        if limit is not None:
+            stop = min(stop, -(-limit // loader.pairs_per_step))
         counts = _Counts()
-        with Display(f"read {name}", loader.steps_per_epoch) as display:
-            for step in loader.steps(0, loader.steps_per_epoch):
+        with Display(f"read {name}", stop) as display:
+            for step in loader.steps(0, stop):
                 for pair in step.pairs:
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
@@ -89,6 +93,7 @@ class _Counts:
         packed, unshared = sum(self.packs), self._tokens.pop("unshared", 0)
         return {
             "rows": len(loader.pairs),
+            "rows_read": self.pairs + len(loader.skipped),
             "pairs": self.pairs,
             "pairs_with_repeated_ids": self.pairs - len(self._ids),
             "pairs_with_images": self._with_images,
@@ -150,7 +155,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_column(no_wrap=True)
     sharing = result["sharing"]
     total = sum(result["tokens"].values()) or 1
-    table.add_row("rows", f"{result['rows']:,}", "")
+    sampled = "" if result["rows_read"] == result["rows"] else f"{result['rows_read']:,} of them read, at random"
+    table.add_row("rows", f"{result['rows']:,}", sampled)
     table.add_row("usable pairs", f"{result['pairs']:,}", f"{result['pairs_with_images']:,} with images, "
                   f"{result['pairs_with_several_images']:,} of them with several")  # fmt: skip
     if result["pairs_with_repeated_ids"]:
