@@ -109,3 +109,47 @@ def test_export_of_what_is_no_run(tmp_path):
 
 def test_a_config_that_is_not_there():
     assert_one_line_error(vapr("train", "/nowhere/run.yaml"), "/nowhere/run.yaml")
+
+
+def test_data_prepare_convert(run_yaml, tmp_path, photo_root):
+    shown = vapr("data", str(run_yaml))
+    assert shown.returncode == 0 and "usable pairs" in shown.stdout and "share: pair saves" in shown.stdout, (
+        shown.stderr
+    )
+    machine = vapr("data", str(run_yaml), "--json")
+    assert json.loads(machine.stdout)["train"]["pairs"] == 8
+    long = vapr("data", str(run_yaml), "--json", "--set", "packing.max_tokens=60")
+    counts = json.loads(long.stdout)["train"]
+    assert long.returncode == 2 and counts["pairs"] + counts["skipped"]["rows"] == 8 and counts["skipped"]["rows"] > 0
+    assert "vapr train would stop at" in long.stderr and "data.too_long: skip leaves them out" in long.stderr
+    assert vapr("data", str(run_yaml), "--set", "packing.max_tokens=60", "--set", "data.too_long=skip").returncode == 0
+
+    prepared = vapr("prepare", str(run_yaml), "--json")
+    assert json.loads(prepared.stdout)["reference"]["computed"] == 16, prepared.stderr
+    trained = vapr("train", str(run_yaml))
+    assert "0 computed" in trained.stdout and "report.html" in trained.stdout, trained.stderr
+
+    pairs, out = str(tmp_path / "pairs.jsonl"), str(tmp_path / "trl.parquet")
+    converted = vapr("convert", pairs, "--to", "trl", "--out", out, "--image-root", str(photo_root))
+    assert converted.returncode == 0 and "8 pairs, format trl" in converted.stdout, converted.stderr
+    assert "lost       'edits' of" in converted.stdout
+
+
+def test_convert_needs_no_torch(tmp_path):
+    write_pairs(tmp_path / "in.jsonl", [{"prompt": "Q?", "chosen": "A.", "rejected": "B."}])
+    code = (
+        "import sys; from click.testing import CliRunner; from vapr.cli import main; "
+        f"r = CliRunner().invoke(main, ['convert', '{tmp_path}/in.jsonl', '--to', 'povid', '--out', '{tmp_path}/o.json']); "
+        "sys.exit(r.exit_code or 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_names_for_notebooks_load_on_demand():
+    code = "import sys, vapr; assert 'torch' not in sys.modules; vapr.read_pairs, vapr.Config; assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    import vapr as package
+
+    assert all(callable(getattr(package, name)) for name in dir(package) if name != "__version__")

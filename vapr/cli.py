@@ -91,8 +91,6 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
 @one_line_errors
 def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
     """Show what is read for CONFIG: rows, images, tokens, what sharing saves, what is skipped and why."""
-    from rich.console import Console
-
     from vapr.config import Config
 
     run_config = Config.load(config, overrides)
@@ -105,8 +103,7 @@ def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: b
         click.echo(json.dumps(results, indent=2))
     else:
         for name, result in results.items():
-            click.echo(f"data.{name}")
-            survey.show(result, Console(soft_wrap=True, highlight=False))
+            click.echo(f"data.{name}\n{survey.show(result)}")
     for name, result in results.items():
         if stopping := survey.stops_training(run_config, result):
             raise UserError(f"data.{name}: vapr train would stop at {stopping}")

@@ -381,6 +381,8 @@ def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, M
     if not data.is_file():
         raise UserError(f"{file}: '{name}' names {data}, which is not there")
     rows = open_table([data]) if data.suffix in TABLES else open_rows(data)
+    with contextlib.suppress(BadRow, IndexError):
+        columns |= {"id": "id"} if "id" in rows[0] else {}
     return rows, folder, "llama-factory", columns
 
 

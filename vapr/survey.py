@@ -7,8 +7,6 @@ from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vapr.config import Config
 from vapr.display import Display
@@ -141,39 +139,36 @@ def stops_training(config: Config, result: dict[str, Any]) -> str | None:
             ("data.too_long", config.data.too_long) if too_long else ("data.on_bad_row", config.data.on_bad_row)
         )
         if setting == "error" and not entry["reason"].startswith(NoPair.MARK):
-            return f"{entry['first'][0]} ({entry['rows']:,} rows for this reason; data.{key}: skip leaves them out)"
+            return f"{entry['first'][0]} ({entry['rows']:,} rows for this reason; {key}: skip leaves them out)"
     return None
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """The survey as tables."""
-    for line in result["sets"]:
-        console.print(line, markup=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
-    sharing = result["sharing"]
+def show(result: dict[str, Any]) -> str:
+    """The survey as text."""
+    sharing, skipped = result["sharing"], result["skipped"]
     total = sum(result["tokens"].values()) or 1
-    sampled = "" if result["rows_read"] == result["rows"] else f"{result['rows_read']:,} of them read, at random"
-    table.add_row("rows", f"{result['rows']:,}", sampled)
-    table.add_row("usable pairs", f"{result['pairs']:,}", f"{result['pairs_with_images']:,} with images, "
-                  f"{result['pairs_with_several_images']:,} of them with several")  # fmt: skip
-    if result["pairs_with_repeated_ids"]:
-        table.add_row("repeated ids", f"{result['pairs_with_repeated_ids']:,}", "ids should be unique")
-    table.add_row("distinct images", f"{result['images']:,}", "")
-    for kind, tokens in result["tokens"].items():
-        table.add_row(f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}")
-    table.add_row("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone")
-    table.add_row("tokens packed", f"{sharing['tokens_packed']:,}",
-                  f"share: {sharing['share']} saves {sharing['saved']:.1%}")  # fmt: skip
-    table.add_row("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average")
-    skipped = result["skipped"]
-    table.add_row("skipped rows", f"{skipped['rows']:,}", "")
-    console.print(table)
-    for entry in result["longest"][:LONGEST]:
-        console.print(f"  {entry['tokens']:>7,} tokens  {entry['where']}  {entry['id']}", markup=False)
+    images = f"{result['pairs_with_images']:,} with images, {result['pairs_with_several_images']:,} with several"
+    read, repeated = result["rows_read"], result["pairs_with_repeated_ids"]
+    rows: list[tuple[str, str, str]] = [
+        ("rows", f"{result['rows']:,}", "" if read == result["rows"] else f"{read:,} of them read"),
+        (
+            "usable pairs",
+            f"{result['pairs']:,}",
+            f"{result['pairs_with_images']:,} with images, {several:,} with several",
+        ),
+        ("repeated ids", f"{repeated:,}", "ids should be unique" if repeated else ""),
+        ("distinct images", f"{result['images']:,}", ""),
+        *((f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}") for kind, tokens in result["tokens"].items()),
+        ("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone"),
+        ("tokens packed", f"{sharing['tokens_packed']:,}", f"share: {sharing['share']} saves {sharing['saved']:.1%}"),
+        ("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average"),
+        ("skipped rows", f"{skipped['rows']:,}", ""),
+    ]
+    lines = [*result["sets"], *(f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows), "longest"]
+    lines += [f"{entry['tokens']:>15,} tokens  {entry['where']}  {entry['id']}" for entry in result["longest"]]
     for entry in skipped["reasons"]:
-        console.print(f"  {entry['rows']:>7,} skipped: {entry['reason']}", markup=False)
-        for line in entry["first"]:
-            console.print(f"          {line}", markup=False)
+        lines += [
+            f"{entry['rows']:>15,} x skipped: {entry['reason']}",
+            *(f"{'':>17} {line}" for line in entry["first"]),
+        ]
+    return "\n".join(lines)
