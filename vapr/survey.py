@@ -154,7 +154,7 @@ def show(result: dict[str, Any]) -> str:
         (
             "usable pairs",
             f"{result['pairs']:,}",
-            f"{result['pairs_with_images']:,} with images, {several:,} with several",
+            images,
         ),
         ("repeated ids", f"{repeated:,}", "ids should be unique" if repeated else ""),
         ("distinct images", f"{result['images']:,}", ""),
