@@ -118,11 +118,11 @@ def test_data_prepare_convert(run_yaml, tmp_path, photo_root):
     )
     machine = vapr("data", str(run_yaml), "--json")
     assert json.loads(machine.stdout)["train"]["pairs"] == 8
-    long = vapr("data", str(run_yaml), "--json", "--set", "packing.max_tokens=60")
+    long = vapr("data", str(run_yaml), "--json", "--set", "packing.max_tokens=40")
     counts = json.loads(long.stdout)["train"]
     assert long.returncode == 2 and counts["pairs"] + counts["skipped"]["rows"] == 8 and counts["skipped"]["rows"] > 0
     assert "vapr train would stop at" in long.stderr and "data.too_long: skip leaves them out" in long.stderr
-    assert vapr("data", str(run_yaml), "--set", "packing.max_tokens=60", "--set", "data.too_long=skip").returncode == 0
+    assert vapr("data", str(run_yaml), "--set", "packing.max_tokens=40", "--set", "data.too_long=skip").returncode == 0
 
     prepared = vapr("prepare", str(run_yaml), "--json")
     assert json.loads(prepared.stdout)["reference"]["computed"] == 16, prepared.stderr
