@@ -48,13 +48,18 @@ def tokenize(policy: Policy, folder, pairs: list[PreferencePair]) -> list[Tokeni
 
 
 def chosen_pairs(photo_pairs: list[PreferencePair]) -> list[PreferencePair]:
-    """Few, but of every kind: single image, several images, text only, several turns, one image in many pairs."""
+    """Few, but of every kind: single image, several images, text only, several turns, one image in many pairs, and one
+    whose rejected side shows another image."""
     several = [p for p in photo_pairs if len(p.images) > 1][:2]
     text = [p for p in photo_pairs if not p.images][:2]
     turns = [p for p in photo_pairs if len(p.prompt) > 2 and len(p.images) == 1][:1]
     astronaut = [p for p in photo_pairs if len(p.images) == 1 and p.images[0].name == "astronaut.png"][:3]
     caption = [p for p in photo_pairs if p.category == "caption"][:1]
-    pairs = {p.id: p for p in (*several, *text, *turns, *astronaut, *caption)}
+    coffee = next(p for p in photo_pairs if len(p.images) == 1 and p.images[0].name == "coffee.png")
+    other = dataclasses.replace(
+        astronaut[0], id="other-image", rejected=astronaut[0].chosen, rejected_images=coffee.images
+    )
+    pairs = {p.id: p for p in (*several, *text, *turns, *astronaut, *caption, other)}
     return list(pairs.values())
 
 

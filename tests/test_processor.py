@@ -1,5 +1,6 @@
 """Tokens, pixels and positions equal those of transformers' own processors and models at inference."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -200,3 +201,20 @@ def test_torchvision_backend_equals_auto_processor(family, tiny, photo_pairs):
         if pair.images:
             pixels = np.concatenate([image.pixel_values for image in path.images])
             assert np.array_equal(pixels, expected["pixel_values"].numpy().reshape(pixels.shape))
+
+
+def test_of_a_conversation_only_the_assistants_words_are_scored(family, processor):
+    def said(*texts: str) -> tuple:
+        roles = ("assistant", "user", "assistant")
+        return tuple({"role": r, "content": [{"type": "text", "text": t}]} for r, t in zip(roles, texts, strict=True))
+
+    pair = text_pair("x", "y")
+    pair = dataclasses.replace(
+        pair, chosen=said("Two cats.", "Sure?", "Yes, two."), rejected=said("Two dogs.", "Sure?", "Yes, two.")
+    )
+    path = processor.tokenize_pair(pair).paths[0]
+    ids = path.input_ids[path.completion_start :]
+    scored = processor.tokenizer.decode(ids[path.token_weights == 1])
+    left_out = processor.tokenizer.decode(ids[path.token_weights == 0])
+    assert "Two cats." in scored and "Yes, two." in scored and "Sure" not in scored
+    assert "Sure?" in left_out and "two" not in left_out.lower()
