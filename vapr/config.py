@@ -31,7 +31,9 @@ class LoraConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     rank: int = 128
+    """Inner size of an adapter."""
     alpha: int = 256
+    """Adapters are scaled by ``alpha / rank``."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """``all-linear``, or endings of module names such as ``[q_proj, v_proj]``."""
 
@@ -50,7 +52,9 @@ class TrainConfig:
     language_model: bool = True
     """Embeddings, decoder layers and LM head."""
     projector: bool = False
+    """What maps image features into the language model (Qwen: the merger)."""
     vision_tower: bool = False
+    """The image encoder."""
 
     def __post_init__(self) -> None:
         if not (self.language_model or self.projector or self.vision_tower):
@@ -70,9 +74,12 @@ class PolicyConfig:
     base_weights: Literal["bfloat16"] = "bfloat16"
     """Storage of a frozen base under LoRA. With ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
+    """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
+    """Left out: full fine-tuning of what ``train`` names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,11 @@ class SourceConfig:
     weight: float = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch."""
     format: Literal["auto"] | FormatName | None = None
+    """As ``data.format``."""
     columns: dict[str, str] | None = None
+    """As ``data.columns``."""
     image_root: str | None = None
+    """As ``data.image_root``."""
     split: str = "train"
     """Of a hub data set or a folder of its shards."""
     subset: str | None = None
@@ -178,6 +188,7 @@ class TokenWeights:
     changed: float = 1.0
     """Tokens inside an edit span."""
     unchanged: float = 1.0
+    """All other tokens."""
 
     def __post_init__(self) -> None:
         _check(self.changed >= 0, "loss.token_weights.changed", "at least 0", self.changed)
@@ -193,6 +204,7 @@ class LossConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     kind: LossKind = "sigmoid"
+    """``sigmoid`` is DPO, ``sft`` learns the chosen completion alone. simpo, orpo and sft have no reference."""
     weight: float = 1.0
     """Factor of this term in a list."""
     beta: float = 0.1
@@ -230,6 +242,7 @@ class PackingConfig:
     max_tokens: int = 8192
     """Packed tokens of one forward pass."""
     share: Literal["none", "pair", "image"] = "pair"
+    """Paths that share equal beginnings: no two, those of a pair, or those of all pairs that show one image."""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 1, "packing.max_tokens", "at least 1", self.max_tokens)
@@ -242,15 +255,23 @@ class OptimConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     lr: float = 5e-6
+    """Largest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
+    """Not applied to norms and biases."""
     clip: float | None = 1.0
     """Largest gradient norm; null switches clipping off."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
+    """AdamW's term against division by zero."""
     pairs_per_step: int = 64
+    """Pairs of one update, spread over as many forward passes as ``packing.max_tokens`` asks for."""
     epochs: int = 1
+    """Times the data is seen."""
     max_steps: int | None = None
     """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
 
@@ -288,6 +309,7 @@ class FeaturesConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     cache: bool = False
+    """Keep features on disk and find them again."""
     cache_dir: str | None = None
     """Where image features are kept; null: the user's cache folder."""
 
@@ -299,8 +321,11 @@ class ParallelConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     engine: Literal["auto", "torch"] = "auto"
+    """Both mean plain PyTorch."""
     zero: Literal[0, 1, 2, 3] = 2
+    """Means nothing yet."""
     offload: Literal["none"] = "none"
+    """Means nothing yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +335,9 @@ class CheckpointConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     every: int = 100
+    """Steps between two checkpoints (and evaluations); the last step is always saved."""
     keep: int = 3
+    """Newest checkpoints that are kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "checkpoint.every", "at least 1", self.every)
@@ -324,15 +351,19 @@ class Config:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     run_dir: str
+    """Folder of the run: config, metrics, checkpoints, final model."""
     policy: PolicyConfig
     data: DataConfig
     seed: int = 0
+    """Of the order of the pairs and of the adapters' first weights."""
     loss: list[LossConfig] = field(default_factory=lambda: [LossConfig()])
+    """One loss, or a list of terms whose weighted sum is taken."""
     packing: PackingConfig = PackingConfig()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
     features: FeaturesConfig = FeaturesConfig()
     kernels: Literal["auto", "off"] = "auto"
+    """Means nothing yet."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
