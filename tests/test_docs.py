@@ -1,5 +1,6 @@
 """The documentation says what is so: keys, links, configs and examples."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -62,7 +63,12 @@ def test_the_script_writes_and_checks(tmp_path):
     assert run("--write", str(page)) == 0
     assert run("--check", str(page)) == 0
     text = page.read_text()
-    assert text.startswith("# Keys\n") and text.endswith("after\n") and "stale text" not in text and "policy.lora.rank" in text
+    assert (
+        text.startswith("# Keys\n")
+        and text.endswith("after\n")
+        and "stale text" not in text
+        and "policy.lora.rank" in text
+    )
 
 
 def test_every_key_is_explained():
@@ -144,3 +150,32 @@ def test_the_notebook_examples_run(notebook_folder, capsys):
     assert json.loads((names["final"] / "adapter_config.json").read_text())["r"] == 4
     assert all(p.grad is None or p.grad.isfinite().all() for p in names["policy"].trained_parameters().values())
     assert os.getcwd() == str(notebook_folder)
+
+
+def said_by_the_code() -> list[str]:
+    """Every text in vapr/, with a NUL for what is filled in."""
+    texts = []
+    for file in (REPOSITORY / "vapr").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                texts.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def messages() -> list[str]:
+    """Headings that are nothing but messages."""
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### (`.+`)$", text, flags=re.MULTILINE)
+    quoted = [message for heading in headings for message in heading.split(" or `")]
+    return [message.strip("`") for message in quoted]
+
+
+def test_messages_are_those_of_the_code():
+    texts = said_by_the_code()
+    assert len(messages()) >= 20
+    for message in messages():
+        pattern = ".*".join(re.escape(piece.strip()) for piece in message.split("..."))
+        assert any(re.search(pattern, text, flags=re.DOTALL) for text in texts), f"nothing says: {message}"
