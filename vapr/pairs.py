@@ -227,8 +227,8 @@ def read_pairs(
     """Open a file, a folder, a glob of files or a hub data set as pairs, and check its first rows.
 
     Args:
-        source: .jsonl, .json, .parquet, .arrow or .tar; a folder of such files, read in name order; a folder that
-            ``vapr edit`` or ``save_to_disk`` wrote; a folder with LLaMA-Factory's ``dataset_info.json``; or a hub id.
+        source: .jsonl, .json, .parquet, .arrow or .tar; a folder of such files, read in name order (if it
+            has ``pairs/``, only that); a folder that ``save_to_disk`` wrote; a folder with LLaMA-Factory's ``dataset_info.json``; or a hub id.
         format: one of ``vapr.formats.FORMAT_NAMES``, or ``auto``: told from the first row's keys.
         columns: names of columns for ``prompt``, ``chosen``, ``rejected``, ``images``, ...; ``a.b.0`` goes down.
         image_root: folder all images must lie in; by default paths start at the data file's folder.

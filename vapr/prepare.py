@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vapr.cache import written_whole
@@ -131,9 +132,12 @@ def _fill(
         for number, step in enumerate(loader.steps(done, stop), start=done + 1):
             for cpu_batch in step.batches:
                 batch = cpu_batch.to(policy.device)
-                shared = shared_image_features(policy, batch, features)
-                if reference is not None:
-                    reference.logps(batch, shared)
+                try:
+                    shared = shared_image_features(policy, batch, features)
+                    if reference is not None:
+                        reference.logps(batch, shared)
+                except torch.OutOfMemoryError:
+                    raise UserError("packing.max_tokens: a pack does not fit the GPU's memory; lower it") from None
             display.advance(_counts(reference, features))
             for cache in caches:
                 _tell(label, cache.messages, display.say)

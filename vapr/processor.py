@@ -132,7 +132,7 @@ class Processor:
             if _same_input(*paths):
                 raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
         except UserError as error:
-            named = "" if pair.where.endswith(pair.id) else f" row '{pair.id}':"
+            named = "" if pair.id == pair.where.rsplit("/", 1)[-1] else f" row '{pair.id}':"
             raise BadRow(f"{pair.where}:{named} {error}") from None
         return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number)
 
@@ -222,7 +222,7 @@ class Processor:
     ) -> None:  # fmt: skip
         """Give the tokens of the edit their weight. ``text`` is the rendered completion, ``offsets`` its tokens'."""
         messages = getattr(pair, side)
-        answer = messages[0]["content"][0]["text"] if messages[0]["content"] else ""
+        answer = "".join(part["text"] for part in messages[0]["content"])
         begin = max(text.find(answer.strip()) - (len(answer) - len(answer.lstrip())), 0)
         for start, end in changed_spans(pair, side):
             for n, (first, last) in enumerate(offsets):

@@ -130,7 +130,7 @@ class _Training:
             self.done += 1
             self.display.advance("every pair of this step was skipped")
             return
-        if self.done == self.num_pairs == 0 and self.reference is not None:
+        if self.saved == self.num_pairs == 0 and self.reference is not None:
             _check_first_margin(self.config, self.policy, self.reference, step, self.display)
         values, margins = train_step(
             self.config, self.policy, self.engine, self.reference, step, features=self.features
@@ -151,9 +151,9 @@ class _Training:
 
     def save(self) -> Path:
         """Checkpoint, reference values and the list of skipped pairs; returns the checkpoint's folder."""
-        if self.num_pairs == self.saved == 0:
+        if self.num_pairs == self.saved == 0 and self.done == self.num_steps:
             first = next(iter(self.loader.skipped.values()))
-            raise UserError(f"data.train: every pair so far was skipped; the first: {first}")
+            raise UserError(f"data.train: every pair was skipped; the first: {first}")
         if self.reference is not None:
             self.reference.flush()
         if self.features is not None:
@@ -285,7 +285,9 @@ def evaluate(
 
 
 def _check_first_margin(config: Config, policy: Policy, reference: Reference, step: Step, display: Display) -> None:
+    before = reference.hits + reference.misses
     largest, allowed = first_margin(policy, reference, step.batches)
+    reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
     allowed = config.reference.tolerance or allowed
     display.say(f"first step: largest |log-ratio| to the reference {largest:.2e} (tolerance {allowed:.2e})")
     if not largest <= allowed:
