@@ -244,7 +244,8 @@ def test_columns_map_anything(folder, png):
     assert pair.id == "7" and pair.prompt == (message("user", QUESTION, "<image>"),)
     assert content(pair)["images"] == [png]
     with pytest.raises(
-        UserError, match=r"data.columns.images: .*in.jsonl has no column 'picture' in its first rows; there are answers"
+        UserError,
+        match=r"data.columns.images: .*in.jsonl has no column 'picture'; there are answers, ask, meta, pic .leave",
     ):
         read_pairs(folder / "in.jsonl", columns={**columns, "images": "picture"})
 

@@ -133,4 +133,4 @@ def test_the_survey_counts(tiny, tmp_path, photo_root):
     assert sorted(reasons.values()) == [1, 1] and any("not found" in reason for reason in reasons)
     assert "nothing.png" in stops_training(config, result) or "tokens" in stops_training(config, result)
     skipping = config_for(tiny, {**data, "on_bad_row": "skip", "too_long": "skip"}, packing={"max_tokens": 1000})
-    assert stops_training(skipping, result) is None
+    assert stops_training(skipping, survey(skipping)) is None

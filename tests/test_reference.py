@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.runs import final_bytes, losses
 from vapr import features, prepare, reference, trainer
@@ -154,6 +155,38 @@ def test_a_changed_row_costs_that_row(make_config, photo_rows):
     rows[7].pop("edits", None)
     counts = prepare.prepare(make_config(rows=rows))["reference"]
     assert (counts["found"], counts["computed"]) == (47, 1)
+
+
+def test_damaged_values_are_found_before_full_fine_tuning_begins(make_config, tmp_path, capsys):
+    config = make_config(lora=False)
+    prepare.prepare(config)
+    for shard in shards(tmp_path):
+        flip_a_bit(shard, -1)
+    assert prepare.prepare(config)["reference"]["computed"] == 1
+    assert "is damaged; values that it lost are computed again" in capsys.readouterr().err
+    trainer.train(config)
+
+
+def test_a_changed_image_is_noticed_although_its_row_is_the_same(make_config, photo_rows, photo_root, tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for name in {name for row in photo_rows[:24] for name in row.get("images", [])}:
+        shutil.copy(photo_root / name, root / name)
+    config = make_config(data={"train": str(tmp_path / "pairs.jsonl"), "image_root": str(root)})
+    prepare.prepare(config)
+    name = photo_rows[0]["images"][0]
+    Image.open(root / name).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / name)
+    showing = sum(name in row.get("images", []) for row in photo_rows[:24])
+    counts = prepare.prepare(config)["reference"]
+    assert counts["computed"] == 2 * showing and counts["found"] == 48 - 2 * showing
+
+
+def test_rows_skipped_in_an_earlier_preparation_are_still_told(make_config, photo_rows, photo_root, tmp_path):
+    rows = [dict(row) for row in photo_rows[:24]]
+    del rows[3]["chosen"]
+    data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root), "on_bad_row": "skip"}
+    config = make_config(rows=rows, data=data)
+    assert [list(prepare.prepare(config)["skipped"]) for _ in range(2)] == [[f"{tmp_path}/pairs.jsonl:4"]] * 2
 
 
 def test_every_row_of_a_mixture_is_prepared_once(make_config, photo_rows, photo_root, tmp_path):

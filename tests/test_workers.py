@@ -123,5 +123,8 @@ def test_number_of_workers():
 
 def test_a_fault_of_the_code_itself_is_raised_where_the_pair_is_waited_for(processor, photo_pairs, monkeypatch):
     monkeypatch.setattr(Processor, "tokenize_pair", lambda self, pair, weights: 1 / 0)
-    with Workers(processor, count=1) as workers, pytest.raises(ZeroDivisionError):
+    with (
+        Workers(processor, count=1) as workers,
+        pytest.raises(RuntimeError, match="in a data worker, at .*photos.jsonl:1: ZeroDivisionError"),
+    ):
         workers.submit(photo_pairs[0])()

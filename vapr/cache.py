@@ -32,8 +32,8 @@ def files_hash(files: list[Path], memory_file: Path) -> str:
         UserError: if ``memory_file`` cannot be written.
     """
     try:
-        memory = json.loads(memory_file.read_text())
-    except (OSError, ValueError):
+        memory = dict(json.loads(memory_file.read_text()))
+    except (OSError, ValueError, TypeError):
         memory = {}
     digest = hashlib.sha256()
     known = dict(memory)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import yaml
 
 from vapr.errors import UserError
-from vapr.formats import FormatName
+from vapr.formats import MAPPED_KEYS, FormatName
 
 STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""
@@ -104,8 +104,7 @@ class SourceConfig:
     """Of a hub data set; or the entry of a LLaMA-Factory ``dataset_info.json``."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.weight < float("inf"), "data: a set's weight", "> 0", self.weight)
-        _check_columns(self.columns, self.format)
+        _check(0 < self.weight <= 1000, "data: a set's weight", "> 0 and at most 1000", self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +137,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.workers is None or self.workers >= 0, "data.workers", "at least 0 or null", self.workers)
-        _check_columns(self.columns, self.format)
         for name in ("train", "eval"):
             _check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
+        for source in (*self.sources("train"), *self.sources("eval")):
+            _check_columns(source.columns, source.format)
 
     def sources(self, name: Literal["train", "eval"]) -> list[SourceConfig]:
         """The sets of ``train`` or ``eval``, with what they leave out filled in."""
@@ -156,9 +156,6 @@ class DataConfig:
             )
             for source in sources
         ]
-
-
-MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
 
 
 def _check_columns(columns: dict[str, str] | None, format: str | None) -> None:

@@ -51,7 +51,10 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
         raise UserError(f"{out}: {to} is written as {' or '.join(SUFFIXES_OF_FORMATS[to])}")
     if out.exists():
         raise UserError(f"{out}: already exists; give a new file with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent}: cannot be made a folder ({error.strerror})") from None
     images = _Images(out)
     lost: Counter[str] = Counter()
     written = 0
@@ -69,6 +72,7 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
                 pairs.skipped[pair.where] = f"{pair.where}: {error}"
                 continue
             lost.update(_lost(pair, row))
+            lost.update(pairs.extra_keys(number))
             write(row)
             written += 1
     if not written:
@@ -270,8 +274,10 @@ def _describe_for_llama_factory(out: Path) -> None:
     file = out.parent / "dataset_info.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not isinstance(entries, dict):
+            raise ValueError
     except ValueError:
-        raise UserError(f"{file}: not valid JSON, so {out.name} could not be added to it") from None
+        raise UserError(f"{file}: not an object of data sets, so {out.name} could not be added to it") from None
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
     entries[out.stem] = {"file_name": out.name, "formatting": "sharegpt", "ranking": True, "columns": columns}
     with written_whole(file) as stream:

@@ -56,7 +56,6 @@ class Features:
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []
-        self.damaged = False  # whether something on disk was lost since it was opened
         self._policy = policy
         self._unsaved: dict[str, Tensor] = {}
         self._shards: dict[Path, tuple[Any, int, dict[str, int]]] = {}  # open file, its size, checksum by image
@@ -68,6 +67,14 @@ class Features:
     def __len__(self) -> int:
         """Images on disk."""
         return len(self._shard_of)
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files in use."""
+        return [path.name for path in self._shards]
+
+    def verify(self) -> None:
+        """Nothing to do ahead: a damaged feature can be computed again at any time."""
 
     def of_batch(self, batch: PackedBatch) -> Tensor:
         """Features of the batch's distinct images laid end to end, as :func:`vapr.model.image_features`."""
@@ -101,11 +108,12 @@ class Features:
             checksums = json.loads(file.metadata()["crc32"])
             self._shards[path] = file, path.stat().st_size, checksums
             self._shard_of.update(dict.fromkeys(file.keys(), path))
-        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             self._set_aside(path, " ".join(str(error).split()))
 
     def _set_aside(self, path: Path, reason: str) -> None:
-        self.damaged = True
         self._shards.pop(path, None)
         self._shard_of = {name: shard for name, shard in self._shard_of.items() if shard != path}
         if path.exists():

@@ -18,6 +18,9 @@ FormatName = Literal[
 ]  # fmt: skip
 FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
 
+MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
+"""What ``columns`` can name."""
+
 PLACEHOLDER = "<image>"
 
 
@@ -54,11 +57,15 @@ def as_vapr(row: Any, name: str) -> Any:
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, got {row!r:.60}")
-    return _READERS[name]({key: value for key, value in row.items() if value is not None})
+    row = {key: value for key, value in row.items() if value is not None}
+    for media in ("video", "videos", "audio", "audios"):
+        if row.get(media):
+            raise BadRow(f"'{media}' rows are not supported")
+    return _READERS[name](row)
 
 
 def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
-    """The keys of ``columns`` with what is found under its values; ``a.b.0`` goes down into objects and lists.
+    """The row, and the keys of ``columns`` with what is found under its values; ``a.b.0`` goes down.
 
     What a row does not have is left out, as rows without images have none.
     """
@@ -74,7 +81,7 @@ def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
                 break
         else:
             mapped[key] = value
-    return mapped
+    return {**{key: value for key, value in row.items() if key not in columns}, **mapped}
 
 
 def _need(row: Row, *keys: str) -> None:
@@ -83,26 +90,33 @@ def _need(row: Row, *keys: str) -> None:
         raise BadRow(f"{' and '.join(repr(key) for key in missing)} {verb} missing; this row has {', '.join(row)}")
 
 
-def _vapr(row: Row) -> Row:
-    return row
+def images_of(row: Row, *keys: str) -> Any:
+    """The row's images, under ``images``, ``image`` or other keys.
+
+    Raises:
+        BadRow: if two of them hold images: it is not for us to choose.
+    """
+    given = [key for key in dict.fromkeys(("images", "image", *keys)) if row.get(key) not in (None, [], "")]
+    if len(given) > 1 and any(row[key] != row[given[0]] for key in given[1:]):
+        raise BadRow(f"both '{given[0]}' and '{given[1]}' hold images; leave one out")
+    return row[given[0]] if given else None
 
 
-def _trl(row: Row) -> Row:
-    return row if "images" in row else {**row, "images": row.get("image")}
+def _plain(row: Row) -> Row:
+    """vapr's and TRL's rows."""
+    return {**{key: value for key, value in row.items() if key != "image"}, "images": images_of(row)}
 
 
 def _columns(row: Row) -> Row:
-    """Mapped columns come from anywhere, so prompts may hold placeholders."""
-    return {**row, "prompt": with_image_parts(row.get("prompt"), "prompt")}
+    """Mapped columns come from anywhere: prompts may hold placeholders, and other columns mean nothing."""
+    known = {key: value for key, value in row.items() if key in MAPPED_KEYS}
+    return {**known, "images": images_of(row), "prompt": with_image_parts(row.get("prompt"), "prompt")}
 
 
 def _conversations(row: Row) -> Row:
     """LLaVA's turns ``{"from", "value"}``, with the rejected answer in one of three places."""
     _need(row, "conversations")
-    for media in ("video", "videos", "audios"):
-        if row.get(media):
-            raise BadRow(f"'{media}' rows are not supported")
-    shaped = {"id": row.get("id"), "images": row.get("images", row.get("image"))}
+    shaped = {"id": row.get("id"), "images": images_of(row)}
     turns = with_image_parts(row["conversations"], "conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"'conversations' must be a list of turns, got {row['conversations']!r:.60}")
@@ -125,7 +139,7 @@ def _ms_swift(row: Row) -> Row:
     messages = with_image_parts(row["messages"], "messages")
     if not isinstance(messages, list) or len(messages) < 2:
         raise BadRow("'messages' must be a list that ends with the chosen answer")
-    shaped = {"id": row.get("id"), "images": row.get("images"), "rejected_images": row.get("rejected_images")}
+    shaped = {"id": row.get("id"), "images": images_of(row), "rejected_images": row.get("rejected_images")}
     if "rejected_messages" in row:
         other = with_image_parts(row["rejected_messages"], "rejected_messages")
         return {**shaped, "chosen": messages, "rejected": other}
@@ -146,12 +160,12 @@ def _ha_dpo(row: Row) -> Row:
 def _seva(row: Row) -> Row:
     _need(row, "image_id", "question", "chosen", "reject")
     name = str(row["image_id"])
-    prefixes = ("COCO_train2014_", "COCO_val2014_", "") if name.isdecimal() else ()
+    prefixes = ("COCO_train2014_", "COCO_val2014_", "") if name.isdecimal() and len(name) <= 12 else ()
     numbered = [f"{prefix}{int(name):012d}.jpg" for prefix in prefixes]
     guesses = [name, f"{name}.jpg", f"{name}.png", f"VG_100K/{name}.jpg", f"VG_100K_2/{name}.jpg", *numbered]
     return {
         "id": row.get("id"),
-        "images": [{"any_of": guesses}],
+        "images": images_of(row) or [OneOf(guesses)],
         "prompt": with_image_parts(row["question"], "question"),
         "chosen": row["chosen"],
         "rejected": row["reject"],
@@ -163,20 +177,22 @@ def _question(row: Row) -> Row:
     _need(row, "question", "chosen", "rejected")
     return {
         "id": row.get("id", row.get("idx")),
-        "images": row.get("images", row.get("image")),
+        "images": images_of(row),
         "prompt": with_image_parts(row["question"], "question"),
         "chosen": row["chosen"],
         "rejected": row["rejected"],
     }
 
 
+class OneOf(tuple[str, ...]):
+    """Names under which an image may lie: data sets that give an id leave open how its file is called."""
+
+
 def _mm_rlhf(row: Row) -> Row:
     _need(row, "prompt", "chosen", "rejected")
-    if row.get("video"):
-        raise BadRow("'video' rows are not supported")
     return {
         "id": row.get("id"),
-        "images": row.get("images", row.get("image")),
+        "images": images_of(row),
         "prompt": with_image_parts(row["prompt"], "prompt"),
         "chosen": row["chosen"],
         "rejected": row["rejected"],
@@ -200,14 +216,17 @@ def _vlfeedback(row: Row) -> Row:
         rating = _mean_rating(completion.get("annotations"))
         if not math.isnan(rating) and completion["response"].strip():
             rated.append((rating, completion["response"]))
-    if len(rated) < 2 or max(rated)[0] == min(rated)[0]:
+    if len({rating for rating, _ in rated}) < 2:
         raise NoPair("fewer than two completions with different ratings")
+    best, worst = max(rated, key=lambda entry: entry[0])[1], min(rated, key=lambda entry: entry[0])[1]
+    if best == worst:
+        raise NoPair("the best and the worst completion are the same text")
     return {
         "id": row.get("id"),
-        "images": row.get("img_path", row.get("image")),
+        "images": images_of(row) or row.get("img_path"),
         "prompt": with_image_parts(row["prompt"], "prompt"),
-        "chosen": max(rated, key=lambda entry: entry[0])[1],
-        "rejected": min(rated, key=lambda entry: entry[0])[1],
+        "chosen": best,
+        "rejected": worst,
     }
 
 
@@ -216,7 +235,7 @@ def _mean_rating(annotations: Any) -> float:
     for aspect in annotations.values() if isinstance(annotations, dict) else ():
         try:
             ratings.append(float(aspect["Rating"]))
-        except (TypeError, KeyError, ValueError):  # "N/A"
+        except (TypeError, KeyError, ValueError, OverflowError):  # "N/A"
             continue
     return sum(ratings) / len(ratings) if ratings else math.nan
 
@@ -257,8 +276,8 @@ def _split(text: str) -> list[dict[str, str]]:
 
 
 _READERS: dict[str, Callable[[Row], Row]] = {
-    "vapr": _vapr,
-    "trl": _trl,
+    "vapr": _plain,
+    "trl": _plain,
     "columns": _columns,
     "llava": _conversations,
     "povid": _conversations,

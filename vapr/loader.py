@@ -8,7 +8,8 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -133,25 +134,29 @@ class PairLoader:
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order of an epoch. With ``share: image``, rows of one image stay together."""
         random = np.random.default_rng([self._seed, epoch])
-        members = self._members_of_epoch(random)
+        members = self._members_of_epoch(epoch)
         if not self._by_image:
             return random.permutation(members) if self._shuffle else members
-        keys = (self.pairs.image_keys() if isinstance(self.pairs, Pairs) else _image_keys(self.pairs))[members]
-        alone = keys == NO_IMAGE
-        keys[alone] = np.arange(alone.sum())
-        _, group = np.unique(keys, return_inverse=True)
-        rank = random.permutation(group.max() + 1)
-        return members[np.lexsort((random.random(len(members)), rank[group]))]
+        groups = (self.pairs.image_groups() if isinstance(self.pairs, Pairs) else _image_groups(self.pairs))[members]
+        groups = np.where(groups == NO_IMAGE, groups.max() + 1 + np.arange(len(members)), groups)
+        rank = random.permutation(groups.max() + 1)
+        return members[np.lexsort((random.random(len(members)), rank[groups]))]
 
-    def _members_of_epoch(self, random: np.random.Generator) -> np.ndarray:
-        """Rows of an epoch, set by set in file order: all of a set as often as its weight says, and a part of it."""
-        members, start = [], 0
-        for size, weight in self._sets():
+    def _members_of_epoch(self, epoch: int) -> np.ndarray:
+        """Rows of an epoch, source by source: all of them as often as the weight says, and some once more.
+
+        Those are a window that moves on from epoch to epoch over one shuffled order after another.
+        """
+        members, start = [np.empty(0, np.int64)], 0
+        for number, (size, weight) in enumerate(self._sets()):
             times, part = divmod(round(size * weight), size)
             members += [np.arange(start, start + size)] * times
-            if part:
-                chosen = random.permutation(size)[:part] if self._shuffle else np.arange(part)
-                members.append(start + np.sort(chosen))
+            window = np.arange(epoch * part, (epoch + 1) * part)
+            for cycle in np.unique(window // size):
+                order = np.arange(size)
+                if self._shuffle:
+                    order = np.random.default_rng([self._seed, number, cycle, 1]).permutation(size)
+                members.append(start + np.sort(order[window[window // size == cycle] % size]))
             start += size
         return np.concatenate(members)
 
@@ -162,18 +167,19 @@ class PairLoader:
             UserError: for a pair that cannot be used or packed, unless it is to be skipped.
         """
         steps_ahead = 1 + -(-LOOKAHEAD // self.pairs_per_step)
-        ahead: dict[int, list[Callable[[], Result] | UserError]] = {}
+        ahead: dict[int, list[tuple[int, Callable[[], Result] | UserError]]] = {}
         for step in range(start, stop):
             for n in range(step, min(step + steps_ahead, stop)):
                 if n not in ahead:
-                    ahead[n] = [self._submit(number) for number in self._members(n)]
+                    ahead[n] = [(number, self._submit(number)) for number in self._members(n)]
             tokenized = []
-            for task in ahead.pop(step):
+            for number, task in ahead.pop(step):
                 result = task if isinstance(task, UserError) else task()
                 if isinstance(result, TokenizedPair):
                     tokenized.append(result)
                 elif isinstance(result, NoPair) or (isinstance(result, BadRow) and self._on_bad_row == "skip"):
-                    self.skipped[str(result).split(": ", 1)[0]] = str(result)
+                    where = self.pairs.where(number) if isinstance(self.pairs, Pairs) else self.pairs[number].where
+                    self.skipped[where] = str(result)
                 else:
                     raise result
             yield self._pack(tokenized)
@@ -184,6 +190,18 @@ class PairLoader:
             self._epoch_order = epoch, self.order(epoch)
         order = self._epoch_order[1]
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
+
+    def hash_images(self, step: int, images: Any) -> None:
+        """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
+        for number in self._members(step):
+            try:
+                pair = self.pairs[number]
+                stats = [
+                    image.stat() for image in (*pair.images, *(pair.rejected_images or ())) if isinstance(image, Path)
+                ]
+                images.update(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
+            except (UserError, OSError) as error:
+                images.update(str(error).encode(errors="replace"))
 
     def _submit(self, number: int) -> Callable[[], Result] | UserError:
         """Read row ``number`` and hand it to a worker; or what is wrong with it, told in its turn."""
@@ -229,6 +247,9 @@ def open_loader(
         )
     ]  # fmt: skip
     pairs = Pairs(sets, data.on_bad_row)
+    for size, weight in pairs.weighted_sizes:
+        if round(size * weight) == 0:
+            raise UserError(f"data.{name}: weight {weight:g} of {size:,} rows is less than one row an epoch; raise it")
     for line in (*pairs.formats, pairs.check()):
         say(f"{name:<10} {line}")
     return PairLoader(
@@ -277,8 +298,8 @@ def _groups(pairs: list[TokenizedPair], share: str) -> list[list[TokenizedPair]]
     return list(groups.values())
 
 
-def _image_keys(pairs: Sequence[PreferencePair]) -> np.ndarray:
+def _image_groups(pairs: Sequence[PreferencePair]) -> np.ndarray:
     """A number for each pair (n,), equal where pairs show the same first image; NO_IMAGE for those without."""
     numbers: dict[object, int] = {}
     first = [pair.images[0] if pair.images else None for pair in pairs]
-    return np.array([NO_IMAGE if image is None else 2**32 + numbers.setdefault(image, len(numbers)) for image in first])
+    return np.array([NO_IMAGE if image is None else numbers.setdefault(image, len(numbers)) for image in first])

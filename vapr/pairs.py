@@ -21,13 +21,15 @@ from vapr.cache import user_cache, written_whole
 from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.formats import FORMAT_NAMES, as_vapr, detect, map_columns
-from vapr.preference_pair import PreferencePair, pair_from_row
+from vapr.preference_pair import KNOWN_KEYS, PreferencePair, pair_from_row
 from vapr.rows import SUFFIXES, TABLES, Rows, open_hub, open_rows, open_saved, open_table
 
-NO_IMAGE = 0
+NO_IMAGE = -1
+
+USED_KEYS = KNOWN_KEYS - {"provenance"}
 
 CHECKED_AT_START = 5_000
-"""Rows of each file that are checked before a model is loaded. More would make the start grow with the data."""
+"""Rows that are checked before a model is loaded. More would make the start grow with the data."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +45,8 @@ class PairSet:
     root: Path
     confined: bool
     weight: float = 1.0
+    source: object = None
+    """The same for all sets of one source, whose weight they share."""
 
     def as_vapr(self, number: int) -> Any:
         """A row in vapr's own shape, not yet checked."""
@@ -65,6 +69,7 @@ class Pairs(Sequence[PreferencePair]):
         self.sets = tuple(sets)
         self.on_bad_row = on_bad_row
         self.skipped: dict[str, str] = {}
+        self._roots = list(dict.fromkeys(part.root for part in sets))
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
     def __len__(self) -> int:
@@ -104,6 +109,12 @@ class Pairs(Sequence[PreferencePair]):
             self.skipped[self.where(number)] = str(error)
             return error
 
+    def extra_keys(self, number: int) -> list[str]:
+        """Keys of a row of vapr's or TRL's shape that mean nothing to vapr."""
+        part, row = self._find(number)
+        raw = part.rows[row] if part.format in ("vapr", "trl") and not part.columns else {}
+        return sorted(key for key, value in raw.items() if value is not None and key not in USED_KEYS)
+
     def where(self, number: int) -> str:
         """The place of row ``number``: ``file:line``."""
         part, row = self._find(number)
@@ -115,8 +126,9 @@ class Pairs(Sequence[PreferencePair]):
 
     @property
     def weighted_sizes(self) -> list[tuple[int, float]]:
-        """Rows and weight of each set."""
-        return [(len(part.rows), part.weight) for part in self.sets]
+        """Rows and weight of each source, in order."""
+        sources = itertools.groupby(self.sets, key=lambda part: (id(part.source), part.weight))
+        return [(sum(len(part.rows) for part in parts), weight) for (_, weight), parts in sources]
 
     @property
     def digest(self) -> str:
@@ -124,7 +136,8 @@ class Pairs(Sequence[PreferencePair]):
         digest = hashlib.sha256()
         for part in self.sets:
             columns = sorted(part.columns.items()) if part.columns else None
-            digest.update(repr((part.rows.digest, part.format, columns, part.weight)).encode())
+            place = self._roots.index(part.root)  # which sets share a folder, not where it is
+            digest.update(repr((part.rows.digest, part.format, columns, part.weight, place)).encode())
         return digest.hexdigest()
 
     @property
@@ -138,7 +151,7 @@ class Pairs(Sequence[PreferencePair]):
         ]
 
     def check(self, limit: int = CHECKED_AT_START) -> str:
-        """Check the first ``limit`` rows and the last one of each set, and that no id is used twice among them.
+        """Check the first rows of each set, about ``limit`` in all, and its last; no id may be used twice among them.
 
         Returns:
             A line that says how many rows were checked and how many of them have images.
@@ -147,10 +160,11 @@ class Pairs(Sequence[PreferencePair]):
             UserError: for the first bad row, unless bad rows are skipped.
         """
         num_checked = num_with_images = 0
+        each = max(1, limit // max(len(self.sets), 1))
         for part, start in zip(self.sets, self._starts, strict=False):
             ids: dict[str, str] = {}
             size = len(part.rows)
-            for row in [*range(min(size, limit)), *range(max(size - 1, limit), size)]:
+            for row in [*range(min(size, each)), *range(max(size - 1, each), size)]:
                 num_checked += 1
                 pair = self.read(start + row)
                 if isinstance(pair, PreferencePair):
@@ -160,30 +174,34 @@ class Pairs(Sequence[PreferencePair]):
         checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
         return f"checked {checked}; {num_with_images:,} have images"
 
-    def image_keys(self) -> np.ndarray:
-        """A number for each row (n,) uint64, equal where rows show the same first image; NO_IMAGE for those without.
+    def image_groups(self) -> np.ndarray:
+        """A number for each row (n,) int64, equal where rows show the same first image; NO_IMAGE for those without.
 
-        Every row is read once for that; the result is kept in the user's cache folder.
+        Images are numbered as they first appear. Every row is read once for that; the result is kept in the user's
+        cache folder.
         """
         known = user_cache() / "index" / f"images-{self.digest[:32]}.npy"
-        try:
+        with contextlib.suppress(OSError, ValueError, EOFError):
             return np.load(known, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            keys = np.empty(len(self), np.uint64)
+        keys = np.empty(len(self), np.uint64)
         with Display("group by image", len(self), unit="row") as display:
             for number in range(len(self)):
                 keys[number] = self._image_key(number)
                 if (number + 1) % 1000 == 0:
                     display.advance("", 1000)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        groups = np.where(keys == 0, NO_IMAGE, rank[inverse])
         with written_whole(known) as file:
-            np.save(file, keys, allow_pickle=False)
-        return keys
+            np.save(file, groups, allow_pickle=False)
+        return groups
 
     @property
     def num_images(self) -> int:
         """Distinct first images; every row is read once for that."""
-        keys = np.unique(self.image_keys())
-        return len(keys) - int(NO_IMAGE in keys)
+        groups = np.unique(self.image_groups())
+        return len(groups) - int(NO_IMAGE in groups)
 
     def _image_key(self, number: int) -> int:
         part, row = self._find(number)
@@ -192,14 +210,14 @@ class Pairs(Sequence[PreferencePair]):
             images = part.as_vapr(row).get("images")
             first = images[0] if isinstance(images, list) and images else images
             if isinstance(first, dict):
-                first = first.get("bytes") or first.get("path") or str(first.get("any_of"))
-            if isinstance(first, str | bytes) and first:
-                image = first
+                first = first.get("bytes") or first.get("path")
+            image = first or None
         except (BadRow, AttributeError):
             pass  # a row of its own; its fault is told when it is read
         if image is None:
-            return NO_IMAGE
-        data = image if isinstance(image, bytes) else f"{part.root}|{image}".encode(errors="replace")
+            return 0
+        root = self._roots.index(part.root)
+        data = image if isinstance(image, bytes) else f"{root}|{image}".encode(errors="replace")
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -228,7 +246,8 @@ def read_pairs(
 
     Args:
         source: .jsonl, .json, .parquet, .arrow or .tar; a folder of such files, read in name order (if it
-            has ``pairs/``, only that); a folder that ``save_to_disk`` wrote; a folder with LLaMA-Factory's ``dataset_info.json``; or a hub id.
+            has ``pairs/``, only that); a folder that ``save_to_disk`` wrote, or one with LLaMA-Factory's
+            ``dataset_info.json``; or a hub id.
         format: one of ``vapr.formats.FORMAT_NAMES``, or ``auto``: told from the first row's keys.
         columns: names of columns for ``prompt``, ``chosen``, ``rejected``, ``images``, ...; ``a.b.0`` goes down.
         image_root: folder all images must lie in; by default paths start at the data file's folder.
@@ -268,6 +287,7 @@ def open_sets(
     if format != "auto" and format not in FORMAT_NAMES:
         raise UserError(f"unknown format '{format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
+    given_source = object()
     for rows, folder, given, mapped in _open(str(source), split, subset, columns):
         if not len(rows):
             continue
@@ -276,7 +296,7 @@ def open_sets(
             name = "columns" if columns else _detect(rows)
         if mapped:
             _check_columns(rows, mapped)
-        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, weight))
+        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, weight, source=given_source))
     if not sets:
         raise UserError(f"{source}: no pairs in it")
     return sets
@@ -286,16 +306,16 @@ def _check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
     """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them."""
     seen: set[str] = set()
     found: set[str] = set()
-    for number in range(min(len(rows), 100)):
-        with contextlib.suppress(BadRow):
+    for number in {*range(min(len(rows), 100)), *np.linspace(0, len(rows) - 1, 400).astype(int).tolist()}:
+        with contextlib.suppress(BadRow, AttributeError):
             row = rows[number]
             seen |= row.keys()
-            found |= map_columns(row, columns).keys()
+            found |= {key for key, column in columns.items() if key in map_columns(row, {key: column})}
     for key, column in columns.items():
         if key not in found:
             raise UserError(
-                f"data.columns.{key}: {_source_name(rows)} has no column '{column}' in its first rows; "
-                f"there are {', '.join(sorted(seen)) or 'none'}"
+                f"data.columns.{key}: {_source_name(rows)} has no column '{column}'; there are "
+                f"{', '.join(sorted(seen)) or 'none'} (leave {key} out if no row has it)"
             )
 
 
@@ -321,9 +341,8 @@ def _open(
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield open_saved(path, split), path, None, columns
     elif path.exists() or any(c in source for c in "*?["):
-        files, folder = _pair_files(path, source, split)
-        for is_table, group in itertools.groupby(files, key=lambda file: file.suffix if file.suffix in TABLES else ""):
-            for rows in [open_table(list(group))] if is_table else map(open_rows, group):
+        for is_table, folder, group in _pair_files(path, source, split):
+            for rows in [open_table(group)] if is_table else map(open_rows, group):
                 yield rows, folder, None, columns
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
         yield open_hub(source, subset, split), Path(), None, columns
@@ -331,25 +350,41 @@ def _open(
         raise UserError(f"{source}: no such file or folder")
 
 
-def _pair_files(path: Path, source: str, split: str) -> tuple[list[Path], Path]:
-    """The files to read, and the folder that relative image paths start at."""
+def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, list[Path]]]:
+    """Files to read: whether they are tables, the folder relative image paths start at, and the files."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: unknown file type; use {', '.join(SUFFIXES)}")
-        return [path], path.parent
-    if path.is_dir():
+        files = [path]
+    elif path.is_dir():
         folder = path / "pairs" if (path / "pairs").is_dir() else path
-        files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+        files = _of_split(folder.glob("*"), source, split)
     else:
-        files = sorted(Path(file) for file in glob.glob(str(path)) if Path(file).suffix in SUFFIXES)
-        folder = path = files[0].parent if files else Path()
-    # Shards named as the hub names them: train-00000-of-00010.parquet. Test rows are not to be trained on.
-    sharded = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
-    if sharded and sharded == files and any(file.name.startswith(f"{split}-") for file in files):
-        files = [file for file in files if file.name.startswith(f"{split}-")]
+        files = _of_split((Path(file) for file in glob.glob(str(path))), source, split)
+
+    def kind(file: Path) -> tuple[bool, Path]:
+        return file.suffix in TABLES, path if path.is_dir() else file.parent
+
+    return [(*key, list(group)) for key, group in itertools.groupby(files, key=kind)]
+
+
+def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:
+    """Pair files in name order; where every one is named after a split, only those of ``split``."""
+    files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
-    return files, path
+    names = [match[0] if (match := SPLIT_NAME.match(file.name)) else None for file in files]
+    if None in names:
+        return files
+    wanted = [file for file, name in zip(files, names, strict=True) if name == split]
+    if not wanted:
+        there = ", ".join(sorted({name for name in names if name}))
+        raise UserError(f"{source}: no file of split '{split}'; there are {there} (set split, or name the file)")
+    return wanted
+
+
+SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.])")
+"""As the hub names its shards: train-00000-of-00010.parquet. Rows to test on are not to be trained on."""
 
 
 def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, Mapping[str, str] | None]:
@@ -358,7 +393,15 @@ def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, M
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         ranked = {name: entry for name, entry in entries.items() if entry.get("ranking")}
-    except (OSError, ValueError, AttributeError) as error:
+        for entry in ranked.values():
+            texts = [
+                entry.get("file_name", ""),
+                *(entry.get("columns") or {}).values(),
+                *(entry.get("tags") or {}).values(),
+            ]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("file_name, columns and tags must be names")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a readable dataset_info.json ({error})") from None
     if not ranked:
         raise UserError(f'{file}: no entry with "ranking": true; name the pair file itself if there is one')

@@ -1,11 +1,14 @@
 """PreferencePair, and the checks that make one of a row."""
 
+import contextlib
 import difflib
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vapr.errors import BadRow
+from vapr.formats import OneOf
 
 Message = dict[str, Any]
 """``{"role": str, "content": [{"type": "text", "text": str} | {"type": "image"}, ...]}``"""
@@ -60,8 +63,9 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
         raise BadRow("a row must be an object with prompt, chosen and rejected")
     row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
     for key in row.keys() - KNOWN_KEYS:
-        if close := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8):
-            raise BadRow(f"unknown key '{key}'; did you mean '{close[0]}'?")
+        # Where the key it resembles is there too, it is a column of its own.
+        if (meant := _near_miss(key)) and meant not in row:
+            raise BadRow(f"unknown key '{key}'; did you mean '{meant}'?")
     missing = [key for key in ("chosen", "rejected") if key not in row]
     # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
     implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
@@ -100,23 +104,42 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
     )
 
 
+@functools.lru_cache(maxsize=1000)
+def _near_miss(key: str) -> str | None:
+    return next(iter(difflib.get_close_matches(str(key), KNOWN_KEYS, n=1, cutoff=0.8)), None)
+
+
 def _image_list(images: Any) -> list[Any]:
     if images is None:
         return []
     return images if isinstance(images, list) else [images]
 
 
+def _text(value: str, key: str) -> str:
+    """The text, if it can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)") from None
+    return value
+
+
 def _category(category: Any) -> str | None:
     if category is not None and not isinstance(category, str):
         raise BadRow(f"'category' must be text, got {category!r:.60}")
-    return category
+    return None if category is None else _text(category, "category")
 
 
 def _row_id(row: dict[str, Any], where: str) -> str:
     given = row.get("id", where.rsplit("/", 1)[-1])
     if not isinstance(given, str | int):
         raise BadRow(f"'id' must be text, got {given!r}")
-    return str(given)
+    try:
+        return _text(str(given), "id")
+    except ValueError as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow("'id' is a number of thousands of digits") from None
 
 
 def _weight(weight: Any) -> float:
@@ -162,11 +185,7 @@ def _parts(content: Any, key: str) -> list[dict[str, str]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            try:
-                part["text"].encode()
-            except UnicodeEncodeError:
-                raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)") from None
-            parts.append({"type": "text", "text": part["text"]})
+            parts.append({"type": "text", "text": _text(part["text"], key)})
         elif kind == "image":
             inline = [name for name in ("image", "url", "path", "base64") if part.get(name)]
             if inline:
@@ -227,14 +246,16 @@ def _check_turns(
 
 
 def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
+    if isinstance(image, OneOf):
+        for name in image:
+            with contextlib.suppress(BadRow):
+                return _image(name, root, confined)
+        image = image[0]  # and say that it is not there
     if isinstance(image, bytes) and image:
         return image
     if isinstance(image, dict):
         if isinstance(image.get("bytes"), bytes) and image["bytes"]:
             return image["bytes"]
-        if "any_of" in image:  # data sets that name images by id
-            names = [name for name in image["any_of"] if (root / name).is_file()]
-            image = {"path": names[0] if names else image["any_of"][0]}
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
@@ -271,5 +292,6 @@ def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
             raise BadRow(
                 f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
             )
+        _text(span.to, "edits")
         spans.append(span)
     return tuple(spans)

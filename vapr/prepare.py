@@ -1,5 +1,6 @@
 """Computes ahead of training what stays the same: reference log-probs and, on request, image features."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapr.cache import written_whole
+from vapr.cache import files_hash, user_cache, written_whole
+from vapr.checkpoint import PROCESSOR_FILES
 from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import UserError
@@ -124,7 +126,9 @@ def _fill(
 ) -> None:
     """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute."""
     caches = [cache for cache in (reference, features) if cache is not None]
-    done = min(stop, *(_steps_noted(cache, loader.place) for cache in caches))
+    name = f"prepared-{_processor_and_order(policy, loader)}.json"
+    done, skipped, images = _prepared_before(caches, name, loader, stop)
+    loader.skipped.update(skipped)
     saved = time.monotonic()
     with Display(f"prepare {label}", stop, done=done) as display:
         if done:
@@ -138,6 +142,7 @@ def _fill(
                         reference.logps(batch, shared)
                 except torch.OutOfMemoryError:
                     raise UserError("packing.max_tokens: a pack does not fit the GPU's memory; lower it") from None
+            loader.hash_images(number - 1, images)
             display.advance(_counts(reference, features))
             for cache in caches:
                 _tell(label, cache.messages, display.say)
@@ -145,21 +150,47 @@ def _fill(
                 saved = time.monotonic()
                 for cache in caches:
                     cache.flush()
-                    _note_steps(cache, loader.place, number)
+                    note = {
+                        "steps": number,
+                        "images": images.hexdigest(),
+                        "shards": cache.shards,
+                        "skipped": loader.skipped,
+                    }
+                    with written_whole(cache.folder / name) as file:
+                        file.write(json.dumps(note).encode())
 
 
-def _steps_noted(cache: Reference | Features, place: str) -> int:
-    """Steps that a cache holds the values of, by its own note; 0 if some were lost since."""
-    try:
-        noted = json.loads((cache.folder / f"prepared-{place}.json").read_text())
-        return int(noted["steps"]) if len(cache) >= noted["values"] and not cache.damaged else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def _processor_and_order(policy: Policy, loader: PairLoader) -> str:
+    """Name of rows, order and processor, for which a number of steps always means the same tokens."""
+    files = [file for name in PROCESSOR_FILES if (file := policy.folder / name).is_file()]
+    identity = files_hash(files, user_cache() / "index" / "files.json")
+    return hashlib.sha256(f"{loader.place} {identity} {loader.image_backend}".encode()).hexdigest()[:16]
 
 
-def _note_steps(cache: Reference | Features, place: str, steps: int) -> None:
-    with written_whole(cache.folder / f"prepared-{place}.json") as file:
-        file.write(json.dumps({"steps": steps, "values": len(cache)}).encode())
+def _prepared_before(
+    caches: list[Reference | Features], name: str, loader: PairLoader, stop: int
+) -> tuple[int, dict[str, str], Any]:
+    """Steps that the caches hold the values of, by their own notes; rows skipped in them; and their images' hash.
+
+    No step if a file or value was lost since, or an image changed: then everything is looked up again.
+    """
+    nothing: tuple[int, dict[str, str], Any] = 0, {}, hashlib.sha256()
+    images = hashlib.sha256()
+    notes: list[dict[str, Any]] = []
+    for cache in caches:
+        try:
+            notes.append(json.loads((cache.folder / name).read_text()))
+            cache.verify()
+            lost = set(notes[-1]["shards"]) - set(cache.shards)
+            if lost or notes[-1]["steps"] != notes[0]["steps"] or not 0 < notes[0]["steps"] <= stop:
+                return nothing
+        except (OSError, ValueError, KeyError, TypeError):
+            return nothing
+    for step in range(notes[0]["steps"]):
+        loader.hash_images(step, images)
+    if any(note["images"] != images.hexdigest() for note in notes):
+        return nothing
+    return notes[0]["steps"], notes[0]["skipped"], images
 
 
 def _counts(reference: Reference | None, features: Features | None) -> str:

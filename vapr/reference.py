@@ -78,9 +78,24 @@ class Reference:
         return sum(len(index.heads) for index in self._indexes)
 
     @property
-    def damaged(self) -> bool:
-        """Whether something on disk was lost since it was opened."""
-        return bool(self._damaged)
+    def shards(self) -> list[str]:
+        """Names of the files in use."""
+        return [shard.path.name for shard in self._shards]
+
+    def verify(self) -> None:
+        """Read every value once; shards with a damaged one are told of and left out of sight."""
+        indexes = [shard.index(number) for number, shard in enumerate(self._shards)]
+        sound = [shard.sound(index) for shard, index in zip(self._shards, indexes, strict=True)]
+        self._indexes = [index for index, fine in zip(indexes, sound, strict=True) if fine]
+        for number, fine in enumerate(sound):
+            if not fine:
+                self._tell_damaged(number)
+        self._merge()
+
+    def _tell_damaged(self, shard: int) -> None:
+        if shard not in self._damaged:
+            self._damaged.add(shard)
+            self.messages.append(f"{self._shards[shard].path} is damaged; values that it lost are computed again")
 
     def key(self, path: TokenPath) -> bytes:
         """What identifies a completion's log-probs."""
@@ -116,9 +131,10 @@ class Reference:
         if missing:
             if not self._policy_is_reference:
                 pair = batch.pairs[missing[0]]
+                told = "".join(f"{line}; " for line in self.messages)
                 raise UserError(
-                    f"{pair.where}: row '{pair.id}', its image or the reference cache changed since the run began; "
-                    f"restore the row, or delete {self.folder}/prepared-*.json and continue with --resume"
+                    f"{told}{pair.where}: row '{pair.id}', its image or the reference cache changed since the run "
+                    "began; restore the row, or continue with --resume, which computes what is missing"
                 )
             if len(missing) < batch.num_pairs:
                 batch_of_missing = pack([batch.pairs[n] for n in missing], self._share).to(self._policy.device)
@@ -160,11 +176,7 @@ class Reference:
                 value = self._shards[shard].read(key, start, length)
                 if value is not None:
                     return value
-                if shard not in self._damaged:
-                    self._damaged.add(shard)
-                    self.messages.append(
-                        f"{self._shards[shard].path} is damaged; values that it lost are computed again"
-                    )
+                self._tell_damaged(shard)
         return None
 
     def flush(self) -> None:

@@ -4,18 +4,19 @@ An index is built the first time a file is seen, in one pass, and kept in the us
 file of a million rows takes as long as opening one of ten.
 """
 
-import codecs
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import tarfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -53,7 +54,7 @@ def open_rows(file: Path) -> Rows:
         if file.suffix == ".jsonl":
             return JsonLines(file)
         if file.suffix == ".json":
-            return JsonLines(_as_lines(file, "json", _json_rows), name=str(file))
+            return _as_lines(file, "json", _json_rows)
         if file.suffix == ".tar":
             return TarSamples(file)
     except OSError as error:
@@ -95,6 +96,8 @@ class JsonLines:
             raise BadRow(f"not valid JSON ({error.msg} at column {error.colno})") from None
         except RecursionError:
             raise BadRow("not a row: JSON nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise BadRow(f"not readable as JSON ({_one_line(error)})") from None
 
     def where(self, number: int) -> str:
         return f"{self._name}:{number + 1 if self._by_row else int(self._index[number][2])}"
@@ -106,69 +109,124 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
     key = hashlib.sha256(file_identity(path).encode()).hexdigest()[:24]
     for known in folder.glob(f"{key}.*.npy") if folder.is_dir() else ():
         try:
-            return np.load(known, mmap_mode="r", allow_pickle=False), known.name.split(".")[1]
+            _, digest, checksum, _ = known.name.split(".")
+            index = np.load(known, mmap_mode="r", allow_pickle=False)
+            if format(crc32(index.data), "08x") == checksum:
+                return index, digest
         except (OSError, ValueError, EOFError):
-            known.unlink(missing_ok=True)  # damaged: built again
-    places, digest = array("q"), hashlib.sha256()
+            pass
+        known.unlink(missing_ok=True)  # damaged: built again
+    places, sha = array("q"), hashlib.sha256()
     start = 0
     with path.open("rb") as file:
         if b"\0" in file.peek(4096)[:4096]:
             raise UserError(f"{path}: not a text file")
         for number, line in enumerate(file, start=1):
-            digest.update(line)
+            sha.update(line)
             if line.strip():
                 places.extend((start, len(line), number))
             start += len(line)
     index = np.frombuffer(places, np.int64).reshape(-1, 3)
+    digest = sha.hexdigest()
     if len(index) == 0:
-        return index, digest.hexdigest()
-    name = folder / f"{key}.{digest.hexdigest()}.npy"
+        return index, digest
+    name = folder / f"{key}.{digest}.{crc32(index.data):08x}.npy"
     with written_whole(name) as out:
         np.save(out, index, allow_pickle=False)
-    return np.load(name, mmap_mode="r", allow_pickle=False), digest.hexdigest()
+    return np.load(name, mmap_mode="r", allow_pickle=False), digest
 
 
-def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> Path:
-    """A copy of a file's rows as JSON lines, in the user's cache folder; made the first time the file is seen."""
+def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> JsonLines:
+    """A file's rows copied as JSON lines into the user's cache folder, the first time the file is seen."""
+    folder = user_cache() / "index"
     key = hashlib.sha256(file_identity(file).encode()).hexdigest()[:24]
-    lines = user_cache() / "index" / f"{key}.{kind}.jsonl"
-    if not lines.exists():
-        with written_whole(lines) as out:
-            for row in rows(file):
-                out.write(json.dumps(row).encode() + b"\n")
-    return lines
+    for known in folder.glob(f"{key}.{kind}.*.jsonl") if folder.is_dir() else ():
+        lines = JsonLines(known, name=str(file))
+        if lines.digest == known.name.split(".")[2]:
+            return lines
+        known.unlink(missing_ok=True)  # damaged: written again
+    texts = (json.dumps(row).encode() + b"\n" for row in rows(file))
+    sha = hashlib.sha256()
+    with written_whole(folder / f"{key}.{kind}.new") as out:
+        for text in texts:
+            sha.update(text)
+            out.write(text)
+    path = folder / f"{key}.{kind}.{sha.hexdigest()}.jsonl"
+    (folder / f"{key}.{kind}.new").replace(path)
+    return JsonLines(path, name=str(file))
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
     """The elements of one long JSON list, a piece of the file at a time; or the pairs of HA-DPO's object."""
-    import ijson
-
-    with path.open("rb") as file:
-        head = file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
-        if head.startswith(b"["):
-            file.seek(3 if file.peek(3).startswith(codecs.BOM_UTF8) else 0)
-            try:
-                yield from ijson.items(file, "item", use_float=True)
-                return
-            except (ijson.JSONError, UnicodeDecodeError, RecursionError):
-                pass  # ijson gives no line; json below does
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{path}: JSON nested too deeply") from None
+    with _read_errors(path), path.open(encoding="utf-8-sig") as file:
+        if file.read(1024).lstrip().startswith("["):
+            file.seek(0)
+            yield from _list_elements(file, path)
+            return
+        file.seek(0)
+        try:
+            whole = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
     if not isinstance(whole, dict) or not whole or not all(_is_description(value) for value in whole.values()):
         raise UserError(f"{path}: a .json file of pairs is one list of rows")
     for image_id, answers in whole.items():
-        question = DESCRIBE[crc32(image_id.encode()) % len(DESCRIBE)]
+        question = DESCRIBE[crc32(image_id.encode(errors="replace")) % len(DESCRIBE)]
         for chosen in answers["chosen"]:
             for reject in answers["rejected"]:
                 pair = {"chosen": chosen, "reject": reject, "correct": False}
                 yield {"image_id": image_id, "question": question, **pair}
 
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _list_elements(file: IO[str], path: Path) -> Iterator[Any]:
+    """The elements of a JSON list, by the standard library's own parser. Only the element in hand is held."""
+    decoder = json.JSONDecoder()
+    text = file.read(BLOCK)
+    at = text.index("[") + 1
+    lines_before = 0
+    wanted = "an element or ']'"
+    while True:
+        at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+        problem = f"expected {wanted}"
+        if text[at : at + 1] == "]" and wanted != "an element":
+            return
+        if wanted == "',' or ']'" and text[at : at + 1] == ",":
+            at, wanted = at + 1, "an element"
+            continue
+        if wanted != "',' or ']'":
+            try:
+                value, end = decoder.raw_decode(text, at)
+                if end < len(text):  # else a number may go on in the next piece
+                    yield value
+                    at, wanted = end, "',' or ']'"
+                    continue
+            except json.JSONDecodeError as error:
+                problem, failed_at = error.msg, error.pos
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{lines_before + text.count(chr(10), 0, at) + 1}: {_one_line(error)}") from None
+        more = file.read(max(BLOCK, len(text)))  # twice as much each time: a long element is parsed only a few times
+        if not more:
+            place = failed_at if problem != f"expected {wanted}" else at
+            line, column = lines_before + text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+            raise UserError(f"{path}:{line}: not valid JSON ({problem} at column {column})")
+        lines_before += text.count("\n", 0, at)
+        text, at = text[at:] + more, 0
+
+
+BLOCK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
 
 DESCRIBE = (
     "Describe this image in detail.",
@@ -186,12 +244,13 @@ def _is_description(value: Any) -> bool:
 class TarSamples:
     """Samples of a webdataset shard: members that share a name up to the first dot of its last part.
 
-    A sample's ``.json`` member is the row; its image members, in name order, are the row's images.
+    A sample's ``.json`` member is the row. Its image members are the row's images: in the order in which the row names
+    them, or else by name, numbers in it by value.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._samples = JsonLines(_as_lines(path, "tar", _tar_samples), name=str(path))
+        self._samples = _as_lines(path, "tar", _tar_samples)
         self._file = path.open("rb")
         self.digest = self._samples.digest
 
@@ -202,14 +261,20 @@ class TarSamples:
         sample = self._samples[number]
         try:
             row = json.loads(sample["row"])
-        except json.JSONDecodeError as error:
-            raise BadRow(f"'{sample['key']}.json' is not valid JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"'{sample['key']}.json' is not valid JSON ({_one_line(error)})") from None
         if not isinstance(row, dict):
             raise BadRow(f"'{sample['key']}.json' must hold an object")
         row.setdefault("id", sample["key"])
-        if sample["images"]:
+        places = {Path(name).name: place for name, *place in sample["images"]}
+        if places:
+            named = row.pop("images", None) or row.pop("image", None) or []
+            named = named if isinstance(named, list) else [named]
+            names = [Path(name).name for name in named if isinstance(name, str)]
             row.pop("image", None)
-            row["images"] = [self._read(*place) for place in sample["images"]]
+            row["images"] = [
+                self._read(*places[name]) for name in (names if places.keys() >= set(names) and names else places)
+            ]
         return row
 
     def _read(self, start: int, length: int) -> bytes:
@@ -223,21 +288,33 @@ class TarSamples:
 
 
 def _tar_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """key, JSON text, and (start, length) of each image of every sample; a sample's members lie side by side."""
+    """key, JSON text, and (name, start, length) of each image of every sample; a sample's members lie side by side."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for key, members in itertools.groupby((m for m in tar if m.isfile()), key=_sample_key):
-                files = sorted(members, key=lambda member: member.name)
+        with _read_errors(path), tarfile.open(path, "r:") as tar:
+            for key, members in itertools.groupby(_tar_files(tar), key=_sample_key):
+                files = sorted(members, key=lambda member: _by_number(member.name))
                 texts = [member for member in files if member.name.endswith(".json")]
                 if len(texts) != 1:
                     raise UserError(f"{path}: sample '{key}' has {len(texts)} .json members; it needs one")
                 text = tar.extractfile(texts[0]).read().decode("utf-8")  # type: ignore[union-attr]
-                images = [(m.offset_data, m.size) for m in files if m.name.lower().endswith(PICTURES)]
+                images = [(m.name, m.offset_data, m.size) for m in files if m.name.lower().endswith(PICTURES)]
                 yield {"key": key, "row": text, "images": images}
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a readable tar file ({error}); a compressed one has to be unpacked") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: a .json member is not UTF-8 text") from None
+
+
+def _tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        if member.islnk() or member.issym() or member.issparse():
+            raise tarfile.TarError(f"'{member.name}' is a link or a sparse file; pack plain files")
+        if member.isfile():
+            yield member
+
+
+def _by_number(name: str) -> list[Any]:
+    """Sort key in which 10 comes after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _sample_key(member: tarfile.TarInfo) -> str:
@@ -265,7 +342,10 @@ class Table:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Any:
-        return self._rows[number].to_pylist()[0]
+        try:
+            return self._rows[number].to_pylist()[0]
+        except UnicodeDecodeError:
+            raise BadRow("not UTF-8 text") from None
 
     def where(self, number: int) -> str:
         part = bisect_right(self._starts, number, hi=len(self._names)) - 1
@@ -292,15 +372,17 @@ def open_table(files: list[Path]) -> Table:
                 sizes.append((str(file), len(parts[-1])))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({_one_line(error)})") from None
+    digest = files_hash(files, user_cache() / "index" / "files.json")
     try:
         if parts:
             dataset = datasets.concatenate_datasets(parts)
-        else:
-            dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+        else:  # by content: the library itself would take a file of the same name and time for the same
+            folder = str(user_cache() / "tables" / digest[:24])
+            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=folder)
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{files[0]}: cannot be read as a table ({_one_line(cause)})") from None
-    return Table(dataset, files_hash(files, user_cache() / "index" / "files.json"), sizes)
+    return Table(dataset, digest, sizes)
 
 
 def _open_arrow(datasets: Any, file: Path) -> Any:

@@ -44,13 +44,18 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb")
-        header_length = int.from_bytes(self._file.read(8), "little")
-        if not 0 < header_length <= path.stat().st_size:
-            raise ValueError("no safetensors header")
-        self._header = json.loads(self._file.read(header_length))
+        with path.open("rb") as file:
+            header_length = int.from_bytes(file.read(8), "little")
+            if not 0 < header_length <= path.stat().st_size:
+                raise ValueError("no safetensors header")
+            self._header = json.loads(file.read(header_length))
         self._data = 8 + header_length
-        end = max(entry["data_offsets"][1] for name, entry in self._header.items() if name != "__metadata__")
+        try:
+            end = max(entry["data_offsets"][1] for name, entry in self._header.items() if name != "__metadata__")
+            self._crc32 = self._header["__metadata__"]["crc32"]
+            self._records = self._data + self._header["records"]["data_offsets"][0]
+        except (AttributeError, TypeError, KeyError):
+            raise ValueError("not a shard") from None
         if self._data + end != path.stat().st_size:
             raise ValueError("cut short")
 
@@ -60,23 +65,37 @@ class Shard:
             np.frombuffer(self._bytes(name), dtype)
             for name, dtype in (("heads", "<u8"), ("starts", "<i8"), ("lengths", "<i4"))
         )
-        if str(_checksum(heads, starts, lengths)) != self._header["__metadata__"]["crc32"]:
+        if str(_checksum(heads, starts, lengths)) != self._crc32:
             raise ValueError("its checksum does not match")
         return Index(heads, np.full(len(heads), number, np.int32), starts, lengths)
 
+    def sound(self, index: Index) -> bool:
+        """Whether every record agrees with its checksum; the whole file is read for that."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._records)
+                for _, _, _, length in zip(*index.columns(), strict=True):
+                    record = file.read(HEAD_BYTES + 4 * int(length))
+                    if _head(record[:KEY_BYTES], record[HEAD_BYTES:]) != record[:HEAD_BYTES]:
+                        return False
+        except OSError:
+            return False
+        return True
+
     def _bytes(self, name: str) -> bytes:
         begin, end = self._header[name]["data_offsets"]
-        return os.pread(self._file.fileno(), end - begin, self._data + begin)
+        with self.path.open("rb") as file:
+            return os.pread(file.fileno(), end - begin, self._data + begin)
 
     def read(self, key: bytes, start: int, length: int) -> np.ndarray | None:
-        """The values of a record, (tokens,) fp32; None if it is another key's or damaged."""
-        place = self._data + self._header["records"]["data_offsets"][0] + start
-        record = os.pread(self._file.fileno(), HEAD_BYTES + 4 * length, place)
+        """The values of a record, (tokens,) fp32; None if it is another key's, damaged or gone."""
+        try:
+            with self.path.open("rb") as file:  # opened each time: a cache has more shards than a process may hold open
+                record = os.pread(file.fileno(), HEAD_BYTES + 4 * length, self._records + start)
+        except OSError:
+            return None
         values = record[HEAD_BYTES:]
-        sound = (
-            len(values) == 4 * length and zlib.crc32(key + values).to_bytes(4, "little") == record[KEY_BYTES:HEAD_BYTES]
-        )
-        if not sound or record[:KEY_BYTES] != key:
+        if len(values) != 4 * length or record[:HEAD_BYTES] != _head(key, values):
             return None
         return np.frombuffer(values, np.float32)
 

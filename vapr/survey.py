@@ -10,8 +10,9 @@ import numpy as np
 
 from vapr.config import Config
 from vapr.display import Display
-from vapr.errors import NoPair, reason_kind
+from vapr.errors import NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader
+from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
 from vapr.workers import open_workers
 
@@ -30,6 +31,7 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
     """
+    on_bad_row = config.data.on_bad_row
     data = dataclasses.replace(config.data, on_bad_row="skip", too_long="skip")
     config = dataclasses.replace(config, data=data)
     with open_workers(config) as workers:
@@ -44,7 +46,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
-    return {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+    result = {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+    return {**result, "refused": _refused(loader, on_bad_row)}
 
 
 class _Counts:
@@ -117,6 +120,15 @@ def _sets(loader: PairLoader) -> list[str]:
     return getattr(loader.pairs, "formats", [])
 
 
+def _refused(loader: PairLoader, on_bad_row: str) -> str | None:
+    """What the check before training says against the first rows."""
+    try:
+        Pairs(getattr(loader.pairs, "sets", ()), on_bad_row).check()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _reasons(loader: PairLoader) -> dict[str, Any]:
     """How many rows each reason costs, with the first few places."""
     grouped: dict[str, list[str]] = {}
@@ -132,7 +144,9 @@ def _reasons(loader: PairLoader) -> dict[str, Any]:
 
 
 def stops_training(config: Config, result: dict[str, Any]) -> str | None:
-    """The first row that ``vapr train`` would stop at, and how many there are; None if there is none."""
+    """A row that ``vapr train`` would stop at, and how many more there are; None if there is none."""
+    if result["refused"]:
+        return str(result["refused"])
     for entry in result["skipped"]["reasons"]:
         too_long = "packing.max_tokens" in entry["reason"]
         key, setting = (

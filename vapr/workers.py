@@ -78,7 +78,7 @@ class Workers:
         worker = next(self._turns)
         if pair.images:
             image = pair.images[0]
-            worker = zlib.crc32(image[:4096] if isinstance(image, bytes) else str(image).encode()) % len(self._workers)
+            worker = zlib.crc32(image if isinstance(image, bytes) else str(image).encode()) % len(self._workers)
         return self._workers[worker].submit(pair).result
 
     def close(self) -> None:
@@ -104,6 +104,7 @@ class _Worker:
         self._say = say
         self._tasks: queue.SimpleQueue[tuple[PreferencePair, Future[Result]] | None] = queue.SimpleQueue()
         self._closed = False
+        self._changing = threading.Lock()  # a process that is just being started must not escape close()
         # Pixels that some pair in the making still holds need not be sent again: image source -> pixels.
         self._held: weakref.WeakValueDictionary[Path | bytes, ProcessedImage] = weakref.WeakValueDictionary()
         self._start()
@@ -121,9 +122,10 @@ class _Worker:
         return future
 
     def close(self) -> None:
-        self._closed = True
+        with self._changing:
+            self._closed = True
+            self._process.kill()
         self._tasks.put(None)
-        self._process.kill()
         self._thread.join()
         self._process.join()
 
@@ -158,11 +160,12 @@ class _Worker:
                 self._pipe.send((pair, frozenset(held)))
                 answer: Result | Exception = _receive(self._pipe)
             except (EOFError, OSError):  # killed, perhaps in the middle of an answer
-                if self._closed:
-                    return None
-                self._process.join()
+                with self._changing:
+                    if self._closed:
+                        return None
+                    self._process.join()
+                    self._start()
                 self._say("a data worker was killed (out of memory?); another took over, nothing is lost")
-                self._start()
             else:
                 if isinstance(answer, TokenizedPair):
                     answer = _with_pixels(answer, held)
@@ -191,8 +194,8 @@ def _serve(pipe: Connection, processor: Processor, token_weights: TokenWeights |
             if isinstance(answer, TokenizedPair):
                 answer = _with_pixels(answer, dict.fromkeys(held, NO_PIXELS))
         except Exception as error:  # noqa: BLE001 - a fault of vapr's own: raised again in the trainer
-            error.add_note(traceback.format_exc())
-            answer = error
+            # As text: not every exception survives the way through a pipe.
+            answer = RuntimeError(f"in a data worker, at {pair.where}: {error!r}\n{traceback.format_exc()}")
         _send(pipe, answer)
 
 
