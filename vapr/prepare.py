@@ -157,7 +157,7 @@ def _fill(
                         "skipped": loader.skipped,
                     }
                     with written_whole(cache.folder / name) as file:
-                        file.write(json.dumps(note).encode())
+                        file.write(json.dumps({**note, "shards": cache.shards}).encode())
 
 
 def _processor_and_order(policy: Policy, loader: PairLoader) -> str:

@@ -68,7 +68,7 @@ class Reference:
         self._unsaved: dict[bytes, np.ndarray] = {}
         self._shards: list[Shard] = []
         self._indexes: list[Index] = []
-        self._damaged: set[int] = set()  # numbers of shards; -1 for those that could not be opened
+        self._damaged: set[int] = set()  # numbers of shards that the user knows to be damaged
         for path in sorted(self.folder.glob("*.safetensors")):
             self._open_shard(path)
         self._merge()
@@ -83,13 +83,15 @@ class Reference:
         return [shard.path.name for shard in self._shards]
 
     def verify(self) -> None:
-        """Read every value once; shards with a damaged one are told of and left out of sight."""
-        indexes = [shard.index(number) for number, shard in enumerate(self._shards)]
-        sound = [shard.sound(index) for shard, index in zip(self._shards, indexes, strict=True)]
-        self._indexes = [index for index, fine in zip(indexes, sound, strict=True) if fine]
-        for number, fine in enumerate(sound):
-            if not fine:
-                self._tell_damaged(number)
+        """Read every value once; files with a damaged one are set aside."""
+        damaged = {shard.path for number, shard in enumerate(self._shards) if not shard.sound(shard.index(number))}
+        paths = [shard.path for shard in self._shards]
+        self._shards, self._indexes = [], []
+        for path in paths:
+            if path in damaged:
+                self._set_aside(path, "a value's checksum does not match")
+            else:
+                self._open_shard(path)
         self._merge()
 
     def _tell_damaged(self, shard: int) -> None:
@@ -198,18 +200,21 @@ class Reference:
         try:
             shard = Shard(path)
             index = shard.index(len(self._shards))
-        except (OSError, KeyError, ValueError) as error:
-            damaged = path.with_suffix(".damaged")
-            with contextlib.suppress(FileNotFoundError):  # another run was faster
-                path.rename(damaged)
-            self._damaged.add(-1)
-            self.messages.append(
-                f"{path} is damaged ({' '.join(str(error).split())}); set aside as {damaged.name}, what it held is "
-                "computed again"
-            )
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            self._set_aside(path, " ".join(str(error).split()))
             return
         self._shards.append(shard)
         self._indexes.append(index)
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        damaged = path.with_suffix(".damaged")
+        with contextlib.suppress(FileNotFoundError):  # another run was faster
+            path.rename(damaged)
+        self.messages.append(
+            f"{path} is damaged ({reason}); set aside as {damaged.name}, what it held is computed again"
+        )
 
     def _merge(self) -> None:
         """One sorted index out of all, so that a look-up does not slow down with the number of shards."""
