@@ -196,12 +196,16 @@ IMAGE = {"type": "image"}
         ({"chosen": "word " * 9000}, "tokens but packing.max_tokens is 8,192 (nothing is truncated); raise it, or set data.too_long: skip"),
         ({"rejected_images": []}, "'rejected_images' has 0 image(s) but 'images' has 1"),
         ({"id": "fine"}, "id 'fine' was already used at"),
+        ({"images": [3]}, "an image must be a path or {'bytes', 'path'}, got 3"),
+        ({"images": {"any_of": []}}, "an image must be a path or {'bytes', 'path'}, got None"),
+        ({"images": ["x" * 5000]}, "is no path; save it to a file"),
+        ({"id": "half \ud83d"}, "'id' holds half a character"),
     ],
     ids=str,
 )  # fmt: skip
 def test_rows(work, changes, message):
     row = {key: value for key, value in {**ROW, "id": "row-2", **changes}.items() if value is not None}
-    write_pairs(work / "pairs.jsonl", [{**ROW, "id": "fine"}, row])
+    (work / "pairs.jsonl").write_text(json.dumps({**ROW, "id": "fine"}) + "\n" + json.dumps(row) + "\n")
     code, stderr = vapr("train", work / "run.yaml")
     assert code == 2 and f"Error: {work}/pairs.jsonl:2: " in stderr and message in stderr, stderr
     assert len(stderr.strip().splitlines()) == 1
@@ -220,6 +224,7 @@ GOOD = json.dumps({**ROW, "id": "fine"}).encode() + b"\n"
         ("x.jsonl", GOOD + "{\"prompt\": \"é\"}\n".encode("latin-1"), "x.jsonl:2: not UTF-8 text"),
         ("x.jsonl", GOOD.decode().encode("utf-16"), "x.jsonl: not a text file"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not a row: JSON nested too deeply"),
+        ("x.jsonl", b"{\"id\": " + b"9" * 5000 + b"}\n", "x.jsonl:1: not readable as JSON (Exceeds the limit"),
         ("x.jsonl", b"null\n", "x.jsonl:1: a row must be an object"),
         ("x.json", b"", "x.json:1: not valid JSON"),
         ("x.json", b"[" + GOOD + b",", "x.json:2: not valid JSON"),
@@ -230,6 +235,7 @@ GOOD = json.dumps({**ROW, "id": "fine"}).encode() + b"\n"
         ("x.tar", b"no tar at all" * 99, "x.tar: not a readable tar file"),
         ("x.csv", GOOD, "x.csv: unknown file type; use .jsonl, .json, .parquet, .arrow, .tar"),
         ("dataset_info.json", b"{\"a\": {\"file_name\": \"x\"}}", "no entry with \"ranking\": true"),
+        ("dataset_info.json", b"{\"a\": {\"ranking\": true, \"file_name\": 3}}", "file_name, columns and tags must be names"),
         ("dataset_info.json", b"[", "dataset_info.json: not a readable dataset_info.json"),
     ],
     ids=str,

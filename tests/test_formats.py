@@ -362,3 +362,102 @@ def test_placeholders_in_answers_are_not_images(folder):
     (folder / "in.jsonl").write_text(json.dumps({**ROWS["vapr"], "chosen": "Write <image> here.", "edits": None}))
     with pytest.raises(UserError, match="stands in a text, where this format would take it for an image"):
         convert(read_pairs(folder / "in.jsonl"), "ms-swift", folder / "out.jsonl")
+
+
+PLAIN = {"prompt": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}
+
+
+@pytest.mark.parametrize("changes", [{"image": "cat.png"}, {"images": [], "image": "cat.png"}, {"images": ["cat.png"], "image": "cat.png"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["vapr", "trl", "povid", "mmpr", "mm-rlhf", "ms-swift", "vlfeedback", "llama-factory"])
+def test_no_format_drops_an_image(folder, name, changes):
+    row = {key: value for key, value in ROWS[name].items() if key not in ("images", "image", "img_path")}
+    (folder / "in.jsonl").write_text(json.dumps({**row, **changes}))
+    assert [pair.images for pair in read_pairs(folder / "in.jsonl", format=name)] == [(folder / "cat.png",)]
+
+
+def test_two_kinds_of_images_are_no_guess(folder):
+    (folder / "in.jsonl").write_text(json.dumps({**PLAIN, "images": ["cat.png"], "image": "dog.png"}))
+    with pytest.raises(UserError, match="both 'images' and 'image' hold images; leave one out"):
+        read_pairs(folder / "in.jsonl")
+
+
+@pytest.mark.parametrize("name", ["trl", "mmpr", "rlaif-v", "ms-swift", "povid", "mm-rlhf"])
+def test_rows_with_a_video_are_refused(folder, name):
+    (folder / "in.jsonl").write_text(json.dumps({**ROWS[name], "image": None, "videos": ["a.mp4"]}))
+    with pytest.raises(UserError, match=r"in.jsonl:1: 'videos' rows are not supported"):
+        read_pairs(folder / "in.jsonl", format=name)
+
+
+def test_columns_with_a_format_rename_its_keys_and_keep_the_rest(folder):
+    row = {key: value for key, value in ROWS["mmpr"].items() if key != "question"}
+    (folder / "in.jsonl").write_text(json.dumps({**row, "ask": QUESTION}))
+    [pair] = read_pairs(folder / "in.jsonl", format="mmpr", columns={"question": "ask"})
+    assert pair.images == (folder / "cat.png",)
+
+
+def test_images_of_globbed_files_start_at_each_files_own_folder(folder, png):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "1.png").write_bytes(png)
+        (folder / name / "p.jsonl").write_text(json.dumps({**PLAIN, "images": ["1.png"]}))
+    assert [pair.images[0].parent.name for pair in read_pairs(f"{folder}/*/p.jsonl")] == ["a", "b"]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_images_of_a_tar_sample_keep_the_rows_order_or_that_of_their_numbers(folder, png):
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.json", json.dumps({**PLAIN, "images": ["a.y.png", "a.x.png"]}).encode())
+        add(tar, "a.x.png", b"x")
+        add(tar, "a.y.png", b"y")
+        add(tar, "b.json", json.dumps(PLAIN).encode())
+        for number in (0, 1, 10, 2):
+            add(tar, f"b.{number}.png", str(number).encode())
+        add(tar, "c.json", json.dumps({**ROWS["seva"], "image_id": "9"}).encode())
+        add(tar, "c.png", png)
+    assert [pair.images for pair in read_pairs(folder / "s.tar", format="trl", on_bad_row="skip")[:2]] == [
+        (b"y", b"x"),
+        (b"0", b"1", b"2", b"10"),
+    ]
+    assert read_pairs(folder / "s.tar", format="seva", on_bad_row="skip")[2].images == (png,)
+
+
+def test_splits_are_not_mixed(folder):
+    for name in ("train", "test"):
+        (folder / f"{name}-00000-of-00001.jsonl").write_text(json.dumps({**PLAIN, "id": name}))
+    assert [pair.id for pair in read_pairs(folder)] == ["train"]
+    assert [pair.id for pair in read_pairs(folder, split="test")] == ["test"]
+    with pytest.raises(UserError, match="no file of split 'validation'; there are test, train"):
+        read_pairs(folder, split="validation")
+
+
+def test_a_parquet_file_written_again_within_its_time_is_read_again(tmp_path):
+    import os
+
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for text in ("old", "new"):
+        parquet.write_table(pa.Table.from_pylist([{**PLAIN, "chosen": text}]), tmp_path / "p.parquet")
+        os.utime(tmp_path / "p.parquet", (1, 1))
+        [pair] = read_pairs(tmp_path / "p.parquet")
+        assert pair.chosen[0]["content"][0]["text"] == text
+
+
+def test_other_peoples_columns_that_resemble_ours_are_no_mistake(folder):
+    (folder / "in.jsonl").write_text(
+        json.dumps({**PLAIN, "id": "1", "prompt_id": "x", "chosen_score": 3, "weights": 1})
+    )
+    with pytest.raises(UserError, match="unknown key 'weights'; did you mean 'weight'"):
+        read_pairs(folder / "in.jsonl")
+    (folder / "in.jsonl").write_text(json.dumps({**PLAIN, "id": "1", "ids": [1], "prompt_id": "x", "chosen_ids": [2]}))
+    assert len(list(read_pairs(folder / "in.jsonl"))) == 1
+
+
+def test_keys_that_convert_cannot_carry_are_counted(folder):
+    (folder / "in.jsonl").write_text(json.dumps({**PLAIN, "id": "1", "provenance": {"a": 1}, "licence": "MIT"}))
+    lost = convert(read_pairs(folder / "in.jsonl"), "vapr", folder / "out.jsonl")["lost"]
+    assert lost == {"provenance": 1, "licence": 1}

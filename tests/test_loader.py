@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vapr.config import Config, PackingConfig
+from vapr.errors import UserError
 from vapr.loader import PairLoader, open_loader
 from vapr.model import load_model_config
 from vapr.pairs import Pairs, open_sets, write_pairs
@@ -53,6 +54,41 @@ def test_weights_say_how_often_a_row_is_seen_in_an_epoch(two_sets, workers):
     assert epochs[0] != epochs[1]  # another half
     assert Counter(n for e in range(40) for n in loader.order(e).tolist() if n < 10).keys() == set(range(10))
     assert sorted(loader.once().order(0).tolist()) == list(range(14))
+
+
+def test_part_of_a_set_is_another_part_each_epoch_until_all_was_seen(two_sets, workers):
+    for shuffle in (True, False):
+        loader = loader_of(mixed(two_sets, 0.2, 1), workers, shuffle=shuffle)
+        seen = [[n for n in loader.order(epoch).tolist() if n < 10] for epoch in range(5)]
+        assert all(len(part) == 2 for part in seen) and sorted(n for part in seen for n in part) == list(range(10))
+
+
+def test_a_weight_counts_the_rows_of_a_source_not_of_each_file(tmp_path, workers):
+    for number in range(20):
+        write_pairs(tmp_path / f"{number:02d}.jsonl", [{**ROW, "id": f"{number}-{n}"} for n in range(2)])
+    loader = loader_of(Pairs(open_sets(tmp_path, weight=0.25)), workers)
+    assert loader.pairs_per_epoch == 10 and len(set(loader.order(0).tolist())) == 10
+
+
+def test_a_weight_that_leaves_no_row_is_refused(two_sets, tiny, workers):
+    config = config_for(tiny, {"train": {"path": str(two_sets / "b.jsonl"), "weight": 0.1}})
+    with pytest.raises(UserError, match="weight 0.1 of 4 rows is less than one row an epoch; raise it"):
+        open_loader(config, "train", workers)
+
+
+def test_the_order_by_image_does_not_depend_on_where_the_images_lie(tmp_path, workers, monkeypatch):
+    orders = []
+    for place in ("x", "y"):
+        folder = tmp_path / place
+        folder.mkdir()
+        for name in "abcdef":
+            (folder / f"{name}.png").write_bytes(b"any")
+        write_pairs(
+            folder / "pairs.jsonl", [{**ROW, "id": str(n), "images": [f"{'abcdef'[n % 6]}.png"]} for n in range(30)]
+        )
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{place}"))
+        orders.append(loader_of(Pairs(open_sets(folder / "pairs.jsonl")), workers, share="image").order(1).tolist())
+    assert orders[0] == orders[1]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(two_sets, workers):

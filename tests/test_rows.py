@@ -107,3 +107,45 @@ def test_an_index_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"cache/vapr/index/.*: cannot be written"):
         open_rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}\n,\n]', "a.json:3: not valid JSON"),
+        ('[{"a": 1} {"b": 2}]', "a.json:1: not valid JSON (expected ',' or ']' at column 11)"),
+        ('[{"a": 1},', "a.json:1: not valid JSON"),
+        ('[{"a": "\n"}]', "a.json:1: not valid JSON (Invalid control character"),
+        ("[" * 100_000, "a.json:1: maximum recursion depth exceeded"),
+        ("[" + "9" * 5000 + "]", "a.json:1: Exceeds the limit"),
+    ],
+    ids=["comma at the end", "no comma", "no end", "control character", "deep", "huge number"],
+)
+def test_a_broken_list_is_named_by_line(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        open_rows(tmp_path / "a.json")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_holds_whatever_json_holds(tmp_path):
+    text = '[ {"a": NaN, "b": 18446744073709551616, "c": "\\ud83d"} , 7, [ ] ]\n'
+    (tmp_path / "a.json").write_text(text)
+    first, *rest = [open_rows(tmp_path / "a.json")[n] for n in range(3)]
+    assert first["b"] == 2**64 and first["c"] == "\ud83d" and first["a"] != first["a"] and rest == [7, []]
+
+
+def test_a_damaged_copy_of_a_list_is_made_again(tmp_path, index_folder):
+    (tmp_path / "a.json").write_text(json.dumps([{"n": n} for n in range(10)]))
+    open_rows(tmp_path / "a.json")
+    [copy] = index_folder.glob("*.jsonl")
+    copy.write_text('{"n": 0}\n')
+    assert len(open_rows(tmp_path / "a.json")) == 10
+
+
+def test_elements_longer_than_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 7)
+    values = [{"text": "x" * n} for n in range(40)] + [12345678901234, "a", None]
+    (tmp_path / "a.json").write_text(json.dumps(values, indent=1))
+    read = open_rows(tmp_path / "a.json")
+    assert [read[n] for n in range(len(read))] == values

@@ -18,9 +18,9 @@ def user_cache() -> Path:
 
 
 def file_identity(path: Path) -> str:
-    """Changes whenever the file is written again: path, inode, size and time."""
+    """Changes whenever the file is written again: path, inode, size and times (of which ctime cannot be set back)."""
     stat = path.stat()
-    return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def files_hash(files: list[Path], memory_file: Path) -> str:

@@ -97,7 +97,8 @@ def images_of(row: Row, *keys: str) -> Any:
         BadRow: if two of them hold images: it is not for us to choose.
     """
     given = [key for key in dict.fromkeys(("images", "image", *keys)) if row.get(key) not in (None, [], "")]
-    if len(given) > 1 and any(row[key] != row[given[0]] for key in given[1:]):
+    values = [row[key] if isinstance(row[key], list) else [row[key]] for key in given]
+    if any(value != values[0] for value in values):
         raise BadRow(f"both '{given[0]}' and '{given[1]}' hold images; leave one out")
     return row[given[0]] if given else None
 
