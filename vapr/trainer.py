@@ -74,13 +74,13 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
     reference = open_reference(config, policy, features, [loader] if held_out is None else [loader, held_out])
 
     extremes = Extremes()
-    start = _resume(run, engine, loader, extremes) if resume else 0
+    start, num_pairs = _resume(run, engine, loader, extremes) if resume else (0, 0)
     log = MetricsLog(run.path, start if resume else None)
     display = Display("train", num_steps, done=start)
     with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
         training = _Training(
             config, run, policy, engine, loader, held_out, reference, features, log, display, extremes, num_steps,
-            start, start,
+            start, start, num_pairs,
         )  # fmt: skip
         if start and training.is_due:
             training.evaluate()  # the run may have ended between the checkpoint and its evaluation
@@ -115,7 +115,7 @@ class _Training:
     num_steps: int  # of the whole run
     done: int  # steps
     saved: int  # steps in the newest checkpoint
-    num_pairs: int = 0  # trained on by this process
+    num_pairs: int  # trained on so far
     began: float = field(default_factory=time.monotonic)  # the step under way
 
     @property
@@ -130,7 +130,7 @@ class _Training:
             self.done += 1
             self.display.advance("every pair of this step was skipped")
             return
-        if self.saved == self.num_pairs == 0 and self.reference is not None:
+        if self.num_pairs == 0 and self.reference is not None:
             _check_first_margin(self.config, self.policy, self.reference, step, self.display)
         values, margins = train_step(
             self.config, self.policy, self.engine, self.reference, step, features=self.features
@@ -151,7 +151,7 @@ class _Training:
 
     def save(self) -> Path:
         """Checkpoint, reference values and the list of skipped pairs; returns the checkpoint's folder."""
-        if self.num_pairs == self.saved == 0 and self.done == self.num_steps:
+        if self.num_pairs == 0 and self.done == self.num_steps:
             first = next(iter(self.loader.skipped.values()))
             raise UserError(f"data.train: every pair was skipped; the first: {first}")
         if self.reference is not None:
@@ -159,7 +159,12 @@ class _Training:
         if self.features is not None:
             self.features.flush()
         _list_skipped(self.run, self.loader, self.held_out)
-        state = {"skipped": self.loader.skipped, "data": self.loader.digest, "extremes": self.extremes.state()}
+        state = {
+            "num_pairs": self.num_pairs,
+            "skipped": self.loader.skipped,
+            "data": self.loader.digest,
+            "extremes": self.extremes.state(),
+        }
         self.saved = self.done
         return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint.keep)
 
@@ -297,12 +302,12 @@ def _check_first_margin(config: Config, policy: Policy, reference: Reference, st
         )
 
 
-def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes) -> int:
-    """Restore the newest whole checkpoint; returns the steps done."""
+def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes) -> tuple[int, int]:
+    """Restore the newest whole checkpoint; returns the steps done and the pairs trained on."""
     folders = checkpoint.list_checkpoints(run.path)
     if not folders:
         print(f"{run.path}: no checkpoint yet; starting from the beginning")
-        return 0
+        return 0, 0
     state = checkpoint.load(folders[-1], engine)
     if state["data"] != loader.digest:
         raise UserError(
@@ -311,7 +316,7 @@ def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes)
     loader.skipped.update(state["skipped"])
     extremes.restore(state["extremes"])
     print(f"{run.path}: resuming after step {state['step']} ({folders[-1].name})")
-    return state["step"]
+    return state["step"], state["num_pairs"]
 
 
 def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path) -> None:
