@@ -212,7 +212,7 @@ def _parts_of_a_step(arm: VaprArm, device: torch.device) -> dict[str, float]:
     for cpu_batch in step.batches:
         batch = cpu_batch.to(device)
         reference = timed("reference_lookup", lambda b=batch: completion_logps(arm.reference.logps(b), b))
-        features = timed("tower", lambda b=batch: image_features(policy, b))
+        features = timed("tower", lambda b=batch: image_features(policy, b.images))
         hidden = timed("language_model", lambda b=batch, f=features: hidden_states(policy, b, f))
         rows = gather_rows(hidden, batch.predict_from)
         logps = timed("head", lambda r=rows, b=batch: linear_logps(r, policy.head, b.labels))

@@ -18,9 +18,10 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2VLImageProcessorPil
 from vapr.config import LoraConfig, PolicyConfig
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.model import FAMILIES, Policy, load_policy
-from vapr.pairs import read_pairs, write_pairs
+from vapr.pairs import write_pairs
 from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor
+from vapr.sources import read_pairs
 
 PROMPT_WORDS = 30
 

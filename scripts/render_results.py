@@ -2,7 +2,7 @@
 
     python scripts/render_results.py [FOLDER] [--write README.md | --check README.md]
 
-``--write`` replaces the block between the markers below with the headline (training steps, data as shipped, the arms a
+``--write`` replaces the block between the markers below with the headline (the data path; training steps, data as shipped, the arms a
 reader asks for first); ``--check`` exits 1 if that block is out of date. Without either, every table is printed.
 """
 
@@ -59,7 +59,7 @@ def read_rows(folder: Path) -> list[Row]:
 def render(rows: list[Row]) -> str:
     """Every bench's tables, one after another."""
     parts = []
-    for bench in sorted({row["bench"] for row in rows}):
+    for bench in sorted({row["bench"] for row in rows}, reverse=True):  # training steps first
         of_bench = [row for row in rows if row["bench"] == bench]
         tables = {"train_step": train_step_tables, "data_path": data_path_tables}.get(bench)
         parts += tables(of_bench) if tables else plain_tables(bench, of_bench)
@@ -67,6 +67,8 @@ def render(rows: list[Row]) -> str:
 
 
 def is_headline(row: Row) -> bool:
+    if row["bench"] == "data_path":
+        return row["rows"] in (1_000, 1_000_000)
     return row["bench"] == "train_step" and row["data"] == "as shipped" and row["arm"] in HEADLINE_ARMS
 
 
@@ -112,7 +114,7 @@ def data_path_tables(rows: list[Row]) -> list[str]:
     cases = newest_run(rows, ("device", "rows", "provider"))
     tables = []
     for device in dict.fromkeys(key[0] for key in cases):
-        lines = [["rows in file", "provider", "pairs/s", "first step s", "resident MiB", "commit"]]
+        lines = [["rows in file", "provider", "pairs/s", "seconds to first step", "resident MiB", "commit"]]
         for (_, num_rows, provider), group in sorted(item for item in cases.items() if item[0][0] == device):
             last = group[-1]
             numbers = [last.get("absent", ""), "", ""]

@@ -13,8 +13,9 @@ import torch
 
 from vapr.config import Config
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.pairs import read_pairs, write_pairs
+from vapr.pairs import write_pairs
 from vapr.preference_pair import PreferencePair
+from vapr.sources import read_pairs
 
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")

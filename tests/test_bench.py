@@ -13,7 +13,7 @@ from bench import data_arms, data_path
 from bench import record as rec
 from bench.arms import VaprArm
 from bench.data_rows import DataFolder
-from bench.train_step import agreement
+from bench.train_step import _parts_of_a_step, agreement
 from bench.workloads import SHAPES, WORKLOADS, Subject
 
 CPU = torch.device("cpu")
@@ -233,3 +233,14 @@ def test_gpu_check_of_packing_in_bf16(gpu_checks, model, tmp_path):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_gpu_check_of_a_training_step(gpu_checks, family, tiny, photo_pairs, tmp_path, lora):
     gpu_checks.check_training_step(tiny(family), photo_pairs[:8], tmp_path, CPU, "float32", family, lora=lora)
+
+
+def test_the_parts_of_a_step_are_timed_one_by_one(gpu_checks, tmp_path):
+    subject = Subject(gpu_checks.shrink(SHAPES["small-qwen2.5-vl"], 1, 2), tmp_path, CPU)
+    arm = VaprArm(subject, subject.pairs(WORKLOADS["answers"], 4), 2, share="pair", cached=True)
+    arm.start(prebuilt=False)
+    parts = _parts_of_a_step(arm, CPU)
+    assert list(parts) == [
+        "data_wait", "reference_lookup", "tower", "language_model", "head", "backward", "optimizer",
+    ]  # fmt: skip
+    assert all(seconds > 0 for seconds in parts.values())

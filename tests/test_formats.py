@@ -13,8 +13,8 @@ from vapr.config import Config
 from vapr.convert import convert
 from vapr.errors import UserError
 from vapr.formats import FORMAT_NAMES, detect
-from vapr.pairs import open_sets, read_pairs
 from vapr.preference_pair import PreferencePair
+from vapr.sources import open_sets, read_pairs
 
 QUESTION, CHOSEN, REJECTED = "What animal is this?", "A grey cat.", "A grey dog."
 

@@ -10,8 +10,9 @@ from vapr.config import Config, PackingConfig
 from vapr.errors import UserError
 from vapr.loader import PairLoader, open_loader
 from vapr.model import load_model_config
-from vapr.pairs import Pairs, open_sets, write_pairs
+from vapr.pairs import Pairs, write_pairs
 from vapr.processor import Processor
+from vapr.sources import open_sets
 from vapr.survey import stops_training, survey
 from vapr.workers import Workers
 

@@ -33,6 +33,7 @@ def imports(path: Path) -> set[str]:
         ("deepspeed", {"vapr/engine.py"}),
         ("vllm", {"vapr/editing", "vapr/evaluation/generate.py"}),
         ("click", {"vapr/cli.py"}),
+        ("datasets", {"vapr/tables.py"}),
         ("pickle", {"vapr/workers.py"}),  # between a process and its own child; never in a file
     ],
 )

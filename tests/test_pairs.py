@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from vapr.errors import UserError
-from vapr.pairs import read_pairs, write_pairs
+from vapr.pairs import write_pairs
 from vapr.preference_pair import Edit
+from vapr.sources import read_pairs
 
 ROW = {
     "id": "a",

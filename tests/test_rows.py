@@ -11,6 +11,7 @@ from vapr import rows
 from vapr.cache import user_cache
 from vapr.errors import BadRow, UserError
 from vapr.rows import open_rows
+from vapr.tables import open_table
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_parquet_files_are_one_table(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     for name, values in (("a", [1, 2]), ("b", [3]), ("c", [4, 5])):
         parquet.write_table(pa.table({"n": values}), tmp_path / f"{name}.parquet", row_group_size=1)
-    read = rows.open_table(sorted(tmp_path.glob("*.parquet")))
+    read = open_table(sorted(tmp_path.glob("*.parquet")))
     assert [read[n]["n"] for n in range(len(read))] == [1, 2, 3, 4, 5]
     assert [read.where(n).rsplit("/", 1)[1] for n in range(5)] == [
         "a.parquet:1",

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from vapr.errors import UserError as UserError
     from vapr.model import load_policy as load_policy
     from vapr.packing import pack as pack
-    from vapr.pairs import read_pairs as read_pairs
     from vapr.processor import Processor as Processor
+    from vapr.sources import read_pairs as read_pairs
     from vapr.trainer import train as train
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOMES = {
     "UserError": "vapr.errors",
     "load_policy": "vapr.model",
     "pack": "vapr.packing",
-    "read_pairs": "vapr.pairs",
+    "read_pairs": "vapr.sources",
     "Processor": "vapr.processor",
     "train": "vapr.trainer",
 }

@@ -150,7 +150,7 @@ def convert(
     subset: str | None, on_bad_row: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the pairs of SOURCE (file, folder, glob or hub id) in another format."""
-    from vapr import convert, pairs
+    from vapr import convert, sources
 
     mapped = {}
     for text in columns:
@@ -158,7 +158,7 @@ def convert(
         if not equals or not key or not column:
             raise UserError(f"--column {text}: write --column prompt=question")
         mapped[key] = column
-    opened = pairs.read_pairs(
+    opened = sources.read_pairs(
         source, format=name, columns=mapped or None, image_root=image_root, split=split, subset=subset,
         on_bad_row=on_bad_row,
     )  # fmt: skip

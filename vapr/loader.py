@@ -16,9 +16,10 @@ import numpy as np
 from vapr.config import Config, PackingConfig
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.packing import PackedBatch, count_tokens, pack
-from vapr.pairs import NO_IMAGE, Pairs, open_sets
+from vapr.pairs import NO_IMAGE, Pairs
 from vapr.preference_pair import PreferencePair
 from vapr.processor import TokenizedPair
+from vapr.sources import open_sets
 from vapr.workers import Result, Workers
 
 LOOKAHEAD = 64

@@ -148,14 +148,9 @@ def _fill(
                 _tell(label, cache.messages, display.say)
             if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 saved = time.monotonic()
+                note = {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped}
                 for cache in caches:
                     cache.flush()
-                    note = {
-                        "steps": number,
-                        "images": images.hexdigest(),
-                        "shards": cache.shards,
-                        "skipped": loader.skipped,
-                    }
                     with written_whole(cache.folder / name) as file:
                         file.write(json.dumps({**note, "shards": cache.shards}).encode())
 

@@ -22,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.config import TokenWeights
-from vapr.errors import BadRow, UserError
+from vapr.errors import BadRow, UserError, one_line
 from vapr.preference_pair import Message, PreferencePair
 
 MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
@@ -87,7 +87,7 @@ class Processor:
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{model}: tokenizer or image processor does not load ({_one_line(error)})") from None
+            raise UserError(f"{model}: tokenizer or image processor does not load ({one_line(error)})") from None
         self.chat_template = self._settings.get("chat_template") or self.tokenizer.chat_template
         if not self.chat_template:
             raise UserError(f"{model}: no chat template (chat_template.jinja or tokenizer_config.json)")
@@ -145,7 +145,7 @@ class Processor:
         try:
             out = self.image_processor(images=[image], return_tensors="np")
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
-            raise UserError(f"image {_name(source)} is refused by the image processor: {_one_line(error)}") from None
+            raise UserError(f"image {_name(source)} is refused by the image processor: {one_line(error)}") from None
         pixels = np.ascontiguousarray(out["pixel_values"])
         grid = None
         if "image_grid_thw" in out:
@@ -317,13 +317,13 @@ def read_image(source: Path | bytes) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
             return (upright or image).convert("RGB")
     except Image.DecompressionBombError as error:
-        raise UserError(f"image {name} may be a decompression bomb: {_one_line(error)}") from None
+        raise UserError(f"image {name} may be a decompression bomb: {one_line(error)}") from None
     except UnidentifiedImageError:
         raise UserError(f"image {name} is not an image file") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"image {name} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"image {name} cannot be read: {one_line(error)}") from None
 
 
 class _RecentImages:
@@ -358,7 +358,7 @@ def _image_key(source: Path | bytes) -> object:
     try:
         stat = source.stat()
     except OSError as error:
-        raise UserError(f"image {source} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
     return str(source), stat.st_size, stat.st_mtime_ns
 
 
@@ -369,7 +369,7 @@ def _resolve_backend(wanted: str) -> str:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         if wanted == "torchvision":
-            raise UserError(f"data.image_backend: torchvision does not import ({_one_line(error)})") from None
+            raise UserError(f"data.image_backend: torchvision does not import ({one_line(error)})") from None
         return "pil"
     return "torchvision"
 
@@ -387,7 +387,3 @@ def _load_image_processor(model: str, backend: str) -> Any:
 
 def _name(source: Path | bytes) -> str:
     return "in the row" if isinstance(source, bytes) else f"'{source}'"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

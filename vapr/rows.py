@@ -1,4 +1,4 @@
-"""Rows of a data file by number, without holding the file: an index of places for text and tar, Arrow for tables.
+"""Rows of a text file or tar shard by number, without holding the file: an index of places.
 
 An index is built the first time a file is seen, in one pass, and kept in the user's cache folder; after that opening a
 file of a million rows takes as long as opening one of ten.
@@ -10,10 +10,8 @@ import itertools
 import json
 import os
 import re
-import sys
 import tarfile
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -21,11 +19,10 @@ from zlib import crc32
 
 import numpy as np
 
-from vapr.cache import file_identity, files_hash, user_cache, written_whole
-from vapr.errors import BadRow, UserError
+from vapr.cache import file_identity, user_cache, written_whole
+from vapr.errors import BadRow, UserError, one_line
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
-TABLES = (".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".json", ".tar")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -45,7 +42,7 @@ class Rows(Protocol):
 
 
 def open_rows(file: Path) -> Rows:
-    """Open a .jsonl, .json, .parquet, .arrow or .tar file.
+    """Open a .jsonl, .json or .tar file; tables are opened by :mod:`vapr.tables`.
 
     Raises:
         UserError: naming the file, if it is of another kind, cannot be read, or the index cannot be written.
@@ -59,8 +56,6 @@ def open_rows(file: Path) -> Rows:
             return TarSamples(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-    if file.suffix in TABLES:
-        return open_table([file])
     raise UserError(f"{file}: unknown file type; use {', '.join(SUFFIXES)}")
 
 
@@ -97,7 +92,7 @@ class JsonLines:
         except RecursionError:
             raise BadRow("not a row: JSON nested too deeply") from None
         except ValueError as error:  # a number of thousands of digits
-            raise BadRow(f"not readable as JSON ({_one_line(error)})") from None
+            raise BadRow(f"not readable as JSON ({one_line(error)})") from None
 
     def where(self, number: int) -> str:
         return f"{self._name}:{number + 1 if self._by_row else int(self._index[number][2])}"
@@ -169,7 +164,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
+            raise UserError(f"{path}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(whole, dict) or not whole or not all(_is_description(value) for value in whole.values()):
         raise UserError(f"{path}: a .json file of pairs is one list of rows")
     for image_id, answers in whole.items():
@@ -215,7 +210,7 @@ def _list_elements(file: IO[str], path: Path) -> Iterator[Any]:
             except json.JSONDecodeError as error:
                 problem, failed_at = error.msg, error.pos
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{lines_before + text.count(chr(10), 0, at) + 1}: {_one_line(error)}") from None
+                raise UserError(f"{path}:{lines_before + text.count(chr(10), 0, at) + 1}: {one_line(error)}") from None
         more = file.read(max(BLOCK, len(text)))  # twice as much each time: a long element is parsed only a few times
         if not more:
             place = failed_at if problem != f"expected {wanted}" else at
@@ -262,7 +257,7 @@ class TarSamples:
         try:
             row = json.loads(sample["row"])
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"'{sample['key']}.json' is not valid JSON ({_one_line(error)})") from None
+            raise BadRow(f"'{sample['key']}.json' is not valid JSON ({one_line(error)})") from None
         if not isinstance(row, dict):
             raise BadRow(f"'{sample['key']}.json' must hold an object")
         row.setdefault("id", sample["key"])
@@ -321,122 +316,3 @@ def _sample_key(member: tarfile.TarInfo) -> str:
     folder, _, name = member.name.rpartition("/")
     stem = name.split(".", 1)[0]
     return f"{folder}/{stem}" if folder else stem
-
-
-class Table:
-    """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped.
-
-    Args:
-        dataset: the data set.
-        digest: hash of its content.
-        names: what to name a row's place after, and the number of rows of each.
-    """
-
-    def __init__(self, dataset: Any, digest: str, names: list[tuple[str, int]]) -> None:
-        self._rows = dataset.with_format("arrow")  # images stay encoded
-        self.digest = digest
-        self._names = [name for name, _ in names]
-        self._starts = [0, *itertools.accumulate(size for _, size in names)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self._rows[number].to_pylist()[0]
-        except UnicodeDecodeError:
-            raise BadRow("not UTF-8 text") from None
-
-    def where(self, number: int) -> str:
-        part = bisect_right(self._starts, number, hi=len(self._names)) - 1
-        return f"{self._names[part]}:{number - self._starts[part] + 1}"
-
-
-def open_table(files: list[Path]) -> Table:
-    """Open parquet files, or Arrow files, as one table. ``datasets`` turns parquet into Arrow in its cache, once.
-
-    Raises:
-        UserError: naming the file that cannot be read, or the library that is missing.
-    """
-    datasets = _datasets()
-    import pyarrow
-    import pyarrow.parquet
-
-    sizes, parts = [], []
-    for file in files:
-        try:
-            if file.suffix == ".parquet":
-                sizes.append((str(file), pyarrow.parquet.read_metadata(file).num_rows))
-            else:
-                parts.append(_open_arrow(datasets, file))
-                sizes.append((str(file), len(parts[-1])))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({_one_line(error)})") from None
-    digest = files_hash(files, user_cache() / "index" / "files.json")
-    try:
-        if parts:
-            dataset = datasets.concatenate_datasets(parts)
-        else:  # by content: the library itself would take a file of the same name and time for the same
-            folder = str(user_cache() / "tables" / digest[:24])
-            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=folder)
-    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{files[0]}: cannot be read as a table ({_one_line(cause)})") from None
-    return Table(dataset, digest, sizes)
-
-
-def _open_arrow(datasets: Any, file: Path) -> Any:
-    import pyarrow
-
-    try:
-        return datasets.Dataset.from_file(str(file))
-    except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
-        return datasets.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
-
-
-def open_saved(folder: Path, split: str) -> Table:
-    """Open a folder written by ``save_to_disk`` of the ``datasets`` library."""
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a readable saved data set ({_one_line(error)})") from None
-    return _one_split(datasets, dataset, str(folder), split)
-
-
-def open_hub(name: str, subset: str | None, split: str) -> Table:
-    """Load a data set of the Hugging Face hub, or of its cache on this machine.
-
-    Raises:
-        UserError: if there is none of that name, or it cannot be reached.
-    """
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # noqa: BLE001 - the library raises whatever its network and parsers raise
-        raise UserError(
-            f"{name}: no such file or folder here, and the hub gave no data set of that name ({_one_line(error)})"
-        ) from None
-    return _one_split(datasets, dataset, name, split)
-
-
-def _one_split(datasets: Any, dataset: Any, name: str, split: str) -> Table:
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise UserError(f"{name}: no split '{split}'; there are {', '.join(dataset)}")
-        dataset = dataset[split]
-    return Table(dataset, dataset._fingerprint, [(name, len(dataset))])
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("tables and hub data sets need the datasets library; pip install 'vapr[data]'") from None
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

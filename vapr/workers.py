@@ -66,6 +66,7 @@ class Workers:
         self._turns = itertools.cycle(range(max(count, 1)))
         processor.remember_images(RECENT_IMAGES_BYTES // max(count, 1))
         self._workers = [_Worker(processor, token_weights, say) for _ in range(count)]
+        self._end = weakref.finalize(self, _close, self._workers)  # also where nobody says close()
 
     @property
     def process_ids(self) -> list[int]:
@@ -83,14 +84,18 @@ class Workers:
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
-            worker.close()
+        self._end()
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _close(workers: "list[_Worker]") -> None:
+    for worker in workers:
+        worker.close()
 
 
 class _Worker:

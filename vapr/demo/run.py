@@ -23,8 +23,9 @@ from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.display import Display
 from vapr.errors import UserError
 from vapr.model import load_model_config
-from vapr.pairs import read_pairs, write_pairs
+from vapr.pairs import write_pairs
 from vapr.processor import Processor, TokenizedPair
+from vapr.sources import read_pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

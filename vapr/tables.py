@@ -1,0 +1,127 @@
+"""Rows of parquet and Arrow files and of hub data sets by number: the only door to the datasets library."""
+
+import itertools
+import sys
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+from vapr.cache import files_hash, user_cache
+from vapr.errors import BadRow, UserError, one_line
+
+TABLES = (".parquet", ".arrow")
+
+
+class Table:
+    """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped.
+
+    Args:
+        dataset: the data set.
+        digest: hash of its content.
+        names: what to name a row's place after, and the number of rows of each.
+    """
+
+    def __init__(self, dataset: Any, digest: str, names: list[tuple[str, int]]) -> None:
+        self._rows = dataset.with_format("arrow")  # images stay encoded
+        self.digest = digest
+        self._names = [name for name, _ in names]
+        self._starts = [0, *itertools.accumulate(size for _, size in names)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._rows[number].to_pylist()[0]
+        except UnicodeDecodeError:
+            raise BadRow("not UTF-8 text") from None
+
+    def where(self, number: int) -> str:
+        part = bisect_right(self._starts, number, hi=len(self._names)) - 1
+        return f"{self._names[part]}:{number - self._starts[part] + 1}"
+
+
+def open_table(files: list[Path]) -> Table:
+    """Open parquet files, or Arrow files, as one table. ``datasets`` turns parquet into Arrow in its cache, once.
+
+    Raises:
+        UserError: naming the file that cannot be read, or the library that is missing.
+    """
+    datasets = _datasets()
+    import pyarrow
+    import pyarrow.parquet
+
+    sizes, parts = [], []
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                sizes.append((str(file), pyarrow.parquet.read_metadata(file).num_rows))
+            else:
+                parts.append(_open_arrow(datasets, file))
+                sizes.append((str(file), len(parts[-1])))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({one_line(error)})") from None
+    digest = files_hash(files, user_cache() / "index" / "files.json")
+    try:
+        if parts:
+            dataset = datasets.concatenate_datasets(parts)
+        else:  # by content: the library itself would take a file of the same name and time for the same
+            folder = str(user_cache() / "tables" / digest[:24])
+            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=folder)
+    except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{files[0]}: cannot be read as a table ({one_line(cause)})") from None
+    return Table(dataset, digest, sizes)
+
+
+def _open_arrow(datasets: Any, file: Path) -> Any:
+    import pyarrow
+
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
+        return datasets.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
+
+
+def open_saved(folder: Path, split: str) -> Table:
+    """Open a folder written by ``save_to_disk`` of the ``datasets`` library."""
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable saved data set ({one_line(error)})") from None
+    return _one_split(datasets, dataset, str(folder), split)
+
+
+def open_hub(name: str, subset: str | None, split: str) -> Table:
+    """Load a data set of the Hugging Face hub, or of its cache on this machine.
+
+    Raises:
+        UserError: if there is none of that name, or it cannot be reached.
+    """
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # noqa: BLE001 - the library raises whatever its network and parsers raise
+        raise UserError(
+            f"{name}: no such file or folder here, and the hub gave no data set of that name ({one_line(error)})"
+        ) from None
+    return _one_split(datasets, dataset, name, split)
+
+
+def _one_split(datasets: Any, dataset: Any, name: str, split: str) -> Table:
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{name}: no split '{split}'; there are {', '.join(dataset)}")
+        dataset = dataset[split]
+    return Table(dataset, dataset._fingerprint, [(name, len(dataset))])
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("tables and hub data sets need the datasets library; pip install 'vapr[data]'") from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
