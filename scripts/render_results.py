@@ -2,8 +2,9 @@
 
     python scripts/render_results.py [FOLDER] [--write README.md | --check README.md]
 
-``--write`` replaces the block between the markers below with the headline (the data path; training steps, data as shipped, the arms a
-reader asks for first); ``--check`` exits 1 if that block is out of date. Without either, every table is printed.
+``--write`` replaces the block between the markers below with the headline (training steps, data as shipped, the arms a
+reader asks for first; the data path at its ends); ``--check`` exits 1 if that block is out of date. Without either,
+every table is printed.
 """
 
 import argparse
