@@ -220,6 +220,7 @@ class Pairs(Sequence[PreferencePair]):
 
 
 def source_name(rows: Rows) -> str:
+    """The file or data set that rows are from."""
     return rows.where(0).rsplit(":", 1)[0]
 
 
