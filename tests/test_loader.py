@@ -171,3 +171,11 @@ def test_the_survey_counts(tiny, tmp_path, photo_root):
     assert "nothing.png" in stops_training(config, result) or "tokens" in stops_training(config, result)
     skipping = config_for(tiny, {**data, "on_bad_row": "skip", "too_long": "skip"}, packing={"max_tokens": 1000})
     assert stops_training(skipping, survey(skipping)) is None
+
+
+def test_a_pair_with_two_images_shares_nothing_in_the_survey(tiny, tmp_path, photo_root):
+    row = {**ROW, "rejected": ROW["chosen"], "images": ["coffee.png"], "rejected_images": ["rocket.jpg"]}
+    write_pairs(tmp_path / "pairs.jsonl", [row])
+    result = survey(config_for(tiny, {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root)}))
+    assert sum(result["tokens"].values()) == result["sharing"]["tokens_unshared"]
+    assert result["tokens"]["answers' common beginning"] == 0 and result["images"] == 2

@@ -133,7 +133,8 @@ class DataConfig:
     """What happens to a row or image that cannot be used."""
 
     def __post_init__(self) -> None:
-        _check(self.workers is None or self.workers >= 0, "data.workers", "at least 0 or null", self.workers)
+        few = self.workers is None or 0 <= self.workers <= 128
+        _check(few, "data.workers", "null or at least 0 and at most 128", self.workers)
         for name in ("train", "eval"):
             _check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
         for source in (*self.sources("train"), *self.sources("eval")):

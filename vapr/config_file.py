@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 
 from vapr.errors import UserError
+from vapr.formats import FORMAT_NAMES
 
 Parsed = TypeVar("Parsed")
 
@@ -105,6 +106,8 @@ def _first_problem(config: Any, problems: list[Any], single_loss: bool) -> str:
         return str(problem["ctx"]["error"])  # our own sentence, which names the key
     if problem["type"] == "dataclass_type" and key not in SHAPES:
         return f"{key}: a mapping of keys to values is needed here, got {problem['input']!r:.40}"
+    if key.startswith("data.") and key.endswith(".format"):
+        return f"{key}: should be one of auto, {', '.join(FORMAT_NAMES)}, got {problem['input']!r:.40}"
     message = SHAPES.get(key) or problem["msg"].replace("Input should", "should")
     return f"{key}: {message}, got {problem['input']!r:.40}"
 

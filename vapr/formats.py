@@ -21,6 +21,12 @@ FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
 MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
 """What ``columns`` can name."""
 
+LIKE_IMAGES = (
+    "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "image_id", "img", "imgs",
+    "img_path", "picture", "pictures", "pixel_values",
+)  # fmt: skip
+"""Keys that no one means to train without."""
+
 PLACEHOLDER = "<image>"
 
 
@@ -105,7 +111,11 @@ def images_of(row: Row, *keys: str) -> Any:
 
 def _plain(row: Row) -> Row:
     """vapr's and TRL's rows."""
-    return {**{key: value for key, value in row.items() if key != "image"}, "images": images_of(row)}
+    images = images_of(row)
+    for key in LIKE_IMAGES:
+        if not images and row.get(key):
+            raise BadRow(f"'{key}' looks like an image, but this format has 'images'; map it with data.columns")
+    return {**{key: value for key, value in row.items() if key != "image"}, "images": images}
 
 
 def _columns(row: Row) -> Row:

@@ -151,7 +151,7 @@ def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, l
 
 def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:
     """Pair files in name order; where every one is named after a split, only those of ``split``."""
-    files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file() and file.name[0] != ".")
     if not files:
         raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
     names = [match[0] if (match := SPLIT_NAME.match(file.name)) else None for file in files]

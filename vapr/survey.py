@@ -70,15 +70,20 @@ class _Counts:
         self._with_images += bool(chosen.images)
         self._several_images += len(chosen.images) > 1
         self._images.update(bytes.fromhex(image.content_hash)[:8] for path in pair.paths for image in path.images)
-        in_images = sum(image.num_tokens for image in chosen.images)
+        sides = [chosen]
+        if [i.content_hash for i in rejected.images] != [i.content_hash for i in chosen.images]:
+            sides.append(rejected)  # another prompt: nothing after its image is shared
+        in_images = sum(image.num_tokens for side in sides for image in side.images)
         answers = [path.input_ids[path.completion_start :] for path in (chosen, rejected)]
         shorter = min(len(answer) for answer in answers)
         differs = np.flatnonzero(answers[0][:shorter] != answers[1][:shorter])
         common = int(differs[0]) if len(differs) else shorter
+        if len(sides) > 1:
+            common = 0
         self._tokens.update(
             {
                 "image": in_images,
-                "prompt text": chosen.completion_start - in_images,
+                "prompt text": sum(side.completion_start for side in sides) - in_images,
                 "answers' common beginning": common,
                 "chosen, rest": len(answers[0]) - common,
                 "rejected, rest": len(answers[1]) - common,
