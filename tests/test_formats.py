@@ -426,6 +426,15 @@ def test_images_of_a_tar_sample_keep_the_rows_order_or_that_of_their_numbers(fol
     assert read_pairs(folder / "s.tar", format="seva", on_bad_row="skip")[2].images == (png,)
 
 
+def test_a_tar_sample_without_a_row_is_one_bad_row(folder, png):
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        add(tar, "a.png", png)
+        add(tar, "b.json", json.dumps(PLAIN).encode())
+    with pytest.raises(UserError, match="s.tar:1: sample 'a' needs one .json member"):
+        read_pairs(folder / "s.tar")
+    assert [pair.id for pair in read_pairs(folder / "s.tar", on_bad_row="skip")] == ["b"]
+
+
 def test_splits_are_not_mixed(folder):
     for name in ("train", "test"):
         (folder / f"{name}-00000-of-00001.jsonl").write_text(json.dumps({**PLAIN, "id": name}))

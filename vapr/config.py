@@ -363,6 +363,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
+        _check(bool(self.run_dir), "run_dir", "a folder", repr(self.run_dir))
         _check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
         if not self.loss:
             raise ValueError("loss: give one loss, or a list of at least one")

@@ -259,6 +259,8 @@ def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
+    if image.startswith(("http://", "https://", "file://", "s3://", "data:")):
+        raise BadRow(f"image {image!r:.60} is a URL; save it to a file first, or give its bytes in parquet")
     path = root / image
     try:
         outside = confined and not path.resolve().is_relative_to(root.resolve())

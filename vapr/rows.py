@@ -254,6 +254,8 @@ class TarSamples:
 
     def __getitem__(self, number: int) -> Any:
         sample = self._samples[number]
+        if not sample["row"]:
+            raise BadRow(f"sample '{sample['key']}' needs one .json member, with something in it")
         try:
             row = json.loads(sample["row"])
         except (ValueError, RecursionError) as error:
@@ -289,9 +291,7 @@ def _tar_samples(path: Path) -> Iterator[dict[str, Any]]:
             for key, members in itertools.groupby(_tar_files(tar), key=_sample_key):
                 files = sorted(members, key=lambda member: _by_number(member.name))
                 texts = [member for member in files if member.name.endswith(".json")]
-                if len(texts) != 1:
-                    raise UserError(f"{path}: sample '{key}' has {len(texts)} .json members; it needs one")
-                text = tar.extractfile(texts[0]).read().decode("utf-8")  # type: ignore[union-attr]
+                text = tar.extractfile(texts[0]).read().decode("utf-8") if len(texts) == 1 else ""  # type: ignore[union-attr]
                 images = [(m.name, m.offset_data, m.size) for m in files if m.name.lower().endswith(PICTURES)]
                 yield {"key": key, "row": text, "images": images}
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
