@@ -195,6 +195,15 @@ def test_images_in_bytes_become_files_beside_a_text_file(folder, png):
     assert row["images"][0].startswith("out_images/") and (folder / row["images"][0]).read_bytes() == png
 
 
+def test_converting_leaves_the_prompts_text_as_it_was(folder):
+    (folder / "in.jsonl").write_text(json.dumps(ROWS["ms-swift"]))
+    for to, key in (("ms-swift", "messages"), ("llama-factory", "conversations"), ("povid", "conversations")):
+        convert(read_pairs(folder / "in.jsonl"), to, folder / f"{to}.json")
+        [row] = json.loads((folder / f"{to}.json").read_text())
+        first = row[key][0].get("content", row[key][0].get("value"))
+        assert first == (f"<image>\n{QUESTION}" if to == "povid" else f"<image>{QUESTION}")  # LLaVA's own custom
+
+
 def test_llama_factory_finds_the_written_file(folder):
     (folder / "in.jsonl").write_text(json.dumps(ROWS["vapr"]))
     convert(read_pairs(folder / "in.jsonl"), "llama-factory", folder / "lf" / "mine.json")

@@ -229,7 +229,7 @@ def _povid(pair: PreferencePair, names: Names) -> dict[str, Any]:
     _same_images(pair, "povid")
     if len(pair.images) > 1:
         raise BadRow(f"povid rows show one image; this pair has {len(pair.images)}")
-    prompt = _llava_turns(pair.prompt)
+    prompt = _llava_turns(pair.prompt, own_line=True)
     if prompt[0]["from"] == "system":
         raise BadRow("povid rows have no system turn")
     row = {
@@ -251,19 +251,24 @@ def _one_answer(completion: tuple[Message, ...]) -> tuple[Message, ...]:
     return completion
 
 
-def _llava_turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+def _llava_turns(messages: tuple[Message, ...], *, own_line: bool = False) -> list[dict[str, str]]:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
-    return [{"from": names[message["role"]], "value": _text([message])} for message in messages]
+    return [{"from": names[message["role"]], "value": _text([message], own_line=own_line)} for message in messages]
 
 
-def _text(messages: Any) -> str:
-    """Text of messages with ``<image>`` for every image part, as :func:`vapr.formats.with_image_parts` reads it."""
+def _text(messages: Any, *, own_line: bool = False) -> str:
+    """Text of messages with ``<image>`` for every image part, as :func:`vapr.formats.with_image_parts` reads it.
+
+    That takes one line break beside a placeholder away, so one is added where the text has its own; with ``own_line``,
+    LLaVA's custom, everywhere.
+    """
     text, before = "", None
     for part in (part for message in messages for part in message["content"]):
         if PLACEHOLDER in part.get("text", ""):
             raise BadRow(f"'{PLACEHOLDER}' stands in a text, where this format would take it for an image")
         if before is not None and before["type"] != part["type"]:
-            text += "\n"
+            touching = part["text"][:1] if before["type"] == "image" else text[-1:]
+            text += "\n" if own_line or touching == "\n" else ""
         text += PLACEHOLDER if part["type"] == "image" else part["text"]
         before = part
     return text
