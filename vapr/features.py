@@ -4,7 +4,6 @@ A folder of safetensors shards, written whole and read by memory map. Each featu
 first read. The key covers the processed pixels, the model's weights, the dtype and the kernel path.
 """
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -22,7 +21,7 @@ from vapr.errors import UserError
 from vapr.model import Policy, image_features
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
-from vapr.reference import weights_hash
+from vapr.reference import folder_of_policy
 
 FLUSH_BYTES = 128 * 2**20
 
@@ -41,18 +40,7 @@ class Features:
 
     def __init__(self, policy: Policy, cache_dir: str | None) -> None:
         root = Path(cache_dir) if cache_dir else user_cache() / "features"
-        described = {
-            "weights": weights_hash(policy.folder, root),
-            "dtype": str(policy.dtype),
-            "device": policy.device.type,
-            "attention": policy.attention_backend,
-            "format": 1,
-        }
-        self.folder = root / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"features.cache_dir: {self.folder} cannot be written ({error.strerror})") from None
+        self.folder, _ = folder_of_policy(policy, root, "features.cache_dir", version=1)
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []
@@ -72,9 +60,6 @@ class Features:
     def shards(self) -> list[str]:
         """Names of the files in use."""
         return [path.name for path in self._shards]
-
-    def verify(self) -> None:
-        """Nothing to do ahead: a damaged feature can be computed again at any time."""
 
     def of_batch(self, batch: PackedBatch) -> Tensor:
         """Features of the batch's distinct images laid end to end, as :func:`vapr.model.image_features`."""

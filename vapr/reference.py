@@ -49,19 +49,7 @@ class Reference:
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
-        described = {
-            "weights": weights_hash(policy.folder, root),
-            "dtype": str(policy.dtype),
-            "device": policy.device.type,
-            "attention": policy.attention_backend,
-            "format": 2,
-        }
-        self._salt = json.dumps(described, sort_keys=True).encode()
-        self.folder = root / hashlib.sha256(self._salt).hexdigest()[:16]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"reference.cache_dir: {self.folder} cannot be written ({error.strerror})") from None
+        self.folder, self._salt = folder_of_policy(policy, root, "reference.cache_dir", version=2)
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []
@@ -257,6 +245,34 @@ def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float
         single = pack([pair], "none").to(policy.device)
         alone.append(completion_sums(per_completion(token_logps(policy, single), single), single))
     return float(((torch.cat(alone) - together).abs() / (1 + together.abs())).max())
+
+
+def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> tuple[Path, bytes]:
+    """The cache folder of whatever a policy's frozen weights determine, and what tells it from others.
+
+    Args:
+        policy: whose weights, dtype, device and attention path the values depend on.
+        root: folder of all caches.
+        key: the config's key for ``root``, for the message.
+        version: of the files' format.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    described = {
+        "weights": weights_hash(policy.folder, root),
+        "dtype": str(policy.dtype),
+        "device": policy.device.type,
+        "attention": policy.attention_backend,
+        "format": version,
+    }
+    salt = json.dumps(described, sort_keys=True).encode()
+    folder = root / hashlib.sha256(salt).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written ({error.strerror})") from None
+    return folder, salt
 
 
 def weights_hash(folder: Path, root: Path) -> str:
