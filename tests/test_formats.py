@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vapr import trainer
-from vapr.config import Config
+from vapr.config import Config, SourceConfig
 from vapr.convert import convert
 from vapr.errors import UserError
 from vapr.formats import FORMAT_NAMES, detect
@@ -115,7 +115,7 @@ def test_there_is_a_row_of_every_format():
 @pytest.mark.parametrize("name", ROWS)
 def test_told_apart_and_read(folder, png, name):
     file = write(folder, name, ROWS[name], png)
-    [part] = open_sets(file)
+    [part] = open_sets(SourceConfig(path=str(file)))
     assert part.format == name and detect(ROWS[name]) == name
     [pair] = read_pairs(file)
     assert pair.prompt == ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},)
@@ -211,7 +211,7 @@ def test_llama_factory_finds_the_written_file(folder):
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
     assert info == {"mine": {"file_name": "mine.json", "formatting": "sharegpt", "ranking": True, "columns": columns}}
     (folder / "lf" / "cat.png").write_bytes(b"any")
-    [part] = open_sets(folder / "lf")
+    [part] = open_sets(SourceConfig(path=str(folder / "lf")))
     assert part.format == "llama-factory" and part.as_vapr(0)["chosen"] == {"from": "gpt", "value": CHOSEN}
 
 

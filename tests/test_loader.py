@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vapr.config import Config, PackingConfig
+from vapr.config import Config, PackingConfig, SourceConfig
 from vapr.errors import UserError
 from vapr.loader import PairLoader, open_loader
 from vapr.model import load_model_config
@@ -33,9 +33,13 @@ def two_sets(tmp_path):
     return tmp_path
 
 
+def sets_of(path, **options) -> list:
+    return open_sets(SourceConfig(path=str(path), **options))
+
+
 def mixed(folder, *weights: float) -> Pairs:
     return Pairs(
-        [part for name, w in zip("ab", weights, strict=True) for part in open_sets(folder / f"{name}.jsonl", weight=w)]
+        [part for name, w in zip("ab", weights, strict=True) for part in sets_of(folder / f"{name}.jsonl", weight=w)]
     )
 
 
@@ -67,7 +71,7 @@ def test_part_of_a_set_is_another_part_each_epoch_until_all_was_seen(two_sets, w
 def test_a_weight_counts_the_rows_of_a_source_not_of_each_file(tmp_path, workers):
     for number in range(20):
         write_pairs(tmp_path / f"{number:02d}.jsonl", [{**ROW, "id": f"{number}-{n}"} for n in range(2)])
-    loader = loader_of(Pairs(open_sets(tmp_path, weight=0.25)), workers)
+    loader = loader_of(Pairs(sets_of(tmp_path, weight=0.25)), workers)
     assert loader.pairs_per_epoch == 10 and len(set(loader.order(0).tolist())) == 10
 
 
@@ -88,7 +92,7 @@ def test_the_order_by_image_does_not_depend_on_where_the_images_lie(tmp_path, wo
             folder / "pairs.jsonl", [{**ROW, "id": str(n), "images": [f"{'abcdef'[n % 6]}.png"]} for n in range(30)]
         )
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{place}"))
-        orders.append(loader_of(Pairs(open_sets(folder / "pairs.jsonl")), workers, share="image").order(1).tolist())
+        orders.append(loader_of(Pairs(sets_of(folder / "pairs.jsonl")), workers, share="image").order(1).tolist())
     assert orders[0] == orders[1]
 
 
@@ -111,7 +115,7 @@ def test_pairs_of_one_image_stand_together(photo_root, tmp_path, workers):
     names = ["coffee.png", "chelsea.png", "rocket.jpg"]
     rows = [{**ROW, "id": str(n), "images": [names[n % 3]] if n % 4 else []} for n in range(24)]
     write_pairs(tmp_path / "pairs.jsonl", rows)
-    pairs = Pairs(open_sets(tmp_path / "pairs.jsonl", image_root=photo_root))
+    pairs = Pairs(sets_of(tmp_path / "pairs.jsonl", image_root=str(photo_root)))
     assert pairs.num_images == 3
     order = loader_of(pairs, workers, share="image").order(0)
     shown = [rows[n]["images"][0] for n in order if rows[n]["images"]]
@@ -155,7 +159,7 @@ def test_the_survey_counts(tiny, tmp_path, photo_root):
     assert result["sets"] == [f"{tmp_path}/pairs.jsonl (5 rows, format vapr)"]
     folder = str(tiny("qwen2_5_vl"))
     processor = Processor(folder, load_model_config(folder))
-    pairs = Pairs(open_sets(tmp_path / "pairs.jsonl", image_root=photo_root))
+    pairs = Pairs(sets_of(tmp_path / "pairs.jsonl", image_root=str(photo_root)))
     tokenized = [processor.tokenize_pair(pairs[n]) for n in range(3)]
     paths = [path for pair in tokenized for path in pair.paths]
     assert result["tokens"]["image"] == 2 * tokenized[0].paths[0].images[0].num_tokens

@@ -239,14 +239,7 @@ def open_loader(
     ``say`` is shown the files, their formats, and how many of the checked rows have images.
     """
     data = config.data
-    sets = [
-        part
-        for source in data.sources(name)
-        for part in open_sets(
-            source.path, source.format or "auto", source.columns, source.image_root,
-            split=source.split, subset=source.subset, weight=source.weight,
-        )
-    ]  # fmt: skip
+    sets = [part for source in data.sources(name) for part in open_sets(source)]
     pairs = Pairs(sets, data.on_bad_row)
     for size, weight in pairs.weighted_sizes:
         if round(size * weight) == 0:

@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
+from vapr.config import SourceConfig
 from vapr.errors import BadRow, UserError
 from vapr.formats import FORMAT_NAMES, detect, map_columns
 from vapr.pairs import Pairs, PairSet, source_name
@@ -45,41 +47,41 @@ def read_pairs(
     Raises:
         UserError: naming file and row.
     """
-    sets = open_sets(source, format, columns, image_root, split=split, subset=subset)
-    pairs = Pairs(sets, on_bad_row)
+    described = SourceConfig(
+        path=str(source),
+        format=cast(Any, format),  # any text, as open_sets checks it
+        columns=dict(columns) if columns is not None else None,
+        image_root=str(image_root) if image_root is not None else None,
+        split=split,
+        subset=subset,
+    )
+    pairs = Pairs(open_sets(described), on_bad_row)
     pairs.check()
     return pairs
 
 
-def open_sets(
-    source: str | Path,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    image_root: str | Path | None = None,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    weight: float = 1.0,
-) -> list[PairSet]:
-    """The sets of one source; see :func:`read_pairs`."""
-    root = Path(image_root) if image_root is not None else None
+def open_sets(source: SourceConfig) -> list[PairSet]:
+    """The sets of one source: one for each file, or for all tables of a folder.
+
+    Raises:
+        UserError: naming the source, if nothing can be read there.
+    """
+    root = Path(source.image_root) if source.image_root is not None else None
     if root is not None and not root.is_dir():
         raise UserError(f"data.image_root: {root}: no such folder")
-    if format != "auto" and format not in FORMAT_NAMES:
-        raise UserError(f"unknown format '{format}'; known: auto, {', '.join(FORMAT_NAMES)}")
+    if source.format not in (None, "auto", *FORMAT_NAMES):
+        raise UserError(f"unknown format '{source.format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
-    given_source = object()
-    for rows, folder, given, mapped in _open(str(source), split, subset, columns):
+    wanted = None if source.format == "auto" else source.format
+    for rows, folder, given, mapped in _open(source.path, source.split, source.subset, source.columns):
         if not len(rows):
             continue
-        name = given if format == "auto" else format
-        if name is None:
-            name = "columns" if columns else _detect(rows)
+        name = wanted or given or ("columns" if source.columns else _detect(rows))
         if mapped:
             _check_columns(rows, mapped)
-        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, weight, source=given_source))
+        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, source.weight, source))
     if not sets:
-        raise UserError(f"{source}: no pairs in it")
+        raise UserError(f"{source.path}: no pairs in it")
     return sets
 
 
