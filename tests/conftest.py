@@ -11,6 +11,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether kernels are compiled or interpreted. Tests of kernels ask for the
+    # interpreter with the fixture ``device``; everything else takes the naive twins, as a user's CPU does, and so do
+    # the processes that tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
+from vapr_kernels import launch
+
+if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
+    launch.triton.knobs.runtime.interpret = True
+    launch.interpret = False
+
 from vapr.config import Config
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.pairs import write_pairs
@@ -29,6 +40,17 @@ def _hard_mode(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device(monkeypatch) -> torch.device:
+    """Where kernels are tested: the GPU, or the CPU with Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not launch.installed:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(launch, "interpret", True)
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

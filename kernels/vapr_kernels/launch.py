@@ -1,0 +1,71 @@
+"""Where an operation runs: Triton on a GPU, Triton's interpreter under TRITON_INTERPRET=1, its naive twin elsewhere."""
+
+import functools
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # everything below imports and takes the naive twins
+    tl = SimpleNamespace(constexpr=lambda value: value)
+    triton = SimpleNamespace(jit=lambda function: function, cdiv=lambda a, b: -(-a // b))
+    installed = False
+else:
+    installed = True
+
+interpret = installed and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether CPU tensors take the kernels, too. Triton reads the variable when it is imported."""
+
+INTERPRETED = tl.constexpr(interpret)
+"""For kernels: the interpreter multiplies the bit patterns of bf16 operands and truncates where it should round."""
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether operations on ``x`` run a Triton kernel."""
+    return installed and (x.is_cuda or interpret)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x``, copied only if its rows do not lie end to end or where 16-byte accesses would be misaligned."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 90 for Hopper; the interpreter stands for 80."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 2 for the interpreter, so that programs take more than one tile."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 ``x`` in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def operand(x):
+    """``x`` as an operand of ``tl.dot``."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return x.to(tl.float32)
+    return x
