@@ -3,19 +3,16 @@
 import functools
 import os
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
 except ImportError:  # everything below imports and takes the naive twins
     tl = SimpleNamespace(constexpr=lambda value: value)
-    triton = SimpleNamespace(jit=lambda function: function, cdiv=lambda a, b: -(-a // b))
+    triton = SimpleNamespace(jit=lambda function: function)
     installed = False
 else:
     installed = True
