@@ -1,148 +1,328 @@
-"""linear_logps: log-probs of labels under an LM head, without ever holding more than a chunk of logits.
+"""linear_logps: log-probs of labels under an LM head, without ever holding more logits than a chunk.
 
-With l = x . W^T, target y and m = max over the other columns:
+With l = x . W^T, target y and t the log-odds of "anything but y":
 
-    S      = sum over v != y of exp(l_v - m)
-    t      = log S + m - l_y              (log-odds of "anything but y")
-    logp   = -softplus(t)
-    1 - p  = sigmoid(t)
-    dlogp/dx = (1 - p) (W_y - (E / S) @ W),   E_v = exp(l_v - m), E_y = 0
-    dlogp/dW = (1 - p) (onehot_y - E / S)^T x
+    t          = log of the sum over v != y of exp(l_v - l_y)
+    logp       = -softplus(t)
+    1 - p      = sigmoid(t)
+    dlogp/dx   = (1 - p) W_y - sum over v != y of p_v W_v
+    dlogp/dW_v = (1 - p) x for v = y, -p_v x for the others
 
 The target column never enters a sum, so confident tokens lose nothing: 1 - p is a small sum, not 1 - exp(logp), which
-rounds to zero or to 70 % error near p = 1.
+rounds to zero or to 70 % error near p = 1. The other columns are held as E_v = exp(l_v - l_y) times a power of two, and
+p_v = (1 - p) / S * E_v, S = sum of E (see exp_logits).
 
-With a frozen head the gradient of x is finished in the forward pass (two matmuls instead of three), because it needs
-nothing from downstream but one scalar per row. A trained head recomputes its logits in the backward pass.
+dlogp/dx needs nothing from downstream but one factor per row, so the forward pass finishes it while E is there. A
+trained head keeps E for its own gradient, or computes it again, a slice of the vocabulary at a time.
+
+    gradient            matrix products, each 2LDV FLOPs
+    none                1  logits
+    dx                  2  logits, E W                          frozen head
+    keep                3  logits, E W, E^T x                   trained head, while E fits
+    recompute           4  logits; logits again, E W, E^T x     trained head
 
 L = predictions, D = hidden, V = vocabulary.
 """
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 256 * 2**20
-"""Largest buffer of logits held at a time."""
+from vapr_kernels import launch
+from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials, target_logits
+from vapr_kernels.exp_rows import exp_rows
+from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
+from vapr_kernels.row_stats import OFFSET, RowStats
+
+Mode = Literal["auto", "no-grad", "one-pass", "recompute", "chunked", "torch"]
+Product = Literal["fused", "library", "torch"]
+"""Who multiplies: our kernel with E as its epilogue; cuBLAS, then a kernel over its logits; PyTorch alone."""
+TABLE = ("log_odds", "scale", "target", "offset", "top1", "entropy")
+Gradient = Literal["none", "dx", "keep", "recompute"]
+LOG2E = 1.4426950408889634
 
 
-def _logits(x: Tensor, head: Tensor) -> Tensor:
-    """x (R, D) @ head (V, D)^T, shape (R, V), accumulated and stored in fp32 (fp64 for fp64 inputs)."""
-    if x.dtype in (torch.float32, torch.float64):
-        return x @ head.T
-    if x.is_cuda:
-        return torch.mm(x, head.T, out_dtype=torch.float32)
-    return x.float() @ head.float().T
+class TokenStats(NamedTuple):
+    """What the logits tell besides; no gradients."""
+
+    top1: Tensor  # (L,) bool: no other token is likelier than the label
+    entropy: Tensor  # (L,) nats
 
 
-def _split_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn ``logits`` (R, V) into E in place; return (E, S (R, 1), t (R,))."""
-    target = logits.gather(1, labels[:, None])
-    # The target is taken out by its column, not by comparing values: ties must survive.
-    logits.scatter_(1, labels[:, None], -torch.inf)
-    m = logits.amax(1, keepdim=True)
-    E = logits.sub_(m).exp_()
-    S = E.sum(1, keepdim=True)
-    return E, S, (S.log() + m - target)[:, 0]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a call is computed."""
+
+    product: Product
+    gradient: Gradient
+    chunk_rows: int  # rows whose logits exist at a time
 
 
-def _chunks(num_rows: int, vocabulary: int, element_size: int, chunk_rows: int | None) -> range:
-    rows = chunk_rows or max(1, CHUNK_BYTES // (vocabulary * element_size))
-    return range(0, num_rows, rows)
+def make_plan(
+    hidden: Tensor, head: Tensor, mode: Mode = "auto", chunk_rows: int | None = None, *, grad: bool = True
+) -> Plan:
+    """What ``mode`` comes to for these tensors; ``grad`` is whether autograd is on."""
+    product = _product(hidden, mode)
+    bytes_per_row = len(head) * _exp_dtype(hidden, product).itemsize
+    budget = _budget(hidden.device)
+    if not grad or mode == "no-grad" or not (hidden.requires_grad or head.requires_grad):
+        gradient: Gradient = "none"
+    elif mode == "recompute":
+        gradient = "recompute"
+    elif not head.requires_grad:
+        gradient = "dx"
+    else:
+        fits = len(hidden) * bytes_per_row <= 2 * budget
+        gradient = "keep" if fits or mode in ("one-pass", "chunked") else "recompute"
+    rows = budget // bytes_per_row
+    if product == "fused":  # stores nothing, or whole tiles of E
+        rows = len(hidden) if gradient in ("none", "recompute") else rows // 128 * 128
+    return Plan(product, gradient, chunk_rows or max(rows, 128 if product == "fused" else 1))
 
 
-def _expected_rows(E: Tensor, S: Tensor, head: Tensor) -> Tensor:
-    """(E / S) @ head: the mean head row of the other columns, (R, D), fp32 out."""
-    share = E.div_(S)
-    if head.dtype in (torch.float32, torch.float64):
-        return share @ head
-    if head.is_cuda:
-        return torch.mm(share.to(head.dtype), head, out_dtype=torch.float32)
-    return share @ head.float()
+def _product(hidden: Tensor, mode: Mode) -> Product:
+    # fp16 cannot hold E, and the kernels know no fp64.
+    if mode == "torch" or not launch.runs_triton(hidden) or hidden.dtype not in (torch.float32, torch.bfloat16):
+        return "torch"
+    if mode == "chunked" or (mode == "auto" and hidden.dtype == torch.float32):
+        return "library"
+    return "fused"
 
 
-def linear_logps_fwd(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, with_dx: bool, chunk_rows: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Returns logps (L,) and, if asked for, dlogp/dx (L, D) in the accumulation dtype."""
+def _exp_dtype(hidden: Tensor, product: str) -> torch.dtype:
+    """In which E is held: of the inputs where a GPU multiplies by it, else fp32 (fp64)."""
+    return torch.promote_types(hidden.dtype, torch.float32) if product == "torch" else hidden.dtype
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes of E held at a time: a 64th of the GPU's memory (2.2 GiB of an H200's, 0.4 of 24), 256 MiB on a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 256 * 2**20
+
+
+def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, E: Tensor, *, stats: bool) -> RowStats:
+    """The naive pass: logits go into ``E`` (R, V) and become exponentials relative to the row's maximum."""
+    accumulate = E.dtype
+    if x.is_cuda and x.dtype != accumulate:
+        E.copy_(torch.mm(x, head.T, out_dtype=accumulate))
+    else:
+        torch.mm(x.to(accumulate), head.to(accumulate).T, out=E)
+    # All of E hangs on this one logit, and exactness costs nothing for one column.
+    target = (x.double() * head[labels].double()).sum(1)
+    E.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive
+    m = E.amax(1)
+    top1, entropy = m <= target, E.new_empty(0)
+    if stats:
+        d = (E - target.to(accumulate)[:, None]).scatter_(1, labels[:, None], 0.0)
+    m.masked_fill_(m == -torch.inf, 0.0)  # no other column to speak of
+    S = E.sub_(m[:, None]).exp_().sum(1)
+    log_odds = (S.log() + (m - target)).to(accumulate)
+    logps = F.logsigmoid(-log_odds)  # = -softplus(t), finite for any t
+    scale = (log_odds.sigmoid() / S).masked_fill(S == 0, 0.0)
+    if stats:
+        entropy = -logps - scale * (E * d).sum(1)
+    offset, target = ((m - target) * LOG2E).to(accumulate), target.to(accumulate)
+    return RowStats(logps, log_odds, scale, target, offset, top1 if stats else top1[:0], entropy)
+
+
+def _rows(
+    product: str, x: Tensor, head: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool,
+    stats: bool,
+) -> RowStats:  # fmt: skip
+    """One pass over the logits of some rows."""
+    if product == "fused":
+        return exp_logits(x, head, labels, offsets, E, with_e=with_e, stats=stats)
+    if product == "library":
+        logits = _product32(x, head.T)
+        return exp_rows(logits, labels, target_logits(x, head, labels), offsets, E, stats=stats)
+    assert E is not None
+    return _torch_rows(x, head, labels, E, stats=stats)
+
+
+def _product32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 (fp64 for fp64). A GPU multiplies in the narrower dtype of the two."""
+    if a.is_cuda and (narrow := min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)).itemsize == 2:
+        return torch.mm(a.to(narrow), b.to(narrow), out_dtype=torch.float32)
+    accumulate = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(accumulate) @ b.to(accumulate)
+
+
+@torch.library.custom_op("vapr::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor, head: Tensor, labels: Tensor, reference_logps: Tensor | None,
+    product: str, gradient: str, with_dx: bool, chunk_rows: int, stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns logps (L,), what else is known of the rows (see TABLE), dlogp/dx (L, D), and E (L, V).
+
+    What the plan does not need has no rows.
+    """
+    hidden, head, labels = launch.contiguous(hidden), launch.contiguous(head), labels.contiguous()
+    L, V = len(hidden), len(head)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    logps = hidden.new_empty(len(hidden), dtype=accumulate)
-    dx = hidden.new_empty(hidden.shape, dtype=accumulate) if with_dx else None
-    chunks = _chunks(len(hidden), len(head), accumulate.itemsize, chunk_rows)
-    for start in chunks:
-        rows = slice(start, start + chunks.step)
-        E, S, t = _split_target(_logits(hidden[rows], head), labels[rows])
-        logps[rows] = F.logsigmoid(-t)  # = -softplus(t), finite for any t
-        if dx is not None:
-            dx[rows] = head[labels[rows]].to(accumulate) - _expected_rows(E, S, head)
-            dx[rows] *= t.sigmoid()[:, None]
-    return logps, dx
-
-
-def linear_logps_bwd(
-    dout: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, *, with_dx: bool, chunk_rows: int | None
-) -> tuple[Tensor | None, Tensor]:
-    """Recompute form for a trained head: returns dx (L, D) or None, and dW (V, D)."""
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    dx = hidden.new_empty(hidden.shape) if with_dx else None
-    dhead = head.new_zeros(head.shape, dtype=accumulate)
-    chunks = _chunks(len(hidden), len(head), accumulate.itemsize, chunk_rows)
-    for start in chunks:
-        rows = slice(start, start + chunks.step)
+    new = lambda rows, columns: exp_buffer(rows, columns, _exp_dtype(hidden, product), hidden.device)
+    offsets = torch.full((L,), OFFSET, device=hidden.device)
+    if reference_logps is not None:
+        offsets = (-reference_logps.float() * LOG2E).round().clamp(min=OFFSET)
+    keep = new(L if gradient == "keep" else 0, V)
+    stored = gradient in ("dx", "keep") or product == "torch"
+    chunk = new(min(chunk_rows, L), V) if stored and gradient != "keep" else keep
+    num_dx = L if with_dx and gradient in ("dx", "keep") else 0
+    dx = torch.empty(num_dx, hidden.shape[1], dtype=accumulate, device=hidden.device)
+    parts = []
+    for start in range(0, max(L, 1), chunk_rows):
+        rows = slice(start, min(start + chunk_rows, L))
+        E = keep[rows] if gradient == "keep" else chunk[: rows.stop - rows.start] if stored else None
         x, y = hidden[rows], labels[rows]
-        E, S, t = _split_target(_logits(x, head), y)
-        scale = (dout[rows] * t.sigmoid())[:, None]
-        expected = _expected_rows(E, S, head)  # E now holds E / S
-        if dx is not None:
-            dx[rows] = (scale * (head[y].to(accumulate) - expected)).to(dx.dtype)
-        dlogits = E.mul_(-scale).scatter_(1, y[:, None], scale)
-        if x.is_cuda and x.dtype not in (torch.float32, torch.float64):
-            dhead += torch.mm(dlogits.to(x.dtype).T, x, out_dtype=torch.float32)
-        else:
-            dhead.addmm_(dlogits.T, x.to(accumulate))
+        part = _rows(product, x, head, y, offsets[rows], E, with_e=gradient != "none", stats=stats)
+        if len(dx):
+            assert E is not None
+            hidden_gradient(_product32(E, head), head, y, part.log_odds.sigmoid(), part.scale, dx[rows])
+        parts.append(part)
+    table = torch.zeros(len(TABLE), L, dtype=accumulate, device=hidden.device)
+    for row, name in enumerate(TABLE if stats else TABLE[:4]):
+        torch.cat([getattr(part, name).to(accumulate) for part in parts], out=table[row])
+    return torch.cat([part.logps for part in parts]), table, dx, keep
+
+
+@_linear_logps.register_fake
+def _(hidden, head, labels, reference_logps, product, gradient, with_dx, chunk_rows, stats):
+    L, D = hidden.shape
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    dx = hidden.new_empty(L if with_dx and gradient in ("dx", "keep") else 0, D, dtype=accumulate)
+    E = exp_buffer(L if gradient == "keep" else 0, len(head), _exp_dtype(hidden, product), hidden.device)
+    return hidden.new_empty(L, dtype=accumulate), hidden.new_empty(len(TABLE), L, dtype=accumulate), dx, E
+
+
+def _again(product: str, x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offset: Tensor) -> Tensor:
+    """The same E as before, for a slice of the head."""
+    if product == "fused":
+        return exponentials(x, w, labels, target, offset)
+    E = _product32(x, w.T).sub_(target[:, None]).sub_(offset[:, None] / LOG2E).exp_()
+    column = labels.clamp(0, len(w) - 1)[:, None]  # the target may lie in another slice
+    return E.scatter_(1, column, E.gather(1, column).masked_fill(column == labels[:, None], 0.0))
+
+
+@torch.library.custom_op("vapr::linear_logps_backward", mutates_args=())
+def _linear_logps_backward(
+    dout: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, table: Tensor, E: Tensor,
+    product: str, with_dx: bool, with_dhead: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx (L, D) and dhead (V, D), in the dtypes of hidden and head; what is not wanted has no rows.
+
+    From E (L, V) where it was kept, else from logits computed again.
+    """
+    hidden, head, labels = launch.contiguous(hidden), launch.contiguous(head), labels.contiguous()
+    log_odds, scale, target, offset = table[:4]
+    L, V = len(hidden), len(head)
+    kept = len(E) == L
+    up = dout * log_odds.sigmoid()
+    down = dout * scale
+    dtype = _exp_dtype(hidden, product)
+    x = (-down[:, None] * hidden.to(table.dtype)).to(dtype)
+    expected = table.new_zeros(L if with_dx else 0, hidden.shape[1])
+    dhead = torch.empty(V if with_dhead else 0, head.shape[1], dtype=dtype, device=head.device)
+    # A slice of the vocabulary sees all rows, so that dhead is one sum and only the small dx is added up.
+    width = V if kept else max(256, _budget(head.device) // (max(L, 1) * dtype.itemsize) // 256 * 256)
+    for start in range(0, V, width):
+        columns = slice(start, start + width)
+        part = E if kept else _again(product, hidden, head[columns], labels - start, target, offset)
+        if with_dx:
+            expected += _product32(part, head[columns])
+        if with_dhead:
+            torch.mm(part.T.to(dtype), x, out=dhead[columns])
+    if with_dhead:
+        add_target_rows(dhead, hidden, labels, up)
+    dx = torch.empty(len(expected), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    if with_dx:
+        hidden_gradient(expected, head, labels, up, down, dx)
     return dx, dhead.to(head.dtype)
 
 
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, labels, chunk_rows):
-        ctx.frozen_head = not ctx.needs_input_grad[1]
-        ctx.chunk_rows = chunk_rows
-        with_dx = ctx.frozen_head and ctx.needs_input_grad[0]
-        logps, dx = linear_logps_fwd(hidden, head, labels, with_dx=with_dx, chunk_rows=chunk_rows)
-        if ctx.frozen_head:
-            ctx.dtype = hidden.dtype
-            ctx.save_for_backward(dx)
-        else:
-            ctx.save_for_backward(hidden, head, labels)
-        return logps
-
-    @staticmethod
-    def backward(ctx, dout):
-        if ctx.frozen_head:
-            (dx,) = ctx.saved_tensors
-            return (dx * dout[:, None]).to(ctx.dtype), None, None, None
-        hidden, head, labels = ctx.saved_tensors
-        with_dx = ctx.needs_input_grad[0]
-        dx, dhead = linear_logps_bwd(dout, hidden, head, labels, with_dx=with_dx, chunk_rows=ctx.chunk_rows)
-        return dx, dhead, None, None
+@_linear_logps_backward.register_fake
+def _(dout, hidden, head, labels, table, E, product, with_dx, with_dhead):
+    return hidden.new_empty(len(hidden) if with_dx else 0, hidden.shape[1]), head.new_empty(
+        len(head) if with_dhead else 0, head.shape[1]
+    )
 
 
-def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk_rows: int | None = None) -> Tensor:
-    """Log-prob of each label under ``softmax(hidden @ head.T)``; logits exist one chunk of rows at a time.
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, head, labels, _, product, gradient, *_ = inputs
+    _, table, dx, E = output
+    ctx.product, ctx.gradient, ctx.dtype = product, gradient, hidden.dtype
+    ctx.set_materialize_grads(False)
+    if gradient == "dx":
+        ctx.save_for_backward(dx)
+    elif gradient != "none":
+        ctx.save_for_backward(dx, hidden, head, labels, table, E)
+
+
+def _backward(ctx, dout, *_):
+    """Only logps has a gradient; the other outputs are what the backward pass uses."""
+    if dout is None or ctx.gradient == "none":
+        return (None,) * 9
+    finished, *rest = ctx.saved_tensors  # dlogp/dx, unless it is to be computed again
+    with_dx, with_dhead = ctx.needs_input_grad[:2]
+    dx = dhead = None
+    if ctx.gradient == "recompute" or with_dhead:
+        with_dx_again = with_dx and ctx.gradient == "recompute"
+        dx, dhead = _linear_logps_backward(dout, *rest, ctx.product, with_dx_again, with_dhead)
+    if with_dx and ctx.gradient != "recompute":
+        dx = (finished * dout[:, None]).to(ctx.dtype)
+    return dx if with_dx else None, dhead if with_dhead else None, *(None,) * 7
+
+
+_linear_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_logps(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, reference_logps: Tensor | None = None, mode: Mode = "auto",
+    chunk_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-prob of each label under ``softmax(hidden @ head.T)``.
 
     Args:
-        hidden: hidden rows that predict, shape (L, D).
+        hidden: hidden rows that predict, shape (L, D); fp32, bf16, fp16 or fp64.
         head: LM head, shape (V, D), same dtype and device as ``hidden``.
         labels: token ids to predict, int64, shape (L,), values in [0, V).
-        chunk_rows: rows whose logits are held at a time; by default as many as fit in 256 MiB.
+        reference_logps: log-probs of the same labels under the reference, shape (L,), if known. They tell where to
+            expect the logits, so that unlikely labels need no second look; they change results by rounding only.
+        mode: how it is computed; see the module's table.
+
+            * ``auto``: on a GPU ``one-pass`` in bf16, ``recompute`` if E of a trained head does not fit, ``chunked`` in
+              fp32; on a CPU ``torch``.
+            * ``no-grad``: no gradient, no E.
+            * ``one-pass``: one fused pass over the logits; dlogp/dx in the forward pass, E kept for a trained head.
+            * ``recompute``: stores nothing of size V; the backward pass computes the logits again.
+            * ``chunked``: as ``one-pass``, with the library's matrix product and a chunk of logits in fp32.
+            * ``torch``: PyTorch's operations only.
+
+            On a CPU every mode uses PyTorch's operations.
+        chunk_rows: rows whose logits exist at a time; by default what fits a 64th of the GPU's memory (CPU: 256 MiB).
 
     Returns:
         Log-probs, shape (L,), fp32 (fp64 for fp64 inputs), differentiable in ``hidden`` and ``head``.
 
     Raises:
-        ValueError: naming the argument with a wrong shape, dtype or device.
+        ValueError: naming the argument with a wrong shape, dtype, device or value.
     """
+    return _checked(hidden, head, labels, reference_logps, mode, chunk_rows, stats=False)[0]
+
+
+def linear_logps_and_stats(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, reference_logps: Tensor | None = None, mode: Mode = "auto",
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, TokenStats]:  # fmt: skip
+    """:func:`linear_logps`, and from the same pass whether each label is the likeliest token, and the entropy."""
+    logps, table = _checked(hidden, head, labels, reference_logps, mode, chunk_rows, stats=True)
+    return logps, TokenStats(table[4] > 0, table[5])
+
+
+def _checked(
+    hidden: Tensor, head: Tensor, labels: Tensor, reference_logps: Tensor | None, mode: Mode, chunk_rows: int | None,
+    *, stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden (L, D) and head (V, D) do not fit: {tuple(hidden.shape)} and {tuple(head.shape)}")
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
@@ -151,8 +331,25 @@ def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk_rows: in
         raise ValueError(f"hidden and head must share one float dtype, got {hidden.dtype} and {head.dtype}")
     if not hidden.device == head.device == labels.device:
         raise ValueError(f"hidden, head and labels lie on {hidden.device}, {head.device} and {labels.device}")
+    if reference_logps is not None and (
+        reference_logps.shape != labels.shape or reference_logps.device != hidden.device
+    ):
+        raise ValueError(
+            f"reference_logps must have shape ({len(hidden)},) on {hidden.device}, "
+            f"got {tuple(reference_logps.shape)} on {reference_logps.device}"
+        )
     if len(head) < 2:
         raise ValueError(f"head must have at least 2 rows, got {len(head)}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    return _LinearLogps.apply(hidden, head, labels, chunk_rows)
+    plan = make_plan(hidden, head, mode, chunk_rows, grad=torch.is_grad_enabled())
+    reference_logps = None if reference_logps is None else reference_logps.detach()
+    if plan.gradient == "none":
+        hidden, head = hidden.detach(), head.detach()
+    logps, table, *_ = _linear_logps(
+        hidden, head, labels, reference_logps,
+        plan.product, plan.gradient, hidden.requires_grad, plan.chunk_rows, stats,
+    )  # fmt: skip
+    return logps, table.detach()

@@ -1,0 +1,388 @@
+"""exp_logits: rows of an LM head as exponentials relative to the target, in one matrix product.
+
+With l = x . W^T, target column y, d_v = l_v - l_y and a whole number of octaves o per row:
+
+    E_v = 2^(d_v log2(e) - o)  for v != y,   E_y = 0
+    S   = sum of E over v,     M = max of d_v over v != y
+    t   = log S + o log 2      (log-odds of "anything but y", see linear_logps)
+
+No column has to be seen before another, so there is no running maximum, no second pass over the logits, and E @ W is a
+plain matrix product. The price is the range: E has to fit fp32. A row whose S leaves [2^-100, 2^100] is listed on the
+device and computed again with o from its M. The host never waits to know.
+
+R = rows, D = hidden, V = vocabulary, N = tiles of columns.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vapr_kernels import launch
+from vapr_kernels.launch import operand, rounded, tl, triton
+from vapr_kernels.row_stats import LOG2E, RowStats, is_unsafe, row_stats, safe_offset, store_row_stats
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {  # by compute capability
+    0: Tile(16, 32, 16, 4, 1),  # the interpreter
+    80: Tile(128, 256, 64, 8, 3),
+    86: Tile(128, 128, 64, 8, 3),
+    89: Tile(128, 128, 64, 8, 3),
+    90: Tile(128, 256, 64, 8, 3),
+    120: Tile(128, 128, 64, 8, 3),
+}
+
+
+@triton.jit
+def _target_logits_kernel(
+    x_ptr,  # (R, D)
+    w_ptr,  # (V, D)
+    labels_ptr,  # (R,)
+    out_ptr,  # (R,)
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    # All of E hangs on this one logit, and for one dot product a row exactness costs nothing.
+    acc = tl.zeros((BLOCK_D,), tl.float64)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
+        w = tl.load(w_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float64)
+        acc += x * w
+    tl.store(out_ptr + row, tl.sum(acc, 0).to(tl.float32))
+
+
+@triton.jit
+def _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr):
+    """d (minus infinity in the target's column and past the last one) and E of a tile of logits."""
+    label = tl.load(labels_ptr + rows, mask=live, other=-1)
+    target = tl.load(target_ptr + rows, mask=live, other=0.0)
+    offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
+    # The target is left out by its column, never by its value: ties must survive.
+    others = (cols[None, :] != label[:, None]) & (cols < V)[None, :]
+    d = tl.where(others, acc - target[:, None], float("-inf"))
+    return d, tl.exp2(d * LOG2E - offset[:, None])
+
+
+@triton.jit
+def _store_partials(
+    d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E: tl.constexpr, STATS: tl.constexpr
+):
+    """What one tile of columns adds to each row: planes of (N, R) with sums, maxima, sums as stored, sums of E d."""
+    plane = tl.cast(num_tiles, tl.int64) * R
+    at = partials_ptr + tile_n.to(tl.int64) * R + rows
+    tl.store(at, tl.sum(E, 1), mask=live)
+    tl.store(at + plane, tl.max(d, 1), mask=live)
+    if WITH_E:
+        tl.store(at + 2 * plane, tl.sum(stored.to(tl.float32), 1), mask=live)
+    if STATS:
+        tl.store(at + (3 if WITH_E else 2) * plane, tl.sum(tl.where(E > 0.0, E * d, 0.0), 1), mask=live)
+
+
+@triton.jit
+def _exp_logits_kernel(
+    x_ptr,  # (R, D)
+    w_ptr,  # (V, D)
+    labels_ptr,  # (R,)
+    target_ptr,  # (R,)
+    offsets_ptr,  # (R,)
+    unsafe_ptr,  # (R,) rows to compute, if LISTED
+    num_unsafe_ptr,  # (1,)
+    e_ptr,  # (R, V), rows stride_e apart
+    partials_ptr,  # planes of (N, R)
+    R,
+    V,
+    D,
+    stride_e,
+    LISTED: tl.constexpr,
+    WITH_E: tl.constexpr,
+    STORE_E: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_rows = tl.load(num_unsafe_ptr) if LISTED else R
+    num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
+    # Tiles of rows first: programs that run together read the same rows of W.
+    for tile in range(tl.program_id(0), num_row_tiles * tl.cdiv(V, BLOCK_V), tl.num_programs(0)):
+        tile_n = tile // num_row_tiles
+        rows = (tile % num_row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = rows < num_rows
+        if LISTED:
+            rows = tl.load(unsafe_ptr + rows, mask=live, other=0)
+        cols = tile_n * BLOCK_V + tl.arange(0, BLOCK_V)
+        # Rows and columns past the end read the last one instead of carrying a mask through the loop.
+        k = tl.arange(0, BLOCK_D)
+        x_tile_ptr = x_ptr + tl.minimum(rows, R - 1).to(tl.int64)[:, None] * D + k[None, :]
+        w_tile_ptr = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * D + k[:, None]
+        acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(x_tile_ptr + start)
+                w = tl.load(w_tile_ptr + start)
+            else:
+                x = tl.load(x_tile_ptr + start, mask=(start + k < D)[None, :], other=0.0)
+                w = tl.load(w_tile_ptr + start, mask=(start + k < D)[:, None], other=0.0)
+            acc = tl.dot(operand(x), operand(w), acc, input_precision="ieee")
+        d, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        stored = rounded(E, x_ptr.dtype.element_ty)
+        num_tiles = tl.cdiv(V, BLOCK_V)
+        _store_partials(d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        if STORE_E:
+            at = rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
+            tl.store(e_ptr + at, stored, mask=live[:, None] & (cols < V)[None, :])
+
+
+@triton.jit
+def _exp_logits_tma_kernel(
+    x_desc,  # (R, D)
+    w_desc,  # (V, D)
+    labels_ptr,
+    target_ptr,
+    offsets_ptr,
+    e_desc,  # (R, V)
+    partials_ptr,
+    R,
+    V,
+    D,
+    WITH_E: tl.constexpr,
+    STORE_E: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The same through Hopper's tensor memory accelerator, which reads zeros past the end and stores nothing there."""
+    num_row_tiles = tl.cdiv(R, BLOCK_R)
+    for tile in range(tl.program_id(0), num_row_tiles * tl.cdiv(V, BLOCK_V), tl.num_programs(0)):
+        tile_n = tile // num_row_tiles
+        first_row, first_col = (tile % num_row_tiles) * BLOCK_R, tile_n * BLOCK_V
+        acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            x = x_desc.load([first_row, start])
+            w = w_desc.load([first_col, start])
+            acc = tl.dot(operand(x), operand(w).T, acc, input_precision="ieee")
+        rows = first_row + tl.arange(0, BLOCK_R)
+        live = rows < R
+        cols = first_col + tl.arange(0, BLOCK_V)
+        d, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        stored = rounded(E, x_desc.dtype)
+        num_tiles = tl.cdiv(V, BLOCK_V)
+        _store_partials(d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        if STORE_E:
+            e_desc.store([first_row, first_col], stored)
+
+
+@triton.jit
+def _settle_kernel(
+    partials_ptr,  # planes of (N, R)
+    offsets_ptr,  # (R,), replaced in unsafe rows
+    unsafe_ptr,  # (R,), the rows to settle, if LISTED
+    num_unsafe_ptr,  # (1,)
+    is_unsafe_ptr,  # (R,), written unless LISTED
+    out_ptr,  # (5, R)
+    R,
+    N,
+    LISTED: tl.constexpr,
+    WITH_E: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    num_rows = tl.load(num_unsafe_ptr) if LISTED else R
+    for start in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        live = rows < num_rows
+        if LISTED:
+            rows = tl.load(unsafe_ptr + rows, mask=live, other=0)
+        S = tl.zeros((BLOCK_R,), tl.float32)
+        M = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        stored = tl.zeros((BLOCK_R,), tl.float32)
+        weighted = tl.zeros((BLOCK_R,), tl.float32)
+        plane = tl.cast(N, tl.int64) * R
+        for first in range(0, N, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            at = partials_ptr + n.to(tl.int64)[:, None] * R + rows[None, :]
+            inside = (n < N)[:, None] & live[None, :]
+            S += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            M = tl.maximum(M, tl.max(tl.load(at + plane, mask=inside, other=float("-inf")), 0))
+            if WITH_E:
+                stored += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+            if STATS:
+                weighted += tl.sum(tl.load(at + (3 if WITH_E else 2) * plane, mask=inside, other=0.0), 0)
+        offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
+        store_row_stats(S, stored if WITH_E else S, M, weighted, offset, rows, live, out_ptr, R, STATS)
+        if not LISTED:
+            unsafe = is_unsafe(S)
+            tl.store(is_unsafe_ptr + rows, unsafe.to(tl.int32), mask=live)
+            tl.store(offsets_ptr + rows, safe_offset(M), mask=live & unsafe)
+
+
+@triton.jit
+def _list_kernel(
+    is_unsafe_ptr,  # (R,)
+    unsafe_ptr,  # (R,), written: the unsafe rows, ascending
+    num_unsafe_ptr,  # (1,), written
+    R,
+    BLOCK_R: tl.constexpr,
+):
+    count = 0
+    for start in range(0, R, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        unsafe = tl.load(is_unsafe_ptr + rows, mask=rows < R, other=0)
+        tl.store(unsafe_ptr + count + tl.cumsum(unsafe, 0) - 1, rows, mask=unsafe > 0)
+        count += tl.sum(unsafe, 0)
+    tl.store(num_unsafe_ptr, count)
+
+
+@dataclass(slots=True, eq=False)
+class _Scratch:
+    """What the kernels of one call hand to one another."""
+
+    target: Tensor  # (R,)
+    offsets: Tensor  # (R,)
+    partials: Tensor  # planes of (N, R), see _store_partials
+    flags: Tensor  # (R,) int32
+    unsafe: Tensor  # (R,) int32
+    num_unsafe: Tensor  # (1,) int32
+
+
+def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """x_r . W[labels_r], accumulated in fp64, shape (R,) fp32."""
+    out = x.new_empty(len(x), dtype=torch.float32)
+    if len(x):
+        block = min(1024, triton.next_power_of_2(x.shape[1]))
+        _target_logits_kernel[(len(x),)](x, w, labels, out, x.shape[1], BLOCK_D=block)
+    return out
+
+
+def tile_for(x: Tensor) -> Tile:
+    """The tile shipped for the device that ``x`` lies on."""
+    capability = launch.capability(x.device)
+    if 100 <= capability < 120:  # data-centre Blackwell has Hopper's memory accelerator and shared memory
+        capability = 90
+    return TILES.get(capability) or TILES[min(TILES, key=lambda known: (known > capability, abs(known - capability)))]
+
+
+def exp_logits(
+    x: Tensor, w: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool, stats: bool,
+    tile: Tile | None = None,
+) -> RowStats:  # fmt: skip
+    """One pass over the logits; returns what it tells of the rows.
+
+    Args:
+        x: rows, shape (R, D), contiguous.
+        w: LM head, shape (V, D), same dtype as ``x``, contiguous.
+        labels: target columns, int64, shape (R,).
+        offsets: octaves, whole numbers in fp32, shape (R,); unsafe rows get others.
+        E: where E is stored if wanted, made by :func:`exp_buffer` in the dtype of ``x``.
+        with_e: whether E will be wanted, now or from :func:`exponentials`: ``scale`` is then that of E as it is stored.
+        stats: whether top-1 and entropy are wanted.
+        tile: another tile than the one shipped.
+    """
+    tile = tile or tile_for(x)
+    num_rows, num_tiles = len(x), triton.cdiv(len(w), tile.columns)
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=x.device)
+    scratch = _Scratch(
+        target=target_logits(x, w, labels),
+        offsets=offsets.clone(),
+        partials=new(2 + with_e + stats, num_tiles, num_rows),
+        flags=new(num_rows, dtype=torch.int32),
+        unsafe=new(num_rows, dtype=torch.int32),
+        num_unsafe=new(1, dtype=torch.int32),
+    )
+    out = new(5, num_rows)
+    if num_rows:
+        _tiles(x, w, labels, scratch, E, tile, listed=False, with_e=with_e, stats=stats)
+        _settle(scratch, out, num_rows, listed=False, with_e=with_e, stats=stats)
+        _list_kernel[(1,)](scratch.flags, scratch.unsafe, scratch.num_unsafe, num_rows, BLOCK_R=1024)
+        # Nearly always nothing is listed, and these two return at once; asking the device would cost more.
+        _tiles(x, w, labels, scratch, E, tile, listed=True, with_e=with_e, stats=stats)
+        _settle(scratch, out, num_rows, listed=True, with_e=with_e, stats=stats)
+    return row_stats(out, scratch.target, scratch.offsets, stats=stats)
+
+
+def exponentials(x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offsets: Tensor) -> Tensor:
+    """E alone, shape (R, V), where the rows' sums and safe offsets are known already.
+
+    ``w`` may be a slice of the head; labels count from its first row and may lie outside it.
+    """
+    tile = tile_for(x)
+    E = exp_buffer(len(x), len(w), x.dtype, x.device)
+    partials = torch.empty(2, triton.cdiv(len(w), tile.columns), len(x), dtype=torch.float32, device=x.device)
+    if len(x):
+        none = torch.empty(0, dtype=torch.int32, device=x.device)
+        scratch = _Scratch(target, offsets, partials, none, none, none)
+        _tiles(x, w, labels, scratch, E, tile, listed=False, with_e=False, stats=False)
+    return E
+
+
+def exp_buffer(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for E, shape (R, V); rows begin at 16-byte boundaries."""
+    padded = -(-num_columns // 8) * 8
+    return torch.empty(num_rows, padded, dtype=dtype, device=device)[:, :num_columns]
+
+
+def _tiles(
+    x: Tensor, w: Tensor, labels: Tensor, scratch: _Scratch, E: Tensor | None, tile: Tile, *, listed: bool,
+    with_e: bool, stats: bool,
+) -> None:  # fmt: skip
+    """Launch the matrix product over all rows, or over the listed ones."""
+    R, D = x.shape
+    V = len(w)
+    num_tiles = triton.cdiv(R, tile.rows) * triton.cdiv(V, tile.columns)
+    options: dict[str, Any] = {
+        "WITH_E": with_e,
+        "STORE_E": E is not None,
+        "STATS": stats,
+        "BLOCK_R": tile.rows,
+        "BLOCK_V": tile.columns,
+        "BLOCK_D": tile.inner,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    rows = (labels, scratch.target, scratch.offsets)
+    if not listed and _has_tma(x) and D % 8 == 0 and x.dtype == torch.bfloat16:
+        grid = min(num_tiles, launch.num_sms(x.device))
+        x_desc = _descriptor(x, D, tile.rows, tile.inner)
+        w_desc = _descriptor(w, D, tile.columns, tile.inner)
+        e_desc = _descriptor(E, V, tile.rows, tile.columns) if E is not None else x_desc
+        _exp_logits_tma_kernel[(grid,)](x_desc, w_desc, *rows, e_desc, scratch.partials, R, V, D, **options)
+        return
+    grid = min(num_tiles, 4 * launch.num_sms(x.device)) if listed else num_tiles
+    _exp_logits_kernel[(grid,)](
+        x, w, *rows, scratch.unsafe, scratch.num_unsafe, x if E is None else E, scratch.partials,
+        R, V, D, 0 if E is None else E.stride(0), LISTED=listed, EVEN_D=D % tile.inner == 0, **options,
+    )  # fmt: skip
+
+
+def _has_tma(x: Tensor) -> bool:
+    return 90 <= launch.capability(x.device) < 120
+
+
+def _descriptor(x: Tensor, num_columns: int, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [len(x), num_columns], [x.stride(0), 1], [rows, columns])
+
+
+def _settle(scratch: _Scratch, out: Tensor, num_rows: int, *, listed: bool, with_e: bool, stats: bool) -> None:
+    block = 32
+    grid = 1 if listed else triton.cdiv(num_rows, block)
+    _settle_kernel[(grid,)](
+        scratch.partials, scratch.offsets, scratch.unsafe, scratch.num_unsafe, scratch.flags, out,
+        num_rows, scratch.partials.shape[1], LISTED=listed, WITH_E=with_e, STATS=stats, BLOCK_R=block, BLOCK_N=64,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""exp_rows: logits that a matrix product has stored, turned into exponentials relative to the target (see exp_logits).
+
+For a library's matrix product in fp32, or where the fused one is not wanted. One program reads a row once; if its sum
+left the safe range, it reads the row again with a better offset.
+
+R = rows, V = vocabulary.
+"""
+
+from torch import Tensor
+
+from vapr_kernels.launch import rounded, tl, triton
+from vapr_kernels.row_stats import LOG2E, RowStats, is_unsafe, row_stats, safe_offset, store_row_stats
+
+BLOCK_V = 4096
+
+
+@triton.jit
+def _one_pass(
+    row_ptr, e_row_ptr, V, label, target, offset, STORE_E: tl.constexpr, STATS: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """S, S as stored, M and the sum of E d of one row."""
+    S = tl.zeros((BLOCK_V,), tl.float32)
+    as_stored = tl.zeros((BLOCK_V,), tl.float32)
+    M = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    weighted = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf"))
+        # The target is left out by its column, never by its value: ties must survive.
+        d = tl.where((v != label) & (v < V), logits - target, float("-inf"))
+        E = tl.exp2(d * LOG2E - offset)
+        S += E
+        M = tl.maximum(M, d)
+        if STATS:
+            weighted += tl.where(E > 0.0, E * d, 0.0)
+        if STORE_E:
+            stored = rounded(E, e_row_ptr.dtype.element_ty)
+            as_stored += stored.to(tl.float32)
+            tl.store(e_row_ptr + v, stored, mask=v < V)
+    return tl.sum(S, 0), tl.sum(as_stored, 0), tl.max(M, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def _exp_rows_kernel(
+    logits_ptr,  # (R, V) fp32
+    labels_ptr,  # (R,)
+    target_ptr,  # (R,)
+    offsets_ptr,  # (R,), replaced in unsafe rows
+    e_ptr,  # (R, V), rows stride_e apart
+    out_ptr,  # (5, R)
+    R,
+    V,
+    stride_e,
+    STORE_E: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr, e_row_ptr = logits_ptr + row * V, e_ptr + row * stride_e
+    label = tl.load(labels_ptr + row)
+    target = tl.load(target_ptr + row)
+    offset = tl.load(offsets_ptr + row)
+    S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, target, offset, STORE_E, STATS, BLOCK_V)
+    if is_unsafe(S):
+        offset = safe_offset(M)
+        S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, target, offset, STORE_E, STATS, BLOCK_V)
+    tl.store(offsets_ptr + row, offset)
+    store_row_stats(S, stored if STORE_E else S, M, weighted, offset, row, True, out_ptr, R, STATS)
+
+
+def exp_rows(
+    logits: Tensor, labels: Tensor, target: Tensor, offsets: Tensor, E: Tensor | None, *, stats: bool
+) -> RowStats:
+    """What ``logits`` tell of the rows.
+
+    Args:
+        logits: fp32, shape (R, V), contiguous.
+        labels: target columns, int64, shape (R,).
+        target: their logits, fp32, shape (R,).
+        offsets: octaves, whole numbers in fp32, shape (R,).
+        E: where E is stored if wanted, shape (R, V).
+        stats: whether top-1 and entropy are wanted.
+    """
+    R, V = logits.shape
+    offsets = offsets.clone()
+    out = logits.new_empty(5, R)
+    if R:
+        block = min(BLOCK_V, triton.next_power_of_2(V))
+        _exp_rows_kernel[(R,)](
+            logits, labels, target, offsets, logits if E is None else E, out, R, V, 0 if E is None else E.stride(0),
+            STORE_E=E is not None, STATS=stats, BLOCK_V=block, num_warps=8,
+        )  # fmt: skip
+    return row_stats(out, target, offsets, stats=stats)

@@ -1,0 +1,97 @@
+"""head_gradients: what the target column adds to the gradients of an LM head and of its input.
+
+R = rows, D = hidden, V = vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from vapr_kernels.launch import rounded, runs_triton, tl, triton
+
+BLOCK_D = 1024
+
+
+@triton.jit
+def _hidden_gradient_kernel(
+    expected_ptr,  # (R, D) fp32
+    head_ptr,  # (V, D)
+    labels_ptr,  # (R,)
+    up_ptr,  # (R,)
+    down_ptr,  # (R,)
+    out_ptr,  # (R, D)
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    label, up, down = tl.load(labels_ptr + row), tl.load(up_ptr + row), tl.load(down_ptr + row)
+    expected = tl.load(expected_ptr + row * D + d, mask=d < D, other=0.0)
+    target = tl.load(head_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * D + d, rounded(up * target - down * expected, out_ptr.dtype.element_ty), mask=d < D)
+
+
+def hidden_gradient(expected: Tensor, head: Tensor, labels: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+    """``up * head[labels] - down * expected`` row by row, written into ``out`` (R, D), which may be ``expected``.
+
+    Args:
+        expected: E @ head, shape (R, D).
+        head: shape (V, D).
+        labels: int64, shape (R,).
+        up: factor of the target's row of the head, shape (R,).
+        down: factor of the other columns', shape (R,).
+    """
+    R, D = expected.shape
+    if not runs_triton(expected) or expected.dtype == torch.float64:
+        return out.copy_(up[:, None] * head[labels].to(expected.dtype) - down[:, None] * expected)
+    if R:
+        block = min(BLOCK_D, triton.next_power_of_2(D))
+        grid = (R, triton.cdiv(D, block))
+        _hidden_gradient_kernel[grid](expected, head, labels, up, down, out, D, BLOCK_D=block)
+    return out
+
+
+@triton.jit
+def _add_target_rows_kernel(
+    dhead_ptr,  # (V, D), added to
+    x_ptr,  # (R, D)
+    factors_ptr,  # (R,)
+    labels_ptr,  # (R,) ascending
+    order_ptr,  # (R,) row of x of each of them
+    ends_ptr,  # (R,) where the run of equal labels ends
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """One program adds all rows of one label, in order: the same sum on every run."""
+    first = tl.program_id(0)
+    label = tl.load(labels_ptr + first)
+    before = tl.load(labels_ptr + first - 1, mask=first > 0, other=-1)
+    if label != before:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        at = dhead_ptr + label * D + d
+        total = tl.load(at, mask=d < D, other=0.0).to(tl.float32)
+        for n in range(first, tl.load(ends_ptr + first)):
+            row = tl.load(order_ptr + n)
+            x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            total += tl.load(factors_ptr + row) * x
+        tl.store(at, rounded(total, dhead_ptr.dtype.element_ty), mask=d < D)
+
+
+def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor) -> None:
+    """``dhead[labels] += factors * x``, labels may repeat.
+
+    Args:
+        dhead: shape (V, D), changed.
+        x: shape (R, D).
+        labels: int64, shape (R,).
+        factors: shape (R,).
+    """
+    R, D = x.shape
+    if not runs_triton(x) or dhead.dtype == torch.float64:
+        dhead.index_add_(0, labels, (factors[:, None] * x.to(factors.dtype)).to(dhead.dtype))
+        return
+    if R:
+        ordered, order = labels.sort(stable=True)
+        ends = torch.searchsorted(ordered, ordered, right=True)
+        block = min(BLOCK_D, triton.next_power_of_2(D))
+        grid = (R, triton.cdiv(D, block))
+        _add_target_rows_kernel[grid](dhead, x, factors, ordered, order, ends, D, BLOCK_D=block)

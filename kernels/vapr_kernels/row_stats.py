@@ -1,0 +1,90 @@
+"""row_stats: what the sums of a row of exponentials (see exp_logits) tell: log-prob, odds, top-1, entropy.
+
+With S and o of exp_logits, t = log S + o log 2 and p the probability of the target:
+
+    logp = -softplus(t)     1 - p = sigmoid(t)     p_v = (1 - p) / S * E_v  for v != y
+
+Where E is stored in bf16, p_v divides by the sum of E as it is stored: rounding then moves probability between the
+other columns, but the p_v still add up to 1 - p, and where one column has nearly all of it nothing is lost.
+
+R = rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vapr_kernels.launch import tl, triton
+
+LOG2E = tl.constexpr(1 / math.log(2))
+LN2 = tl.constexpr(math.log(2))
+SAFE = tl.constexpr(2.0**100)
+"""E @ W must not overflow either; weights are far below 2^27."""
+
+OFFSET = 29.0
+"""Octaves of a row whose log-prob is unknown: S is safe for t in [-49, 89]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStats:
+    """What one pass over the logits tells of each row. All (R,) fp32, fp64 where the inputs are."""
+
+    logps: Tensor
+    log_odds: Tensor  # t
+    scale: Tensor  # (1 - p) / S: E * scale are the probabilities of the other columns
+    target: Tensor  # l_y
+    offset: Tensor  # o
+    top1: Tensor  # bool, (0,) unless asked for
+    entropy: Tensor  # nats, (0,) unless asked for
+
+
+@triton.jit
+def wrong_probability(t):
+    """1 - p of the target: sigmoid(t), to full relative accuracy at both ends."""
+    small = tl.exp(-tl.abs(t))
+    return tl.where(t < 0.0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def store_row_stats(S, stored, M, weighted, offset, rows, live, out_ptr, R, STATS: tl.constexpr):
+    """Everything a row's sums tell, into ``out`` (5, R): logp, t, scale, top-1, entropy; ``stored`` is S as stored."""
+    # log2 S is split into exponent and mantissa, so that exponent and offset cancel exactly.
+    bits = S.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) & 0xFF) - 127
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    t = ((exponent.to(tl.float32) + offset) + tl.log2(mantissa)) * LN2
+    t = tl.where((S > 0.0) & (float("inf") > S), t, tl.where(S == 0.0, float("-inf"), S))  # inf and NaN show
+    small = tl.exp(-tl.abs(t))
+    one_plus = 1.0 + small
+    # log1p, accurate where 1 + small rounds (Kahan's way)
+    log1p = tl.where(one_plus == 1.0, small, tl.log(one_plus) * (small / (one_plus - 1.0)))
+    logp = tl.where(t == t, -tl.where(t > 0.0, t, 0.0) - log1p, t)
+    wrong = wrong_probability(t)
+    scale = tl.where(stored == 0.0, 0.0, wrong / stored)
+    tl.store(out_ptr + rows, logp, mask=live)
+    tl.store(out_ptr + R + rows, t, mask=live)
+    tl.store(out_ptr + 2 * R + rows, scale, mask=live)
+    if STATS:
+        tl.store(out_ptr + 3 * R + rows, tl.where(M <= 0.0, 1.0, 0.0), mask=live)
+        tl.store(out_ptr + 4 * R + rows, -logp - weighted * tl.where(S == 0.0, 0.0, wrong / S), mask=live)
+
+
+@triton.jit
+def is_unsafe(S):
+    """Whether a sum left the range in which nothing is lost. NaN is."""
+    return ~((S > 1.0 / SAFE) & (S < SAFE))
+
+
+@triton.jit
+def safe_offset(M):
+    """Octaves that bring the largest E just below 1; 0 where there is no other column to speak of."""
+    return tl.where(tl.abs(M) < 1e30, tl.ceil(M * LOG2E), 0.0)
+
+
+def row_stats(out: Tensor, target: Tensor, offset: Tensor, *, stats: bool) -> RowStats:
+    """The rows that :func:`store_row_stats` wrote."""
+    logps, log_odds, scale, top1, entropy = out
+    none = out.new_empty(0)
+    top1, entropy = (top1 > 0, entropy) if stats else (none.bool(), none)
+    return RowStats(logps, log_odds, scale, target, offset, top1, entropy)
