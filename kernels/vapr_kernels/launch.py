@@ -25,14 +25,19 @@ INTERPRETED = tl.constexpr(interpret)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether operations on ``x`` run a Triton kernel."""
-    return installed and (x.is_cuda or interpret)
+    """Whether operations on ``x`` run a Triton kernel. Kernels compute in fp32, so fp64 takes the naive twins."""
+    return installed and (x.is_cuda or interpret) and x.dtype != torch.float64
 
 
 def contiguous(x: Tensor) -> Tensor:
     """``x``, copied only if its rows do not lie end to end or where 16-byte accesses would be misaligned."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, copied only if neighbours along its last dimension do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache

@@ -6,15 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Outputs = Tensor | tuple[Tensor, ...]
 
-def outputs_and_grads(fn: Callable[..., Tensor], args: tuple[Any, ...], dout: Tensor | None = None) -> list[Tensor]:
-    """The output of ``fn(*args)`` and the gradient of every floating-point argument that requires one."""
+
+def outputs_and_grads(
+    fn: Callable[..., Outputs], args: tuple[Any, ...], douts: list[Tensor] | None = None
+) -> list[Tensor]:
+    """The outputs of ``fn(*args)`` and the gradient of every floating-point argument that requires one."""
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    out = fn(*args)
+    outs = as_tuple(fn(*args))
     if not leaves:
-        return [out]
-    dout = torch.ones_like(out) if dout is None else dout.to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+        return [*outs]
+    douts = [torch.ones_like(out) for out in outs] if douts is None else douts
+    douts = [dout.to(out.dtype) for dout, out in zip(douts, outs, strict=True)]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts)]
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def in_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -26,21 +35,22 @@ def in_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def assert_matches_naive(
-    fn: Callable[..., Tensor], naive: Callable[..., Tensor], *args: Any, slack: float = 2.0, floor: float = 1e-6
+    fn: Callable[..., Outputs], naive: Callable[..., Outputs], *args: Any, slack: float = 2.0, floor: float = 1e-6
 ) -> None:
-    """Output and every gradient are within ``slack`` times the error that the dtype itself costs.
+    """Every output and every gradient are within ``slack`` times the error that the dtype itself costs.
 
     The truth is ``naive`` in fp64; the yardstick is ``naive`` in the dtype of ``args``. ``floor`` (relative to the
     largest true value) allows for another summation order where the yardstick happens to be exact.
     """
-    out = fn(*args)
-    dout = torch.randn(out.shape, dtype=torch.float64, device=out.device)
-    truth = outputs_and_grads(naive, in_dtype(args, torch.float64), dout)
-    same_dtype = outputs_and_grads(naive, args, dout)
-    got = outputs_and_grads(fn, args, dout)
-    names = ["out", *(f"grad[{i}]" for i in range(len(truth) - 1))]
+    outs = as_tuple(naive(*args))
+    douts = [torch.randn(out.shape, dtype=torch.float64, device=out.device) for out in outs]
+    truth = outputs_and_grads(naive, in_dtype(args, torch.float64), douts)
+    same_dtype = outputs_and_grads(naive, args, douts)
+    got = outputs_and_grads(fn, args, douts)
+    names = [*(f"out[{i}]" for i in range(len(outs))), *(f"grad[{i}]" for i in range(len(truth) - len(outs)))]
     for name, t, s, g in zip(names, truth, same_dtype, got, strict=True):
         assert g.shape == t.shape, f"{name}: shape {tuple(g.shape)}, not {tuple(t.shape)}"
+        assert g.dtype == s.dtype, f"{name}: {g.dtype}, not {s.dtype}"
         assert g.isfinite().all(), f"{name}: not finite"
         if g.numel() == 0:
             continue
