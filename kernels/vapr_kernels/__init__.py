@@ -1,6 +1,19 @@
 """Operations of a preference-training step. Each has a naive twin of the same name in ``vapr_kernels.naive``."""
 
+from vapr_kernels.add_rms_norm import add_rms_norm, rms_norm
+from vapr_kernels.gather_keys_values import gather_keys_values
 from vapr_kernels.gather_rows import gather_rows
 from vapr_kernels.linear_logps import linear_logps, linear_logps_and_stats
+from vapr_kernels.rotary import rotary
+from vapr_kernels.swiglu import swiglu
 
-__all__ = ["gather_rows", "linear_logps", "linear_logps_and_stats"]
+__all__ = [
+    "add_rms_norm",
+    "gather_keys_values",
+    "gather_rows",
+    "linear_logps",
+    "linear_logps_and_stats",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]

@@ -1,10 +1,17 @@
 """The slow, obvious version of every operation: the specification, and the truth in tests.
 
-T = packed tokens, K = gathered rows, L = predictions, D = hidden, V = vocabulary.
+T = packed tokens, K = gathered rows, L = predictions, D = hidden, V = vocabulary, I = intermediate size, H = heads,
+G = key heads, E = head dim.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from vapr_kernels.gather_rows import RowIndex
 
 
 def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -20,3 +27,34 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def _accumulate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, shape (T, I), rounded once."""
+    return (F.silu(gate.to(_accumulate(gate))) * up.to(_accumulate(gate))).to(gate.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x`` (T, D) over its root mean square, times ``weight``, rounded once."""
+    wide = x.to(_accumulate(x))
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * (mean_square + eps).rsqrt() * weight.to(wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of ``x + residual``, and that sum."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x * cos + rotate_half(x) * sin``, shape (T, H, E), rounded once."""
+    wide = x.to(_accumulate(x))
+    x1, x2 = wide.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    return (wide * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+
+
+def gather_keys_values(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, index: "RowIndex") -> tuple[Tensor, Tensor]:
+    """Rotated keys and values of the gathered rows, (K, G, E)."""
+    return rotary(k, cos, sin)[index.rows], v[index.rows]
