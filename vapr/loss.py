@@ -1,257 +1,33 @@
-"""Preference losses: pure functions of completion log-probs, one loss per pair.
+"""Preference losses by name. The formulas stand beside the kernel that fuses them, in ``vapr_kernels.losses``."""
 
-Notation of the docstrings: w, l = chosen, rejected; D(y) = log pi(y|x) - log ref(y|x), the log-ratio; s = sigmoid;
-|y| = number of completion tokens. Arguments are fp32 tensors of shape (P,).
-"""
+from vapr_kernels.losses import (
+    PairLogps,
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    dpop_loss,
+    hinge_loss,
+    ipo_loss,
+    orpo_loss,
+    preference_losses,
+    robust_loss,
+    sft_loss,
+    sigmoid_loss,
+    simpo_loss,
+)
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from vapr.config import LossConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PairLogps:
-    """Everything the losses are functions of, for P pairs. All (P,) but the last."""
-
-    chosen: Tensor
-    rejected: Tensor
-    reference_chosen: Tensor  # zeros where no loss needs a reference
-    reference_rejected: Tensor
-    chosen_lengths: Tensor  # completion tokens, each counted with its token weight
-    rejected_lengths: Tensor
-    mean_chosen_length: float  # chosen tokens of the whole step divided by its pairs, over all ranks
-
-
-def preference_losses(logps: PairLogps, terms: list[LossConfig]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the terms: ``(losses, chosen_rewards, rejected_rewards)``, each (P,); rewards are detached.
-
-    Rewards are those of the first term that prefers (``sft`` does not): beta times the log-ratio, or beta times the
-    length-normalised log-prob for simpo and orpo, which have no reference.
-    """
-    losses = sum(term.weight * _term_losses(logps, term) for term in terms)
-    rewarded = next((term for term in terms if term.kind != "sft"), terms[0])
-    with torch.no_grad():
-        if rewarded.kind in ("simpo", "orpo"):
-            chosen = logps.chosen / logps.chosen_lengths
-            rejected = logps.rejected / logps.rejected_lengths
-        else:
-            chosen = logps.chosen - logps.reference_chosen
-            rejected = logps.rejected - logps.reference_rejected
-        assert isinstance(losses, Tensor)
-        return losses, rewarded.beta * chosen.detach(), rewarded.beta * rejected.detach()
-
-
-def _term_losses(logps: PairLogps, term: LossConfig) -> Tensor:
-    both = (logps.chosen, logps.rejected)
-    reference = (logps.reference_chosen, logps.reference_rejected)
-    lengths = (logps.chosen_lengths, logps.rejected_lengths)
-    beta, smoothing = term.beta, term.label_smoothing
-    match term.kind:
-        case "sigmoid":
-            losses = sigmoid_loss(*both, *reference, beta=beta, label_smoothing=smoothing)
-        case "robust":
-            losses = robust_loss(*both, *reference, beta=beta, label_smoothing=smoothing)
-        case "hinge":
-            losses = hinge_loss(*both, *reference, beta=beta)
-        case "ipo":
-            losses = ipo_loss(*both, *reference, *lengths, beta=beta)
-        case "bco_pair":
-            losses = bco_pair_loss(*both, *reference, beta=beta)
-        case "apo_zero":
-            losses = apo_zero_loss(*both, *reference, beta=beta)
-        case "apo_down":
-            losses = apo_down_loss(*both, *reference, beta=beta)
-        case "simpo":
-            losses = simpo_loss(*both, *lengths, beta=beta, gamma=term.gamma, label_smoothing=smoothing)
-        case "orpo":
-            losses = orpo_loss(*both, *lengths, mean_chosen_length=logps.mean_chosen_length, beta=beta)
-        case "dpop":
-            losses = dpop_loss(*both, *reference, beta=beta, dpop_lambda=term.dpop_lambda)
-        case "sft":
-            losses = sft_loss(logps.chosen, mean_chosen_length=logps.mean_chosen_length)
-    if term.sft_weight:
-        losses = losses + term.sft_weight * sft_loss(logps.chosen, mean_chosen_length=logps.mean_chosen_length)
-    return losses
-
-
-def sigmoid_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """DPO: ``-log s(beta (D(w) - D(l)))`` (arXiv 2305.18290, equation 7).
-
-    With ``label_smoothing`` e, the conservative form ``-(1-e) log s(z) - e log s(-z)`` (Mitchell 2023, "A note on DPO
-    with noisy preferences and relationship to IPO").
-    """
-    z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
-
-
-def robust_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """rDPO: ``(-(1-e) log s(z) + e log s(-z)) / (1 - 2e)``, unbiased if a share e of the pairs is swapped.
-
-    Source: arXiv 2403.00409.
-    """
-    z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
-    e = label_smoothing
-    return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
-
-
-def hinge_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """``max(0, 1 - beta (D(w) - D(l)))``: the "hinge-norm" of RSO (arXiv 2309.06657)."""
-    z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
-    return torch.relu(1 - z)
-
-
-def ipo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """IPO: ``(D(w)/|w| - D(l)/|l| - 1/(2 beta))^2`` (arXiv 2310.12036, equation 17; beta is its tau).
-
-    Log-ratios are averaged over tokens, as the authors do and TRL does, so that long answers are not asked for more.
-    """
-    chosen = (chosen_logps - reference_chosen_logps) / chosen_lengths
-    rejected = (rejected_logps - reference_rejected_logps) / rejected_lengths
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
-
-
-def bco_pair_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """``-log s(beta D(w)) - log s(-beta D(l))``: BCO on pairs with reward shift 0 (arXiv 2404.04656).
-
-    MPO's second term (arXiv 2411.10442).
-    """
-    chosen = beta * (chosen_logps - reference_chosen_logps)
-    rejected = beta * (rejected_logps - reference_rejected_logps)
-    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
-
-
-def apo_zero_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """APO-zero: ``1 - s(beta D(w)) + s(beta D(l))`` (arXiv 2408.06266, equation 7): chosen up, rejected down."""
-    chosen = beta * (chosen_logps - reference_chosen_logps)
-    rejected = beta * (rejected_logps - reference_rejected_logps)
-    return 1 - chosen.sigmoid() + rejected.sigmoid()
-
-
-def apo_down_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): rejected falls more."""
-    chosen = beta * (chosen_logps - reference_chosen_logps)
-    rejected = beta * (rejected_logps - reference_rejected_logps)
-    return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
-
-
-def simpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-    gamma: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """SimPO: ``-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma)``, no reference (arXiv 2405.14734, eq. 6)."""
-    z = beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
-
-
-def orpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    mean_chosen_length: float,
-    beta: float,
-) -> Tensor:
-    """ORPO: ``NLL(w) - beta log s(log odds(w) - log odds(l))``, odds = p / (1 - p), p = exp(log pi(y) / |y|).
-
-    Source: arXiv 2403.07691, equations 4, 6 and 7 (beta is its lambda). NLL is :func:`sft_loss` of the completion.
-    """
-    chosen, rejected = chosen_logps / chosen_lengths, rejected_logps / rejected_lengths
-    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return sft_loss(chosen_logps, mean_chosen_length=mean_chosen_length) - beta * F.logsigmoid(log_odds)
-
-
-def dpop_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    dpop_lambda: float,
-) -> Tensor:
-    """DPO-Positive: ``-log s(beta (D(w) - D(l) - lambda max(0, -D(w))))`` (arXiv 2402.13228).
-
-    Keeps the chosen log-prob of low-edit-distance pairs from falling below the reference's.
-    """
-    chosen, rejected = chosen_logps - reference_chosen_logps, rejected_logps - reference_rejected_logps
-    return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * torch.relu(-chosen)))
-
-
-def sft_loss(chosen_logps: Tensor, *, mean_chosen_length: float) -> Tensor:
-    """Negative log-likelihood of the chosen completion, ``-log pi(w)`` over the step's mean chosen length.
-
-    Its mean over a step's pairs is the mean over the step's chosen tokens, whatever the packing.
-    """
-    return -chosen_logps / mean_chosen_length
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x < 0, accurate at both ends (Maechler 2012)."""
-    # Where the other branch is taken, its input is replaced: infinities would turn gradients into NaN.
-    near_zero = x > -0.693
-    small = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0).clamp(max=-1e-12)))
-    return torch.where(near_zero, small, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
+__all__ = [
+    "PairLogps",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_pair_loss",
+    "dpop_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "orpo_loss",
+    "preference_losses",
+    "robust_loss",
+    "sft_loss",
+    "sigmoid_loss",
+    "simpo_loss",
+]

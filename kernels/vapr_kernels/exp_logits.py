@@ -341,6 +341,8 @@ def _tiles(
     with_e: bool, stats: bool,
 ) -> None:  # fmt: skip
     """Launch the matrix product over all rows, or over the listed ones."""
+    if listed:  # few rows, scattered: half the tile leaves registers for their addresses
+        tile = tile._replace(rows=max(16, tile.rows // 2))
     R, D = x.shape
     V = len(w)
     num_tiles = triton.cdiv(R, tile.rows) * triton.cdiv(V, tile.columns)

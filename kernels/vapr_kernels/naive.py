@@ -1,14 +1,17 @@
 """The slow, obvious version of every operation: the specification, and the truth in tests.
 
-T = packed tokens, K = gathered rows, L = predictions, D = hidden, V = vocabulary, I = intermediate size, H = heads,
-G = key heads, E = head dim.
+T = packed tokens, K = gathered rows, L = predictions, M = predictions counted once per completion, P = pairs,
+D = hidden, V = vocabulary, I = intermediate size, H = heads, G = key heads, E = head dim.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vapr_kernels.losses import Completions, PairLogps, Term, preference_losses
 
 if TYPE_CHECKING:
     from vapr_kernels.gather_rows import RowIndex
@@ -23,6 +26,33 @@ def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]``, shape (K, ...)."""
     return x[rows]
+
+
+def preference_loss(
+    token_logps: Tensor, reference_logps: Tensor | None, completions: Completions, terms: Sequence[Term], *,
+    mean_chosen_length: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses (P,), rewards (P, 2) and completion log-probs (P, 2) of token log-probs (L,)."""
+    c = completions
+    lengths = c.ends.diff(prepend=c.ends.new_zeros(1))
+    # Segment by segment, in a fixed order: the same on every run, unlike scatter_add.
+    sums = lambda x: torch.segment_reduce(x * c.token_weights, "sum", lengths=lengths, unsafe=True)
+    logps = sums(token_logps[c.counted.rows])
+    reference = torch.zeros_like(logps) if reference_logps is None else sums(reference_logps)
+    num_tokens = sums(torch.ones_like(c.token_weights))
+    num_tokens = torch.where(num_tokens > 0, num_tokens, 1.0)  # all tokens masked: the log-prob is 0 / whatever
+    pairs = PairLogps(
+        chosen=logps[c.chosen],
+        rejected=logps[c.rejected],
+        reference_chosen=reference[c.chosen],
+        reference_rejected=reference[c.rejected],
+        chosen_lengths=num_tokens[c.chosen],
+        rejected_lengths=num_tokens[c.rejected],
+        mean_chosen_length=mean_chosen_length,
+    )
+    losses, *rewards = preference_losses(pairs, terms)
+    both = torch.stack([pairs.chosen, pairs.rejected], dim=1).detach()
+    return losses * c.pair_weights, torch.stack(rewards, dim=1), both
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
