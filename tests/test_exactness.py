@@ -176,6 +176,33 @@ def test_order_pack_size_and_accumulation(family, share, full_oracle):
     assert_same(packed_loss_and_grads(policy, packs, share), truth, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "tuning"),
+    [(family, "everything") for family in oracles.CLASSES]
+    + [("qwen2_5_vl", "everything, recomputed"), ("qwen2_5_vl", "lora")],
+)
+def test_with_fused_kernels(family, tuning, tiny, photo_pairs, device):
+    """Head, norms, MLPs, rotary embeddings and gathers through Triton."""
+    folder = tiny(family)
+    options = {"lora": True} if tuning == "lora" else {"train": EVERYTHING}
+    policy = policy_of(folder, gradient_checkpointing="recomputed" in tuning, **options)
+    assert policy.kernels
+    pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
+    pairs = [pairs[2], pairs[-1]]  # text alone, and another image on the rejected side
+    model = oracles.load_model(folder, family)
+    if tuning == "lora":
+        wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
+        settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
+        adapted = peft.get_peft_model(model, settings)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in policy.trained_parameters().items():
+            parameters[name].data.copy_(parameter.data)
+        truth = oracle_loss_and_grads(adapted, family, parameters, pairs)
+    else:
+        truth = oracle_loss_and_grads(model, family, dict(model.named_parameters()), pairs)
+    assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 1e-5)
+
+
 def test_frozen_parts_get_no_gradient(family, tiny, full_oracle):
     _, pairs, truth = full_oracle(family)
     policy = policy_of(tiny(family), train=TrainConfig(language_model=False, projector=True))

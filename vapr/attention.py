@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 from vapr.errors import UserError
 from vapr.packing import SegmentAttention
-from vapr_kernels.gather_rows import gather_rows
+from vapr_kernels import gather_keys_values, gather_rows
+from vapr_kernels.rotary import rotary as rotate
 
 BACKENDS = ("flash-attn", "varlen", "sdpa")
 
@@ -58,8 +59,9 @@ def _varlen_options() -> frozenset[str]:
 
 
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Attention over a forest of segments.
 
     Args:
@@ -67,11 +69,16 @@ def segment_attention(
         segments: the forest's sequences and gathered keys.
         scale: factor of the scores.
         backend: one of ``BACKENDS``.
+        rotary: cosines and sines, each (T, E), to rotate q and k by; None if they are rotated.
 
     Returns:
         Shape (T, H, E), what each token would get within its own path.
     """
-    k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)  # (K, G, E)
+    if rotary is not None:
+        q = rotate(q, *rotary)
+        k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
+    else:
+        k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
     # varlen_attn of torch 2.11 knows no grouped key heads; nor does SDPA's memory-efficient kernel, the one for fp32.
     knows_groups = {"flash-attn": True, "varlen": "enable_gqa" in _varlen_options(), "sdpa": not q.is_cuda}
     if k.shape[1] != q.shape[1] and not knows_groups[backend]:
@@ -144,10 +151,11 @@ def _language_model_attention(
     segments: SegmentAttention,
     backend: str,
     scaling: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return segment_attention(q, k, v, segments, scale=scaling, backend=backend)[None], None
+    return segment_attention(q, k, v, segments, scale=scaling, backend=backend, rotary=rotary)[None], None
 
 
 def _vision_attention(

@@ -9,15 +9,25 @@ from torch import Tensor
 from vapr.model import Policy, hidden_states
 from vapr.packing import PackedBatch
 from vapr_kernels import gather_rows, linear_logps
+from vapr_kernels.linear_logps import Mode
 
 
-def token_logps(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
+def token_logps(
+    policy: Policy, batch: PackedBatch, features: Tensor | None = None, reference_logps: Tensor | None = None
+) -> Tensor:
     """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head.
 
-    ``features`` are the batch's image features, if known already.
+    Args:
+        features: the batch's image features, if known already.
+        reference_logps: the reference's log-probs, laid out as :func:`per_completion`, (M,), if known. They tell the
+            kernel where to expect the logits and change nothing else.
     """
     rows = gather_rows(hidden_states(policy, batch, features), batch.predict_from)  # (L, D)
-    return linear_logps(rows, policy.head, batch.labels)
+    if reference_logps is not None:
+        first_copy = batch.sum_prediction.order[batch.sum_prediction.starts[:-1]]
+        reference_logps = reference_logps[first_copy]  # (L,)
+    mode: Mode = "auto" if policy.kernels else "torch"
+    return linear_logps(rows, policy.head, batch.labels, reference_logps=reference_logps, mode=mode)
 
 
 def per_completion(logps: Tensor, batch: PackedBatch) -> Tensor:

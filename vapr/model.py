@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 from vapr import attention
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
+from vapr.fused import fuse, kernels_run
+from vapr.last_layer import trim_last_layer
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
 from vapr_kernels.gather_rows import gather_rows
@@ -43,6 +45,7 @@ class Policy:
     folder: Path  # where config and weights were read from
     family: str
     attention_backend: str
+    kernels: bool  # whether layers, head and loss run fused Triton kernels
     dtype: torch.dtype
     vision_trained: bool  # whether tower or projector change
 
@@ -63,8 +66,12 @@ class Policy:
         return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
 
 
-def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Policy:
+def load_policy(
+    config: PolicyConfig, device: torch.device | None = None, *, kernels: Literal["auto", "off"] = "auto"
+) -> Policy:
     """Load a model of a supported family, freeze what is not trained, add adapters.
+
+    ``kernels``: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
 
     Raises:
         UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
@@ -102,12 +109,17 @@ def load_policy(config: PolicyConfig, device: torch.device | None = None) -> Pol
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(config.lora is None and name in trained)
     adapters = _add_lora(base, config, trained) if config.lora else None
+    layers = base.model.language_model.layers
+    fused = kernels == "auto" and kernels_run(device, dtype)
+    if fused:
+        fuse(base, layers)
+    trim_last_layer(layers[-1])
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.nn.Module.to(base, device).train()
     folder = Path(str(cached_file(config.model, "config.json"))).parent
     vision_trained = config.train.projector or config.train.vision_tower
-    return Policy(base, adapters, folder, model_config.model_type, backend, dtype, vision_trained)
+    return Policy(base, adapters, folder, model_config.model_type, backend, fused, dtype, vision_trained)
 
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
@@ -201,7 +213,9 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
 
 
 def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
-    """Last hidden states of every packed token, after the final norm, shape (T, D).
+    """Last hidden states, after the final norm, of every packed token that predicts something, shape (T, D).
+
+    Other rows hold nothing of use: the last layer skips them.
 
     Args:
         batch: on the policy's device.
@@ -213,12 +227,18 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
         features = image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
     position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
+    options: dict[str, Any] = {}
+    if policy.kernels:  # attention rotates while it gathers keys
+        cos, sin = model.language_model.rotary_emb(embeds[None], position_ids)
+        options["rotary"] = cos[0], sin[0]
     out = model.language_model(
         inputs_embeds=embeds[None],
         position_ids=position_ids,
         use_cache=False,
         segments=batch.attention,
         backend=policy.attention_backend,
+        predicting=batch.predicting,
+        **options,
     )
     return out.last_hidden_state[0]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vapr.processor import ProcessedImage, TokenizedPair, TokenPath
 from vapr_kernels.gather_rows import RowIndex
+from vapr_kernels.losses import Completions
 
 NO_PARENT = -1
 
@@ -63,12 +64,14 @@ class PackedBatch:
     # cannot say what to predict. Predictions are listed instead.
     predict_from: RowIndex  # (L,) into T: the hidden state that predicts each label
     labels: Tensor  # (L,)
+    predicting: Tensor  # (R,) into T, ascending: the tokens that predict something
 
     # A prediction shared by several completions is made once and counted in each of their sums.
     sum_prediction: RowIndex  # (M,) into L
     sum_completion: Tensor  # (M,) into C, ascending; within a completion in token order
     token_weights: Tensor  # (M,) fp32
     completion_lengths: Tensor  # (C,) int64, tokens of each completion
+    completion_ends: Tensor  # (C,) int64, where each completion ends in M
     chosen: Tensor  # (P,) into C
     rejected: Tensor  # (P,) into C
     pair_weights: Tensor  # (P,) fp32
@@ -88,6 +91,19 @@ class PackedBatch:
     @property
     def num_pairs(self) -> int:
         return len(self.pairs)
+
+    @property
+    def completions(self) -> Completions:
+        """What the loss needs to know of the batch."""
+        return Completions(
+            counted=self.sum_prediction,
+            token_weights=self.token_weights,
+            completion=self.sum_completion,
+            ends=self.completion_ends,
+            chosen=self.chosen,
+            rejected=self.rejected,
+            pair_weights=self.pair_weights,
+        )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on ``device``; images stay on the host until the tower takes them."""
@@ -285,13 +301,16 @@ def _predictions(paths: list[TokenPath], packed_index: list[np.ndarray], input_i
     # A packed token has one parent, so it identifies the prediction of itself.
     targets, first, inverse = np.unique(np.concatenate(predicted), return_index=True, return_inverse=True)
     lengths = torch.tensor([len(tokens) for tokens in predicted])
+    predict_from = torch.from_numpy(np.concatenate(previous)[first])
     return {
-        "predict_from": RowIndex.build(torch.from_numpy(np.concatenate(previous)[first]), len(input_ids)),
+        "predict_from": RowIndex.build(predict_from, len(input_ids)),
+        "predicting": predict_from.unique(),
         "labels": torch.from_numpy(input_ids[targets]),
         "sum_prediction": RowIndex.build(torch.from_numpy(inverse), len(targets)),
         "sum_completion": torch.arange(len(paths)).repeat_interleave(lengths),
         "token_weights": torch.from_numpy(np.concatenate([path.token_weights for path in paths])),
         "completion_lengths": lengths,
+        "completion_ends": lengths.cumsum(0),
     }
 
 

@@ -45,7 +45,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
         loaders = {"train": open_loader(config, "train", workers, say)}
         if config.data.eval is not None:
             loaders["eval"] = open_loader(config, "eval", workers, say)
-        policy = load_policy(config.policy)
+        policy = load_policy(config.policy, kernels=config.kernels)
         reference = _new_reference(config, policy, say)
         features = open_features(config, policy, loaders["train"], say)
         skipped: dict[str, str] = {}

@@ -264,6 +264,7 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
         "dtype": str(policy.dtype),
         "device": policy.device.type,
         "attention": policy.attention_backend,
+        "kernels": policy.kernels,
         "format": version,
     }
     salt = json.dumps(described, sort_keys=True).encode()

@@ -110,6 +110,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "model_folder": str(policy.folder),
         "attention": policy.attention_backend,
+        "kernels": policy.kernels,
     }
 
 

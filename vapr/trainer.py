@@ -21,8 +21,7 @@ from vapr.extremes import Extremes, shown_pairs
 from vapr.features import Features
 from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.loader import PairLoader, Step, open_loader
-from vapr.logps import completion_logps, completion_sums, per_completion, token_logps
-from vapr.loss import PairLogps, preference_losses
+from vapr.logps import token_logps
 from vapr.metrics import MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
 from vapr.model import Policy, frozen, load_policy
 from vapr.packing import PackedBatch
@@ -31,6 +30,7 @@ from vapr.prepare import open_features, open_reference, shared_image_features
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
 from vapr.workers import open_workers
+from vapr_kernels import naive, preference_loss
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -65,7 +65,7 @@ def _train(config: Config, run: RunDir, *, resume: bool) -> None:
 
 def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoader | None, *, resume: bool) -> None:
     torch.manual_seed(config.seed)  # the adapters' initial weights
-    policy = load_policy(config.policy)
+    policy = load_policy(config.policy, kernels=config.kernels)
     features = open_features(config, policy, loader)
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     engine = Engine(policy, config.optim, num_steps)
@@ -251,23 +251,14 @@ def score(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Policy log-probs (P, 2), weighted losses (P,), and (chosen, rejected) rewards (P,) of a micro-batch."""
     shared = shared_image_features(policy, batch, features)
-    reference_logps = torch.zeros(batch.num_pairs, 2, device=policy.device)
-    if reference is not None:
-        reference_logps = completion_logps(reference.logps(batch, shared), batch)
-    logps = completion_logps(per_completion(token_logps(policy, batch, shared), batch), batch)
-    lengths = completion_sums(batch.token_weights, batch)
-    lengths = torch.where(lengths > 0, lengths, 1.0)  # all tokens masked: the log-prob is 0 whatever it is divided by
-    pair_logps = PairLogps(
-        chosen=logps[:, 0],
-        rejected=logps[:, 1],
-        reference_chosen=reference_logps[:, 0],
-        reference_rejected=reference_logps[:, 1],
-        chosen_lengths=lengths[batch.chosen],
-        rejected_lengths=lengths[batch.rejected],
+    reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
+    logps = token_logps(policy, batch, shared, reference_logps)  # (L,)
+    loss = preference_loss if policy.kernels else naive.preference_loss
+    losses, rewards, counted = loss(
+        logps, reference_logps, batch.completions, config.loss,
         mean_chosen_length=(step.num_chosen_tokens or 1.0) / step.num_pairs,
-    )
-    losses, *rewards = preference_losses(pair_logps, config.loss)
-    return logps, losses * batch.pair_weights, (rewards[0], rewards[1])
+    )  # fmt: skip
+    return counted, losses, (rewards[:, 0], rewards[:, 1])
 
 
 def evaluate(
@@ -349,7 +340,10 @@ def _say_what_runs(
     eval_pairs = f", {held_out.pairs_per_epoch:,} held out" if held_out is not None else ""
     size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
-    print(f"runs on    {policy.device}, attention {policy.attention_backend}, images by {loader.image_backend}")
+    kernels = "fused kernels" if policy.kernels else "PyTorch's operations"
+    print(
+        f"runs on    {policy.device}, attention {policy.attention_backend}, {kernels}, images by {loader.image_backend}"
+    )
     print(
         f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
     )
