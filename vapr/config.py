@@ -170,7 +170,6 @@ def _check_columns(columns: dict[str, str] | None, format: str | None) -> None:
 LossKind = Literal[
     "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "apo_down", "simpo", "orpo", "dpop", "sft"
 ]
-
 OPTIONS_OF_KINDS = {"label_smoothing": ("sigmoid", "robust", "simpo"), "gamma": ("simpo",), "dpop_lambda": ("dpop",)}
 
 
@@ -358,7 +357,7 @@ class Config:
     reference: ReferenceConfig = ReferenceConfig()
     features: FeaturesConfig = FeaturesConfig()
     kernels: Literal["auto", "off"] = "auto"
-    """Means nothing yet."""
+    """``auto``: fused Triton kernels where they run (a GPU, triton installed); ``off``: PyTorch's operations."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -371,7 +370,6 @@ class Config:
             raise ValueError("loss: token_weights must be the same in every term")
         if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
-
         if self.features.cache and (self.policy.train.projector or self.policy.train.vision_tower):
             raise ValueError("features.cache: the features change when policy.train names projector or vision_tower")
 
@@ -381,10 +379,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every key resolved: what config.yaml holds."""
-        return {
-            **dataclasses.asdict(self),
-            "optim": {**dataclasses.asdict(self.optim), "betas": list(self.optim.betas)},
-        }
+        return dataclasses.asdict(self) | {"optim": dataclasses.asdict(self.optim) | {"betas": list(self.optim.betas)}}
 
     @classmethod
     def load(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> "Config":

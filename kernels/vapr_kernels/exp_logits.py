@@ -25,6 +25,8 @@ from vapr_kernels.row_stats import LOG2E, RowStats, is_unsafe, row_stats, safe_o
 
 
 class Tile(NamedTuple):
+    """What one program computes at a time, and with how many warps and stages of prefetching."""
+
     rows: int
     columns: int
     inner: int
@@ -40,6 +42,8 @@ TILES = {  # by compute capability
     90: Tile(128, 256, 64, 8, 3),
     120: Tile(128, 128, 64, 8, 3),
 }
+FP32_TILE = Tile(64, 64, 32, 4, 2)
+"""Exact fp32 products have no tensor cores to feed and need registers instead."""
 
 
 @triton.jit
@@ -270,8 +274,10 @@ def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 
 def tile_for(x: Tensor) -> Tile:
-    """The tile shipped for the device that ``x`` lies on."""
+    """The tile shipped for the device and the dtype of ``x``."""
     capability = launch.capability(x.device)
+    if x.dtype == torch.float32 and capability:
+        return FP32_TILE
     if 100 <= capability < 120:  # data-centre Blackwell has Hopper's memory accelerator and shared memory
         capability = 90
     return TILES.get(capability) or TILES[min(TILES, key=lambda known: (known > capability, abs(known - capability)))]

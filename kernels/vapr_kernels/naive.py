@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Log-prob of each label under ``softmax(hidden @ head.T)``, shape (L,), at least fp32."""
+    """Log-prob of each label under ``softmax(hidden @ head.T)``, shape (L,), at least fp32.
+
+    Through the log-odds of all other columns: near p = 1 the gradient of a log-softmax is 1 - exp(logp), rounded to
+    nothing or to noise.
+    """
     logits = hidden.to(_accumulate(hidden)) @ head.to(_accumulate(hidden)).T  # (L, V)
-    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    target = logits.gather(-1, labels[:, None])[:, 0]
+    log_odds = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1) - target
+    return F.logsigmoid(-log_odds)
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:

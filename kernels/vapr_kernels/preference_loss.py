@@ -28,6 +28,8 @@ BLOCK_M = 128
 
 
 class PairLosses(NamedTuple):
+    """What a loss says of each pair."""
+
     losses: Tensor  # (P,), times the pair weights; the only one with a gradient
     rewards: Tensor  # (P, 2), chosen and rejected
     logps: Tensor  # (P, 2), of the completions
