@@ -27,8 +27,10 @@ from vapr_kernels.launch import rounded, tl, triton
 MAX_WIDTH = 8192
 """Largest D: a program holds whole rows in registers, and twice as wide ones no longer fit."""
 
-PROGRAMS_PER_SM = 2
-"""Programs that share the sum of dweight: as many as fit at a time, so that their partial sums are few."""
+MAX_REGISTERS = 128
+WARPS_PER_SM = 65536 // (32 * MAX_REGISTERS)
+"""Programs that sum dweight are as many as fit at a time, so that their partial sums are few. Left alone, ptxas may
+spill to make room for one more, which is never launched."""
 
 
 @triton.jit
@@ -133,7 +135,8 @@ def rms_norm_bwd(
     num_programs = triton.cdiv(num_rows, blocks["BLOCK_T"])
     dx, partial = total.new_empty(total.shape), None
     if with_dweight:
-        num_programs = min(num_programs, PROGRAMS_PER_SM * launch.num_sms(total.device))
+        blocks["maxnreg"] = MAX_REGISTERS
+        num_programs = min(num_programs, WARPS_PER_SM // blocks["num_warps"] * launch.num_sms(total.device))
         partial = total.new_empty((num_programs, width), dtype=torch.float32)
     _rms_norm_bwd_kernel[(num_programs,)](dy, dtotal, total, weight, rstd, dx, partial, num_rows, **blocks)
     return dx, None if partial is None else partial.sum(0).to(weight.dtype)
