@@ -56,6 +56,7 @@ NARROW = {  # kernel: least share of its bytes in 128-bit accesses, where it can
     "_add_target_rows_kernel": 0.5,  # a number or two for every row
     "_settle_kernel": 0.0,  # a few numbers a row, and rows come in any number
     "_list_kernel": 0.0,
+    "_gather_rows_bwd_kernel": 0.5,  # where each copy lies, written out for every step of an unrolled loop
 }
 NO_TMA = {"_exp_logits_kernel"}  # reads rows that are listed, so they lie anywhere
 
@@ -103,6 +104,11 @@ def rotary(dtype: torch.dtype) -> None:
     _backward(vapr_kernels.rotary(_leaf(ROWS, 28, HEAD_DIM, dtype=dtype), cos, sin))
 
 
+def gather_rows(dtype: torch.dtype) -> None:
+    index = RowIndex.build(torch.cat([torch.arange(ROWS), torch.arange(ROWS // 2)]), ROWS)
+    _backward(vapr_kernels.gather_rows(_leaf(ROWS, D, dtype=dtype), index))
+
+
 def gather_keys_values(dtype: torch.dtype) -> None:
     k, v = (_leaf(ROWS, 4, HEAD_DIM, dtype=dtype) for _ in range(2))
     cos, sin = (_leaf(ROWS, HEAD_DIM, dtype=dtype, grad=False) for _ in range(2))
@@ -124,6 +130,7 @@ CASES: dict[str, tuple[str, Callable[[torch.dtype], None]]] = {
     "add_rms_norm trained": ("add_rms_norm", partial(add_rms_norm, trained=True)),
     "add_rms_norm 1536": ("add_rms_norm", partial(add_rms_norm, width=1536, trained=True)),
     "rotary": ("rotary", rotary),
+    "gather_rows": ("gather_rows", gather_rows),
     "gather_keys_values": ("gather_keys_values", gather_keys_values),
 }
 
