@@ -128,6 +128,7 @@ def rms_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, *, with_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Launch the backward kernel: the gradient that x and residual share, and dweight or None."""
     dy, total, weight = (launch.contiguous(x) for x in (dy, total, weight))
     dtotal = None if dtotal is None else launch.contiguous(dtotal)
     num_rows, width = total.shape

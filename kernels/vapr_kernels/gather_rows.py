@@ -88,6 +88,7 @@ def _gather_rows_bwd_kernel(
 
 
 def gather_rows_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Launch the backward kernel: dx (T, ...)."""
     dout = launch.contiguous(dout)
     num_rows, width = len(starts) - 1, math.prod(dout.shape[1:])
     dx = dout.new_empty((num_rows, *dout.shape[1:]))

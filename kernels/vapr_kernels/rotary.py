@@ -71,6 +71,7 @@ def blocks(head_dim: int) -> dict[str, int]:
 
 
 def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """Launch the kernel: ``x`` rotated, or rotated back."""
     x, cos, sin = (launch.unit_stride(a) for a in (x, cos, sin))
     num_tokens, num_heads, head_dim = x.shape
     out = x.new_empty(x.shape)
@@ -82,6 +83,7 @@ def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) ->
 
 
 def rotary_bwd(dout: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Launch the kernel: the gradient of x."""
     return rotary_fwd(dout, cos, sin, inverse=True)
 
 

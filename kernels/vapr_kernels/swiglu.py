@@ -73,6 +73,7 @@ def _swiglu_bwd_kernel(
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """Launch the forward kernel."""
     gate, up = launch.unit_stride(gate), launch.unit_stride(up)
     num_rows, width = gate.shape
     out = gate.new_empty(gate.shape)
@@ -82,6 +83,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel: dgate and dup."""
     dout, gate, up = (launch.unit_stride(x) for x in (dout, gate, up))
     num_rows, width = gate.shape
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)

@@ -23,6 +23,7 @@ def outputs_and_grads(
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The outputs of a function that returns one tensor or several."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
