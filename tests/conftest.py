@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from vapr_kernels import launch
 
 if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
+    launch.triton.knobs.propagate_env = False  # else the next line sets the variable again
     launch.triton.knobs.runtime.interpret = True
     launch.interpret = False
 

@@ -23,8 +23,10 @@ def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     Through the log-odds of all other columns: near p = 1 the gradient of a log-softmax is 1 - exp(logp), rounded to
     nothing or to noise.
     """
-    logits = hidden.to(_accumulate(hidden)) @ head.to(_accumulate(hidden)).T  # (L, V)
-    target = logits.gather(-1, labels[:, None])[:, 0]
+    hidden, head = hidden.to(_accumulate(hidden)), head.to(_accumulate(head))
+    logits = hidden @ head.T  # (L, V)
+    # All of the sum is relative to this one logit; in fp64 it is exact.
+    target = (hidden.double() * head[labels].double()).sum(-1).to(logits.dtype)
     log_odds = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1) - target
     return F.logsigmoid(-log_odds)
 
