@@ -36,8 +36,10 @@ from triton.runtime.jit import JITFunction
 
 import vapr_kernels
 from bench.record import record
+from vapr.config import LossConfig
 from vapr_kernels import launch
 from vapr_kernels.gather_rows import RowIndex
+from vapr_kernels.losses import Completions
 
 # What a block may use, and how many multiprocessors a launcher would find.
 CHIPS = {
@@ -57,6 +59,8 @@ NARROW = {  # kernel: least share of its bytes in 128-bit accesses, where it can
     "_settle_kernel": 0.0,  # a few numbers a row, and rows come in any number
     "_list_kernel": 0.0,
     "_gather_rows_bwd_kernel": 0.5,  # where each copy lies, written out for every step of an unrolled loop
+    "_preference_loss_kernel": 0.0,  # tokens of one completion, which begins anywhere
+    "_token_gradient_kernel": 0.0,  # tokens of any completion
 }
 NO_TMA = {"_exp_logits_kernel"}  # reads rows that are listed, so they lie anywhere
 
@@ -78,7 +82,7 @@ def _backward(*outputs: torch.Tensor) -> None:
     torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
 
 
-def linear_logps(dtype: torch.dtype, *, mode: str, hidden: bool = True, head: bool = False) -> None:
+def linear_logps(dtype: torch.dtype, *, mode: Any, hidden: bool = True, head: bool = False) -> None:
     x, w = _leaf(ROWS, D, dtype=dtype, grad=hidden), _leaf(VOCABULARY, D, dtype=dtype, grad=head)
     logps = vapr_kernels.linear_logps(x, w, torch.arange(ROWS), mode=mode)
     if hidden or head:
@@ -116,6 +120,20 @@ def gather_keys_values(dtype: torch.dtype) -> None:
     _backward(*vapr_kernels.gather_keys_values(k, v, cos, sin, index))
 
 
+def preference_loss(dtype: torch.dtype) -> None:
+    """Log-probs are fp32, whatever the model is."""
+    num = 2 * ROWS
+    ends = torch.arange(num) + 1
+    index = RowIndex.build(torch.arange(num), num)
+    completions = Completions(
+        counted=index, token_weights=torch.ones(num), completion=torch.arange(num), ends=ends,
+        chosen=torch.arange(0, num, 2), rejected=torch.arange(1, num, 2), pair_weights=torch.ones(ROWS),
+    )  # fmt: skip
+    logps = _leaf(num, dtype=torch.float32)
+    losses = vapr_kernels.preference_loss(logps, logps.detach(), completions, [LossConfig()], mean_chosen_length=1.0)
+    _backward(losses.losses)
+
+
 CASES: dict[str, tuple[str, Callable[[torch.dtype], None]]] = {
     "linear_logps no-grad": ("linear_logps", partial(linear_logps, mode="auto", hidden=False)),
     "linear_logps one-pass": ("linear_logps", partial(linear_logps, mode="one-pass")),
@@ -132,6 +150,7 @@ CASES: dict[str, tuple[str, Callable[[torch.dtype], None]]] = {
     "rotary": ("rotary", rotary),
     "gather_rows": ("gather_rows", gather_rows),
     "gather_keys_values": ("gather_keys_values", gather_keys_values),
+    "preference_loss": ("preference_loss", preference_loss),
 }
 
 
