@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,33 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def measure(arms: dict[str, Callable[[], Any]], *, rounds: int, warmup: int, device: torch.device) -> dict[str, Timing]:
+def host_clock(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the device has done a step, what the host does meanwhile included."""
+    synchronize(device)
+    began = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def device_clock(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a GPU works on a step. The host gets ahead of it first, so launching takes no part of them."""
+    if device.type != "cuda":
+        return host_clock(step, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    torch.cuda._sleep(10_000_000)  # cycles: about 5 ms
+    start.record()
+    step()
+    end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    arms: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int, device: torch.device,
+    clock: Callable[[Callable[[], Any], torch.device], float] = host_clock,
+) -> dict[str, Timing]:  # fmt: skip
     """Run every arm once a round, so that a busy machine is busy for all of them; the first arm changes each round.
 
     Memory is taken in the last warm-up round on a CPU (emptying the allocator would slow a timed step) and in every
@@ -69,14 +95,14 @@ def measure(arms: dict[str, Callable[[], Any]], *, rounds: int, warmup: int, dev
     timings = {name: Timing() for name in arms}
     for number in range(warmup + rounds):
         names = list(arms)
-        first = number % len(names)
+        first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
             timing = timings[name]
             if timing.out_of_memory:
                 continue
             watch = device.type == "cuda" or number == warmup - 1
             try:
-                seconds = _one_step(arms[name], timing, device, watch_memory=watch)
+                seconds = _one_step(arms[name], timing, device, clock, watch_memory=watch)
             except torch.OutOfMemoryError:
                 timing.out_of_memory = True
                 torch.cuda.empty_cache()
@@ -86,13 +112,12 @@ def measure(arms: dict[str, Callable[[], Any]], *, rounds: int, warmup: int, dev
     return timings
 
 
-def _one_step(step: Callable[[], Any], timing: Timing, device: torch.device, *, watch_memory: bool) -> float:
+def _one_step(
+    step: Callable[[], Any], timing: Timing, device: torch.device,
+    clock: Callable[[Callable[[], Any], torch.device], float], *, watch_memory: bool,
+) -> float:  # fmt: skip
     before = _start_watching(device) if watch_memory else None
-    synchronize(device)
-    began = time.perf_counter()
-    step()
-    synchronize(device)
-    seconds = time.perf_counter() - began
+    seconds = clock(step, device)
     if before is not None:
         peak = _peak_mib(device)
         timing.step_mib = max(timing.step_mib or 0.0, peak - before)
@@ -134,9 +159,20 @@ def matmul_flops(device: torch.device) -> dict[str, Any]:
     """The arithmetic ceiling, measured: a square matrix product on random data (bf16 on a GPU, fp32 on a CPU)."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing = measure({"matmul": lambda: a @ b}, rounds=10, warmup=3, device=device)["matmul"]
+    timing = measure({"matmul": lambda: a @ b}, rounds=10, warmup=3, device=device, clock=device_clock)["matmul"]
     rate = 2 * size**3 / timing.p50 / 1e12
     return {"matmul_tflops": rate, "matmul": f"{size}^3 {str(dtype).removeprefix('torch.')}"}
+
+
+def copy_bandwidth(device: torch.device) -> dict[str, Any]:
+    """The memory ceiling, measured: a tensor copied to another, far larger than any cache; reads and writes count."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    # Not zeros: a CPU's would be one page that nobody has written to.
+    source, target = (torch.ones(size, device=device, dtype=torch.uint8) for _ in range(2))
+    timing = measure(
+        {"copy": lambda: target.copy_(source)}, rounds=10, warmup=3, device=device, clock=device_clock
+    )["copy"]  # fmt: skip
+    return {"copy_gb_per_second": 2 * size / timing.p50 / 1e9, "copy": f"{size >> 20} MiB"}
 
 
 def record(bench: str, **fields: Any) -> dict[str, Any]:
