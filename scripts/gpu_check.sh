@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Tests and benchmarks that need a GPU, in one command and under ten minutes, without a network or an installation.
+# Last comes what the kernels are meant to reach, and whether they did.
 #
 #   bash scripts/gpu_check.sh
 #
@@ -44,9 +45,14 @@ part() { # part SECONDS NAME COMMAND...: run under a limit, keep the log, rememb
 
 failed=0
 summary=""
-part 200 gpu-tests "$python" -m pytest -m gpu -q -p no:cacheprovider
-part 220 train-step-quick "$python" -m bench.train_step --quick
-part 120 train-step-four-per-image "$python" -m bench.train_step --quick --models qwen2.5-vl-3b --workloads four_per_image
+part 150 gpu-tests "$python" -m pytest -m gpu -q -p no:cacheprovider
+# One log for all operations; one that breaks does not keep the others from being measured.
+kernels='status=0; for op in "${@:2}"; do "$1" -m "bench.$op" --quick || status=1; done; exit $status'
+LINES_SHOWN=250 part 170 kernels bash -c "$kernels" kernels "$python" \
+    linear_logps add_rms_norm swiglu rotary gather_keys_values preference_loss
+part 170 train-step-quick "$python" -m bench.train_step --quick
+part 80 train-step-four-per-image "$python" -m bench.train_step --quick --models qwen2.5-vl-3b --workloads four_per_image
 "$python" scripts/render_results.py "$OUT"
+"$python" -m bench.goals "$OUT"
 printf '%s' "$summary"
 exit "$failed"

@@ -63,6 +63,8 @@ def render(rows: list[Row]) -> str:
     for bench in sorted({row["bench"] for row in rows}, reverse=True):  # training steps first
         of_bench = [row for row in rows if row["bench"] == bench]
         tables = {"train_step": train_step_tables, "data_path": data_path_tables}.get(bench)
+        if tables is None and all("pass" in row for row in of_bench):
+            tables = operation_tables
         parts += tables(of_bench) if tables else plain_tables(bench, of_bench)
     return "\n\n".join(parts) if parts else "No results yet."
 
@@ -127,13 +129,37 @@ def data_path_tables(rows: list[Row]) -> list[str]:
     return tables
 
 
+def operation_tables(rows: list[Row]) -> list[str]:
+    """One table a device and pass of an operation: a line for each shape and number of rows, a column a provider."""
+    cases = newest_run(rows, ("device", "pass", "shape", "rows"))
+    tables = []
+    for device, name in dict.fromkeys(key[:2] for key in cases):
+        chosen = {key[2:]: group for key, group in cases.items() if key[:2] == (device, name)}
+        providers = list(dict.fromkeys(row["provider"] for group in chosen.values() for row in group))
+        title = f"**{rows[0]['bench']}, {name}, ms** ({device}; in brackets: of the ceiling measured beside it)"
+        lines = [["shape", "rows", *providers, "commit"]]
+        for (shape, number), group in chosen.items():
+            by_provider = {row["provider"]: row for row in group}
+            cells = [operation_cell(by_provider.get(provider)) for provider in providers]
+            lines.append([shape, f"{number:,}", *cells, commit_cell(group[-1])])
+        tables.append(f"{title}\n\n{table(lines)}")
+    return tables
+
+
+def operation_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return row["absent"] if "absent" in row else f"{1e3 * row['seconds_p50']:.3g} ({row['ceiling_share']:.0%})"
+
+
 def plain_tables(bench: str, rows: list[Row]) -> list[str]:
-    """One table a device: every text field names the case, every number is a column."""
+    """One table a device: every text field names the case, as does the GPU compiled for; every number is a column."""
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
         on_device = [row for row in rows if row["device"] == device]
         fields = [key for row in on_device for key in row if key not in ABOUT_THE_RUN]
-        texts = [key for key in dict.fromkeys(fields) if any(isinstance(row.get(key), str) for row in on_device)]
+        named = {key for row in on_device for key, value in row.items() if isinstance(value, str)} | {"capability"}
+        texts = [key for key in dict.fromkeys(fields) if key in named]
         numbers = [key for key in dict.fromkeys(fields) if key not in texts]
         groups = newest_run(on_device, tuple(texts))
         lines = [[*(name.replace("_", " ") for name in (*texts, *numbers)), "commit"]]
@@ -148,6 +174,8 @@ def plain_tables(bench: str, rows: list[Row]) -> list[str]:
 def number_cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
