@@ -104,7 +104,9 @@ def test_the_naive_twin_is_a_log_softmax():
     truth = (x @ head.T).log_softmax(1)[torch.arange(24), labels]
     got = naive.linear_logps(x, head, labels)
     torch.testing.assert_close(got, truth)
-    for g, t in zip(torch.autograd.grad(got.sum(), (x, head)), torch.autograd.grad(truth.sum(), (x, head)), strict=True):
+    for g, t in zip(
+        torch.autograd.grad(got.sum(), (x, head)), torch.autograd.grad(truth.sum(), (x, head)), strict=True
+    ):
         torch.testing.assert_close(g, t)
 
 

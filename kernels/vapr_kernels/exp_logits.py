@@ -3,7 +3,7 @@
 With l = x . W^T, target column y, d_v = l_v - l_y and a whole number of octaves o per row:
 
     E_v = 2^(d_v log2(e) - o)  for v != y,   E_y = 0
-    S   = sum of E over v,     M = max of d_v over v != y
+    S   = sum of E over v,     M = max of l_v over v != y
     t   = log S + o log 2      (log-odds of "anything but y", see linear_logps)
 
 No column has to be seen before another, so there is no running maximum, no second pass over the logits, and E @ W is a
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vapr_kernels import launch
 from vapr_kernels.launch import operand, rounded, tl, triton
-from vapr_kernels.row_stats import LOG2E, RowStats, is_unsafe, row_stats, safe_offset, store_row_stats
+from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
 
 
 class Tile(NamedTuple):
@@ -64,34 +64,36 @@ def _target_logits_kernel(
         x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
         w = tl.load(w_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float64)
         acc += x * w
-    tl.store(out_ptr + row, tl.sum(acc, 0).to(tl.float32))
+    tl.store(out_ptr + row, tl.sum(acc, 0))
 
 
 @triton.jit
 def _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr):
-    """d (minus infinity in the target's column and past the last one) and E of a tile of logits."""
+    """Logits (minus infinity in the target's column and past the last one), logits less their row's base, and E."""
     label = tl.load(labels_ptr + rows, mask=live, other=-1)
     target = tl.load(target_ptr + rows, mask=live, other=0.0)
     offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
+    high, low = base_of(target, offset)
     # The target is left out by its column, never by its value: ties must survive.
     others = (cols[None, :] != label[:, None]) & (cols < V)[None, :]
-    d = tl.where(others, acc - target[:, None], float("-inf"))
-    return d, tl.exp2(d * LOG2E - offset[:, None])
+    logits = tl.where(others, acc, float("-inf"))
+    z = (logits - high[:, None]) - low[:, None]
+    return logits, z, tl.exp2(z * LOG2E)
 
 
 @triton.jit
 def _store_partials(
-    d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E: tl.constexpr, STATS: tl.constexpr
+    logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E: tl.constexpr, STATS: tl.constexpr
 ):
-    """What one tile of columns adds to each row: planes of (N, R) with sums, maxima, sums as stored, sums of E d."""
+    """What one tile of columns adds to each row: planes of (N, R) with sums, maxima, sums as stored, sums of E z."""
     plane = tl.cast(num_tiles, tl.int64) * R
     at = partials_ptr + tile_n.to(tl.int64) * R + rows
     tl.store(at, tl.sum(E, 1), mask=live)
-    tl.store(at + plane, tl.max(d, 1), mask=live)
+    tl.store(at + plane, tl.max(logits, 1), mask=live)
     if WITH_E:
         tl.store(at + 2 * plane, tl.sum(stored.to(tl.float32), 1), mask=live)
     if STATS:
-        tl.store(at + (3 if WITH_E else 2) * plane, tl.sum(tl.where(E > 0.0, E * d, 0.0), 1), mask=live)
+        tl.store(at + (3 if WITH_E else 2) * plane, tl.sum(tl.where(E > 0.0, E * z, 0.0), 1), mask=live)
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def _exp_logits_kernel(
     x_ptr,  # (R, D)
     w_ptr,  # (V, D)
     labels_ptr,  # (R,)
-    target_ptr,  # (R,)
+    target_ptr,  # (R,) fp64
     offsets_ptr,  # (R,)
     unsafe_ptr,  # (R,) rows to compute, if LISTED
     num_unsafe_ptr,  # (1,)
@@ -141,10 +143,10 @@ def _exp_logits_kernel(
                 x = tl.load(x_tile_ptr + start, mask=(start + k < D)[None, :], other=0.0)
                 w = tl.load(w_tile_ptr + start, mask=(start + k < D)[:, None], other=0.0)
             acc = tl.dot(operand(x), operand(w), acc, input_precision="ieee")
-        d, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        logits, z, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
         stored = rounded(E, x_ptr.dtype.element_ty)
         num_tiles = tl.cdiv(V, BLOCK_V)
-        _store_partials(d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        _store_partials(logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
         if STORE_E:
             at = rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
             tl.store(e_ptr + at, stored, mask=live[:, None] & (cols < V)[None, :])
@@ -182,10 +184,10 @@ def _exp_logits_tma_kernel(
         rows = first_row + tl.arange(0, BLOCK_R)
         live = rows < R
         cols = first_col + tl.arange(0, BLOCK_V)
-        d, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        logits, z, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
         stored = rounded(E, x_desc.dtype)
         num_tiles = tl.cdiv(V, BLOCK_V)
-        _store_partials(d, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        _store_partials(logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
         if STORE_E:
             e_desc.store([first_row, first_col], stored)
 
@@ -193,6 +195,7 @@ def _exp_logits_tma_kernel(
 @triton.jit
 def _settle_kernel(
     partials_ptr,  # planes of (N, R)
+    target_ptr,  # (R,) fp64
     offsets_ptr,  # (R,), replaced in unsafe rows
     unsafe_ptr,  # (R,), the rows to settle, if LISTED
     num_unsafe_ptr,  # (1,)
@@ -227,12 +230,13 @@ def _settle_kernel(
                 stored += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
             if STATS:
                 weighted += tl.sum(tl.load(at + (3 if WITH_E else 2) * plane, mask=inside, other=0.0), 0)
+        target = tl.load(target_ptr + rows, mask=live, other=0.0)
         offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
-        store_row_stats(S, stored if WITH_E else S, M, weighted, offset, rows, live, out_ptr, R, STATS)
+        store_row_stats(S, stored if WITH_E else S, M, weighted, target, offset, rows, live, out_ptr, R, STATS)
         if not LISTED:
             unsafe = is_unsafe(S)
             tl.store(is_unsafe_ptr + rows, unsafe.to(tl.int32), mask=live)
-            tl.store(offsets_ptr + rows, safe_offset(M), mask=live & unsafe)
+            tl.store(offsets_ptr + rows, safe_offset(M, target), mask=live & unsafe)
 
 
 @triton.jit
@@ -256,7 +260,7 @@ def _list_kernel(
 class _Scratch:
     """What the kernels of one call hand to one another."""
 
-    target: Tensor  # (R,)
+    target: Tensor  # (R,) fp64
     offsets: Tensor  # (R,)
     partials: Tensor  # planes of (N, R), see _store_partials
     flags: Tensor  # (R,) int32
@@ -265,8 +269,8 @@ class _Scratch:
 
 
 def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """x_r . W[labels_r], accumulated in fp64, shape (R,) fp32."""
-    out = x.new_empty(len(x), dtype=torch.float32)
+    """x_r . W[labels_r], shape (R,), fp64."""
+    out = x.new_empty(len(x), dtype=torch.float64)
     if len(x):
         block = min(1024, triton.next_power_of_2(x.shape[1]))
         _target_logits_kernel[(len(x),)](x, w, labels, out, x.shape[1], BLOCK_D=block)
@@ -391,6 +395,6 @@ def _settle(scratch: _Scratch, out: Tensor, num_rows: int, *, listed: bool, with
     block = 32
     grid = 1 if listed else triton.cdiv(num_rows, block)
     _settle_kernel[(grid,)](
-        scratch.partials, scratch.offsets, scratch.unsafe, scratch.num_unsafe, scratch.flags, out,
+        scratch.partials, scratch.target, scratch.offsets, scratch.unsafe, scratch.num_unsafe, scratch.flags, out,
         num_rows, scratch.partials.shape[1], LISTED=listed, WITH_E=with_e, STATS=stats, BLOCK_R=block, BLOCK_N=64,
     )  # fmt: skip

@@ -9,16 +9,16 @@ R = rows, V = vocabulary.
 from torch import Tensor
 
 from vapr_kernels.launch import rounded, tl, triton
-from vapr_kernels.row_stats import LOG2E, RowStats, is_unsafe, row_stats, safe_offset, store_row_stats
+from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
 
 BLOCK_V = 4096
 
 
 @triton.jit
 def _one_pass(
-    row_ptr, e_row_ptr, V, label, target, offset, STORE_E: tl.constexpr, STATS: tl.constexpr, BLOCK_V: tl.constexpr
+    row_ptr, e_row_ptr, V, label, high, low, STORE_E: tl.constexpr, STATS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """S, S as stored, M and the sum of E d of one row."""
+    """S, S as stored, M and the sum of E (l_v - base) of one row, whose base is ``high + low``."""
     S = tl.zeros((BLOCK_V,), tl.float32)
     as_stored = tl.zeros((BLOCK_V,), tl.float32)
     M = tl.full((BLOCK_V,), float("-inf"), tl.float32)
@@ -27,12 +27,13 @@ def _one_pass(
         v = start + tl.arange(0, BLOCK_V)
         logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf"))
         # The target is left out by its column, never by its value: ties must survive.
-        d = tl.where((v != label) & (v < V), logits - target, float("-inf"))
-        E = tl.exp2(d * LOG2E - offset)
+        logits = tl.where(v != label, logits, float("-inf"))
+        z = (logits - high) - low
+        E = tl.exp2(z * LOG2E)
         S += E
-        M = tl.maximum(M, d)
+        M = tl.maximum(M, logits)
         if STATS:
-            weighted += tl.where(E > 0.0, E * d, 0.0)
+            weighted += tl.where(E > 0.0, E * z, 0.0)
         if STORE_E:
             stored = rounded(E, e_row_ptr.dtype.element_ty)
             as_stored += stored.to(tl.float32)
@@ -44,7 +45,7 @@ def _one_pass(
 def _exp_rows_kernel(
     logits_ptr,  # (R, V) fp32
     labels_ptr,  # (R,)
-    target_ptr,  # (R,)
+    target_ptr,  # (R,) fp64
     offsets_ptr,  # (R,), replaced in unsafe rows
     e_ptr,  # (R, V), rows stride_e apart
     out_ptr,  # (5, R)
@@ -60,12 +61,14 @@ def _exp_rows_kernel(
     label = tl.load(labels_ptr + row)
     target = tl.load(target_ptr + row)
     offset = tl.load(offsets_ptr + row)
-    S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, target, offset, STORE_E, STATS, BLOCK_V)
+    high, low = base_of(target, offset)
+    S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, STATS, BLOCK_V)
     if is_unsafe(S):
-        offset = safe_offset(M)
-        S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, target, offset, STORE_E, STATS, BLOCK_V)
+        offset = safe_offset(M, target)
+        high, low = base_of(target, offset)
+        S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, STATS, BLOCK_V)
     tl.store(offsets_ptr + row, offset)
-    store_row_stats(S, stored if STORE_E else S, M, weighted, offset, row, True, out_ptr, R, STATS)
+    store_row_stats(S, stored if STORE_E else S, M, weighted, target, offset, row, True, out_ptr, R, STATS)
 
 
 def exp_rows(
@@ -76,7 +79,7 @@ def exp_rows(
     Args:
         logits: fp32, shape (R, V), contiguous.
         labels: target columns, int64, shape (R,).
-        target: their logits, fp32, shape (R,).
+        target: their logits, fp64, shape (R,).
         offsets: octaves, whole numbers in fp32, shape (R,).
         E: where E is stored if wanted, shape (R, V).
         stats: whether top-1 and entropy are wanted.

@@ -198,7 +198,7 @@ def _(hidden, head, labels, reference_logps, product, gradient, with_dx, chunk_r
 def _again(product: str, x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offset: Tensor) -> Tensor:
     """The same E as before, for a slice of the head."""
     if product == "fused":
-        return exponentials(x, w, labels, target, offset)
+        return exponentials(x, w, labels, target.double(), offset)
     E = _product32(x, w.T).sub_(target[:, None]).sub_(offset[:, None] / LOG2E).exp_()
     column = labels.clamp(0, len(w) - 1)[:, None]  # the target may lie in another slice
     return E.scatter_(1, column, E.gather(1, column).masked_fill(column == labels[:, None], 0.0))

@@ -26,9 +26,9 @@ def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     hidden, head = hidden.to(_accumulate(hidden)), head.to(_accumulate(head))
     logits = hidden @ head.T  # (L, V)
     # All of the sum is relative to this one logit; in fp64 it is exact.
-    target = (hidden.double() * head[labels].double()).sum(-1).to(logits.dtype)
+    target = (hidden.double() * head[labels].double()).sum(-1)
     log_odds = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1) - target
-    return F.logsigmoid(-log_odds)
+    return F.logsigmoid(-log_odds.to(logits.dtype))
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from torch import Tensor
 from vapr_kernels.launch import tl, triton
 
 LOG2E = tl.constexpr(1 / math.log(2))
-LN2 = tl.constexpr(math.log(2))
+LN2_HIGH = tl.constexpr(0.693145751953125)
+"""The first bits of log 2: whole numbers of octaves times this are exact in fp32."""
+LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
 SAFE = tl.constexpr(2.0**100)
 """E @ W must not overflow either; weights are far below 2^27."""
 
@@ -33,7 +35,7 @@ class RowStats:
     logps: Tensor
     log_odds: Tensor  # t
     scale: Tensor  # (1 - p) / S: E * scale are the probabilities of the other columns
-    target: Tensor  # l_y
+    target: Tensor  # l_y, fp64
     offset: Tensor  # o
     top1: Tensor  # bool, (0,) unless asked for
     entropy: Tensor  # nats, (0,) unless asked for
@@ -47,13 +49,30 @@ def wrong_probability(t):
 
 
 @triton.jit
-def store_row_stats(S, stored, M, weighted, offset, rows, live, out_ptr, R, STATS: tl.constexpr):
-    """Everything a row's sums tell, into ``out`` (5, R): logp, t, scale, top-1, entropy; ``stored`` is S as stored."""
+def base_of(target, offset):
+    """The logit whose E is 1, as a sum of two fp32 numbers. ``target`` is fp64.
+
+    Subtracting it from a logit loses nothing that counts: what is left is small where E matters, however far the target
+    lies from the other columns.
+    """
+    octaves = offset.to(tl.float64)
+    base = target + (octaves * LN2_HIGH + octaves * LN2_LOW)
+    high = base.to(tl.float32)
+    return high, (base - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def store_row_stats(S, stored, M, weighted, target, offset, rows, live, out_ptr, R, STATS: tl.constexpr):
+    """Everything a row's sums tell, into ``out`` (5, R): logp, t, scale, top-1, entropy.
+
+    ``stored`` is S as stored, M the largest other logit, ``weighted`` the sum of E (l_v - base).
+    """
     # log2 S is split into exponent and mantissa, so that exponent and offset cancel exactly.
     bits = S.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    t = ((exponent.to(tl.float32) + offset) + tl.log2(mantissa)) * LN2
+    octaves = exponent.to(tl.float32) + offset
+    t = octaves * LN2_HIGH + (octaves * LN2_LOW + tl.log(mantissa))
     t = tl.where((S > 0.0) & (float("inf") > S), t, tl.where(S == 0.0, float("-inf"), S))  # inf and NaN show
     small = tl.exp(-tl.abs(t))
     one_plus = 1.0 + small
@@ -66,8 +85,9 @@ def store_row_stats(S, stored, M, weighted, offset, rows, live, out_ptr, R, STAT
     tl.store(out_ptr + R + rows, t, mask=live)
     tl.store(out_ptr + 2 * R + rows, scale, mask=live)
     if STATS:
-        tl.store(out_ptr + 3 * R + rows, tl.where(M <= 0.0, 1.0, 0.0), mask=live)
-        tl.store(out_ptr + 4 * R + rows, -logp - weighted * tl.where(S == 0.0, 0.0, wrong / S), mask=live)
+        tl.store(out_ptr + 3 * R + rows, tl.where(target.to(tl.float32) >= M, 1.0, 0.0), mask=live)
+        mean = tl.where(S == 0.0, 0.0, weighted / S) + (offset * LN2_HIGH + offset * LN2_LOW)  # of l_v - l_y
+        tl.store(out_ptr + 4 * R + rows, -logp - wrong * mean, mask=live)
 
 
 @triton.jit
@@ -77,9 +97,9 @@ def is_unsafe(S):
 
 
 @triton.jit
-def safe_offset(M):
+def safe_offset(M, target):
     """Octaves that bring the largest E just below 1; 0 where there is no other column to speak of."""
-    return tl.where(tl.abs(M) < 1e30, tl.ceil(M * LOG2E), 0.0)
+    return tl.where(tl.abs(M) < 1e30, tl.ceil((M - target.to(tl.float32)) * LOG2E), 0.0)
 
 
 def row_stats(out: Tensor, target: Tensor, offset: Tensor, *, stats: bool) -> RowStats:
