@@ -6,7 +6,7 @@ An arm is called once a step and trains on the next rows: data, forward, backwar
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -109,9 +109,9 @@ def vapr_config(subject: Subject, share: str, pairs_per_step: int) -> Config:
     )
 
 
-def new_policy(subject: Subject, config: Config) -> tuple[Policy, Engine]:
+def new_policy(subject: Subject, config: Config, kernels: Literal["auto", "off"] = "auto") -> tuple[Policy, Engine]:
     """A policy before its first update, and its optimizer."""
-    policy = subject.policy()
+    policy = subject.policy(kernels=kernels)
     return policy, Engine(policy, config.optim, num_steps=10**6)
 
 

@@ -135,6 +135,11 @@ def build_arms(
             continue
         name = f"vapr {shares[share]} {'cached' if cached else 'online'}"
         arms[name] = VaprArm(subject, pairs, pairs_per_step, share=share, cached=cached, trained=trained)
+    if first[0].kernels:  # what the fused kernels are worth
+        plain = new_policy(subject, config, kernels="off")
+        arms["vapr shared cached, kernels off"] = VaprArm(
+            subject, pairs, pairs_per_step, share="pair", cached=True, trained=plain
+        )
     return arms, absent
 
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -154,12 +154,12 @@ class Subject:
         name = str(dtype or self.dtype).removeprefix("torch.")
         return PolicyConfig(model=str(self.folder), dtype=name, lora=lora)
 
-    def policy(self, dtype: torch.dtype | None = None) -> Policy:
+    def policy(self, dtype: torch.dtype | None = None, kernels: Literal["auto", "off"] = "auto") -> Policy:
         """vapr's policy around :meth:`model`, through ``load_policy`` itself: only reading the weights is replaced."""
         loaded = self.model(dtype), {"missing_keys": [], "mismatched_keys": []}
         with mock.patch.object(FAMILIES[self.shape.family][0], "from_pretrained", return_value=loaded):
             torch.manual_seed(0)
-            return load_policy(self.policy_config(dtype), self.device)
+            return load_policy(self.policy_config(dtype), self.device, kernels=kernels)
 
     def pairs(self, workload: Workload, num_pairs: int, *, seed: int = 0) -> list[PreferencePair]:
         """Write and read pairs whose completions all have the workload's number of tokens, end of turn included."""

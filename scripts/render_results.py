@@ -1,10 +1,10 @@
 """Markdown tables of bench/results/*.jsonl: for every case the rows of its newest run.
 
-    python scripts/render_results.py [FOLDER] [--write README.md | --check README.md]
+    python scripts/render_results.py [FOLDER] [--bench NAME] [--write FILE | --check FILE]
 
 ``--write`` replaces the block between the markers below with the headline (training steps, data as shipped, the arms a
-reader asks for first; the data path at its ends); ``--check`` exits 1 if that block is out of date. Without either,
-every table is printed.
+reader asks for first; the data path at its ends), or with the tables of one benchmark; ``--check`` exits 1 if that
+block is out of date. Without either, every table is printed.
 """
 
 import argparse
@@ -26,10 +26,11 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--bench", metavar="NAME", help="tables of this benchmark only")
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--check", type=Path, metavar="FILE")
     options = parser.parse_args()
-    rows = read_rows(options.folder)
+    rows = [row for row in read_rows(options.folder) if options.bench in (None, row["bench"])]
     file = options.write or options.check
     if file is None:
         print(render(rows))
@@ -38,11 +39,12 @@ def main() -> int:
     if BEGIN not in old or END not in old:
         print(f"{file}: no '{BEGIN}' ... '{END}' block in it; add the two lines where the tables belong")
         return 2
-    new = replace_block(old, render([row for row in rows if is_headline(row)]))
+    new = replace_block(old, render([row for row in rows if options.bench or is_headline(row)]))
     if options.write:
         file.write_text(new, encoding="utf-8")
     elif new != old:
-        print(f"{file}: its results are out of date; run scripts/render_results.py --write {file}")
+        which = f"--bench {options.bench} " if options.bench else ""
+        print(f"{file}: its results are out of date; run scripts/render_results.py {which}--write {file}")
         return 1
     return 0
 
@@ -62,7 +64,9 @@ def render(rows: list[Row]) -> str:
     parts = []
     for bench in sorted({row["bench"] for row in rows}, reverse=True):  # training steps first
         of_bench = [row for row in rows if row["bench"] == bench]
-        tables = {"train_step": train_step_tables, "data_path": data_path_tables}.get(bench)
+        tables = {
+            "train_step": train_step_tables, "data_path": data_path_tables, "offline_compile": offline_compile_tables,
+        }.get(bench)  # fmt: skip
         if tables is None and all("pass" in row for row in of_bench):
             tables = operation_tables
         parts += tables(of_bench) if tables else plain_tables(bench, of_bench)
@@ -150,6 +154,30 @@ def operation_cell(row: Row | None) -> str:
     if row is None:
         return ""
     return row["absent"] if "absent" in row else f"{1e3 * row['seconds_p50']:.3g} ({row['ceiling_share']:.0%})"
+
+
+def offline_compile_tables(rows: list[Row]) -> list[str]:
+    """One table of the newest run: a line a kernel and dtype, a column a generation; the worst of its variants."""
+    rows = [row for row in rows if row["run"] == rows[-1]["run"] and "kernel" in row]
+    capabilities = sorted({row["capability"] for row in rows})
+    lines = [["kernel", "dtype", *(f"sm_{capability}" for capability in capabilities)]]
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):
+        cells = []
+        for capability in capabilities:
+            of_kernel = [row for row in rows if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+            cells.append(offline_compile_cell([row for row in of_kernel if row["capability"] == capability]))
+        lines.append([f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells])
+    compiler = f"triton {rows[-1]['versions']['triton']}, commit {commit_cell(rows[-1])}"
+    title = f"**Compiled offline** ({compiler}; registers, spills, KiB of shared memory, units)"
+    return [f"{title}\n\n{table(lines)}"]
+
+
+def offline_compile_cell(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    most = lambda key: max(row[key] for row in rows)
+    units = [name for name, key in (("HGMMA", "hgmma"), ("HMMA", "hmma"), ("TMA", "tma")) if most(key)]
+    return ", ".join([f"{most('registers')}, {most('spills')}, {most('shared') / 1024:.0f}", *units])
 
 
 def plain_tables(bench: str, rows: list[Row]) -> list[str]:

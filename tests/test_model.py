@@ -10,7 +10,11 @@ from safetensors.torch import load_file, save_file
 from vapr.attention import choose_backend
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
 from vapr.errors import UserError
+from vapr.logps import token_logps
 from vapr.model import load_model_config, load_policy
+from vapr.packing import pack
+from vapr.processor import Processor
+from vapr_kernels import launch
 
 CPU = torch.device("cpu")
 
@@ -110,6 +114,38 @@ def test_adapters_are_the_compute_dtype_and_off_means_off(tiny):
     with policy.adapters_off():
         assert torch.equal(layer(x), layer.base_layer(x))
     assert not torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
+def test_the_last_layer_works_on_what_predicts_only(family, lora, tiny, photo_pairs):
+    folder = str(tiny(family))
+    policy = load_policy(PolicyConfig(model=folder, dtype="float32", lora=lora), CPU)
+    processor = Processor(folder, policy.base.config, "pil")
+    batch = pack([processor.tokenize_pair(pair) for pair in photo_pairs[:2]])
+    predicting = set(batch.predict_from.rows.tolist())
+    assert batch.predicting.tolist() == sorted(predicting) and len(predicting) < batch.num_tokens / 2
+    rows: dict[str, int] = {}
+    layers = policy.base.model.language_model.layers
+    for name, module in (
+        ("first mlp", layers[0].mlp.down_proj), ("last mlp", layers[-1].mlp.down_proj), ("last k", layers[-1].self_attn.k_proj),
+        ("last q", getattr(layers[-1].self_attn.q_proj, "base_layer", None)),
+    ):  # fmt: skip
+        if module is not None:
+            module.register_forward_hook(lambda m, inputs, out, name=name: rows.update({name: inputs[0].shape[-2]}))
+    token_logps(policy, batch)
+    assert rows["first mlp"] == rows["last k"] == batch.num_tokens
+    assert rows["last mlp"] == len(predicting) == rows.get("last q", len(predicting))
+
+
+def test_kernels_that_cannot_run_are_not_used(tiny, monkeypatch):
+    """On a CPU transformers' layers stay as they are; under the interpreter they are fused, unless switched off."""
+    config = PolicyConfig(model=str(tiny("llava")), dtype="float32")
+    silu = lambda policy: type(policy.base.model.language_model.layers[0].mlp.act_fn).__name__
+    assert not load_policy(config, CPU).kernels and silu(load_policy(config, CPU)) != "_Silu"
+    monkeypatch.setattr(launch, "interpret", launch.installed)
+    assert load_policy(config, CPU).kernels is launch.installed
+    off = load_policy(config, CPU, kernels="off")
+    assert not off.kernels and silu(off) != "_Silu"
 
 
 def test_dropout_is_switched_off(tiny, tmp_path):
