@@ -235,6 +235,10 @@ def test_gpu_check_of_a_training_step(gpu_checks, family, tiny, photo_pairs, tmp
     gpu_checks.check_training_step(tiny(family), photo_pairs[:8], tmp_path, CPU, "float32", family, lora=lora)
 
 
+def test_gpu_check_of_whole_runs(gpu_checks, tiny, photo_rows, photo_root, tmp_path):
+    gpu_checks.check_whole_runs(tiny("qwen2_5_vl"), photo_rows[:16], photo_root, tmp_path, "float32", 1e-4)
+
+
 def test_the_parts_of_a_step_are_timed_one_by_one(gpu_checks, tmp_path):
     subject = Subject(gpu_checks.shrink(SHAPES["small-qwen2.5-vl"], 1, 2), tmp_path, CPU)
     arm = VaprArm(subject, subject.pairs(WORKLOADS["answers"], 4), 2, share="pair", cached=True)

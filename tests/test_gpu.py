@@ -12,13 +12,24 @@ import torch
 from torch import Tensor
 
 from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
+from tests.runs import losses
 from vapr import attention, trainer
-from vapr.config import Config, DataConfig, LoraConfig, OptimConfig, PackingConfig, PolicyConfig
+from vapr.config import (
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    LoraConfig,
+    OptimConfig,
+    PackingConfig,
+    PolicyConfig,
+    ReferenceConfig,
+)
 from vapr.engine import Engine
 from vapr.loader import PairLoader
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen, image_features, load_policy
 from vapr.packing import SegmentAttention, pack
+from vapr.pairs import write_pairs
 from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor
 from vapr.reference import Reference, first_margin
@@ -299,3 +310,30 @@ def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tm
         reference = Reference(policy, str(tmp_path))
         norms.append(trainer.train_step(config, policy, engine, reference, step)[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def check_whole_runs(folder: Path, rows: list[dict], images: Path, cache: Path, dtype: str, tolerance: float) -> None:
+    """A run with workers and cached features, another with neither, another without kernels: the same losses."""
+    write_pairs(cache / "pairs.jsonl", rows)
+    runs = {"all on": ("auto", 2, True), "all off": ("auto", 0, False), "no kernels": ("off", 2, False)}
+    curves = {}
+    for name, (kernels, workers, features) in runs.items():
+        config = Config(
+            run_dir=str(cache / name),
+            kernels=kernels,
+            policy=PolicyConfig(model=str(folder), dtype=dtype, lora=LoraConfig(rank=4, alpha=8)),
+            data=DataConfig(train=str(cache / "pairs.jsonl"), image_root=str(images), workers=workers),
+            features=FeaturesConfig(cache=features, cache_dir=str(cache / "features")),
+            optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, pairs_per_step=8, epochs=2),
+            reference=ReferenceConfig(cache_dir=str(cache / "reference")),
+        )
+        assert (trainer.train(config) / "adapter_model.safetensors").is_file()
+        curves[name] = losses(config)
+    assert len(curves["all on"]) == 2 * len(rows) // 8 and curves["all on"][-1] < curves["all on"][0]
+    for curve in curves.values():
+        assert curve == pytest.approx(curves["all on"], rel=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_whole_runs(tiny, photo_rows, photo_root, tmp_path, dtype, tolerance):
+    check_whole_runs(tiny("qwen2_5_vl"), photo_rows[:16], photo_root, tmp_path, dtype, tolerance)
