@@ -1,5 +1,6 @@
 """linear_logps against its naive twin in fp64: every mode, PyTorch's operations and the kernels."""
 
+import importlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from vapr_kernels import exp_logits, launch, linear_logps, linear_logps_and_stat
 from vapr_kernels.linear_logps import make_plan
 from vapr_kernels.testing import assert_matches_naive
 
+linear_logps_module = importlib.import_module("vapr_kernels.linear_logps")  # the package's attribute is the function
 MODES = ("one-pass", "recompute", "chunked")
 TRAINED = {"frozen head": (True, False), "trained head": (True, True), "head alone": (False, True)}
 HALF = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3}
@@ -69,6 +71,8 @@ def test_with_pytorch(shape, chunk_rows, mode, trained, dtype):
 def test_with_kernels(shape, mode, trained, dtype, gpu):
     x, head, labels = head_inputs(*shape, dtype=dtype, scale=3.0, trained=trained, device=gpu)
     assert_matches_naive(lambda *a: linear_logps(*a, mode=mode), naive.linear_logps, x, head, labels, floor=HALF[dtype])
+    truth = naive.linear_logps(x.double(), head.double(), labels)
+    assert ((linear_logps(x, head, labels, mode=mode) - truth).abs() <= 1e-5 + 1e-7 * truth.abs()).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -179,7 +183,7 @@ def test_rows_out_of_range_are_computed_again(mode, known, gpu):
     assert truth.min() < -1500 and truth.max() > -1e-6
     reference = {"nothing": None, "the reference": truth, "a reference 400 nats off": truth - 400}[known]
     logps = linear_logps(x, head, labels, mode=mode, reference_logps=reference)
-    assert ((logps - truth).abs() <= 1e-5 + 1e-6 * truth.abs()).all()
+    assert ((logps - truth).abs() <= 1e-5 + 1e-7 * truth.abs()).all()
     if mode == "no-grad":
         assert not logps.requires_grad
         return
@@ -222,6 +226,78 @@ def test_stats(boost, mode, where, request):
     torch.testing.assert_close(stats.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logps.detach(), linear_logps(x, head, labels, mode=mode).detach(), rtol=0, atol=0)
     assert not stats.entropy.requires_grad
+
+
+def test_stats_in_bf16(gpu):
+    x, head, labels = head_inputs(37, 16, 101, dtype=torch.bfloat16, scale=4.0, device=gpu)
+    _, stats = linear_logps_and_stats(x, head, labels, mode="one-pass")
+    log_p = F.log_softmax(x.detach().double() @ head.detach().double().T, dim=1)
+    assert torch.equal(stats.top1, log_p.argmax(1) == labels)
+    torch.testing.assert_close(stats.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_reference_logps_tell_where_the_logits_will_be(device, monkeypatch):
+    """So that no row has to be computed again."""
+    flags = []
+    settle = exp_logits._settle
+    monkeypatch.setattr(
+        exp_logits, "_settle",
+        lambda scratch, *a, **k: (settle(scratch, *a, **k), flags.append(scratch.flags.sum().item())),
+    )  # fmt: skip
+    x, head, labels = head_inputs(20, 24, 70, dtype=torch.bfloat16, scale=4.0, device=device)
+    x = pushed(x, head, labels, -400)
+    reference = naive.linear_logps(x, head, labels).detach() + 30
+    linear_logps(x, head, labels, mode="no-grad")
+    linear_logps(x, head, labels, mode="no-grad", reference_logps=reference)
+    without, _, known, _ = flags
+    assert without > 10 and known == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_head_gets_no_gradient(mode, device, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("the gradient of a frozen head was formed")
+
+    monkeypatch.setattr(linear_logps_module, "add_target_rows", never)
+    x, head, labels = head_inputs(9, 8, 30, trained=(True, False), device=device)
+    linear_logps(x, head, labels, mode=mode).sum().backward()
+    assert x.grad is not None and head.grad is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("label", [-100, -1, 50])
+def test_a_label_that_is_no_token_is_nan(mode, label, device):
+    """Refusing it would make the host wait; a number would be wrong."""
+    x, head, labels = head_inputs(5, 8, 50, trained=(True, False), device=device)
+    labels[2] = label
+    logps = linear_logps(x, head, labels, mode=mode)
+    (dx,) = torch.autograd.grad(logps.sum(), x)
+    assert logps.isnan().tolist() == [False, False, True, False, False]
+    assert dx.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+def test_pytorch_means_pytorch(device, monkeypatch):
+    def never(self, grid):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(launch.Kernel, "__getitem__", never)
+    x, head, labels = head_inputs(9, 8, 30, device=device)
+    linear_logps(x, head, labels, mode="torch").sum().backward()
+
+
+def test_no_second_derivative():
+    x, head, labels = head_inputs(9, 8, 30, trained=(True, False))
+    (dx,) = torch.autograd.grad(linear_logps(x, head, labels).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_rows_that_are_a_column(gpu):
+    """One row, whose stride says nothing."""
+    x = torch.randn(16, 1).to(gpu, torch.bfloat16).T
+    head = torch.randn(40, 16).to(gpu, torch.bfloat16)
+    labels = torch.tensor([3], device=gpu)
+    torch.testing.assert_close(linear_logps(x, head, labels, mode="one-pass"), naive.linear_logps(x, head, labels))
 
 
 def test_a_tie_counts_as_top1(device):

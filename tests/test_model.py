@@ -1,5 +1,7 @@
 """Which models are taken, which are refused and how, and what is trained."""
 
+import copy
+import dataclasses
 import shutil
 
 import pytest
@@ -135,6 +137,35 @@ def test_the_last_layer_works_on_what_predicts_only(family, lora, tiny, photo_pa
     token_logps(policy, batch)
     assert rows["first mlp"] == rows["last k"] == batch.num_tokens
     assert rows["last mlp"] == len(predicting) == rows.get("last q", len(predicting))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_the_model_called_as_transformers_would(kernels, tiny, monkeypatch):
+    """Fused or not, and after packed batches: every row counts, and queries and keys are rotated."""
+    monkeypatch.setattr(launch, "interpret", launch.installed and kernels == "auto")
+    folder = str(tiny("qwen2_5_vl"))
+    policy = load_policy(PolicyConfig(model=folder, dtype="float32"), CPU, kernels=kernels)
+    policy.base.model.language_model.config._attn_implementation = "sdpa"
+    plain = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    input_ids = torch.arange(20, 37)[None]
+    with torch.no_grad():
+        got, true = (model(input_ids=input_ids, use_cache=False).logits for model in (policy.base, plain))
+    torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_a_copy_of_the_model_is_its_own(kernels, tiny, photo_pairs, monkeypatch):
+    monkeypatch.setattr(launch, "interpret", launch.installed and kernels == "auto")
+    folder = str(tiny("qwen2_vl"))
+    policy = load_policy(PolicyConfig(model=folder, dtype="float32"), CPU, kernels=kernels)
+    copied = dataclasses.replace(policy, base=copy.deepcopy(policy.base))
+    processor = Processor(folder, policy.base.config, "pil")
+    batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if not pair.images))])
+    with torch.no_grad():
+        before = token_logps(copied, batch)
+        for parameter in policy.base.parameters():
+            parameter.fill_(float("nan"))
+        assert torch.equal(token_logps(copied, batch), before) and token_logps(policy, batch).isnan().all()
 
 
 def test_kernels_that_cannot_run_are_not_used(tiny, monkeypatch):

@@ -141,6 +141,18 @@ def test_policy_equal_to_reference_costs_log_2(device):
     torch.testing.assert_close(gradient.cpu(), torch.tensor([0.0, 0.0, -0.05, 0.05]))
 
 
+def test_weights_that_are_one_number(device):
+    """An expanded tensor has no memory behind its rows."""
+    completions = completions_of([5, 9], 20, 1, device)
+    ones = torch.ones(1, device=device)
+    compare(
+        [LossConfig()],
+        dataclasses.replace(completions, token_weights=ones.expand(14), pair_weights=ones.expand(1)),
+        -torch.rand(20, device=device),
+        -torch.rand(14, device=device),
+    )
+
+
 def test_no_pairs(device):
     completions = completions_of([], 0, 0, device)
     x = torch.zeros(0, device=device, requires_grad=True)

@@ -143,6 +143,22 @@ def test_kill_9_loses_only_what_is_not_checkpointed(make_config, tmp_path):
     assert final_bytes(killed) == final_bytes(unbroken)
 
 
+def test_a_run_with_kernels_has_the_losses_of_one_without(make_config, photo_rows, device, monkeypatch, capsys):
+    """Everything fused, the loss included, through Triton's interpreter where there is no GPU."""
+    calls = []
+    fused = trainer.preference_loss
+    monkeypatch.setattr(trainer, "preference_loss", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    rows = [row for row in photo_rows if not row.get("images")][:4]
+    optim = {"lr": 1e-3, "pairs_per_step": 2, "epochs": 1}
+    off = make_config("off", rows=rows, optim=optim, kernels="off")
+    trainer.train(off)
+    assert not calls and "PyTorch's operations" in capsys.readouterr().out
+    on = make_config("on", optim=optim)
+    trainer.train(on)
+    assert len(calls) >= 2 and "fused kernels" in capsys.readouterr().out
+    assert losses(on) == pytest.approx(losses(off), rel=1e-5)
+
+
 def test_sigterm_checkpoints_and_leaves(make_config, tmp_path):
     config = make_config(optim={"lr": 1e-3, "pairs_per_step": 8, "epochs": 30}, checkpoint={"every": 1000})
     process = run_in_process(config, tmp_path)

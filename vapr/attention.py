@@ -69,7 +69,7 @@ def segment_attention(
         segments: the forest's sequences and gathered keys.
         scale: factor of the scores.
         backend: one of ``BACKENDS``.
-        rotary: cosines and sines, each (T, E), to rotate q and k by; None if they are rotated.
+        rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
 
     Returns:
         Shape (T, H, E), what each token would get within its own path.

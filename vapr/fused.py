@@ -34,7 +34,7 @@ def fuse(base: nn.Module, decoder_layers: nn.ModuleList) -> None:
             module.act_fn = _Silu()
     for layer in decoder_layers:
         attention: Any = layer.self_attn
-        attention.forward = types.MethodType(_as_branch(_without_rotary(type(attention).forward)), attention)
+        attention.forward = types.MethodType(_attend(type(attention).forward), attention)
 
 
 class _Branch:
@@ -85,9 +85,15 @@ class _Silu(nn.Module):
         return _Gate(gate)
 
 
-def _as_branch(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[_Branch, Any]]:
-    def attend(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[_Branch, Any]:
-        out, weights = forward(self, *args, **kwargs)
+def _attend(forward: Any) -> Callable[..., tuple[_Branch, Any]]:
+    """``forward`` of an attention class, which leaves rotating to whoever is handed the tables as ``rotary``."""
+    unrotated = _without_rotary(forward)
+
+    def attend(self: nn.Module, *args: Any, rotary: Any = None, **kwargs: Any) -> tuple[_Branch, Any]:
+        if rotary is None:  # not a packed batch: somebody calls the model as transformers would
+            out, weights = forward(self, *args, **kwargs)
+        else:
+            out, weights = unrotated(self, *args, rotary=rotary, **kwargs)
         return _Branch(out), weights
 
     return attend

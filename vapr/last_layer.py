@@ -18,20 +18,21 @@ def trim_last_layer(layer: nn.Module) -> None:
     is not touched: each gets fewer rows, and zeros stand for the rest.
     """
     attention: Any = layer.self_attn
-    forward = attention.forward
     selected: list[Tensor] = []
-
-    @functools.wraps(forward)
-    def attend(*args: Any, predicting: Tensor | None = None, **kwargs: Any) -> Any:
-        # The rows come with every call of the layer, also with the one that gradient checkpointing makes much later;
-        # the MLP follows its attention.
-        selected[:] = [] if predicting is None else [predicting]
-        return forward(*args, **kwargs)
-
-    attention.forward = attend
+    # partial, not closures: a deep copy of the layer then has forwards of its own
+    attention.forward = functools.partial(_select, attention.forward, selected)
     for module in (attention.q_proj, attention.o_proj, layer.mlp):
         assert isinstance(module, nn.Module)
         module.forward = functools.partial(_selected_rows, module.forward, selected)
+
+
+def _select(forward: Any, selected: list[Tensor], *args: Any, predicting: Tensor | None = None, **kwargs: Any) -> Any:
+    """Attention, remembering the rows for its own projections and for the MLP that follows it.
+
+    They come with every call of the layer, also with the one that gradient checkpointing makes much later.
+    """
+    selected[:] = [] if predicting is None else [predicting]
+    return forward(*args, **kwargs)
 
 
 def _selected_rows(forward: Any, selected: list[Tensor], x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def load_policy(
     _use_attention(base, backend, tower)
     _disable_dropout(base)
     if tower == "visual":
-        _embed_patches_by_matmul(base.model.visual.patch_embed.proj)
+        convolution = base.model.visual.patch_embed.proj
+        convolution.forward = types.MethodType(_patches_by_matmul, convolution)
     parts = {
         part: _part_modules(base, part, tower, projector) for part in ("language_model", "projector", "vision_tower")
     }
@@ -160,14 +162,10 @@ def _use_attention(base: transformers.PreTrainedModel, backend: str, tower: str)
         base.model.visual.config._attn_implementation = attention.VISION_TOWER
 
 
-def _embed_patches_by_matmul(convolution: nn.Conv3d) -> None:
+def _patches_by_matmul(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
     """Qwen's patch embedding has one output position a patch: a matrix product, which Conv3d computes more slowly on a
-    CPU. Weight and bias stay where they are."""
-
-    def forward(patches: Tensor) -> Tensor:  # (patches, channels, time, height, width) -> (patches, D)
-        return nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
-
-    convolution.forward = forward  # type: ignore[method-assign,assignment]
+    CPU. (patches, channels, time, height, width) -> (patches, D)"""
+    return nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def _disable_dropout(base: nn.Module) -> None:

@@ -33,7 +33,7 @@ WARPS_PER_SM = 65536 // (32 * MAX_REGISTERS)
 spill to make room for one more, which is never launched."""
 
 
-@triton.jit
+@launch.Kernel
 def _rms_norm_fwd_kernel(
     x_ptr,  # (T, D)
     residual_ptr,  # (T, D) or None
@@ -64,7 +64,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launch.Kernel
 def _rms_norm_bwd_kernel(
     dy_ptr,  # (T, D)
     dtotal_ptr,  # (T, D) or None

@@ -6,6 +6,9 @@ With l = x . W^T, target column y, d_v = l_v - l_y and a whole number of octaves
     S   = sum of E over v,     M = max of l_v over v != y
     t   = log S + o log 2      (log-odds of "anything but y", see linear_logps)
 
+Tensor cores truncate where they add, at every step, so a long sum drifts towards zero. Here they add up the products of
+one block of D; the blocks are added by ordinary fp32 additions, which round.
+
 No column has to be seen before another, so there is no running maximum, no second pass over the logits, and E @ W is a
 plain matrix product. The price is the range: E has to fit fp32. A row whose S leaves [2^-100, 2^100] is listed on the
 device and computed again with o from its M. The host never waits to know.
@@ -36,35 +39,38 @@ class Tile(NamedTuple):
 
 TILES = {  # by compute capability
     0: Tile(16, 32, 16, 4, 1),  # the interpreter
-    80: Tile(128, 256, 64, 8, 3),
+    80: Tile(128, 128, 64, 8, 4),
     86: Tile(128, 128, 64, 8, 3),
     89: Tile(128, 128, 64, 8, 3),
-    90: Tile(128, 256, 64, 8, 3),
+    90: Tile(128, 128, 128, 8, 3),
     120: Tile(128, 128, 64, 8, 3),
 }
 FP32_TILE = Tile(64, 64, 32, 4, 2)
 """Exact fp32 products have no tensor cores to feed and need registers instead."""
 
 
-@triton.jit
+@launch.Kernel
 def _target_logits_kernel(
     x_ptr,  # (R, D)
     w_ptr,  # (V, D)
     labels_ptr,  # (R,)
     out_ptr,  # (R,)
+    V,
     D,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
+    exists = (label >= 0) & (label < V)
     # All of E hangs on this one logit, and for one dot product a row exactness costs nothing.
     acc = tl.zeros((BLOCK_D,), tl.float64)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-        w = tl.load(w_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float64)
+        w = tl.load(w_ptr + label * D + d, mask=(d < D) & exists, other=0.0).to(tl.float64)
         acc += x * w
-    tl.store(out_ptr + row, tl.sum(acc, 0))
+    # A label that is none makes its row NaN; refusing it here would make the host wait.
+    tl.store(out_ptr + row, tl.where(exists, tl.sum(acc, 0), float("nan")))
 
 
 @triton.jit
@@ -96,7 +102,7 @@ def _store_partials(
         tl.store(at + (3 if WITH_E else 2) * plane, tl.sum(tl.where(E > 0.0, E * z, 0.0), 1), mask=live)
 
 
-@triton.jit
+@launch.Kernel
 def _exp_logits_kernel(
     x_ptr,  # (R, D)
     w_ptr,  # (V, D)
@@ -111,6 +117,7 @@ def _exp_logits_kernel(
     V,
     D,
     stride_e,
+    zero,  # 0.0
     LISTED: tl.constexpr,
     WITH_E: tl.constexpr,
     STORE_E: tl.constexpr,
@@ -135,6 +142,7 @@ def _exp_logits_kernel(
         x_tile_ptr = x_ptr + tl.minimum(rows, R - 1).to(tl.int64)[:, None] * D + k[None, :]
         w_tile_ptr = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * D + k[:, None]
         acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        zeros = tl.full((BLOCK_R, BLOCK_V), zero, tl.float32)  # known to be 0, it would be folded into one long sum
         for start in range(0, D, BLOCK_D):
             if EVEN_D:
                 x = tl.load(x_tile_ptr + start)
@@ -142,7 +150,7 @@ def _exp_logits_kernel(
             else:
                 x = tl.load(x_tile_ptr + start, mask=(start + k < D)[None, :], other=0.0)
                 w = tl.load(w_tile_ptr + start, mask=(start + k < D)[:, None], other=0.0)
-            acc = tl.dot(operand(x), operand(w), acc, input_precision="ieee")
+            acc += tl.dot(operand(x), operand(w), zeros, input_precision="ieee")
         logits, z, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
         stored = rounded(E, x_ptr.dtype.element_ty)
         num_tiles = tl.cdiv(V, BLOCK_V)
@@ -152,7 +160,7 @@ def _exp_logits_kernel(
             tl.store(e_ptr + at, stored, mask=live[:, None] & (cols < V)[None, :])
 
 
-@triton.jit
+@launch.Kernel
 def _exp_logits_tma_kernel(
     x_desc,  # (R, D)
     w_desc,  # (V, D)
@@ -164,6 +172,7 @@ def _exp_logits_tma_kernel(
     R,
     V,
     D,
+    zero,  # 0.0
     WITH_E: tl.constexpr,
     STORE_E: tl.constexpr,
     STATS: tl.constexpr,
@@ -177,10 +186,11 @@ def _exp_logits_tma_kernel(
         tile_n = tile // num_row_tiles
         first_row, first_col = (tile % num_row_tiles) * BLOCK_R, tile_n * BLOCK_V
         acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        zeros = tl.full((BLOCK_R, BLOCK_V), zero, tl.float32)  # known to be 0, it would be folded into one long sum
         for start in range(0, D, BLOCK_D):
             x = x_desc.load([first_row, start])
             w = w_desc.load([first_col, start])
-            acc = tl.dot(operand(x), operand(w).T, acc, input_precision="ieee")
+            acc += tl.dot(operand(x), operand(w).T, zeros, input_precision="ieee")
         rows = first_row + tl.arange(0, BLOCK_R)
         live = rows < R
         cols = first_col + tl.arange(0, BLOCK_V)
@@ -192,7 +202,7 @@ def _exp_logits_tma_kernel(
             e_desc.store([first_row, first_col], stored)
 
 
-@triton.jit
+@launch.Kernel
 def _settle_kernel(
     partials_ptr,  # planes of (N, R)
     target_ptr,  # (R,) fp64
@@ -239,7 +249,7 @@ def _settle_kernel(
             tl.store(offsets_ptr + rows, safe_offset(M, target), mask=live & unsafe)
 
 
-@triton.jit
+@launch.Kernel
 def _list_kernel(
     is_unsafe_ptr,  # (R,)
     unsafe_ptr,  # (R,), written: the unsafe rows, ascending
@@ -273,7 +283,7 @@ def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     out = x.new_empty(len(x), dtype=torch.float64)
     if len(x):
         block = min(1024, triton.next_power_of_2(x.shape[1]))
-        _target_logits_kernel[(len(x),)](x, w, labels, out, x.shape[1], BLOCK_D=block)
+        _target_logits_kernel[(len(x),)](x, w, labels, out, len(w), x.shape[1], BLOCK_D=block)
     return out
 
 
@@ -282,8 +292,6 @@ def tile_for(x: Tensor) -> Tile:
     capability = launch.capability(x.device)
     if x.dtype == torch.float32 and capability:
         return FP32_TILE
-    if 100 <= capability < 120:  # data-centre Blackwell has Hopper's memory accelerator and shared memory
-        capability = 90
     return TILES.get(capability) or TILES[min(TILES, key=lambda known: (known > capability, abs(known - capability)))]
 
 
@@ -371,24 +379,24 @@ def _tiles(
         grid = min(num_tiles, launch.num_sms(x.device))
         x_desc = _descriptor(x, D, tile.rows, tile.inner)
         w_desc = _descriptor(w, D, tile.columns, tile.inner)
-        e_desc = _descriptor(E, V, tile.rows, tile.columns) if E is not None else x_desc
-        _exp_logits_tma_kernel[(grid,)](x_desc, w_desc, *rows, e_desc, scratch.partials, R, V, D, **options)
+        e_desc = _descriptor(E, E.stride(0), tile.rows, tile.columns) if E is not None else x_desc
+        _exp_logits_tma_kernel[(grid,)](x_desc, w_desc, *rows, e_desc, scratch.partials, R, V, D, 0.0, **options)
         return
     grid = min(num_tiles, 4 * launch.num_sms(x.device)) if listed else num_tiles
     _exp_logits_kernel[(grid,)](
         x, w, *rows, scratch.unsafe, scratch.num_unsafe, x if E is None else E, scratch.partials,
-        R, V, D, 0 if E is None else E.stride(0), LISTED=listed, EVEN_D=D % tile.inner == 0, **options,
+        R, V, D, 0 if E is None else E.stride(0), 0.0, LISTED=listed, EVEN_D=D % tile.inner == 0, **options,
     )  # fmt: skip
 
 
 def _has_tma(x: Tensor) -> bool:
-    return 90 <= launch.capability(x.device) < 120
+    return launch.capability(x.device) == 90
 
 
-def _descriptor(x: Tensor, num_columns: int, rows: int, columns: int) -> Any:
+def _descriptor(x: Tensor, stride: int, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, [len(x), num_columns], [x.stride(0), 1], [rows, columns])
+    return TensorDescriptor(x, list(x.shape), [stride, 1], [rows, columns])
 
 
 def _settle(scratch: _Scratch, out: Tensor, num_rows: int, *, listed: bool, with_e: bool, stats: bool) -> None:

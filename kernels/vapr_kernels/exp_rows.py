@@ -8,6 +8,7 @@ R = rows, V = vocabulary.
 
 from torch import Tensor
 
+from vapr_kernels import launch
 from vapr_kernels.launch import rounded, tl, triton
 from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
 
@@ -41,7 +42,7 @@ def _one_pass(
     return tl.sum(S, 0), tl.sum(as_stored, 0), tl.max(M, 0), tl.sum(weighted, 0)
 
 
-@triton.jit
+@launch.Kernel
 def _exp_rows_kernel(
     logits_ptr,  # (R, V) fp32
     labels_ptr,  # (R,)

@@ -20,7 +20,7 @@ from vapr_kernels.launch import rounded, tl, triton
 from vapr_kernels.rotary import blocks, check_tables, rotate
 
 
-@triton.jit
+@launch.Kernel
 def _gather_keys_values_fwd_kernel(
     k_ptr,  # (T, G, E), strides k_stride_t, k_stride_g, 1
     v_ptr,  # (T, G, E), strides v_stride_t, v_stride_g, 1
@@ -62,7 +62,7 @@ def _gather_keys_values_fwd_kernel(
     tl.store(v_out_ptr + out + HALF, v2, mask=inside)
 
 
-@triton.jit
+@launch.Kernel
 def _gather_keys_values_bwd_kernel(
     dk_out_ptr,  # (K, G, E), strides dk_stride_t, dk_stride_g, 1
     dv_out_ptr,  # (K, G, E), strides dv_stride_t, dv_stride_g, 1

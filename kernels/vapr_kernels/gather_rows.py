@@ -42,6 +42,7 @@ class RowIndex:
         """
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
             raise ValueError(f"rows must lie in [0, {num_rows}), got {int(rows.min())} to {int(rows.max())}")
+        rows = rows.contiguous()  # kernels step through it
         order = rows.argsort(stable=True)
         return cls(rows, num_rows, order, torch.searchsorted(rows[order], torch.arange(num_rows + 1)))
 
@@ -61,7 +62,7 @@ class RowIndex:
             raise ValueError(f"index must lie on {x.device}, got {self.rows.device}")
 
 
-@triton.jit
+@launch.Kernel
 def _gather_rows_bwd_kernel(
     dout_ptr,  # (K, W)
     order_ptr,  # (K,) int64

@@ -6,12 +6,13 @@ R = rows, D = hidden, V = vocabulary.
 import torch
 from torch import Tensor
 
-from vapr_kernels.launch import rounded, runs_triton, tl, triton
+from vapr_kernels import launch
+from vapr_kernels.launch import rounded, tl, triton
 
 BLOCK_D = 1024
 
 
-@triton.jit
+@launch.Kernel
 def _hidden_gradient_kernel(
     expected_ptr,  # (R, D) fp32
     head_ptr,  # (V, D)
@@ -19,18 +20,22 @@ def _hidden_gradient_kernel(
     up_ptr,  # (R,)
     down_ptr,  # (R,)
     out_ptr,  # (R, D)
+    V,
     D,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     label, up, down = tl.load(labels_ptr + row), tl.load(up_ptr + row), tl.load(down_ptr + row)
+    exists = (label >= 0) & (label < V)  # else up is NaN
     expected = tl.load(expected_ptr + row * D + d, mask=d < D, other=0.0)
-    target = tl.load(head_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float32)
+    target = tl.load(head_ptr + label * D + d, mask=(d < D) & exists, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * D + d, rounded(up * target - down * expected, out_ptr.dtype.element_ty), mask=d < D)
 
 
-def hidden_gradient(expected: Tensor, head: Tensor, labels: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def hidden_gradient(
+    expected: Tensor, head: Tensor, labels: Tensor, up: Tensor, down: Tensor, out: Tensor, *, kernels: bool
+) -> None:
     """``up * head[labels] - down * expected`` row by row, written into ``out`` (R, D), which may be ``expected``.
 
     Args:
@@ -39,18 +44,18 @@ def hidden_gradient(expected: Tensor, head: Tensor, labels: Tensor, up: Tensor, 
         labels: int64, shape (R,).
         up: factor of the target's row of the head, shape (R,).
         down: factor of the other columns', shape (R,).
+        kernels: whether Triton runs.
     """
     R, D = expected.shape
-    if not runs_triton(expected) or expected.dtype == torch.float64:
-        return out.copy_(up[:, None] * head[labels].to(expected.dtype) - down[:, None] * expected)
-    if R:
+    if not kernels:
+        out.copy_(up[:, None] * head[labels].to(expected.dtype) - down[:, None] * expected)
+    elif R:
         block = min(BLOCK_D, triton.next_power_of_2(D))
         grid = (R, triton.cdiv(D, block))
-        _hidden_gradient_kernel[grid](expected, head, labels, up, down, out, D, BLOCK_D=block)
-    return out
+        _hidden_gradient_kernel[grid](expected, head, labels, up, down, out, len(head), D, BLOCK_D=block)
 
 
-@triton.jit
+@launch.Kernel
 def _add_target_rows_kernel(
     dhead_ptr,  # (V, D), added to
     x_ptr,  # (R, D)
@@ -58,6 +63,7 @@ def _add_target_rows_kernel(
     labels_ptr,  # (R,) ascending
     order_ptr,  # (R,) row of x of each of them
     ends_ptr,  # (R,) where the run of equal labels ends
+    V,
     D,
     BLOCK_D: tl.constexpr,
 ):
@@ -65,7 +71,7 @@ def _add_target_rows_kernel(
     first = tl.program_id(0)
     label = tl.load(labels_ptr + first)
     before = tl.load(labels_ptr + first - 1, mask=first > 0, other=-1)
-    if label != before:
+    if (label != before) & (label >= 0) & (label < V):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         at = dhead_ptr + label * D + d
         total = tl.load(at, mask=d < D, other=0.0).to(tl.float32)
@@ -76,7 +82,7 @@ def _add_target_rows_kernel(
         tl.store(at, rounded(total, dhead_ptr.dtype.element_ty), mask=d < D)
 
 
-def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor) -> None:
+def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor, *, kernels: bool) -> None:
     """``dhead[labels] += factors * x``, labels may repeat.
 
     Args:
@@ -84,9 +90,10 @@ def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor) -
         x: shape (R, D).
         labels: int64, shape (R,).
         factors: shape (R,).
+        kernels: whether Triton runs; its sums are the same on every run, those of PyTorch on a GPU are not.
     """
     R, D = x.shape
-    if not runs_triton(x) or dhead.dtype == torch.float64:
+    if not kernels:
         dhead.index_add_(0, labels, (factors[:, None] * x.to(factors.dtype)).to(dhead.dtype))
         return
     if R:
@@ -94,4 +101,4 @@ def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor) -
         ends = torch.searchsorted(ordered, ordered, right=True)
         block = min(BLOCK_D, triton.next_power_of_2(D))
         grid = (R, triton.cdiv(D, block))
-        _add_target_rows_kernel[grid](dhead, x, factors, ordered, order, ends, D, BLOCK_D=block)
+        _add_target_rows_kernel[grid](dhead, x, factors, ordered, order, ends, len(dhead), D, BLOCK_D=block)

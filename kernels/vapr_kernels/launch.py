@@ -2,7 +2,9 @@
 
 import functools
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,20 @@ def capability(device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of the device; 2 for the interpreter, so that programs take more than one tile."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+class Kernel:
+    """A Triton kernel that launches on the device of its first tensor, whichever device is current."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.jitted = triton.jit(function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(first: Any, *arguments: Any, **options: Any) -> Any:
+            with torch.cuda.device_of(getattr(first, "base", first)):  # a descriptor has its tensor as base
+                return self.jitted[grid](first, *arguments, **options)
+
+        return run
 
 
 @triton.jit

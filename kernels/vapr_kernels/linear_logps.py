@@ -178,7 +178,9 @@ def _linear_logps(
         part = _rows(product, x, head, y, offsets[rows], E, with_e=gradient != "none", stats=stats)
         if len(dx):
             assert E is not None
-            hidden_gradient(_product32(E, head), head, y, part.log_odds.sigmoid(), part.scale, dx[rows])
+            hidden_gradient(
+                _product32(E, head), head, y, part.log_odds.sigmoid(), part.scale, dx[rows], kernels=product != "torch"
+            )
         parts.append(part)
     table = torch.zeros(len(TABLE), L, dtype=accumulate, device=hidden.device)
     for row, name in enumerate(TABLE if stats else TABLE[:4]):
@@ -233,10 +235,10 @@ def _linear_logps_backward(
         if with_dhead:
             torch.mm(part.T.to(dtype), x, out=dhead[columns])
     if with_dhead:
-        add_target_rows(dhead, hidden, labels, up)
+        add_target_rows(dhead, hidden, labels, up, kernels=product != "torch")
     dx = torch.empty(len(expected), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if with_dx:
-        hidden_gradient(expected, head, labels, up, down, dx)
+        hidden_gradient(expected, head, labels, up, down, dx, kernels=product != "torch")
     return dx, dhead.to(head.dtype)
 
 
@@ -258,8 +260,10 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(dx, hidden, head, labels, table, E)
 
 
-def _backward(ctx, dout, *_):
+def _backward(ctx, dout, *others):
     """Only logps has a gradient; the other outputs are what the backward pass uses."""
+    if any(other is not None for other in others):
+        raise NotImplementedError("linear_logps has no second derivative")
     if dout is None or ctx.gradient == "none":
         return (None,) * 9
     finished, *rest = ctx.saved_tensors  # dlogp/dx, unless it is to be computed again

@@ -1,4 +1,4 @@
-"""preference_loss: token log-probs -> losses of pairs, in one launch forward and one backward.
+"""preference_loss: token log-probs -> losses of pairs, in one launch.
 
 One program takes one pair: it sums the token log-probs of both completions and of the reference, forms the log-ratios,
 and evaluates every term of the loss together with its derivative by the two sums. Formulas and sources: losses.py; the
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vapr_kernels import naive
+from vapr_kernels import launch, naive
 from vapr_kernels.launch import runs_triton, tl, triton
 from vapr_kernels.losses import NO_REFERENCE, Completions, Term, rewarded_term
 
@@ -146,7 +146,7 @@ def _sums(
     return tl.sum(total, 0), tl.sum(reference, 0), tl.where(length_sum > 0.0, length_sum, 1.0)
 
 
-@triton.jit
+@launch.Kernel
 def _preference_loss_kernel(
     logps_ptr,  # (L,)
     counted_ptr,  # (M,)
@@ -199,7 +199,7 @@ def _preference_loss_kernel(
     tl.store(rest_ptr + 5 * P + pair, total_dr * pair_weight)
 
 
-@triton.jit
+@launch.Kernel
 def _token_gradient_kernel(
     out_ptr,  # (L,)
     starts_ptr,  # (L + 1,) where the copies of each token begin in ``order``
@@ -240,7 +240,8 @@ def _preference_loss(
     reference = token_logps if reference_logps is None else reference_logps.contiguous()
     if P:
         _preference_loss_kernel[(P,)](
-            token_logps.contiguous(), counted, reference, token_weights, ends, chosen, rejected, pair_weights,
+            token_logps.contiguous(), counted.contiguous(), reference, token_weights.contiguous(), ends.contiguous(),
+            chosen.contiguous(), rejected.contiguous(), pair_weights.contiguous(),
             _terms_tensor(tuple(terms), losses.device), losses, rest, P, len(terms) // PARAMETERS, mean_chosen_length,
             reward_beta, NORMALISED=normalised, HAS_REFERENCE=reference_logps is not None, PARAMETERS=PARAMETERS,
             BLOCK_M=BLOCK_M,
@@ -268,7 +269,14 @@ def _preference_loss_backward(
     if num_tokens:
         block = 128
         _token_gradient_kernel[(triton.cdiv(num_tokens, block),)](
-            out, starts, order, completion, token_weights, gradient, num_tokens, BLOCK_L=block
+            out,
+            starts.contiguous(),
+            order.contiguous(),
+            completion.contiguous(),
+            token_weights.contiguous(),
+            gradient,
+            num_tokens,
+            BLOCK_L=block,
         )
     return out
 
@@ -333,7 +341,9 @@ def preference_loss(
             f"reference_logps must be fp32 of shape {tuple(counted)}, "
             f"got {reference_logps.dtype} {tuple(reference_logps.shape)}"
         )
-    devices = {x.device for x in (token_logps, reference_logps, completions.token_weights) if x is not None}
+    c = completions
+    parts = (c.counted.rows, c.token_weights, c.completion, c.ends, c.chosen, c.rejected, c.pair_weights)
+    devices = {x.device for x in (token_logps, reference_logps, *parts) if x is not None}
     if len(devices) > 1:
         raise ValueError(
             f"token_logps, reference_logps and completions lie on {' and '.join(sorted(map(str, devices)))}"

@@ -28,7 +28,7 @@ def rotate(x1, x2, cos, sin):
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
-@triton.jit
+@launch.Kernel
 def _rotary_kernel(
     x_ptr,  # (T, H, E), strides x_stride_t, x_stride_h, 1
     cos_ptr,  # (T, E), rows cos_stride apart

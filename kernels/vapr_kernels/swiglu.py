@@ -25,7 +25,7 @@ BLOCK_I = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
+@launch.Kernel
 def _swiglu_fwd_kernel(
     gate_ptr,  # (T, I), rows gate_stride apart
     up_ptr,  # (T, I), rows up_stride apart
@@ -45,7 +45,7 @@ def _swiglu_fwd_kernel(
     tl.store(out_ptr + row * I + cols, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launch.Kernel
 def _swiglu_bwd_kernel(
     dout_ptr,  # (T, I), rows dout_stride apart
     gate_ptr,  # (T, I), rows gate_stride apart
