@@ -221,6 +221,8 @@ def inspect(kernel: Any, capability: int) -> Row:
     return {
         "kernel": kernel.metadata.name,
         "matmul": "tt.dot" in kernel.asm["ttir"],
+        # Tensor cores truncate where they add: long sums must leave them, one addition of whole tiles for each block.
+        "block_sums": re.search(r"arith\.addf [^\n]*: tensor<\d+x\d+xf32", kernel.asm["ttgir"]) is not None,
         "num_warps": warps,
         "num_stages": kernel.metadata.num_stages,
         "registers": resources["REG"],
@@ -283,6 +285,7 @@ def problems_of(row: Row) -> list[str]:
     elif row["dtype"] != "float32":  # which is multiplied in fp32, without tensor cores
         hopper = row["capability"] == 90
         found["no tensor cores"] = row["hgmma" if hopper else "hmma"] == 0
+        found["long sums stay in the tensor cores"] = not row["block_sums"]
         found["no TMA loads"] = hopper and row["tma_loads"] == 0 and row["kernel"] not in NO_TMA
     return [problem for problem, holds in found.items() if holds]
 
