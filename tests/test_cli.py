@@ -54,7 +54,7 @@ def run_yaml(tiny, photo_rows, photo_root, tmp_path) -> Path:
 def test_train_resume_export(run_yaml, tmp_path):
     trained = vapr("train", str(run_yaml), "--set", "optim.lr=1e-3")
     assert trained.returncode == 0, trained.stderr
-    assert "attention sdpa, images by pil" in trained.stdout
+    assert "attention sdpa, PyTorch's operations, images by pil" in trained.stdout
     assert "largest |log-ratio| to the reference 0.00e+00" in trained.stderr
     assert "Traceback" not in trained.stderr and "Warning" not in trained.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

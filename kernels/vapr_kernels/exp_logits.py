@@ -62,12 +62,13 @@ def _target_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     exists = (label >= 0) & (label < V)
+    w_row_ptr = w_ptr + tl.where(exists, label, 0) * D
     # All of E hangs on this one logit, and for one dot product a row exactness costs nothing.
     acc = tl.zeros((BLOCK_D,), tl.float64)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-        w = tl.load(w_ptr + label * D + d, mask=(d < D) & exists, other=0.0).to(tl.float64)
+        w = tl.load(w_row_ptr + d, mask=d < D, other=0.0).to(tl.float64)
         acc += x * w
     # A label that is none makes its row NaN; refusing it here would make the host wait.
     tl.store(out_ptr + row, tl.where(exists, tl.sum(acc, 0), float("nan")))

@@ -27,9 +27,9 @@ def _hidden_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     label, up, down = tl.load(labels_ptr + row), tl.load(up_ptr + row), tl.load(down_ptr + row)
-    exists = (label >= 0) & (label < V)  # else up is NaN
+    label = tl.where((label >= 0) & (label < V), label, 0)  # else up is NaN
     expected = tl.load(expected_ptr + row * D + d, mask=d < D, other=0.0)
-    target = tl.load(head_ptr + label * D + d, mask=(d < D) & exists, other=0.0).to(tl.float32)
+    target = tl.load(head_ptr + label * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * D + d, rounded(up * target - down * expected, out_ptr.dtype.element_ty), mask=d < D)
 
 
