@@ -84,6 +84,17 @@ def test_chunks_of_rows_with_kernels(mode, chunk_rows, gpu):
     )
 
 
+@pytest.mark.parametrize("where", ["pytorch", "kernels"])
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+def test_slices_of_the_vocabulary(trained, where, request, monkeypatch):
+    """The backward pass of ``recompute`` sees 256 columns at a time, and each label in one slice only."""
+    device = request.getfixturevalue("device") if where == "kernels" else "cpu"
+    monkeypatch.setattr(linear_logps_module, "_budget", lambda device: 1)
+    x, head, labels = head_inputs(9, 16, 600, scale=3.0, trained=trained, device=device)
+    labels[:] = torch.tensor([0, 255, 256, 300, 511, 512, 599, 3, 599])
+    assert_matches_naive(lambda *a: linear_logps(*a, mode="recompute"), naive.linear_logps, x, head, labels)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rows(mode, gpu):
     x, head, labels = head_inputs(0, 8, 50, device=gpu)
