@@ -57,6 +57,7 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 NARROW = {  # kernel: least share of its bytes in 128-bit accesses, where it cannot be 0.7 as elsewhere
     "_add_target_rows_kernel": 0.5,  # a number or two for every row
     "_target_logits_kernel": 0.5,  # a label and a logit for every row
+    "_exp_rows_kernel": 0.6,  # a few numbers for every row, beside a row as long as the vocabulary
     "_settle_kernel": 0.0,  # a few numbers a row, and rows come in any number
     "_list_kernel": 0.0,
     "_gather_rows_bwd_kernel": 0.5,  # where each copy lies, written out for every step of an unrolled loop

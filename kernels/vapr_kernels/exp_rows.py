@@ -12,7 +12,7 @@ from vapr_kernels import launch
 from vapr_kernels.launch import rounded, tl, triton
 from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
 
-BLOCK_V = 4096
+BLOCK_V = 2048
 
 
 @triton.jit
