@@ -45,15 +45,16 @@ part() { # part SECONDS NAME COMMAND...: run under a limit, keep the log, rememb
 
 failed=0
 summary=""
-part 100 kernel-tests "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_kernels.py tests/test_preference_loss.py \
-    tests/test_gather_rows.py tests/test_layer_kernels.py
+# Real sizes first; of the rest what launches kernels.
+part 130 kernel-tests "$python" -m pytest -q -p no:cacheprovider -k "not pytorch" tests/test_gpu_kernels.py \
+    tests/test_preference_loss.py tests/test_gather_rows.py tests/test_layer_kernels.py tests/test_linear_logps.py
 part 100 gpu-tests "$python" -m pytest -m gpu -q -p no:cacheprovider
 # One log for all operations; one that breaks does not keep the others from being measured.
 kernels='status=0; for op in "${@:2}"; do "$1" -m "bench.$op" --quick || status=1; done; exit $status'
-LINES_SHOWN=250 part 150 kernels bash -c "$kernels" kernels "$python" \
+LINES_SHOWN=250 part 140 kernels bash -c "$kernels" kernels "$python" \
     linear_logps add_rms_norm swiglu rotary gather_keys_values preference_loss
-part 150 train-step-quick "$python" -m bench.train_step --quick
-part 70 train-step-four-per-image "$python" -m bench.train_step --quick --models qwen2.5-vl-3b --workloads four_per_image
+part 140 train-step-quick "$python" -m bench.train_step --quick
+part 60 train-step-four-per-image "$python" -m bench.train_step --quick --models qwen2.5-vl-3b --workloads four_per_image
 "$python" scripts/render_results.py "$OUT"
 "$python" -m bench.goals "$OUT"
 printf '%s' "$summary"

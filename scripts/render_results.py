@@ -10,6 +10,7 @@ block is out of date. Without either, every table is printed.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,20 @@ def train_step_tables(rows: list[Row]) -> list[str]:
     tables = []
     for device, tuning, data in dict.fromkeys(key[:3] for key in cases):
         chosen = {key[3:]: group for key, group in cases.items() if key[:3] == (device, tuning, data)}
-        arms = list(dict.fromkeys(row["arm"] for group in chosen.values() for row in group))
         title = f"**Training steps, pairs per second** ({device}, {tuning}, data {data}; in brackets: times TRL)"
-        lines = [["model", "workload", *arms, "commit"]]
-        for (model, workload), group in chosen.items():
-            by_arm = {row["arm"]: row for row in group}
-            cells = [train_step_cell(by_arm.get(arm)) for arm in arms]
-            lines.append([model, workload.replace("_", " "), *cells, commit_cell(group[-1])])
-        tables.append(f"{title}\n\n{table(lines)}")
+        named = {(model, workload.replace("_", " ")): group for (model, workload), group in chosen.items()}
+        tables.append(f"{title}\n\n{side_by_side(named, ['model', 'workload'], 'arm', train_step_cell)}")
     return tables
+
+
+def side_by_side(groups: dict[tuple, list[Row]], left: list[str], key: str, cell: Callable[[Row | None], str]) -> str:
+    """A line a case, a column for each value of ``key``, and the commit."""
+    columns = list(dict.fromkeys(row[key] for group in groups.values() for row in group))
+    lines = [[*left, *columns, "commit"]]
+    for case, group in groups.items():
+        found = {row[key]: row for row in group}
+        lines.append([*case, *(cell(found.get(column)) for column in columns), commit_cell(group[-1])])
+    return table(lines)
 
 
 def train_step_cell(row: Row | None) -> str:
@@ -139,14 +145,9 @@ def operation_tables(rows: list[Row]) -> list[str]:
     tables = []
     for device, name in dict.fromkeys(key[:2] for key in cases):
         chosen = {key[2:]: group for key, group in cases.items() if key[:2] == (device, name)}
-        providers = list(dict.fromkeys(row["provider"] for group in chosen.values() for row in group))
         title = f"**{rows[0]['bench']}, {name}, ms** ({device}; in brackets: of the ceiling measured beside it)"
-        lines = [["shape", "rows", *providers, "commit"]]
-        for (shape, number), group in chosen.items():
-            by_provider = {row["provider"]: row for row in group}
-            cells = [operation_cell(by_provider.get(provider)) for provider in providers]
-            lines.append([shape, f"{number:,}", *cells, commit_cell(group[-1])])
-        tables.append(f"{title}\n\n{table(lines)}")
+        named = {(shape, f"{number:,}"): group for (shape, number), group in chosen.items()}
+        tables.append(f"{title}\n\n{side_by_side(named, ['shape', 'rows'], 'provider', operation_cell)}")
     return tables
 
 

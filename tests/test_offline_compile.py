@@ -113,9 +113,12 @@ def test_what_a_kernel_must_not_do_is_named(toys):
 @pytest.mark.parametrize(("capability", "dtypes"), DTYPES.items(), ids=str)
 def test_every_kernel_fits_its_gpu(capability, dtypes, tmp_path):
     command = ("-m", "bench.offline_compile", "--json", "--capabilities", str(capability), "--dtypes", *dtypes)
+    rows = run_json(*command, cache=tmp_path)
     problems = [
         f"{row['case']} {row['dtype']}, {row.get('kernel', '')}: {problem}"
-        for row in run_json(*command, cache=tmp_path)
+        for row in rows
         for problem in row["problems"]
     ]
     assert not problems, "\n".join(problems)
+    one_pass = {row["kernel"] for row in rows if row["case"] == "linear_logps one-pass" and row["dtype"] == BF16}
+    assert ("_exp_logits_tma_kernel" in one_pass) == (capability == 90)

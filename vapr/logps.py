@@ -46,5 +46,4 @@ def completion_logps(counted: Tensor, batch: PackedBatch) -> Tensor:
 
 def completion_sums(counted: Tensor, batch: PackedBatch) -> Tensor:
     """Sum over the tokens of every completion, (M,) -> (C,)."""
-    # Segment by segment, in a fixed order: the same on every run, unlike scatter_add.
-    return torch.segment_reduce(counted, "sum", lengths=batch.completion_lengths, unsafe=True)
+    return batch.completions.sums(counted)

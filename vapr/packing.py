@@ -70,7 +70,6 @@ class PackedBatch:
     sum_prediction: RowIndex  # (M,) into L
     sum_completion: Tensor  # (M,) into C, ascending; within a completion in token order
     token_weights: Tensor  # (M,) fp32
-    completion_lengths: Tensor  # (C,) int64, tokens of each completion
     completion_ends: Tensor  # (C,) int64, where each completion ends in M
     chosen: Tensor  # (P,) into C
     rejected: Tensor  # (P,) into C
@@ -91,6 +90,11 @@ class PackedBatch:
     @property
     def num_pairs(self) -> int:
         return len(self.pairs)
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each completion, (C,) int64."""
+        return self.completions.lengths
 
     @property
     def completions(self) -> Completions:
@@ -309,7 +313,6 @@ def _predictions(paths: list[TokenPath], packed_index: list[np.ndarray], input_i
         "sum_prediction": RowIndex.build(torch.from_numpy(inverse), len(targets)),
         "sum_completion": torch.arange(len(paths)).repeat_interleave(lengths),
         "token_weights": torch.from_numpy(np.concatenate([path.token_weights for path in paths])),
-        "completion_lengths": lengths,
         "completion_ends": lengths.cumsum(0),
     }
 

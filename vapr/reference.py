@@ -140,7 +140,7 @@ class Reference:
         with frozen(self._policy), self._policy.adapters_off():
             values = per_completion(token_logps(self._policy, batch, features), batch).float().cpu().numpy()
         paths = [path for pair in batch.pairs for path in pair.paths]
-        pieces = np.split(values, np.cumsum(batch.completion_lengths.tolist())[:-1])
+        pieces = np.split(values, batch.completion_ends.tolist()[:-1])
         rows = [pair for pair in batch.pairs for _ in pair.paths]
         computed: dict[bytes, np.ndarray] = {}
         for path, piece, row in zip(paths, pieces, rows, strict=True):

@@ -1,4 +1,7 @@
-"""Background processes that turn pairs into tokens and pixels. They never change the order; a lost one is replaced."""
+"""Background processes that turn pairs into tokens and pixels. They never change the order; a lost one is replaced.
+
+What is pickled goes through a pipe between a process and the child it forked, never to or from a file.
+"""
 
 import ctypes
 import dataclasses

@@ -25,6 +25,7 @@ from torch import Tensor
 from vapr_kernels import launch
 from vapr_kernels.launch import operand, rounded, tl, triton
 from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
+from vapr_kernels.target_logits import target_logits
 
 
 class Tile(NamedTuple):
@@ -47,31 +48,6 @@ TILES = {  # by compute capability
 }
 FP32_TILE = Tile(64, 64, 32, 4, 2)
 """Exact fp32 products have no tensor cores to feed and need registers instead."""
-
-
-@launch.Kernel
-def _target_logits_kernel(
-    x_ptr,  # (R, D)
-    w_ptr,  # (V, D)
-    labels_ptr,  # (R,)
-    out_ptr,  # (R,)
-    V,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    exists = (label >= 0) & (label < V)
-    w_row_ptr = w_ptr + tl.where(exists, label, 0) * D
-    # All of E hangs on this one logit, and for one dot product a row exactness costs nothing.
-    acc = tl.zeros((BLOCK_D,), tl.float64)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-        w = tl.load(w_row_ptr + d, mask=d < D, other=0.0).to(tl.float64)
-        acc += x * w
-    # A label that is none makes its row NaN; refusing it here would make the host wait.
-    tl.store(out_ptr + row, tl.where(exists, tl.sum(acc, 0), float("nan")))
 
 
 @triton.jit
@@ -279,15 +255,6 @@ class _Scratch:
     num_unsafe: Tensor  # (1,) int32
 
 
-def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """x_r . W[labels_r], shape (R,), fp64."""
-    out = x.new_empty(len(x), dtype=torch.float64)
-    if len(x):
-        block = min(1024, triton.next_power_of_2(x.shape[1]))
-        _target_logits_kernel[(len(x),)](x, w, labels, out, len(w), x.shape[1], BLOCK_D=block)
-    return out
-
-
 def tile_for(x: Tensor) -> Tile:
     """The tile shipped for the device and the dtype of ``x``."""
     capability = launch.capability(x.device)
@@ -297,9 +264,8 @@ def tile_for(x: Tensor) -> Tile:
 
 
 def exp_logits(
-    x: Tensor, w: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool, stats: bool,
-    tile: Tile | None = None,
-) -> RowStats:  # fmt: skip
+    x: Tensor, w: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool, stats: bool
+) -> RowStats:
     """One pass over the logits; returns what it tells of the rows.
 
     Args:
@@ -310,9 +276,8 @@ def exp_logits(
         E: where E is stored if wanted, made by :func:`exp_buffer` in the dtype of ``x``.
         with_e: whether E will be wanted, now or from :func:`exponentials`: ``scale`` is then that of E as it is stored.
         stats: whether top-1 and entropy are wanted.
-        tile: another tile than the one shipped.
     """
-    tile = tile or tile_for(x)
+    tile = tile_for(x)
     num_rows, num_tiles = len(x), triton.cdiv(len(w), tile.columns)
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=x.device)
     scratch = _Scratch(
@@ -324,13 +289,12 @@ def exp_logits(
         num_unsafe=new(1, dtype=torch.int32),
     )
     out = new(5, num_rows)
-    if num_rows:
-        _tiles(x, w, labels, scratch, E, tile, listed=False, with_e=with_e, stats=stats)
-        _settle(scratch, out, num_rows, listed=False, with_e=with_e, stats=stats)
-        _list_kernel[(1,)](scratch.flags, scratch.unsafe, scratch.num_unsafe, num_rows, BLOCK_R=1024)
-        # Nearly always nothing is listed, and these two return at once; asking the device would cost more.
-        _tiles(x, w, labels, scratch, E, tile, listed=True, with_e=with_e, stats=stats)
-        _settle(scratch, out, num_rows, listed=True, with_e=with_e, stats=stats)
+    # The second time nearly always nothing is listed, and both return at once; asking the device would cost more.
+    for listed in (False, True) if num_rows else ():
+        _tiles(x, w, labels, scratch, E, tile, listed=listed, with_e=with_e, stats=stats)
+        _settle(scratch, out, num_rows, listed=listed, with_e=with_e, stats=stats)
+        if not listed:
+            _list_kernel[(1,)](scratch.flags, scratch.unsafe, scratch.num_unsafe, num_rows, BLOCK_R=1024)
     return row_stats(out, scratch.target, scratch.offsets, stats=stats)
 
 

@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vapr_kernels import launch
-from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials, target_logits
+from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials
 from vapr_kernels.exp_rows import exp_rows
 from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
 from vapr_kernels.row_stats import OFFSET, RowStats
+from vapr_kernels.target_logits import target_logits
 
 Mode = Literal["auto", "no-grad", "one-pass", "recompute", "chunked", "torch"]
 Product = Literal["fused", "library", "torch"]

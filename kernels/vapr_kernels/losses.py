@@ -67,6 +67,16 @@ class Completions:
     rejected: Tensor  # (P,) into C
     pair_weights: Tensor  # (P,) fp32
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, (C,) int64."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
+    def sums(self, counted: Tensor) -> Tensor:
+        """Sum over the tokens of every completion, (M,) -> (C,)."""
+        # Segment by segment, in a fixed order: the same on every run, unlike scatter_add.
+        return torch.segment_reduce(counted, "sum", lengths=self.lengths, unsafe=True)
+
 
 def preference_losses(logps: PairLogps, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of the terms: ``(losses, chosen_rewards, rejected_rewards)``, each (P,); rewards are detached.

@@ -42,12 +42,9 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses (P,), rewards (P, 2) and completion log-probs (P, 2) of token log-probs (L,)."""
     c = completions
-    lengths = c.ends.diff(prepend=c.ends.new_zeros(1))
-    # Segment by segment, in a fixed order: the same on every run, unlike scatter_add.
-    sums = lambda x: torch.segment_reduce(x * c.token_weights, "sum", lengths=lengths, unsafe=True)
-    logps = sums(token_logps[c.counted.rows])
-    reference = torch.zeros_like(logps) if reference_logps is None else sums(reference_logps)
-    num_tokens = sums(torch.ones_like(c.token_weights))
+    logps = c.sums(token_logps[c.counted.rows] * c.token_weights)
+    reference = torch.zeros_like(logps) if reference_logps is None else c.sums(reference_logps * c.token_weights)
+    num_tokens = c.sums(c.token_weights)
     num_tokens = torch.where(num_tokens > 0, num_tokens, 1.0)  # all tokens masked: the log-prob is 0 / whatever
     pairs = PairLogps(
         chosen=logps[c.chosen],

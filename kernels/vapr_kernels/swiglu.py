@@ -25,6 +25,14 @@ BLOCK_I = 1024
 NUM_WARPS = 4
 
 
+@triton.jit
+def _place(I, BLOCK_I: tl.constexpr):  # noqa: E741
+    """Row and columns of this program."""
+    num_blocks = tl.cdiv(I, BLOCK_I)
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    return row, (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
+
+
 @launch.Kernel
 def _swiglu_fwd_kernel(
     gate_ptr,  # (T, I), rows gate_stride apart
@@ -35,9 +43,7 @@ def _swiglu_fwd_kernel(
     up_stride,
     BLOCK_I: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(I, BLOCK_I)
-    row = (tl.program_id(0) // num_blocks).to(tl.int64)
-    cols = (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
+    row, cols = _place(I, BLOCK_I)
     inside = cols < I
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0.0).to(tl.float32)
@@ -58,9 +64,7 @@ def _swiglu_bwd_kernel(
     up_stride,
     BLOCK_I: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(I, BLOCK_I)
-    row = (tl.program_id(0) // num_blocks).to(tl.int64)
-    cols = (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
+    row, cols = _place(I, BLOCK_I)
     inside = cols < I
     dout = tl.load(dout_ptr + row * dout_stride + cols, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0.0).to(tl.float32)
