@@ -178,6 +178,46 @@ def convert(
 
 
 @main.command()
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the job; the same one goes on.")
+@click.option(
+    "--editor",
+    default="rules",
+    show_default=True,
+    help="rules (no model), a hub id or folder that vLLM runs, or http://... of an OpenAI-compatible server.",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file; docs/edit.md lists its keys.")
+@set_option
+@click.option("--target", type=click.IntRange(min=1), help="Stop at so many accepted pairs.")
+@click.option("--retry-failed", is_flag=True, help="Ask again for what failed in an earlier start.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes, each with its own GPUs."
+)
+@click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
+@click.option("--gpu-price", type=click.FloatRange(min=0), help="Of a GPU-hour, to estimate the cost of the rest.")
+@json_option
+@one_line_errors
+def edit(
+    source: str, out: Path, editor: str, config: Path | None, overrides: tuple[str, ...], target: int | None,
+    retry_failed: bool, workers: int, ray: bool, gpu_price: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Make preference pairs of instruction data: the rejected answer is the true one with one targeted error.
+
+    SOURCE is a file, folder, glob or hub id of questions with true answers about images. Pairs go to OUT/pairs; vapr
+    train, audit and view take OUT. The same command goes on where a stopped one ended.
+    """
+    from vapr.editing.config import EditConfig
+    from vapr.editing.run import Start, run, show
+
+    start = Start(
+        source=source, folder=out, editor=editor, config=EditConfig.load(config, overrides), target=target,
+        retry_failed=retry_failed, workers=workers, ray=ray, price_per_gpu_hour=gpu_price,
+    )  # fmt: skip
+    result = run(start)
+    click.echo(json.dumps(result, indent=2) if as_json else f"{show(result)}\nwrote       {out}")
+
+
+@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--adapter", is_flag=True, help="Write the PEFT adapter instead of merged weights.")

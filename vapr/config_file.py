@@ -27,6 +27,15 @@ def read_config(path: str | Path, overrides: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values (run_dir:, policy:, data:, ...)")
+    return apply_overrides(raw, overrides)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping, with ``key.sub=value`` overrides put in.
+
+    Raises:
+        UserError: naming the override.
+    """
     for override in overrides:
         _apply_override(raw, override)
     return raw

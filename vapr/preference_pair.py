@@ -78,24 +78,24 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
             f"{names} {verb} missing; a pair needs prompt, chosen and rejected (this row has "
             f"{', '.join(row) or 'nothing'}; data.columns can map other names)"
         )
-    chosen = _messages(row["chosen"], "chosen", "assistant")
-    rejected = _messages(row["rejected"], "rejected", "assistant")
+    chosen = messages_from(row["chosen"], "chosen", "assistant")
+    rejected = messages_from(row["rejected"], "rejected", "assistant")
     if implicit:
         prompt, chosen, rejected = _split_implicit_prompt(chosen, rejected)
     else:
-        prompt = _messages(row["prompt"], "prompt", "user")
-    images = _image_list(row.get("images"))
-    other_images = _image_list(row["rejected_images"]) if "rejected_images" in row else None
+        prompt = messages_from(row["prompt"], "prompt", "user")
+    images = image_list(row.get("images"))
+    other_images = image_list(row["rejected_images"]) if "rejected_images" in row else None
     if other_images is not None and len(other_images) != len(images):
         raise BadRow(f"'rejected_images' has {len(other_images)} image(s) but 'images' has {len(images)}")
     prompt = _check_turns(prompt, chosen, rejected, len(images), same_images=other_images in (None, images))
     return PreferencePair(
         id=_row_id(row, where),
-        images=tuple(_image(image, root, confined) for image in images),
+        images=tuple(image_source(image, root, confined) for image in images),
         prompt=tuple(prompt),
         chosen=tuple(chosen),
         rejected=tuple(rejected),
-        rejected_images=None if other_images is None else tuple(_image(i, root, confined) for i in other_images),
+        rejected_images=None if other_images is None else tuple(image_source(i, root, confined) for i in other_images),
         weight=_weight(row.get("weight", 1.0)),
         edits=_edits(row.get("edits"), chosen),
         category=_category(row.get("category")),
@@ -109,7 +109,8 @@ def _near_miss(key: str) -> str | None:
     return next(iter(difflib.get_close_matches(str(key), KNOWN_KEYS, n=1, cutoff=0.8)), None)
 
 
-def _image_list(images: Any) -> list[Any]:
+def image_list(images: Any) -> list[Any]:
+    """What a row gives as its images, as a list."""
     if images is None:
         return []
     return images if isinstance(images, list) else [images]
@@ -155,8 +156,12 @@ ROLES = {"human": "user", "gpt": "assistant"}
 """LLaVA's names."""
 
 
-def _messages(value: Any, key: str, role: str) -> list[Message]:
-    """Plain text becomes one message; contents become lists of parts, as every chat template accepts them."""
+def messages_from(value: Any, key: str, role: str) -> list[Message]:
+    """Plain text becomes one message; contents become lists of parts, as every chat template accepts them.
+
+    Raises:
+        BadRow: naming ``key``.
+    """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if isinstance(value, dict):
@@ -212,14 +217,8 @@ def _split_implicit_prompt(
 def _check_turns(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], num_images: int, *, same_images: bool
 ) -> list[Message]:
-    """Roles in order, nothing empty, completions that differ, one image part for each image.
-
-    Returns the prompt; where images are given but no part places them, they are put before the first user text.
-    """
-    roles = [message["role"] for message in prompt]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise BadRow(f"'prompt' must be user and assistant in turn and end with user, got {', '.join(roles)}")
+    """Roles in order, nothing empty, completions that differ, one image part for each image; returns the prompt."""
+    check_roles(prompt)
     for key, completion in (("chosen", chosen), ("rejected", rejected)):
         speakers = [message["role"] for message in completion]
         if speakers != ["assistant", *["user", "assistant"] * (len(speakers) // 2)]:
@@ -233,11 +232,28 @@ def _check_turns(
             raise BadRow(f"'{key}' is empty")
     if chosen == rejected and same_images:
         raise BadRow("chosen and rejected are the same text; there is nothing to prefer")
+    return place_images(prompt, num_images)
+
+
+def check_roles(prompt: list[Message]) -> None:
+    """An optional system message, then user and assistant in turn, ending with user. Raises BadRow."""
+    roles = [message["role"] for message in prompt]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise BadRow(f"'prompt' must be user and assistant in turn and end with user, got {', '.join(roles)}")
+
+
+def place_images(prompt: list[Message], num_images: int) -> list[Message]:
+    """The prompt; where images are given but no part places them, they are put before the first user text.
+
+    Raises:
+        BadRow: if the number of image parts is not that of the images.
+    """
     if num_images and any("<image>" in part.get("text", "") for message in prompt for part in message["content"]):
         raise BadRow("'prompt' holds '<image>' as text; write an image part {\"type\": \"image\"} in its place")
     num_parts = sum(part["type"] == "image" for message in prompt for part in message["content"])
     if num_parts == 0 and num_images:
-        first = roles.index("user")
+        first = [message["role"] for message in prompt].index("user")
         placed = {**prompt[first], "content": [{"type": "image"}] * num_images + prompt[first]["content"]}
         return [*prompt[:first], placed, *prompt[first + 1 :]]
     if num_parts != num_images:
@@ -245,11 +261,16 @@ def _check_turns(
     return prompt
 
 
-def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
+def image_source(image: Any, root: Path, confined: bool) -> Path | bytes:
+    """An image's file, or its encoded bytes.
+
+    Raises:
+        BadRow: if it is neither, is not there, or lies outside ``root`` where it is ``confined`` to that.
+    """
     if isinstance(image, OneOf):
         for name in image:
             with contextlib.suppress(BadRow):
-                return _image(name, root, confined)
+                return image_source(name, root, confined)
         image = image[0]  # and say that it is not there
     if isinstance(image, bytes) and image:
         return image

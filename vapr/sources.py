@@ -73,7 +73,7 @@ def open_sets(source: SourceConfig) -> list[PairSet]:
         raise UserError(f"unknown format '{source.format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
     wanted = None if source.format == "auto" else source.format
-    for rows, folder, given, mapped in _open(source.path, source.split, source.subset, source.columns):
+    for rows, folder, given, mapped in open_files(source.path, source.split, source.subset, source.columns):
         if not len(rows):
             continue
         name = wanted or given or ("columns" if source.columns else _detect(rows))
@@ -111,10 +111,14 @@ def _detect(rows: Rows) -> str:
     return "vapr"
 
 
-def _open(
+def open_files(
     source: str, split: str, subset: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[tuple[Rows, Path, str | None, Mapping[str, str] | None]]:
-    """Rows, the folder relative image paths start at, the format if the source says it, and renamed columns."""
+    """Rows, the folder relative image paths start at, the format if the source says it, and renamed columns.
+
+    Raises:
+        UserError: naming the source, if nothing can be read there.
+    """
     path = Path(source).expanduser()
     if path.name == "dataset_info.json" or (
         (path / "dataset_info.json").is_file() and not (path / "state.json").is_file()

@@ -3,8 +3,6 @@
 Shared by the audit and the editor's checks. Word lists are English; other languages are counted, not understood.
 """
 
-# ruff: noqa: RUF001 (curly quotes and full-width marks are what is looked for)
-
 import re
 from collections.abc import Sequence
 

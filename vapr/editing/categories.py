@@ -1,0 +1,286 @@
+"""Task categories as data: when one applies, what an edit must change and leave alone, its closed sets of values.
+
+Each is a YAML file in ``vapr/editing/categories/``; a user's own file adds or replaces one.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from vapr.errors import UserError, one_line
+from vapr.style import num_words
+
+CheckName = Literal["other_value", "other_number", "opposite", "not_related", "polarity", "other_text", "conclusion"]
+
+
+def _pattern(text: str) -> str:
+    re.compile(text)
+    return text
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(_Part):
+    """When a category applies: everything that is given must hold. Patterns are searched for, case ignored."""
+
+    id: str
+    question: str | None = None
+    answer: str | None = None
+    not_question: str | None = None
+    not_answer: str | None = None
+    min_answer_words: int | None = None
+    max_answer_words: int | None = None
+
+    @pydantic.field_validator("question", "answer", "not_question", "not_answer")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        return None if value is None else _pattern(value)
+
+    def fits(self, question: str, answer: str) -> bool:
+        for text, wanted, unwanted in (
+            (question, self.question, self.not_question),
+            (answer, self.answer, self.not_answer),
+        ):
+            if wanted is not None and not re.search(wanted, text, re.IGNORECASE):
+                return False
+            if unwanted is not None and re.search(unwanted, text, re.IGNORECASE):
+                return False
+        if self.min_answer_words is None and self.max_answer_words is None:
+            return True
+        return (self.min_answer_words or 0) <= num_words(answer) <= (self.max_answer_words or 10**9)
+
+
+class Value(NamedTuple):
+    """A member of a closed set where it stands in a text."""
+
+    set: "ClosedSet"
+    start: int
+    end: int
+    text: str
+    group: int
+
+    @property
+    def name(self) -> str:
+        return self.text.lower()
+
+
+CONTEXT = 80
+"""Characters beside a value that the patterns of a set see."""
+
+
+class ClosedSet(_Part):
+    """Values of which one can take another's place: within a group, but not a near-synonym's.
+
+    ``before`` and ``after`` (one of each must be found) and ``not_before`` and ``not_after`` (none may be) are patterns
+    for the text beside a value; anchor them with ``$`` and ``^``.
+    """
+
+    name: str
+    groups: list[list[str]]
+    same: list[list[str]] = []
+    by_noun: bool = False
+    by_source: bool = False
+    before: list[str] = []
+    after: list[str] = []
+    not_before: list[str] = []
+    not_after: list[str] = []
+
+    @pydantic.field_validator("before", "after", "not_before", "not_after", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> list[str]:
+        patterns = [value] if isinstance(value, str) else list(value)
+        return [_pattern(text) for text in patterns]
+
+    @cached_property
+    def _alike(self) -> dict[str, set[str]]:
+        alike: dict[str, set[str]] = {value: {value} for value in self.members}
+        for near in self.same:
+            for value in near:
+                alike.setdefault(value.lower(), set()).update(other.lower() for other in near)
+        return alike
+
+    @cached_property
+    def members(self) -> dict[str, int]:
+        """Lower-case value -> the number of its group."""
+        return {value.lower(): number for number, group in enumerate(self.groups) for value in group}
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two values can be said of one thing: equal, or near-synonyms."""
+        return other.lower() in self._alike[one.lower()]
+
+    @cached_property
+    def _found(self) -> re.Pattern[str]:
+        longest_first = sorted(self.members, key=len, reverse=True)
+        return re.compile(rf"(?<![\w'’-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w'’-])", re.IGNORECASE)
+
+    @cached_property
+    def _context(self) -> tuple[list[re.Pattern[str]], ...]:
+        given = (self.before, self.not_before, self.after, self.not_after)
+        return tuple([re.compile(pattern, re.IGNORECASE) for pattern in patterns] for patterns in given)
+
+    def find(self, text: str) -> list[Value]:
+        """Values in a text that stand for what the set means, in order."""
+        before, not_before, after, not_after = self._context
+        found = []
+        for match in self._found.finditer(text):
+            left = text[max(0, match.start() - CONTEXT) : match.start()]
+            right = text[match.end() : match.end() + CONTEXT]
+            if before and not any(pattern.search(left) for pattern in before):
+                continue
+            if after and not any(pattern.search(right) for pattern in after):
+                continue
+            if any(pattern.search(left) for pattern in not_before) or any(p.search(right) for p in not_after):
+                continue
+            found.append(Value(self, match.start(), match.end(), match[0], self.members[match[0].lower()]))
+        return found
+
+
+class ExampleEdit(_Part):
+    find: str
+    replace: str
+    why_wrong: str
+
+
+class Example(_Part):
+    """A worked pair, shown to the language model."""
+
+    question: str
+    answer: str
+    edits: list[ExampleEdit] = []
+    rewritten: str | None = None
+    why_wrong: str | None = None
+
+
+class Category(_Part):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    title: str
+    order: int
+    applies: list[Rule] = []
+    values: list[ClosedSet] = []
+    values_of: list[str] = []
+    change: str
+    keep: str
+    mode: Literal["edits", "rewrite"] = "edits"
+    min_edits: int = Field(1, ge=1)
+    max_edits: int = Field(1, ge=1, le=20)
+    checks: list[CheckName] = []
+    examples: list[Example] = []
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> "Category":
+        if self.max_edits < self.min_edits:
+            raise ValueError(f"max_edits ({self.max_edits}) is below min_edits ({self.min_edits})")
+        for example in self.examples:
+            if self.mode == "rewrite" and (example.rewritten is None or example.why_wrong is None):
+                raise ValueError("an example of a rewrite needs 'rewritten' and 'why_wrong'")
+            if self.mode == "edits" and not example.edits:
+                raise ValueError("an example needs 'edits'")
+            for edit in example.edits:
+                if example.answer.count(edit.find) != 1:
+                    raise ValueError(f"example: '{edit.find}' must occur once in '{example.answer:.60}'")
+        return self
+
+    def find_values(self, answer: str) -> list[Value]:
+        """Values of its closed sets in an answer, in order; of overlapping ones the longest."""
+        found = sorted(
+            (value for closed in self.values for value in closed.find(answer)),
+            key=lambda value: (value.start, value.start - value.end),
+        )
+        kept: list[Value] = []
+        for value in found:
+            if not kept or value.start >= kept[-1].end:
+                kept.append(value)
+        return kept
+
+
+class Categories:
+    """The categories of a job, by the order of their rules.
+
+    Attributes:
+        digest: sha256 of everything in them, for prompts and provenance.
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        self.all = sorted(categories, key=lambda category: (category.order, category.name))
+        self._by_name = {category.name: category for category in self.all}
+        text = json.dumps([category.model_dump() for category in self.all], sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def __getitem__(self, name: str) -> Category:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def names(self) -> list[str]:
+        return [category.name for category in self.all]
+
+    def by_rule(self, question: str, answer: str) -> list[tuple[Category, str]]:
+        """Categories whose rules fit, the first to be tried first, with ``category:rule``."""
+        fitting = []
+        for category in self.all:
+            rule = next((rule for rule in category.applies if rule.fits(question, answer)), None)
+            if rule is not None:
+                fitting.append((category, f"{category.name}:{rule.id}"))
+        return fitting
+
+
+def load_categories(names: Sequence[str] | None = None, files: Sequence[str] = ()) -> Categories:
+    """vapr's categories and those of a user's files.
+
+    Args:
+        names: which of them; None takes all.
+        files: YAML files, of one category each; a known name replaces vapr's.
+
+    Raises:
+        UserError: naming the file and what is wrong in it, or the unknown name.
+    """
+    folder = resources.files("vapr.editing") / "categories"
+    shipped = [Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")]
+    loaded = {}
+    for file in [*sorted(shipped), *map(Path, files)]:
+        category = read_category(file)
+        loaded[category.name] = category
+    for name in names if names is not None else ():
+        if name not in loaded:
+            raise UserError(f"plan.categories: no category '{name}'; there are {', '.join(loaded)}")
+    used = [_with_values(category, loaded) for category in loaded.values() if names is None or category.name in names]
+    return Categories(used)
+
+
+def _with_values(category: Category, loaded: dict[str, Category]) -> Category:
+    """The category with the closed sets of those it borrows from: a caption holds colours, numbers and sides."""
+    borrowed = []
+    for name in category.values_of:
+        if name not in loaded:
+            raise UserError(f"category '{category.name}': values_of names '{name}'; there are {', '.join(loaded)}")
+        borrowed += loaded[name].values
+    return category.model_copy(update={"values": [*category.values, *borrowed]}) if borrowed else category
+
+
+def read_category(file: Path) -> Category:
+    """One category of a YAML file. Raises UserError, naming the file."""
+    try:
+        return Category.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a text file ({one_line(error)})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {one_line(error)}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {f'{place}: ' if place else ''}{first['msg']}") from None
+    except re.error as error:
+        raise UserError(f"{file}: not a regular expression: {error}") from None

@@ -1,0 +1,187 @@
+"""What a pair must hold to be accepted, each as a recorded verdict; the limits are ``checks`` of the config."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vapr.editing.categories import Category, Value
+from vapr.editing.config import CheckConfig
+from vapr.editing.nouns import Nouns
+from vapr.editing.operations import number
+from vapr.preference_pair import Edit
+from vapr.style import edit_distance, num_words, polarity, sentences, style_vector, words
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one check found. ``note`` says why it failed, in words a language model can act on."""
+
+    name: str
+    passed: bool
+    value: float | None = None
+    note: str = ""
+
+
+STYLE = ("sentences", "ends_full_stop", "ends_question_mark", "ends_exclamation_mark", "ends_other_mark",
+         "starts_upper", "list_lines", "markdown_marks", "hedges", "first_person", "line_breaks")  # fmt: skip
+"""Of the style vector, what an edit must leave equal. The others follow length, or are measured by the audit."""
+
+
+def check_pair(
+    chosen: str, rejected: str, edits: Sequence[Edit], category: Category, config: CheckConfig, nouns: Nouns
+) -> list[Verdict]:
+    """Every check of a pair, those of its category included.
+
+    Args:
+        chosen, rejected: the two texts.
+        edits: spans of chosen, as :func:`vapr.editing.operations.apply` gives them.
+    """
+    verdicts = [_different(chosen, rejected), *_lengths(chosen, rejected, category, config)]
+    if config.style:
+        verdicts.append(_style(chosen, rejected))
+    if category.mode == "rewrite":
+        return [*verdicts, *(_conclusion(chosen, edits) for name in category.checks if name == "conclusion")]
+    verdicts.append(_count(edits, category))
+    changes = [(chosen[edit.start : edit.end], edit.to) for edit in edits]
+    for name in category.checks:
+        if name == "polarity":
+            verdicts.append(_polarity(chosen, rejected))
+        elif name != "conclusion":
+            verdicts.append(_typed(name, changes, chosen, edits, category, nouns))
+    return verdicts
+
+
+def _different(chosen: str, rejected: str) -> Verdict:
+    same = _plain(chosen) == _plain(rejected)
+    return Verdict("different", not same, note="only case, space or punctuation changed" if same else "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig) -> list[Verdict]:
+    long, short = num_words(chosen), num_words(rejected)
+    ratio = short / long if long else float(short == 0)
+    distance = edit_distance(words(chosen), words(rejected))
+    if long <= config.short_answer_words:
+        # A short answer must stay one: "2" -> "There are three dogs" would be told by its length.
+        near = abs(long - short) <= max(1, long // 4)
+        note = "" if near else f"{short} words instead of {long}; keep the length"
+        return [Verdict("length", near, round(ratio, 4), note), Verdict("distance", True, round(distance, 4), "short")]
+    (low, high), (hard_low, hard_high) = config.length_ratio, config.hard_length_ratio
+    fits = low <= ratio <= high or (abs(long - short) <= 1 and hard_low <= ratio <= hard_high)
+    note = "" if fits else f"{short} words instead of {long}; keep the length"
+    most = config.max_edit_distance * (2 if category.mode == "rewrite" else 1)
+    far = "" if distance <= most else f"{distance:.0%} of the words changed, at most {most:.0%} may; change less"
+    return [Verdict("length", fits, round(ratio, 4), note), Verdict("distance", not far, round(distance, 4), far)]
+
+
+def _style(chosen: str, rejected: str) -> Verdict:
+    before, after = style_vector(chosen), style_vector(rejected)
+    changed = [key.replace("_", " ") for key in STYLE if before[key] != after[key]]
+    return Verdict("style", not changed, note=f"style changed: {', '.join(changed)}" if changed else "")
+
+
+def _count(edits: Sequence[Edit], category: Category) -> Verdict:
+    fits = category.min_edits <= len(edits) <= category.max_edits
+    wanted = f"{category.min_edits} to {category.max_edits}" if category.max_edits > 1 else "1"
+    # One claim may need two places: "Yes, there is" -> "No, there is no".
+    fits = fits or ("polarity" in category.checks and len(edits) <= 3)
+    return Verdict("edits", fits, float(len(edits)), "" if fits else f"{len(edits)} places changed instead of {wanted}")
+
+
+def _polarity(chosen: str, rejected: str) -> Verdict:
+    flipped = {polarity(chosen), polarity(rejected)} == {"yes", "no"}
+    return Verdict("polarity", flipped, note="" if flipped else "yes must become no, or no yes, at the beginning")
+
+
+Change = tuple[str, str]
+
+
+def _typed(
+    name: str, changes: list[Change], chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns
+) -> Verdict:
+    """A check that looks at what each span became."""
+    for (old, new), edit in zip(changes, edits, strict=True):
+        if problem := _SPAN_CHECKS[name](old, new, chosen[: edit.start], category, nouns):
+            return Verdict(name, False, note=problem)
+    return Verdict(name, True)
+
+
+def _values(text: str, category: Category) -> list[Value]:
+    """Values of the closed sets in a span; the words around it, which a set may look at, are not there."""
+    return [value for closed in category.values for value in closed.find(text)]
+
+
+def _other_value(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    sides = [_values(text, category) for text in (old, new)]
+    for one in sides[0]:
+        for other in sides[1]:
+            if one.set is other.set and one.set.alike(one.name, other.name):
+                return f"'{new}' can be said of what is '{old}'"
+    return None  # where a side has no value of a closed set, other checks and the verifiers judge
+
+
+def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    sides = [_values(text, category) for text in (old, new)]
+    if not sides[0] or not sides[1]:
+        return None
+    for one in sides[0]:
+        for other in sides[1]:
+            if one.set is other.set and one.group == other.group and not one.set.alike(one.name, other.name):
+                return None
+    return f"'{new}' is not the opposite of '{old}'"
+
+
+VAGUE = re.compile(
+    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)"
+    r"\s+$",
+    re.IGNORECASE,
+)
+
+
+def _other_number(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    values = [
+        [n for word in re.findall(r"[\w'-]+(?:[.,]\d+)*", text) if (n := number(word)) is not None]
+        for text in (old, new)
+    ]
+    if not values[0] or not values[1]:
+        return f"a number must become another number, not '{old}' -> '{new}'"
+    if values[0] == values[1]:
+        return f"'{new}' is the same number as '{old}'"
+    vague = VAGUE.search(before) or VAGUE.search(old) or VAGUE.search(new)
+    return "both numbers can be true after 'at least', 'about' and the like" if vague else None
+
+
+def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
+    for one in (noun for noun in sides[0] if noun not in sides[1]):
+        for other in (noun for noun in sides[1] if noun not in sides[0]):
+            if reason := nouns.related(one, other):
+                return f"'{new}' may be true of '{old}': {reason}"
+    return None
+
+
+def _other_text(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    plain = [re.sub(r"[\W_]", "", text).casefold() for text in (old, new)]
+    return f"'{new}' reads the same as '{old}'" if plain[0] == plain[1] else None
+
+
+_SPAN_CHECKS: dict[str, Callable[[str, str, str, Category, Nouns], str | None]] = {
+    "other_value": _other_value,
+    "opposite": _opposite,
+    "other_number": _other_number,
+    "not_related": _not_related,
+    "other_text": _other_text,
+}
+
+
+def _conclusion(chosen: str, edits: Sequence[Edit]) -> Verdict:
+    """A wrong conclusion needs a wrong argument: more than one place, one of them in the last sentence."""
+    parts = sentences(chosen)
+    last = chosen.rfind(parts[-1]) if len(parts) > 1 else 0
+    in_last = any(edit.end > last for edit in edits)
+    fits = in_last and (len(edits) > 1 or len(parts) == 1)
+    note = "" if fits else "both the argument and the conclusion must change, the conclusion in the last sentence"
+    return Verdict("conclusion", fits, float(len(edits)), note)

@@ -1,0 +1,336 @@
+"""Edits the turns of one shard: plan, ask the language model, apply, check, ask again, and keep trades in balance."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vapr.editing import prompts
+from vapr.editing.categories import Categories, Category
+from vapr.editing.checks import Verdict, check_pair
+from vapr.editing.config import EditConfig
+from vapr.editing.llm import LanguageModel, Reply, Request
+from vapr.editing.nouns import Nouns
+from vapr.editing.operations import CannotEdit, apply, changed_spans
+from vapr.editing.plan import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
+from vapr.editing.turns import Turn
+from vapr.preference_pair import Edit
+
+LABEL_TOKENS = 64
+TRUTH_TOKENS = 64
+
+
+@dataclass(slots=True)
+class Draft:
+    """A turn on its way to a pair."""
+
+    turn: Turn
+    plan: Plan = field(default_factory=Plan)
+    rejected: str | None = None
+    edits: list[Edit] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    attempts: int = 0
+    raw: str | None = None  # the model's last reply
+    why: list[str] = field(default_factory=list)  # why the result is wrong, in the model's words
+    refused: list[str] = field(default_factory=list)  # why earlier edits were
+    status: str = "open"  # accepted | rejected | failed | partner_lost | over_target
+    reason: str | None = None
+
+    def end(self, status: str, reason: str) -> None:
+        self.status, self.reason, self.rejected, self.edits = status, reason, None, []
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Of all requests of a shard."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+
+    def add(self, reply: Reply) -> None:
+        self.prompt += reply.prompt_tokens
+        self.cached += reply.cached_tokens
+        self.generated += reply.generated_tokens
+
+
+class Editor:
+    """Makes drafts of turns; one for each process.
+
+    Args:
+        config: of the job.
+        categories: of the job.
+        llm: the language model; None edits by rules alone.
+        verifier: looks at the image; None: nobody does.
+        pictures: an image source as a data URI, for the verifier.
+    """
+
+    def __init__(
+        self, config: EditConfig, categories: Categories, llm: LanguageModel | None = None,
+        verifier: LanguageModel | None = None, pictures: Callable[[Path | bytes], str] | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.categories = categories
+        self.llm = llm
+        self.verifier = verifier
+        self.pictures = pictures
+        self.nouns = Nouns(Path(config.checks.wordnet) if config.checks.wordnet else None)
+        self.planner = Planner(categories, self.nouns, llm.name if llm else None, config.plan.balance)
+
+    def edit(
+        self, turns: Sequence[Turn], seed: str, on_turn: Callable[[int], None] = lambda count: None
+    ) -> tuple[list[Draft], Tokens]:
+        """A draft for each turn, in their order, each accepted, rejected or failed.
+
+        Args:
+            turns: of one shard.
+            seed: names the shard; with the job's seed it decides trades and the model's sampling.
+            on_turn: told how many turns more are through.
+        """
+        tokens = Tokens()
+        drafts = [Draft(turn) for turn in turns]
+        self._plan(drafts, seed, tokens)
+        waiting = sum(draft.plan.ask and draft.plan.reason is None for draft in drafts)
+        on_turn(len(drafts) - waiting)
+        self._trade(drafts)
+        self._ask(drafts, seed, tokens, on_turn)
+        self._settle(drafts)
+        self._other_answers(drafts)
+        self._blind_check(drafts, seed, tokens)
+        self._verify(drafts, seed, tokens)
+        self._settle(drafts)
+        for draft in drafts:
+            if draft.status == "open":
+                draft.status = "accepted"
+        return drafts, tokens
+
+    # Planning
+
+    def _plan(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+        for number, draft in enumerate(drafts):
+            draft.plan = self.planner.by_rules(draft.turn, number)
+        unclear = [n for n, draft in enumerate(drafts) if draft.plan.category is None and not draft.plan.reason]
+        if self.llm is not None and unclear:
+            requests = [
+                self._request(
+                    prompts.label_messages(self.categories, drafts[n].turn), prompts.label_schema(self.categories),
+                    LABEL_TOKENS, drafts[n].turn, f"{seed}|label",
+                )
+                for n in unclear
+            ]  # fmt: skip
+            for number, reply in zip(unclear, self._replies(self.llm, requests, tokens), strict=True):
+                draft = drafts[number]
+                try:
+                    label = prompts.read_label(_text(reply), self.categories)
+                except prompts.BadReply as error:
+                    draft.plan.decided_by = f"model {self.llm.name}"
+                    draft.end("failed", f"no category: {error}")
+                else:
+                    draft.plan = self.planner.labelled(draft.turn, number, label)
+        self.planner.trade([draft.plan for draft in drafts], f"{self.config.seed}|{seed}")
+        for draft in drafts:
+            if draft.plan.reason and draft.status == "open":
+                draft.end("rejected", draft.plan.reason)
+
+    def _trade(self, drafts: list[Draft]) -> None:
+        for draft in drafts:
+            if draft.status == "open" and not draft.plan.ask:
+                self._apply_trades(draft)
+
+    def _apply_trades(self, draft: Draft) -> None:
+        plan, category = draft.plan, _category(draft)
+        if len(plan.trades) < category.min_edits:
+            draft.end("rejected", NO_PARTNER)
+            return
+        try:
+            draft.rejected, draft.edits = apply(draft.turn.answer, plan.operations())
+        except CannotEdit as error:
+            draft.end("rejected", str(error))
+            return
+        draft.verdicts = self._check(draft)
+        if failed := _failed(draft.verdicts):
+            draft.end("rejected", failed)
+
+    def _check(self, draft: Draft) -> list[Verdict]:
+        assert draft.rejected is not None
+        return check_pair(
+            draft.turn.answer, draft.rejected, draft.edits, _category(draft), self.config.checks, self.nouns
+        )
+
+    # The language model
+
+    def _ask(self, drafts: list[Draft], seed: str, tokens: Tokens, on_turn: Callable[[int], None]) -> None:
+        """Ask for an edit, and again where it was refused, with the reason."""
+        open_drafts = [draft for draft in drafts if draft.status == "open" and draft.plan.ask]
+        if not open_drafts:
+            return
+        assert self.llm is not None
+        # One category after the other: their prompts begin alike, which the engine computes once.
+        open_drafts.sort(key=lambda draft: (_category(draft).order, _category(draft).name))
+        for attempt in range(self.config.ask.attempts):
+            last = attempt + 1 == self.config.ask.attempts
+            requests = [self._edit_request(draft, f"{seed}|{attempt}") for draft in open_drafts]
+            replies = self._replies(self.llm, requests, tokens)
+            for draft, reply in zip(open_drafts, replies, strict=True):
+                draft.attempts += 1
+                draft.raw = reply.text
+                problem = self._read(draft, reply)
+                if problem is None:
+                    on_turn(1)
+                elif last:
+                    draft.end("failed", problem)
+                    on_turn(1)
+                else:
+                    draft.rejected = None
+                    draft.refused.append(problem)
+            open_drafts = [d for d in open_drafts if d.status == "open" and d.rejected is None]
+            if not open_drafts:
+                return
+
+    def _edit_request(self, draft: Draft, seed: str) -> Request:
+        category = _category(draft)
+        messages = prompts.edit_messages(category, draft.turn, must_begin=draft.plan.must_begin, refused=draft.refused)
+        longer = len(draft.turn.answer) // 2 if category.mode == "rewrite" else 0  # two characters a token at worst
+        limit = self.config.ask.max_tokens + longer
+        return self._request(messages, prompts.edit_schema(category), limit, draft.turn, seed)
+
+    def _read(self, draft: Draft, reply: Reply) -> str | None:
+        """Take the edit out of a reply; what is wrong with it, if anything."""
+        category = _category(draft)
+        try:
+            text = _text(reply)
+            if category.mode == "rewrite":
+                draft.rejected, why = prompts.read_rewrite(text)
+                draft.edits, draft.why = changed_spans(draft.turn.answer, draft.rejected), [why]
+            else:
+                operations = prompts.read_edits(text, category)
+                draft.rejected, draft.edits = apply(draft.turn.answer, operations)
+                draft.why = [operation.why for operation in operations]
+        except (prompts.BadReply, CannotEdit) as error:
+            return str(error)
+        draft.verdicts = self._check(draft)
+        return _failed(draft.verdicts)
+
+    def _request(
+        self, messages: tuple[dict[str, Any], ...], schema: dict[str, Any], max_tokens: int, turn: Turn, seed: str
+    ) -> Request:
+        digest = hashlib.sha256(f"{self.config.seed}|{seed}|{turn.digest()}".encode()).digest()
+        number = int.from_bytes(digest[:4], "little") >> 1
+        return Request(messages, schema, number, max_tokens, self.config.ask.temperature)
+
+    @staticmethod
+    def _replies(llm: LanguageModel, requests: Sequence[Request], tokens: Tokens) -> list[Reply]:
+        replies = llm.ask(requests)
+        for reply in replies:
+            tokens.add(reply)
+        return replies
+
+    # Balance
+
+    def _settle(self, drafts: list[Draft]) -> None:
+        """Where one half of a trade was refused, undo the other, until every trade left has both halves."""
+        plans = [draft.plan for draft in drafts]
+        ended = [n for n, draft in enumerate(drafts) if draft.status != "open" and draft.plan.trades]
+        while ended:
+            draft = drafts[ended.pop()]
+            for trade in list(draft.plan.trades):
+                for number in release(trade, plans):
+                    other = drafts[number]
+                    if other is draft or other.status != "open":
+                        continue
+                    # What is left of a caption's edits is still a pair, unless somebody has judged it as a whole.
+                    if other.plan.trades and not other.plan.ask and not _judged(other):
+                        self._apply_trades(other)
+                        if other.reason == NO_PARTNER:
+                            other.end("partner_lost", PARTNER_LOST)
+                    else:
+                        other.end("partner_lost", PARTNER_LOST)
+                    if other.status != "open" and other.plan.trades:
+                        ended.append(number)
+
+    # Judges
+
+    def _other_answers(self, drafts: list[Draft]) -> None:
+        """Refuse a rejected answer that another row gives as the truth for the same image and question."""
+        answers: dict[tuple[Any, str], set[str]] = defaultdict(set)
+        for draft in drafts:
+            answers[draft.turn.images, draft.turn.question].add(_bare(draft.turn.answer))
+        for draft in drafts:
+            if draft.status == "open" and draft.rejected is not None:
+                known = answers[draft.turn.images, draft.turn.question]
+                if _bare(draft.rejected) in known:
+                    draft.end("rejected", "another row gives the edited answer as the truth of this image")
+                else:
+                    draft.verdicts.append(Verdict("duplicate", True))
+
+    def _blind_check(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+        if not self.config.checks.blind or self.llm is None:
+            return
+        judged = [draft for draft in drafts if draft.status == "open"]
+        requests = []
+        for draft in judged:
+            messages = prompts.both_messages(draft.turn, str(draft.rejected))
+            requests.append(self._request(messages, prompts.BOTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|both"))
+        for draft, reply in zip(judged, self._replies(self.llm, requests, tokens), strict=True):
+            try:
+                both = prompts.read_both(_text(reply))
+            except prompts.BadReply as error:
+                draft.end("failed", f"blind check: {error}")
+                continue
+            draft.verdicts.append(Verdict("blind", not both))
+            if both:
+                draft.end("rejected", "blind check: both answers could be true of one image")
+
+    def _verify(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+        """Ask twice, with the order swapped: a verifier that likes the first answer best says nothing."""
+        if self.verifier is None or self.pictures is None:
+            return
+        judged = [draft for draft in drafts if draft.status == "open"]
+        votes: list[list[bool]] = [[] for _ in judged]
+        for right in ("A", "B"):
+            requests = []
+            for draft in judged:
+                texts = (draft.turn.answer, str(draft.rejected))
+                first, second = texts if right == "A" else texts[::-1]
+                pictures = [self.pictures(image) for image in draft.turn.images]
+                messages = prompts.truth_messages(draft.turn, pictures, first, second)
+                requests.append(
+                    self._request(messages, prompts.TRUTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|truth|{right}")
+                )
+            for number, reply in enumerate(self._replies(self.verifier, requests, tokens)):
+                try:
+                    votes[number].append(prompts.read_truth(_text(reply)) == right)
+                except prompts.BadReply as error:
+                    if judged[number].status == "open":
+                        judged[number].end("failed", f"verifier: {error}")
+        for draft, vote in zip(judged, votes, strict=True):
+            if draft.status == "open":
+                draft.verdicts.append(Verdict("verifier", all(vote), float(sum(vote))))
+                if not all(vote):
+                    draft.end("rejected", "verifier: the image does not tell the two answers apart")
+
+
+def _category(draft: Draft) -> Category:
+    assert draft.plan.category is not None
+    return draft.plan.category
+
+
+def _text(reply: Reply) -> str:
+    if reply.text is None:
+        raise prompts.BadReply(reply.problem or "no text")
+    return reply.text
+
+
+def _failed(verdicts: Sequence[Verdict]) -> str | None:
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    return f"{failed[0].name}: {failed[0].note}" if failed else None
+
+
+def _judged(draft: Draft) -> bool:
+    return any(verdict.name in ("blind", "verifier") for verdict in draft.verdicts)
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

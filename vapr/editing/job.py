@@ -1,0 +1,271 @@
+"""The folder of an edit job: what it is of, which turns it has, what is done. Progress is read from its files alone."""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vapr import __version__
+from vapr.cache import written_whole
+from vapr.display import Display
+from vapr.editing.config import EditConfig
+from vapr.editing.leases import take
+from vapr.editing.turns import InstructionData, Turn, why_left_out
+from vapr.errors import BadRow, UserError
+
+PAIRS, REJECTS, PLANS, SHARDS, LEASES = "pairs", "rejects", "plans", "shards", "leases"
+WAIT_SECONDS = 1.0
+SHOWN_BAD_ROWS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Turns that are edited and written together: a shard, or in a later round what an earlier round left of it."""
+
+    shard: int
+    round: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard:05d}" if self.round == 0 else f"{self.shard:05d}-again{self.round}"
+
+
+class Job:
+    """An edit job's folder, made or found.
+
+    Args:
+        folder: of the job; new, empty, or of the same job.
+        source: path of the instruction data.
+        config: of the job.
+        identity: what else decides the pairs: prompts, categories, the editor as the command line names it.
+
+    Raises:
+        UserError: if the folder is of another job or not of a job, or the source cannot be read.
+    """
+
+    def __init__(self, folder: Path, source: str, config: EditConfig, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.data = InstructionData(source, config.source)
+        described = {
+            "vapr": __version__,
+            "source": {"path": source, "digest": self.data.digest, "rows": len(self.data)},
+            **identity,
+            "config": {key: value for key, value in config.as_dict().items() if key != "engine"},
+        }
+        self.described = json.loads(json.dumps(described))
+        self._claim_folder()
+        self.scan = self._scan()
+        self._turns = np.load(folder / "turns.npy", mmap_mode="r", allow_pickle=False)
+
+    def _claim_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            there = any(not name.name.startswith(".") for name in self.folder.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made a folder ({error.strerror or error})") from None
+        if there and not (self.folder / "job.json").exists():
+            raise UserError(f"{self.folder}: holds files but no edit job; give a new folder with --out")
+        known = claim(self.folder / "job.json", self.described)
+        for key, ours, theirs in _differences(self.described, known):
+            if key in ("vapr", "source.path"):
+                continue  # the digest says whether the rows are the same
+            what = "the rows of the source have changed" if key == "source.digest" else f"{key} is {theirs}, not {ours}"
+            raise UserError(f"{self.folder}: holds a job of other settings: {what}; use them, or give another --out")
+
+    def check_editor(self, editor: Mapping[str, Any]) -> None:
+        """Note who edits, the first time; afterwards it must be the same.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        known = claim(self.folder / "editor.json", dict(editor))
+        for key, ours, theirs in _differences(dict(editor), known):
+            if key not in ("engine", "num_gpus"):
+                raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
+
+    # The source
+
+    def _scan(self) -> dict[str, Any]:
+        """Counts of the source and, in turns.npy, (row, answer) of every turn to edit. Made once."""
+        file = self.folder / "scan.json"
+        while not file.exists():
+            lease = take(self.folder / LEASES, "scan")
+            if lease is None:
+                time.sleep(WAIT_SECONDS)  # another worker is at it
+                continue
+            with lease:
+                if not file.exists():
+                    _write_scan(self.folder, self.data, self.config)
+        return dict(_read_json(file))
+
+    @property
+    def num_turns(self) -> int:
+        return len(self._turns)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_turns // self.config.turns_per_shard)
+
+    def turns_of(self, unit: Unit) -> list[Turn]:
+        """The turns of a unit.
+
+        Raises:
+            UserError: if the source was changed since it was scanned.
+        """
+        if unit.round == 0:
+            start = unit.shard * self.config.turns_per_shard
+            places = [tuple(map(int, place)) for place in self._turns[start : start + self.config.turns_per_shard]]
+        else:
+            before = Unit(unit.shard, unit.round - 1)
+            places = [(row["row"], row["turn"]) for row in self.rejects(before) if _to_do_again(row)]
+        turns: list[Turn] = []
+        row_turns: list[Turn] = []
+        for row, number in places:
+            if not row_turns or row_turns[0].row != row:
+                try:
+                    row_turns = self.data.turns(row)
+                except BadRow as error:
+                    raise UserError(f"{error}; the source was read without this fault before, restore it") from None
+            turns.append(row_turns[number])
+        return turns
+
+    # What is done
+
+    def manifest(self, unit: Unit) -> dict[str, Any] | None:
+        """What is known of a finished unit; None if it is not finished."""
+        file = self.folder / SHARDS / f"{unit.name}.json"
+        return _read_json(file) if file.exists() else None
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """Of all finished units, by shard and round."""
+        found = [_read_json(file) for file in (self.folder / SHARDS).glob("*.json")]
+        return sorted(found, key=lambda manifest: (manifest["shard"], manifest["round"]))
+
+    def rejects(self, unit: Unit) -> list[dict[str, Any]]:
+        """The rows of a finished unit that became no pair."""
+        file = self.folder / REJECTS / f"part-{unit.name}.jsonl"
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
+
+    def units(self, *, retry_failed: bool) -> list[Unit]:
+        """Units to do: shards that no manifest names, and again what was over an earlier target.
+
+        Args:
+            retry_failed: also what failed, and what was lost with it.
+        """
+        rounds = Counter(int(manifest["shard"]) for manifest in self.manifests())
+        todo = []
+        for shard in range(self.num_shards):
+            done = rounds.get(shard, 0)
+            if done == 0:
+                todo.append(Unit(shard, 0))
+            else:
+                last = self.manifest(Unit(shard, done - 1))
+                assert last is not None
+                if last["over_target"] or (retry_failed and last["to_retry"]):
+                    todo.append(Unit(shard, done))
+        return todo
+
+    @property
+    def accepted(self) -> int:
+        return sum(manifest["accepted"] for manifest in self.manifests())
+
+
+RETRIED = ("failed", "over_target", "partner_lost")
+
+
+def _to_do_again(row: Mapping[str, Any]) -> bool:
+    return row["status"] in RETRIED
+
+
+def claim(file: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """Write a description if there is none yet, and return the one that is there. Of several processes one writes.
+
+    Raises:
+        UserError: if the file can be neither written nor read.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        if not file.exists():
+            with written_whole(temporary) as stream:
+                stream.write(json.dumps(described, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
+
+
+def _differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for name in dict.fromkeys([*ours, *theirs]):
+            found += _differences(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip(".").removeprefix("config."))
+        return found
+    return [] if ours == theirs else [(key, ours, theirs)]
+
+
+def _write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
+    left_out: Counter[str] = Counter()
+    bad_rows: list[str] = []
+    places, digests = array("q"), array("q")  # 24 bytes a turn: the only things that grow with the source
+    num_turns = num_bad = 0
+    with Display("read source", len(data), unit="row") as display:
+        for row in range(len(data)):
+            if (row + 1) % 1000 == 0:
+                display.advance("", 1000)
+            try:
+                turns = data.turns(row)
+            except BadRow as error:
+                num_bad += 1
+                if len(bad_rows) < SHOWN_BAD_ROWS:
+                    bad_rows.append(str(error))
+                continue
+            num_turns += len(turns)
+            kept = 0
+            for turn in turns:
+                reason = why_left_out(turn, config.filters)
+                if reason is None and config.plan.turns_per_row is not None and kept == config.plan.turns_per_row:
+                    reason = "beyond plan.turns_per_row"
+                if reason is not None:
+                    left_out[reason] += 1
+                    continue
+                kept += 1
+                places.extend((row, turn.number))
+                digests.append(int(turn.digest()[:15], 16))
+    if num_bad == len(data):
+        raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
+    _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
+    if len(first) < len(digests):
+        left_out["duplicate of an earlier answer"] = len(digests) - len(first)
+    turns_to_edit = np.frombuffer(places, np.int64).reshape(-1, 2)[np.sort(first)]
+    with written_whole(folder / "turns.npy") as file:
+        np.save(file, turns_to_edit, allow_pickle=False)
+    counts = {
+        "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
+        "bad_rows": num_bad, "first_bad_rows": bad_rows,
+    }  # fmt: skip
+    with written_whole(folder / "scan.json") as file:
+        file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")

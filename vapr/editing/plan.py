@@ -1,0 +1,289 @@
+"""Plans the edits of many turns at once: values of closed sets are traded between rows, the rest is asked for.
+
+When two rows trade values, each value is as often chosen as rejected, so that no word tells which answer is which.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vapr.editing.categories import Categories, Category, Value
+from vapr.editing.checks import VAGUE
+from vapr.editing.nouns import OTHER, Nouns
+from vapr.editing.operations import CannotEdit, Operation, apply, in_the_case_of, number
+from vapr.editing.polarity import YES_OR_NO, flip
+from vapr.editing.turns import Turn
+from vapr.style import polarity
+
+NO_PARTNER = "no other row to trade values with"
+NEEDS_MODEL = "needs a language model"
+NEITHER = "the answer says neither yes nor no"
+NO_CATEGORY = "no category fits"
+PARTNER_LOST = "the other half of its trade was refused"
+
+
+@dataclass(eq=False, slots=True)
+class Trade:
+    """A value of a turn that may take another row's place, and that row's value its own."""
+
+    turn: int
+    value: Value
+    market: str  # values are traded inside one market only
+    target: str | None = None
+    partner: "Trade | None" = None
+    operations: list[Operation] | None = None  # where it takes more than to put the target in the value's place
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done with one turn."""
+
+    category: Category | None = None
+    decided_by: str = ""  # "count:asks-how-many", "value:colours" or "model NAME"
+    offers: list[Trade] = field(default_factory=list)  # what could be traded
+    trades: list[Trade] = field(default_factory=list)  # what is
+    ask: bool = False  # the language model writes the edit
+    reason: str | None = None  # why nothing is done
+
+    @property
+    def must_begin(self) -> str | None:
+        """ "yes" or "no", where the language model has to write an answer that begins so."""
+        return self.trades[0].target if self.ask and self.trades else None
+
+    def operations(self) -> list[Operation]:
+        """The edits of the trades."""
+        found = []
+        for trade in self.trades:
+            if trade.operations is not None:
+                found += trade.operations
+            elif trade.target is not None:
+                value = trade.value
+                found.append(Operation(value.text, in_the_case_of(value.text, trade.target), start=value.start))
+        return found
+
+
+class Planner:
+    """Decides categories and trades.
+
+    Args:
+        categories: of the job.
+        nouns: for noun classes.
+        model: name of the language model that writes what rules cannot; None: there is none.
+        balance: ``swap`` or ``uniform``, see :class:`vapr.editing.config.PlanConfig`.
+    """
+
+    def __init__(self, categories: Categories, nouns: Nouns, model: str | None, balance: str) -> None:
+        self.categories = categories
+        self.nouns = nouns
+        self.model = model
+        self.balance = balance
+
+    def by_rules(self, turn: Turn, number: int) -> Plan:
+        """The plan of one turn as far as rules decide it; a plan without category or reason waits for a label."""
+        fitting = self.categories.by_rule(turn.question, turn.answer)
+        for category, rule in fitting:
+            offers = self.offers(turn, number, category)
+            if offers or self.model is not None:
+                return self._plan(category, rule, offers)
+        if fitting:
+            return Plan(fitting[0][0], fitting[0][1], reason=NEEDS_MODEL)
+        return Plan() if self.model is not None else self._by_value(turn, number)
+
+    def labelled(self, turn: Turn, number: int, name: str | None) -> Plan:
+        """The plan of a turn that the language model has put into a category."""
+        decided_by = f"model {self.model}"
+        if name is None:
+            return Plan(decided_by=decided_by, reason=NO_CATEGORY)
+        category = self.categories[name]
+        return self._plan(category, decided_by, self.offers(turn, number, category))
+
+    def _plan(self, category: Category, decided_by: str, offers: list[Trade]) -> Plan:
+        plan = Plan(category, decided_by, offers)
+        if "polarity" in category.checks and not offers:
+            plan.reason = NEEDS_MODEL if self.model is None else NEITHER
+            return plan
+        plan.ask = len(offers) < category.min_edits or any(trade.operations == [] for trade in offers)
+        if not plan.ask or "polarity" in category.checks:
+            return plan  # a model that has to write a yes or no is told which, so that they trade all the same
+        plan.offers = []
+        if self.model is None:
+            plan.reason = NEEDS_MODEL
+        return plan
+
+    def _by_value(self, turn: Turn, number: int) -> Plan:
+        """Where no rule fits and no model is there to ask: a category one of whose values the answer holds."""
+        possible = []
+        for category in self.categories.all:
+            single = category.min_edits == 1 and "polarity" not in category.checks
+            if single and (offers := self.offers(turn, number, category)):
+                possible.append((category, offers))
+        if not possible:
+            return Plan(reason=NO_CATEGORY)
+        category, offers = random.Random(turn.digest()).choice(possible)
+        return Plan(category, f"value:{offers[0].value.set.name}", offers)
+
+    def offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
+        """What an answer could trade in a category: values that stand in it once, with what they belong to."""
+        if "polarity" in category.checks:
+            return self._polarity_offers(turn, number, category)
+        values = category.find_values(turn.answer)
+        offers = []
+        for value in values:
+            alike = sum(other.set is value.set and value.set.alike(value.name, other.name) for other in values)
+            if alike > 1 or VAGUE.search(turn.answer[: value.start]):
+                continue
+            market = self._market(turn, value)
+            if market is not None:
+                # Captions lose trades when they find too few: they would take single ones with them.
+                several = "|several" if category.min_edits > 1 else ""
+                offers.append(Trade(number, value, market + several))
+        return offers
+
+    def _polarity_offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
+        start = YES_OR_NO.match(turn.answer)
+        closed = next((closed for closed in category.values if start and start[1].lower() in closed.members), None)
+        if start is None or closed is None or polarity(turn.answer) is None:
+            return []
+        operations = flip(turn.answer, self.nouns)
+        if operations is None:
+            if self.model is None:
+                return []
+            operations = []  # known: yes or no; how to say it is the model's
+        value = Value(closed, start.start(1), start.end(1), start[1], closed.members[start[1].lower()])
+        return [Trade(number, value, f"{closed.name}|{turn.source}", operations=operations)]
+
+    def _market(self, turn: Turn, value: Value) -> str | None:
+        """Where a value may be traded: set, group, class of its noun, and how its number shows in the grammar."""
+        closed = value.set
+        parts = [closed.name, closed.groups[value.group][0]]
+        if closed.by_source:
+            parts.append(turn.source)
+        if closed.by_noun:
+            parts.append(self._noun_class(turn, value))
+        if (count := number(value.text)) is not None:
+            try:
+                other = "two" if count == 1 else "one"
+                apply(turn.answer, [Operation(value.text, other, start=value.start)])
+            except CannotEdit:
+                if count == 1:
+                    return None
+                parts.append("plural")
+        return "|".join(parts)
+
+    def _noun_class(self, turn: Turn, value: Value) -> str:
+        """Class of the noun that a value is said of: the one after it, else the one before it, else the question's."""
+        clause = re.split(r"[.,;:!?]", turn.answer[value.end : value.end + 60])[0]
+        after = list(self.nouns.find(" ".join(clause.split()[:4])))
+        if after:
+            return self.nouns.noun_class(self._head(clause, after))
+        before = list(self.nouns.find(re.split(r"[.;!?]", turn.answer[: value.start])[-1]))
+        asked = list(self.nouns.find(turn.question))
+        nearest = before or asked
+        return self.nouns.noun_class(nearest[-1][2]) if nearest else OTHER
+
+    @staticmethod
+    def _head(clause: str, found: list[tuple[int, int, str]]) -> str:
+        """Of nouns side by side the last: a baseball cap is a cap."""
+        head = found[0]
+        for following in found[1:]:
+            if following[0] > head[1] + 1:
+                break
+            head = following
+        return head[2]
+
+    def trade(self, plans: Sequence[Plan], seed: str) -> None:
+        """Choose the trades of all plans that have offers; plans left without get their reason.
+
+        Args:
+            plans: of a shard's turns.
+            seed: decides who trades with whom.
+        """
+        rng = random.Random(seed)
+        if self.balance == "uniform":
+            self._uniform(plans, rng)
+            return
+        waiting = [plan for plan in plans if plan.offers and not plan.reason]
+        attempt = 0
+        while waiting:
+            markets = defaultdict(list)
+            for plan in waiting:
+                # Where one edit is wanted and the first value found no partner, the next value is tried.
+                wanted = plan.offers[: _wanted(plan)] if _wanted(plan) > 1 else plan.offers[attempt : attempt + 1]
+                for trade in wanted:
+                    markets[trade.market].append(trade)
+            for market in sorted(markets):
+                match(markets[market], rng)
+            for plan in waiting:
+                plan.trades = [trade for trade in plan.offers if trade.partner is not None]
+            attempt += 1
+            waiting = [p for p in waiting if not p.trades and _wanted(p) == 1 and attempt < len(p.offers)]
+        for plan in plans:
+            if plan.offers and not plan.trades and not plan.reason:
+                plan.reason = NO_PARTNER
+
+    @staticmethod
+    def _uniform(plans: Sequence[Plan], rng: random.Random) -> None:
+        for plan in plans:
+            if plan.reason:
+                continue
+            plan.trades = plan.offers[: _wanted(plan)]
+            for trade in plan.trades:
+                value = trade.value
+                group = value.set.groups[value.group]
+                others = [other for other in group if not value.set.alike(value.name, other)]
+                trade.target = rng.choice(others) if others else None
+            plan.trades = [trade for trade in plan.trades if trade.target is not None]
+            if plan.offers and not plan.trades:
+                plan.reason = NO_PARTNER
+
+
+def _wanted(plan: Plan) -> int:
+    """Trades of a turn: one targeted error, and only in a category that wants several as many as it takes."""
+    category = plan.category
+    return category.max_edits if category is not None and category.min_edits > 1 else 1
+
+
+def match(trades: list[Trade], rng: random.Random) -> None:
+    """Pair trades of different values, as many as can be; each partner's value becomes the other's target.
+
+    Sorted by value, a trade and the one half the list further differ when no value has more than half; what a value has
+    beyond that stays without a partner. Near-synonyms that met then change partners with others.
+    """
+    by_value: dict[str, list[Trade]] = defaultdict(list)
+    for trade in trades:
+        by_value[trade.value.name].append(trade)
+    for name in sorted(by_value):
+        rng.shuffle(by_value[name])
+    order = sorted(by_value, key=lambda name: (-len(by_value[name]), name))
+    largest = by_value[order[0]]
+    rest = len(trades) - len(largest)
+    del largest[rest if rest < len(largest) else len(largest) - len(trades) % 2 :]
+    paired = [trade for name in order for trade in by_value[name]]
+    half = len(paired) // 2
+    ones, others = paired[:half], paired[half:]
+    for n in range(half):
+        if _alike(ones[n], others[n]):
+            for m in range(half):
+                if not _alike(ones[n], others[m]) and not _alike(ones[m], others[n]):
+                    others[n], others[m] = others[m], others[n]
+                    break
+    for one, other in zip(ones, others, strict=True):
+        if not _alike(one, other):
+            one.partner, other.partner = other, one
+            one.target, other.target = other.value.name, one.value.name
+
+
+def _alike(one: Trade, other: Trade) -> bool:
+    return one.value.set.alike(one.value.name, other.value.name)
+
+
+def release(trade: Trade, plans: Sequence[Plan]) -> list[int]:
+    """Undo a trade on both sides; the numbers of the turns that lost one."""
+    lost = []
+    for side in (trade, trade.partner):
+        if side is not None and side in plans[side.turn].trades:
+            plans[side.turn].trades.remove(side)
+            lost.append(side.turn)
+    return lost

@@ -1,0 +1,217 @@
+"""Runs an edit job: opens folder and editor, works alone or beside other processes, and writes ledger and card."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vapr.cache import written_whole
+from vapr.display import Display
+from vapr.editing.card import write_card
+from vapr.editing.categories import load_categories
+from vapr.editing.config import EditConfig
+from vapr.editing.edit import Editor
+from vapr.editing.job import Job
+from vapr.editing.ledger import ledger
+from vapr.editing.llm import LanguageModel, open_llm
+from vapr.editing.prompts import prompt_hash
+from vapr.editing.work import work
+from vapr.errors import UserError
+
+RULES = "rules"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a job: what may be different the next time."""
+
+    source: str
+    folder: Path
+    editor: str = RULES
+    config: EditConfig
+    target: int | None = None
+    retry_failed: bool = False
+    workers: int = 1
+    ray: bool = False
+    price_per_gpu_hour: float | None = None
+
+
+def run(start: Start) -> dict[str, Any]:
+    """Do what is left of a job; returns its ledger.
+
+    Raises:
+        UserError: for everything the user can mend, see :class:`vapr.editing.job.Job`.
+    """
+    job = open_job(start)
+    units = job.units(retry_failed=start.retry_failed)
+    if units and (start.target is None or job.accepted < start.target):
+        if start.ray:
+            from vapr.editing.on_ray import work_on_ray
+
+            work_on_ray(start, units)
+        elif start.workers > 1:
+            _beside_each_other(start, job)
+        else:
+            work_alone(start, job)
+    return finish(start, job)
+
+
+def open_job(start: Start) -> Job:
+    """The job's folder, made or found."""
+    plan = start.config.plan
+    categories = load_categories(plan.categories, plan.add_categories)
+    identity = {"editor": start.editor, "prompts": prompt_hash(categories)}
+    return Job(start.folder, start.source, start.config, identity)
+
+
+def work_alone(start: Start, job: Job) -> None:
+    """Be one worker of the job."""
+    with open_editor(start) as editor:
+        identity = _identity(start, editor)
+        job.check_editor(identity)
+        done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
+        total = job.num_turns if not start.retry_failed else done + 1
+        with Display("edit", total, done, unit="answer") as display:
+            work(job, editor, identity, target=start.target, retry_failed=start.retry_failed, display=display)
+
+
+@contextlib.contextmanager
+def open_editor(start: Start) -> Iterator[Editor]:
+    """The editor, with its models loaded; they are given back at the end."""
+    config = start.config
+    categories = load_categories(config.plan.categories, config.plan.add_categories)
+    with contextlib.ExitStack() as stack:
+        llm, verifier = None, None
+        if start.editor != RULES:
+            llm = open_llm(start.editor, config.engine)
+            stack.callback(llm.close)
+        elif config.checks.blind:
+            raise UserError("checks.blind: the rules editor has no language model to ask; give one with --editor")
+        if config.checks.verifier is not None:
+            verifier = open_llm(config.checks.verifier, config.engine)
+            stack.callback(verifier.close)
+        yield Editor(config, categories, llm, verifier, _picture)
+
+
+def _picture(image: Path | bytes) -> str:
+    from vapr.pages.page import thumbnail
+    from vapr.processor import read_image
+
+    return thumbnail(read_image(image))
+
+
+def _identity(start: Start, editor: Editor) -> dict[str, Any]:
+    llm: LanguageModel | None = editor.llm
+    return {
+        "name": llm.name if llm else RULES,
+        "revision": llm.revision if llm else None,
+        "engine": llm.engine if llm else None,
+        "prompt_hash": prompt_hash(editor.categories),
+        "seed": start.config.seed,
+        "temperature": start.config.ask.temperature if llm else None,
+    }
+
+
+def finish(start: Start, job: Job) -> dict[str, Any]:
+    """Write ledger.json and the card, and return the ledger."""
+    file = job.folder / "editor.json"
+    editor = json.loads(file.read_text()) if file.exists() else {"name": start.editor, "revision": None, "engine": None}
+    result = ledger(job, editor, start.price_per_gpu_hour)
+    with written_whole(job.folder / "ledger.json") as stream:
+        stream.write(json.dumps(result, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+    write_card(job.folder, result)
+    return result
+
+
+def _beside_each_other(start: Start, job: Job) -> None:
+    """Start workers that share the folder, each with its own engine on its own GPUs, and show what they have done."""
+    spawn = multiprocessing.get_context("spawn")  # an engine must not be forked
+    devices = _devices(start.workers, start.config.engine.tensor_parallel)
+    problems = spawn.SimpleQueue()
+    processes = []
+    for gpus in devices:
+        process = spawn.Process(target=_one_of_several, args=(start, gpus, problems))
+        process.start()
+        processes.append(process)
+    try:
+        with Display("edit", job.num_turns, unit="answer") as display:
+            shown = 0
+            while any(process.is_alive() for process in processes):
+                for process in processes:
+                    process.join(timeout=0.2)
+                done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
+                if done > shown:
+                    display.advance(f"{job.accepted:,} accepted", done - shown)
+                    shown = done
+    finally:
+        for process in processes:
+            process.terminate()
+    if not problems.empty():
+        raise UserError(problems.get())
+    if lost := sum(process.exitcode != 0 for process in processes):
+        raise UserError(f"{lost} of {start.workers} workers were killed; finished shards are kept, start again")
+
+
+def _devices(workers: int, each: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker; None on a machine without GPUs."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        gpus = [name for name in given.split(",") if name]
+    else:
+        gpus = [str(n) for n in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+    if not gpus:
+        return [None] * workers
+    if len(gpus) < workers * each:
+        raise UserError(f"--workers {workers} with {each} GPUs each need {workers * each} GPUs; there are {len(gpus)}")
+    return [",".join(gpus[n * each : (n + 1) * each]) for n in range(workers)]
+
+
+def _one_of_several(start: Start, gpus: str | None, problems: Any) -> None:
+    if gpus is not None and start.editor != RULES:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    try:
+        work_alone(start, open_job(start))
+    except UserError as error:
+        problems.put(str(error))
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The ledger as text."""
+    source, turns, tokens = result["source"], result["turns"], result["tokens"]
+    lines = [f"{'source':<12}{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit"]
+    if source["bad_rows"]:
+        lines.append(f"{'unreadable':<12}{source['bad_rows']:,} rows (scan.json names the first)")
+    lines += [f"{'left out':<12}{count:,} x {reason}" for reason, count in source["filtered"].items()]
+    lines.append(f"{'done':<12}{turns['done']:,} of {turns['total']:,} answers")
+    lines.append(f"{'accepted':<12}{result['accepted']:,} pairs")
+    for name, counts in result["categories"].items():
+        if counts["turns"]:
+            lines.append(
+                f"{'':<12}{name:<14}{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
+            )
+    for kind in ("rejected", "failed"):
+        lines += [f"{kind:<12}{count:,} x {reason}" for reason, count in result[kind].items()]
+    if result["over_target"]:
+        lines.append(f"{'set aside':<12}{result['over_target']:,} over the target; a larger one takes them up again")
+    for name, counts in result["polarity"].items():
+        lines.append(
+            f"{'yes / no':<12}{counts['rejected_yes']:,} rejected yes, {counts['rejected_no']:,} rejected no ({name})"
+        )
+    if tokens["prompt"]:
+        lines.append(
+            f"{'tokens':<12}{tokens['prompt']:,} prompt ({tokens['cached']:,} cached), "
+            f"{tokens['generated']:,} generated"
+        )
+    if result["accepted_per_second"] is not None:
+        lines.append(f"{'speed':<12}{result['accepted_per_second']:,} accepted pairs a second of work")
+    if turns["left"] and result["rest"]["seconds"] is not None:
+        rest = result["rest"]
+        cost = f", cost {rest['cost']:,}" if rest["cost"] is not None else ""
+        lines.append(f"{'rest':<12}{rest['seconds']:,} s of work, {rest['gpu_hours']:,} GPU-hours{cost}")
+    if result["shards"]["redone"]:
+        lines.append(f"{'redone':<12}{result['shards']['redone']:,} shards that a killed worker had begun")
+    return "\n".join(lines)

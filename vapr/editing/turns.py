@@ -1,0 +1,201 @@
+"""Rows of instruction data, as turns: an answer to edit, its question and everything before it."""
+
+import hashlib
+import itertools
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vapr.editing.config import FilterConfig, SourceConfig
+from vapr.errors import BadRow, UserError
+from vapr.formats import images_of, map_columns, with_image_parts
+from vapr.preference_pair import Message, check_roles, image_list, image_source, messages_from, place_images
+from vapr.rows import Rows
+from vapr.sources import open_files
+from vapr.style import num_words
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer of a row."""
+
+    row: int  # number in the source
+    number: int  # among the row's answers, from 0
+    where: str  # "data.json:17", for messages
+    source_id: str
+    source: str
+    licence: str | None
+    images: tuple[Path | bytes, ...]  # those that the prompt shows
+    prompt: tuple[Message, ...]  # up to and including the question
+    question: str
+    answer: str
+
+    def digest(self) -> str:
+        """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its path."""
+        content = hashlib.sha256(repr([str(i) if isinstance(i, Path) else i for i in self.images]).encode())
+        content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
+        return content.hexdigest()
+
+
+class InstructionData:
+    """Rows of instruction data by number: LLaVA's ``conversations``, ``messages``, vapr rows, or mapped columns.
+
+    Args:
+        path: file, folder, glob or hub id, as ``vapr train`` reads them.
+        source: how to read it.
+
+    Raises:
+        UserError: if nothing can be read there.
+    """
+
+    def __init__(self, path: str, source: SourceConfig) -> None:
+        if source.image_root is not None and not Path(source.image_root).is_dir():
+            raise UserError(f"source.image_root: {source.image_root}: no such folder")
+        self._config = source
+        self._parts: list[tuple[Rows, Path]] = []
+        for rows, folder, _, _ in open_files(path, source.split, source.subset, None):
+            self._parts.append((rows, folder))
+        self._starts = [0, *itertools.accumulate(len(rows) for rows, _ in self._parts)]
+        if not len(self):
+            raise UserError(f"{path}: no rows in it")
+        self.digest = hashlib.sha256(repr([rows.digest for rows, _ in self._parts]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _find(self, number: int) -> tuple[Rows, Path, int]:
+        part = bisect_right(self._starts, number) - 1
+        return *self._parts[part], number - self._starts[part]
+
+    def where(self, number: int) -> str:
+        """The row's place, as ``data.json:17``."""
+        rows, _, row = self._find(number)
+        return rows.where(row)
+
+    def turns(self, number: int) -> list[Turn]:
+        """Every answer of a row.
+
+        Raises:
+            BadRow: starting with the row's place.
+        """
+        rows, folder, row = self._find(number)
+        where = rows.where(row)
+        try:
+            root, confined = folder, False
+            if self._config.image_root is not None:
+                root, confined = Path(self._config.image_root), True
+            return list(self._read(rows[row], number, where, root, confined))
+        except BadRow as error:
+            raise BadRow(f"{where}: {error}") from None
+
+    def _read(self, row: Any, number: int, where: str, root: Path, confined: bool) -> Iterator[Turn]:
+        if self._config.columns:
+            row = map_columns(row, self._config.columns)
+        if not isinstance(row, dict):
+            raise BadRow(f"a row must be an object, got {row!r:.60}")
+        row = {key: value for key, value in row.items() if value is not None}
+        named = image_list(images_of(row))
+        images = tuple(image_source(image, root, confined) for image in named)
+        messages = conversation(row)
+        check_roles([*messages, *([] if messages[-1]["role"] == "user" else [{"role": "user"}])])
+        parts = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if parts == 0:
+            messages = place_images(messages, len(images))
+        elif parts != len(images):
+            raise BadRow(f"the conversation places {parts} image(s) but the row has {len(images)}")
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            raise BadRow("no answer in this row; there is nothing to edit")
+        for count, place in enumerate(answers):
+            prompt = messages[:place]
+            shown = sum(part["type"] == "image" for message in prompt for part in message["content"])
+            if any(part["type"] == "image" for part in messages[place]["content"]):
+                raise BadRow("an answer holds an image part")
+            yield Turn(
+                row=number,
+                number=count,
+                where=where,
+                source_id=str(row.get("id", f"row-{number + 1}"))[:200],
+                source=self._source(row, named, where),
+                licence=row.get("licence") or row.get("license") or self._config.licence,
+                images=images[:shown],
+                prompt=tuple(prompt),
+                question=_text(prompt[-1]).strip(),
+                answer=_text(messages[place]),
+            )
+
+    def _source(self, row: Mapping[str, Any], images: list[Any], where: str) -> str:
+        if self._config.name is not None:
+            return self._config.name
+        for key in ("source", "ds_name", "origin_dataset", "dataset"):
+            if isinstance(row.get(key), str) and row[key]:
+                return str(row[key])[:100]
+        first = images[0].get("path") if images and isinstance(images[0], dict) else next(iter(images), None)
+        if isinstance(first, str) and not Path(first).is_absolute() and len(Path(first).parts) > 1:
+            return Path(first).parts[0]
+        return Path(where.rsplit(":", 1)[0]).name
+
+
+def conversation(row: Mapping[str, Any]) -> list[Message]:
+    """The row's messages, the answers included.
+
+    Raises:
+        BadRow: if no known key holds them.
+    """
+    for key in ("conversations", "messages"):
+        if key in row:
+            messages = messages_from(with_image_parts(row[key], key), key, "user")
+            system = row.get("system")
+            if isinstance(system, str) and system:
+                messages = [*messages_from(system, "system", "system"), *messages]
+            return messages
+    questions = [key for key in ("prompt", "question", "instruction") if key in row]
+    answers = [key for key in ("chosen", "answer", "completion", "response", "output") if key in row]
+    if not questions or not answers:
+        raise BadRow(
+            f"no conversations, messages, or prompt and answer; this row has {', '.join(map(str, row)) or 'nothing'} "
+            "(source.columns can map other names: {question: q, answer: a, images: img})"
+        )
+    prompt = messages_from(with_image_parts(row[questions[0]], questions[0]), questions[0], "user")
+    return [*prompt, *messages_from(row[answers[0]], answers[0], "assistant")]
+
+
+def _text(message: Message) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+NUMBER = r"[-+]?\d*\.?\d+"
+COORDINATES = re.compile(
+    rf"[\[(<{{]\s*{NUMBER}(?:\s*[,;\s]\s*{NUMBER}){{3}}\s*[\])>}}]|<box>|<loc\w*>|<point", re.IGNORECASE
+)
+POINT = re.compile(r"[\[(]\s*0?\.\d+\s*,\s*0?\.\d+\s*[\])]")
+LETTER = re.compile(r"\s*(?:(?:the )?(?:answer|option)(?: is)?:? )?\(?[A-H]\)?[.:]?\s*", re.IGNORECASE)
+OPTIONS = re.compile(r"(?:^|[\s(])A[.):]\s.*(?:^|[\s(])B[.):]\s|option'?s? letter|correct (?:option|choice)", re.DOTALL)
+
+
+def why_left_out(turn: Turn, filters: FilterConfig) -> str | None:
+    """Why a turn is not edited, in words that are the same for all turns of that kind; None if it is."""
+    if not turn.answer.strip():
+        return "empty answer"
+    if filters.no_image and not turn.images:
+        return "no image"
+    if filters.coordinates and (COORDINATES.search(turn.answer) or POINT.search(turn.answer)):
+        return "coordinates in the answer"
+    if (
+        filters.letters
+        and LETTER.fullmatch(turn.answer)
+        and (OPTIONS.search(turn.question) or turn.answer.strip() != "A")
+    ):
+        return "the letter of an option"
+    for pattern in filters.skip_questions:
+        if re.search(pattern, turn.question, re.IGNORECASE):
+            return f"question like {pattern}"
+    count = num_words(turn.answer)
+    if count < filters.min_answer_words:
+        return f"answer shorter than {filters.min_answer_words} words"
+    if count > filters.max_answer_words:
+        return f"answer longer than {filters.max_answer_words} words"
+    return None

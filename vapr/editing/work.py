@@ -1,0 +1,149 @@
+"""The loop of one worker: take a unit, edit it, write its files, note it as done; and again, until nothing is left."""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vapr.cache import written_whole
+from vapr.display import Display
+from vapr.editing.edit import Draft, Editor, Tokens
+from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
+from vapr.editing.leases import Lease, take
+from vapr.editing.pair_rows import pair_row, plan_row, reject_row, write_lines, write_pairs
+from vapr.errors import reason_kind
+from vapr.style import polarity
+
+OVER_TARGET = "more than --target asked for"
+
+
+def work(
+    job: Job, editor: Editor, identity: Mapping[str, Any], *, target: int | None, retry_failed: bool, display: Display
+) -> None:
+    """Do every unit that is left, sharing them with other workers of the same folder.
+
+    Args:
+        job: the folder.
+        editor: edits a unit's turns.
+        identity: of the editor, for provenance.
+        target: stop when so many pairs are accepted; None: when all turns are done.
+        retry_failed: also do again what failed in an earlier start.
+        display: shows progress.
+    """
+    units = job.units(retry_failed=retry_failed)
+    while units and (target is None or job.accepted < target):
+        waiting = []
+        for unit in units:
+            if target is not None and job.accepted >= target:
+                return
+            if job.manifest(unit) is not None:
+                continue
+            lease = take(job.folder / LEASES, unit.name)
+            if lease is None:
+                waiting.append(unit)
+                continue
+            with lease:
+                if job.manifest(unit) is None:  # not finished in the meantime
+                    run_unit(job, editor, identity, unit, lease, target, lambda n: display.advance("", n))
+        units = [unit for unit in waiting if job.manifest(unit) is None]
+        if units:
+            display.note(f"waiting for {len(units)} shards that other workers hold")
+            time.sleep(WAIT_SECONDS)
+
+
+def run_unit(
+    job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, lease: Lease, target: int | None,
+    on_turn: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Edit the turns of one unit and write its pairs, rejects and plans, and last the manifest that says it is done."""
+    began = time.monotonic()
+    turns = job.turns_of(unit)
+    drafts, tokens = editor.edit(turns, unit.name, on_turn)
+    if target is not None:
+        _cut_to(drafts, target - job.accepted)
+    if not lease.held:
+        return  # this process was taken for dead, and another one has the unit now
+    files = {}
+    rows = [pair_row(draft, identity, job.folder) for draft in drafts if draft.status == "accepted"]
+    if rows:
+        name = f"{PAIRS}/part-{unit.name}.parquet"
+        files[name] = write_pairs(job.folder / name, rows)
+    for folder, lines in (
+        (REJECTS, [reject_row(draft) for draft in drafts if draft.status != "accepted"]),
+        (PLANS, [plan_row(draft, drafts) for draft in drafts]),
+    ):
+        name = f"{folder}/part-{unit.name}.jsonl"
+        files[name] = write_lines(job.folder / name, lines)
+    seconds = time.monotonic() - began
+    gpus = editor.llm.num_gpus if editor.llm is not None else 0
+    with written_whole(job.folder / SHARDS / f"{unit.name}.json") as file:
+        file.write(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
+
+
+def _manifest(
+    unit: Unit, drafts: Sequence[Draft], tokens: Tokens, seconds: float, gpus: int, times_taken: int,
+    files: Mapping[str, str],
+) -> bytes:  # fmt: skip
+    by_category: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    polarities: dict[str, Counter[str]] = defaultdict(Counter)
+    for draft in drafts:
+        name = draft.plan.category.name if draft.plan.category else "none"
+        by_category[name].update(["turns", draft.status])
+        if draft.reason is not None:
+            reasons[draft.status][reason_kind(draft.reason)] += 1
+        if draft.status == "accepted" and draft.rejected is not None:
+            said = polarity(draft.rejected)
+            if said and {said, polarity(draft.turn.answer)} == {"yes", "no"}:
+                polarities[draft.turn.source][f"rejected_{said}"] += 1
+    decided_by = Counter("model" if draft.plan.decided_by.startswith("model ") else "rules" for draft in drafts)
+    statuses = Counter(draft.status for draft in drafts)
+    manifest = {
+        "unit": unit.name,
+        "shard": unit.shard,
+        "round": unit.round,
+        "turns": len(drafts),
+        "accepted": statuses["accepted"],
+        "over_target": statuses["over_target"],
+        "to_retry": sum(statuses[status] for status in RETRIED),
+        "reasons": {status: dict(counts.most_common()) for status, counts in sorted(reasons.items())},
+        "categories": {name: dict(counts) for name, counts in sorted(by_category.items())},
+        "polarity": {source: dict(counts) for source, counts in sorted(polarities.items())},
+        "decided_by": dict(decided_by),
+        "tokens": {"prompt": tokens.prompt, "cached": tokens.cached, "generated": tokens.generated},
+        "seconds": round(seconds, 3),
+        "num_gpus": gpus,
+        "times_taken": times_taken,
+        "files": dict(files),
+    }
+    return json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _cut_to(drafts: Sequence[Draft], most: int) -> None:
+    """Keep ``most`` accepted drafts; those that traded values with one another stay or go together where they can."""
+    accepted = [number for number, draft in enumerate(drafts) if draft.status == "accepted"]
+    if len(accepted) <= most:
+        return
+    kept: set[int] = set()
+    for number in accepted:
+        group = _traders(number, drafts)
+        if number not in kept and len(kept) + len(group) <= most:
+            kept |= group
+    for number in accepted:  # an odd place left is filled all the same: the target is a number of pairs
+        if len(kept) < most:
+            kept.add(number)
+    for number in accepted:
+        if number not in kept:
+            drafts[number].end("over_target", OVER_TARGET)
+
+
+def _traders(number: int, drafts: Sequence[Draft]) -> set[int]:
+    """A turn, those it trades with, those they trade with, and so on."""
+    group, waiting = {number}, [number]
+    while waiting:
+        for trade in drafts[waiting.pop()].plan.trades:
+            if trade.partner is not None and trade.partner.turn not in group:
+                group.add(trade.partner.turn)
+                waiting.append(trade.partner.turn)
+    return group
