@@ -204,21 +204,9 @@ class Planner:
         if self.balance == "uniform":
             self._uniform(plans, rng)
             return
-        waiting = [plan for plan in plans if plan.offers and not plan.reason]
-        attempt = 0
-        while waiting:
-            markets = defaultdict(list)
-            for plan in waiting:
-                # Where one edit is wanted and the first value found no partner, the next value is tried.
-                wanted = plan.offers[: _wanted(plan)] if _wanted(plan) > 1 else plan.offers[attempt : attempt + 1]
-                for trade in wanted:
-                    markets[trade.market].append(trade)
-            for market in sorted(markets):
-                match(markets[market], rng)
-            for plan in waiting:
-                plan.trades = [trade for trade in plan.offers if trade.partner is not None]
-            attempt += 1
-            waiting = [p for p in waiting if not p.trades and _wanted(p) == 1 and attempt < len(p.offers)]
+        open_plans = [plan for plan in plans if plan.offers and not plan.reason]
+        _trade_singles([plan for plan in open_plans if _wanted(plan) == 1], rng)
+        _trade_several([plan for plan in open_plans if _wanted(plan) > 1], rng)
         for plan in plans:
             if plan.offers and not plan.trades and not plan.reason:
                 plan.reason = NO_PARTNER
@@ -243,6 +231,42 @@ def _wanted(plan: Plan) -> int:
     """Trades of a turn: one targeted error, and only in a category that wants several as many as it takes."""
     category = plan.category
     return category.max_edits if category is not None and category.min_edits > 1 else 1
+
+
+def _trade_singles(plans: list[Plan], rng: random.Random) -> None:
+    """One trade each; where the first value of an answer finds no partner, the next one is tried."""
+    attempt = 0
+    while plans:
+        _match_markets([plan.offers[attempt] for plan in plans], rng)
+        for plan in plans:
+            plan.trades = [plan.offers[attempt]] if plan.offers[attempt].partner is not None else []
+        attempt += 1
+        plans = [plan for plan in plans if not plan.trades and attempt < len(plan.offers)]
+
+
+def _trade_several(plans: list[Plan], rng: random.Random) -> None:
+    """Several trades each. Who finds too few leaves, and the others trade anew."""
+    while plans:
+        offers = [trade for plan in plans for trade in plan.offers[: _wanted(plan)]]
+        for trade in offers:
+            trade.partner = None
+        _match_markets(offers, rng)
+        for plan in plans:
+            plan.trades = [trade for trade in plan.offers if trade.partner is not None]
+        staying = [plan for plan in plans if plan.category and len(plan.trades) >= plan.category.min_edits]
+        if len(staying) == len(plans):
+            return
+        for plan in plans:
+            plan.trades = []
+        plans = staying
+
+
+def _match_markets(trades: list[Trade], rng: random.Random) -> None:
+    markets = defaultdict(list)
+    for trade in trades:
+        markets[trade.market].append(trade)
+    for market in sorted(markets):
+        match(markets[market], rng)
 
 
 def match(trades: list[Trade], rng: random.Random) -> None:
