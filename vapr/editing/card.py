@@ -1,2 +1,0 @@
-def write_card(folder, ledger):
-    pass
