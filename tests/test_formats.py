@@ -15,6 +15,7 @@ from vapr.errors import UserError
 from vapr.formats import FORMAT_NAMES, detect
 from vapr.preference_pair import PreferencePair
 from vapr.sources import open_sets, read_pairs
+from vapr.writers import SUFFIXES_OF_FORMATS, WRITER_NAMES
 
 QUESTION, CHOSEN, REJECTED = "What animal is this?", "A grey cat.", "A grey dog."
 
@@ -143,9 +144,9 @@ def test_trained_on_for_a_step_and_written_back_equal(folder, png, tiny, tmp_pat
     [entry] = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert entry["pairs"] == 1 and entry["loss"] == pytest.approx(0.6931, abs=1e-3)
     before = read_pairs(file)
-    suffixes = {"vapr": ".parquet", "trl": ".parquet", "llama-factory": ".json", "ms-swift": ".jsonl", "povid": ".json"}
-    to = name if name in suffixes else "vapr"
-    out = folder / "out" / f"rows{suffixes[to]}"
+    to = name if name in WRITER_NAMES else "vapr"
+    in_tables = ".parquet" in SUFFIXES_OF_FORMATS[to]
+    out = folder / "out" / f"rows{'.parquet' if in_tables else SUFFIXES_OF_FORMATS[to][0]}"
     result = convert(before, to, out)
     after = read_pairs(out)
     assert [content(pair) for pair in after] == [content(pair) for pair in before]

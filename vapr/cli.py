@@ -135,7 +135,7 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("source")
-@click.option("--to", required=True, help="vapr, trl, llama-factory, ms-swift or povid.")
+@click.option("--to", required=True, help="vapr, trl, llava, llama-factory, ms-swift, povid or rlaif-v.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
 @click.option("--format", "name", default="auto", show_default=True, help="Of SOURCE.")
 @click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question.")

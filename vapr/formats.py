@@ -4,6 +4,8 @@ A format is a function from a row to a row with ``id, images, prompt, chosen, re
 ``weight``, ``category``, ``edits`` where it has them), which :func:`vapr.preference_pair.pair_from_row` checks.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -186,13 +188,27 @@ def _seva(row: Row) -> Row:
 def _question(row: Row) -> Row:
     """RLAIF-V and MMPR: a question with its image."""
     _need(row, "question", "chosen", "rejected")
+    origin = origin_of(row) or {}
+    category = origin.get("category")
     return {
-        "id": row.get("id", row.get("idx")),
+        "id": row.get("id", origin.get("id", row.get("idx"))),
         "images": images_of(row),
         "prompt": with_image_parts(row["question"], "question"),
         "chosen": row["chosen"],
         "rejected": row["rejected"],
+        "category": category if isinstance(category, str) else None,
     }
+
+
+def origin_of(row: Row) -> Row | None:
+    """What RLAIF-V's ``origin_split`` says, a JSON object in a text; None where there is none.
+
+    vapr keeps a pair's id and category there, for which RLAIF-V's rows have no other place.
+    """
+    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+        origin = json.loads(row["origin_split"])
+        return origin if isinstance(origin, dict) else None
+    return None
 
 
 class OneOf(tuple[str, ...]):

@@ -107,11 +107,16 @@ class Pairs(Sequence[PreferencePair]):
             self.skipped[self.where(number)] = str(error)
             return error
 
+    def raw(self, number: int) -> Any:
+        """Row ``number`` as its file has it."""
+        part, row = self._find(number)
+        return part.rows[row]
+
     def extra_keys(self, number: int) -> list[str]:
         """Keys of a row of vapr's or TRL's shape that mean nothing to vapr."""
-        part, row = self._find(number)
-        raw = part.rows[row] if part.format in ("vapr", "trl") and not part.columns else {}
-        return sorted(key for key, value in raw.items() if value is not None and key not in USED_KEYS)
+        part, _ = self._find(number)
+        raw = self.raw(number) if part.format in ("vapr", "trl") and not part.columns else {}
+        return sorted(key for key, value in raw.items() if _says_something(value) and key not in USED_KEYS)
 
     def where(self, number: int) -> str:
         """The place of row ``number``: ``file:line``."""
@@ -217,6 +222,13 @@ class Pairs(Sequence[PreferencePair]):
         root = self._roots.index(part.root)
         data = image if isinstance(image, bytes) else f"{root}|{image}".encode(errors="replace")
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _says_something(value: Any) -> bool:
+    """Whether there is more than nulls in a value: a table gives every row all fields of its columns."""
+    if isinstance(value, dict | list):
+        return any(map(_says_something, value.values() if isinstance(value, dict) else value))
+    return value is not None
 
 
 def source_name(rows: Rows) -> str:
