@@ -1,1 +1,1 @@
-"""Makes hard negatives: an open language model edits answers, checks decide which edits become pairs."""
+"""Makes hard negatives of instruction data: a language model or rules edit answers, checks decide which become pairs."""
