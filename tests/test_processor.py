@@ -12,8 +12,9 @@ from PIL import Image
 from tests import oracles
 from vapr.config import TokenWeights
 from vapr.errors import UserError
+from vapr.images import read_image
 from vapr.preference_pair import Edit, PreferencePair
-from vapr.processor import Processor, changed_spans, read_image
+from vapr.processor import Processor, changed_spans
 
 
 @pytest.fixture

@@ -23,6 +23,12 @@ class NoPair(BadRow):
         super().__init__(message if self.MARK in message else self.MARK + message)
 
 
+class DroppedInReview(NoPair):
+    """A row that is sound but was judged not worth training on (``data.verdicts``). It is skipped and counted."""
+
+    MARK = "dropped in review: "
+
+
 def reason_kind(reason: str) -> str:
     """A reason without what is special to one pair: quoted strings and numbers."""
     unquoted = re.sub(r"""(?<!\w)(['"`]).*?\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from vapr.errors import UserError
+from vapr.images import read_image
 from vapr.pages.page import thumbnail
 from vapr.pages.run_report import ShownPair
 from vapr.preference_pair import PreferencePair
-from vapr.processor import read_image
 
 KEPT = 8
 

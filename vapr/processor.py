@@ -6,7 +6,6 @@ class where torchvision does not import. The results equal ``AutoProcessor``'s (
 
 import difflib
 import hashlib
-import io
 import re
 import threading
 from collections import OrderedDict
@@ -16,20 +15,14 @@ from typing import Any
 
 import numpy as np
 import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.config import TokenWeights
 from vapr.errors import BadRow, UserError, one_line
+from vapr.images import image_name, read_image
 from vapr.preference_pair import Message, PreferencePair
-
-MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-"""Pillow only warns here, and warnings are no business of several threads."""
-
-READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-"""PIL modes that convert to RGB without losing range. 16-bit and float images would be clipped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -145,7 +138,8 @@ class Processor:
         try:
             out = self.image_processor(images=[image], return_tensors="np")
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
-            raise UserError(f"image {_name(source)} is refused by the image processor: {one_line(error)}") from None
+            name = image_name(source)
+            raise UserError(f"image {name} is refused by the image processor: {one_line(error)}") from None
         pixels = np.ascontiguousarray(out["pixel_values"])
         grid = None
         if "image_grid_thw" in out:
@@ -295,37 +289,6 @@ def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
     return spans[side]
 
 
-def read_image(source: Path | bytes) -> Image.Image:
-    """Decode an image, upright and in RGB, as transformers' ``load_image`` does.
-
-    Raises:
-        UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
-    """
-    name = _name(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            if width * height > MAXIMUM_PIXELS:
-                raise UserError(f"image {name} may be a decompression bomb: {width} x {height} pixels; scale it down")
-            if image.mode not in READABLE_MODES:
-                raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
-            # Phones put a second picture behind the photograph (MPO); the first is meant.
-            if (num_frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-                raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
-            if width * height == 0:
-                raise UserError(f"image {name} has size {width} x {height}")
-            upright = ImageOps.exif_transpose(image)
-            return (upright or image).convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {name} may be a decompression bomb: {one_line(error)}") from None
-    except UnidentifiedImageError:
-        raise UserError(f"image {name} is not an image file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"image {name} cannot be read: {one_line(error)}") from None
-
-
 class _RecentImages:
     """Processed images by source, the least recently used dropped first. Threads of the loader share it."""
 
@@ -383,7 +346,3 @@ def _load_image_processor(model: str, backend: str) -> Any:
     if not hasattr(transformers, name):
         raise UserError(f"{model}: transformers has no PIL version of its image processor; install torchvision")
     return getattr(transformers, name).from_pretrained(model)
-
-
-def _name(source: Path | bytes) -> str:
-    return "in the row" if isinstance(source, bytes) else f"'{source}'"

@@ -10,7 +10,7 @@ import numpy as np
 
 from vapr.config import Config
 from vapr.display import Display
-from vapr.errors import NoPair, UserError, reason_kind
+from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader
 from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
@@ -157,7 +157,7 @@ def stops_training(config: Config, result: dict[str, Any]) -> str | None:
         key, setting = (
             ("data.too_long", config.data.too_long) if too_long else ("data.on_bad_row", config.data.on_bad_row)
         )
-        if setting == "error" and not entry["reason"].startswith(NoPair.MARK):
+        if setting == "error" and not entry["reason"].startswith((NoPair.MARK, DroppedInReview.MARK)):
             return f"{entry['first'][0]} ({entry['rows']:,} rows for this reason; {key}: skip leaves them out)"
     return None
 

@@ -1,0 +1,50 @@
+"""Decodes images, without torch."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vapr.errors import UserError, one_line
+
+MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+"""Pillow only warns here, and warnings are no business of several threads."""
+
+READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+"""PIL modes that convert to RGB without losing range. 16-bit and float images would be clipped."""
+
+
+def read_image(source: Path | bytes) -> Image.Image:
+    """Decode an image, upright and in RGB, as transformers' ``load_image`` does.
+
+    Raises:
+        UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
+    """
+    name = image_name(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if width * height > MAXIMUM_PIXELS:
+                raise UserError(f"image {name} may be a decompression bomb: {width} x {height} pixels; scale it down")
+            if image.mode not in READABLE_MODES:
+                raise UserError(f"image {name} has mode {image.mode}, which RGB would clip; save it as 8-bit RGB")
+            # Phones put a second picture behind the photograph (MPO); the first is meant.
+            if (num_frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+                raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
+            if width * height == 0:
+                raise UserError(f"image {name} has size {width} x {height}")
+            upright = ImageOps.exif_transpose(image)
+            return (upright or image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {name} may be a decompression bomb: {one_line(error)}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"image {name} is not an image file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"image {name} cannot be read: {one_line(error)}") from None
+
+
+def image_name(source: Path | bytes) -> str:
+    """How messages call an image."""
+    return "in the row" if isinstance(source, bytes) else f"'{source}'"
