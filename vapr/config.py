@@ -5,12 +5,11 @@ it is not installed.
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vapr.formats import MAPPED_KEYS, FormatName
+from vapr.formats import FormatName, check_columns
 
 STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""
@@ -131,6 +130,8 @@ class DataConfig:
     """What happens to a pair that does not fit into a pack."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row or image that cannot be used."""
+    verdicts: str | None = None
+    """File of verdicts that a review page exported (``vapr view``): what it drops is not trained on."""
 
     def __post_init__(self) -> None:
         few = self.workers is None or 0 <= self.workers <= 128
@@ -138,7 +139,7 @@ class DataConfig:
         for name in ("train", "eval"):
             _check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
         for source in (*self.sources("train"), *self.sources("eval")):
-            _check_columns(source.columns, source.format)
+            check_columns(source.columns, source.format)
 
     def sources(self, name: Literal["train", "eval"]) -> list[SourceConfig]:
         """The sets of ``train`` or ``eval``, with what they leave out filled in."""
@@ -154,17 +155,6 @@ class DataConfig:
             )
             for source in sources
         ]
-
-
-def _check_columns(columns: dict[str, str] | None, format: str | None) -> None:
-    """With a format given, columns rename that format's own keys, which are not listed here."""
-    if columns is None or format not in ("auto", None):
-        return
-    for key in columns:
-        if key not in MAPPED_KEYS:
-            close = difflib.get_close_matches(key, MAPPED_KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(MAPPED_KEYS)}"
-            raise ValueError(f"data.columns: unknown key '{key}'; {hint}")
 
 
 LossKind = Literal[

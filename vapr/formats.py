@@ -5,6 +5,7 @@ A format is a function from a row to a row with ``id, images, prompt, chosen, re
 """
 
 import contextlib
+import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -70,6 +71,20 @@ def as_vapr(row: Any, name: str) -> Any:
         if row.get(media):
             raise BadRow(f"'{media}' rows are not supported")
     return _READERS[name](row)
+
+
+def check_columns(columns: Mapping[str, str] | None, format: str | None) -> None:
+    """Raise ValueError for a key of ``columns`` that is none of :data:`MAPPED_KEYS`.
+
+    With a format given, columns rename that format's own keys, which are not listed here.
+    """
+    if columns is None or format not in ("auto", None):
+        return
+    for key in columns:
+        if key not in MAPPED_KEYS:
+            close = difflib.get_close_matches(key, MAPPED_KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(MAPPED_KEYS)}"
+            raise ValueError(f"data.columns: unknown key '{key}'; {hint}")
 
 
 def map_columns(row: Any, columns: Mapping[str, str]) -> Row:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 
 from vapr.config import Config, PackingConfig
-from vapr.errors import BadRow, NoPair, UserError
+from vapr.errors import BadRow, DroppedInReview, NoPair, UserError
 from vapr.packing import PackedBatch, count_tokens, pack
 from vapr.pairs import NO_IMAGE, Pairs
 from vapr.preference_pair import PreferencePair
 from vapr.processor import TokenizedPair
 from vapr.sources import open_sets
+from vapr.verdicts import read_verdicts
 from vapr.workers import Result, Workers
 
 LOOKAHEAD = 64
@@ -60,6 +61,7 @@ class PairLoader:
         pairs_per_step: pairs of one optimizer step.
         seed, shuffle: the order; without ``shuffle`` it is the file's.
         too_long, on_bad_row: ``error`` or ``skip``.
+        dropped: ids of pairs that a review dropped; they are skipped.
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
@@ -76,6 +78,7 @@ class PairLoader:
         shuffle: bool = True,
         too_long: str = "error",
         on_bad_row: str = "error",
+        dropped: frozenset[str] = frozenset(),
     ) -> None:
         self.pairs = pairs
         self.pairs_per_step = pairs_per_step
@@ -86,6 +89,7 @@ class PairLoader:
         self._shuffle = shuffle
         self._too_long = too_long
         self._on_bad_row = on_bad_row
+        self._dropped = dropped
         self._weighted = True
         self._by_image = packing.share == "image" and shuffle
         self._epoch_order = (-1, np.empty(0, np.int64))
@@ -101,8 +105,11 @@ class PairLoader:
 
     @property
     def digest(self) -> str:
-        """Hash of the data; a place in it means nothing in other data."""
-        return self.pairs.digest if isinstance(self.pairs, Pairs) else ""
+        """Hash of the data and of what is dropped of it; a place in it means nothing in other data."""
+        digest = self.pairs.digest if isinstance(self.pairs, Pairs) else ""
+        if not self._dropped:
+            return digest
+        return hashlib.sha256(repr((digest, sorted(self._dropped))).encode()).hexdigest()
 
     @property
     def place(self) -> str:
@@ -207,7 +214,10 @@ class PairLoader:
     def _submit(self, number: int) -> Callable[[], Result] | UserError:
         """Read row ``number`` and hand it to a worker; or what is wrong with it, told in its turn."""
         try:
-            return self._workers.submit(self.pairs[number])
+            pair = self.pairs[number]
+            if pair.id in self._dropped:
+                raise DroppedInReview(f"{pair.where}: {DroppedInReview.MARK}row '{pair.id}'")
+            return self._workers.submit(pair)
         except UserError as error:
             return error
 
@@ -255,7 +265,21 @@ def open_loader(
         shuffle=data.shuffle and name == "train",
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
+        dropped=_dropped(data.verdicts, pairs, say) if name == "train" and data.verdicts else frozenset(),
     )
+
+
+def _dropped(file: str, pairs: Pairs, say: Callable[[str], None]) -> frozenset[str]:
+    """Ids that a file of verdicts drops from ``pairs``."""
+    verdicts = read_verdicts(file)
+    found = pairs.ids_among(verdicts)
+    dropped = frozenset(id for id in found if verdicts[id] == "drop")
+    unknown = len(verdicts) - len(found)
+    say(
+        f"{'verdicts':<10} {file}: {len(dropped):,} ids dropped, {len(found) - len(dropped):,} kept"
+        + (f"; {unknown:,} of its ids match no pair" if unknown else "")
+    )
+    return dropped
 
 
 def fill_packs(pairs: list[TokenizedPair], packing: PackingConfig) -> list[list[TokenizedPair]]:

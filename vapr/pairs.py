@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vapr.cache import user_cache, written_whole
 from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.formats import as_vapr, map_columns
-from vapr.preference_pair import KNOWN_KEYS, PreferencePair, pair_from_row
+from vapr.preference_pair import KNOWN_KEYS, PreferencePair, pair_from_row, row_id
 from vapr.rows import Rows
 
 NO_IMAGE = -1
@@ -186,12 +186,7 @@ class Pairs(Sequence[PreferencePair]):
         known = user_cache() / "index" / f"images-{self.digest[:32]}.npy"
         with contextlib.suppress(OSError, ValueError, EOFError):
             return np.load(known, mmap_mode="r", allow_pickle=False)
-        keys = np.empty(len(self), np.uint64)
-        with Display("group by image", len(self), unit="row") as display:
-            for number in range(len(self)):
-                keys[number] = self._image_key(number)
-                if (number + 1) % 1000 == 0:
-                    display.advance("", 1000)
+        keys = self._key_of_every_row("group by image", self._image_key)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         rank = np.empty(len(first), np.int64)
         rank[np.argsort(first)] = np.arange(len(first))
@@ -205,6 +200,39 @@ class Pairs(Sequence[PreferencePair]):
         """Distinct first images; every row is read once for that."""
         groups = np.unique(self.image_groups())
         return len(groups) - int(NO_IMAGE in groups)
+
+    def ids_among(self, wanted: Collection[str]) -> set[str]:
+        """Those of ``wanted`` that are the id of a row.
+
+        Every row is read once for that; what is found (8 bytes a row) is kept in the user's cache folder.
+        """
+        name = hashlib.sha256(repr((self.digest, self.formats)).encode()).hexdigest()[:32]
+        known = user_cache() / "index" / f"ids-{name}.npy"
+        try:
+            keys = np.load(known, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            keys = self._key_of_every_row("look up ids", self._id_key)
+            with written_whole(known) as file:
+                np.save(file, keys, allow_pickle=False)
+        ids = list(wanted)
+        there = np.isin(np.array([_hash(id.encode(errors="surrogatepass")) for id in ids], np.uint64), keys)
+        return {id for id, found in zip(ids, there, strict=True) if found}
+
+    def _key_of_every_row(self, label: str, key: Callable[[int], int]) -> np.ndarray:
+        keys = np.empty(len(self), np.uint64)
+        with Display(label, len(self), unit="row") as display:
+            for number in range(len(self)):
+                keys[number] = key(number)
+                if (number + 1) % 1000 == 0:
+                    display.advance("", 1000)
+        return keys
+
+    def _id_key(self, number: int) -> int:
+        part, row = self._find(number)
+        try:
+            return _hash(row_id(part.as_vapr(row), part.rows.where(row)).encode())
+        except (BadRow, AttributeError):
+            return 0  # its fault is told when it is read
 
     def _image_key(self, number: int) -> int:
         part, row = self._find(number)
@@ -221,7 +249,11 @@ class Pairs(Sequence[PreferencePair]):
             return 0
         root = self._roots.index(part.root)
         data = image if isinstance(image, bytes) else f"{root}|{image}".encode(errors="replace")
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        return _hash(data)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _says_something(value: Any) -> bool:

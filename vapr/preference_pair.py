@@ -90,7 +90,7 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
         raise BadRow(f"'rejected_images' has {len(other_images)} image(s) but 'images' has {len(images)}")
     prompt = _check_turns(prompt, chosen, rejected, len(images), same_images=other_images in (None, images))
     return PreferencePair(
-        id=_row_id(row, where),
+        id=row_id(row, where),
         images=tuple(image_source(image, root, confined) for image in images),
         prompt=tuple(prompt),
         chosen=tuple(chosen),
@@ -131,8 +131,9 @@ def _category(category: Any) -> str | None:
     return None if category is None else _text(category, "category")
 
 
-def _row_id(row: dict[str, Any], where: str) -> str:
-    given = row.get("id", where.rsplit("/", 1)[-1])
+def row_id(row: dict[str, Any], where: str) -> str:
+    """A row's ``id`` as text; where it has none, its place. Raises BadRow if it cannot be one."""
+    given = where.rsplit("/", 1)[-1] if row.get("id") is None else row["id"]
     if not isinstance(given, str | int):
         raise BadRow(f"'id' must be text, got {given!r}")
     try:

@@ -302,7 +302,8 @@ def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes)
     state = checkpoint.load(folders[-1], engine)
     if state["data"] != loader.digest:
         raise UserError(
-            f"data.train: the pairs changed since {run.path} was started; restore them, or give another run_dir"
+            f"data.train: the pairs changed since {run.path} was started, or data.verdicts did; restore them, or give "
+            "another run_dir"
         )
     loader.skipped.update(state["skipped"])
     extremes.restore(state["extremes"])

@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import hashlib
 import html
 import io
 import re
@@ -91,12 +92,20 @@ MAX_COMPARED = 4_000_000
 """Product of the word counts up to which a difference is searched word by word (time grows with it)."""
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document; ``title`` is text, ``body`` is HTML."""
+def page(title: str, body: str, *, css: str = "", script: str = "") -> str:
+    """A whole HTML document; ``title`` is text, ``body`` is HTML.
+
+    Where there is a ``script``, the page's own policy lets nothing else run and nothing be fetched.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+        + (f'<meta http-equiv="Content-Security-Policy" content="{policy}">' if script else "")
+        + f"<title>{html.escape(title)}</title><style>{CSS}{css}</style></head><body><main>{body}</main>"
+        + (f"<script>{script}</script>" if script else "")
+        + "</body></html>\n"
     )
 
 
@@ -106,37 +115,50 @@ def write_page(path: Path, text: str) -> None:
         file.write(text.encode(errors="replace"))  # a lone surrogate becomes "?"
 
 
-def thumbnail(image: Image.Image) -> str:
-    """A picture as a ``data:`` URI: JPEG on white, longest side at most 360 pixels."""
+def thumbnail(image: Image.Image, max_side: int = MAX_THUMBNAIL_SIDE) -> str:
+    """A picture as a ``data:`` URI: JPEG on white, longest side at most ``max_side`` pixels."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, "white")
         image.paste(layer, mask=layer.getchannel("A"))
     small = image.convert("RGB")
-    small.thumbnail((MAX_THUMBNAIL_SIDE, MAX_THUMBNAIL_SIDE))
+    small.thumbnail((max_side, max_side))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+Marked = list[tuple[str, bool]]
+"""A text in pieces: what it says, and whether the other text lacks it."""
+
+
 def word_diff(chosen: str, rejected: str) -> tuple[str, str]:
     """Both completions as escaped HTML, the words of each that the other lacks inside ``<mark>``."""
+    left, right = (
+        "".join(f"<mark>{html.escape(text)}</mark>" if marked else html.escape(text) for text, marked in side)
+        for side in marked_words(chosen, rejected)
+    )
+    return left, right
+
+
+def marked_words(chosen: str, rejected: str) -> tuple[Marked, Marked]:
+    """Both completions in pieces, the words of each that the other lacks marked."""
     words = _words(chosen), _words(rejected)
     bare = [[word.rstrip() for word in side] for side in words]
     if len(bare[0]) * len(bare[1]) <= MAX_COMPARED:
         codes = difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes()
     else:
         codes = [("replace", 0, len(bare[0]), 0, len(bare[1]))]
-    shown: tuple[list[str], list[str]] = ([], [])
+    shown: tuple[Marked, Marked] = ([], [])
     for kind, *bounds in codes:
         for side in (0, 1):
             text = "".join(words[side][bounds[2 * side] : bounds[2 * side + 1]])
             core = text.rstrip()
             if kind != "equal" and core:
-                shown[side].append(f"<mark>{html.escape(core)}</mark>{html.escape(text[len(core) :])}")
+                shown[side].extend([(core, True), (text[len(core) :], False)])
             else:
-                shown[side].append(html.escape(text))
-    return "".join(shown[0]), "".join(shown[1])
+                shown[side].append((text, False))
+    return shown
 
 
 def _words(text: str) -> list[str]:

@@ -1,0 +1,42 @@
+"""Verdicts of a review: which pairs to keep and which to drop."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from vapr.errors import UserError, one_line
+
+Verdict = Literal["keep", "drop"]
+
+
+def read_verdicts(path: str | Path) -> dict[str, Verdict]:
+    """The verdict of each id in a file that a review page exported: one JSON object a line.
+
+    Later lines replace earlier ones of the same id, so the files of several sittings can be joined end to end. Keys
+    other than ``id`` and ``verdict`` mean nothing here; blank lines are skipped.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    verdicts: dict[str, Verdict] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.verdicts: {path}: cannot be read as a text file ({one_line(error)})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            id, verdict = _verdict(line, f"{path}:{number}")
+            verdicts[id] = verdict
+    return verdicts
+
+
+def _verdict(line: str, where: str) -> tuple[str, Verdict]:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({one_line(error)}); export the verdicts again") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise UserError(f"{where}: a verdict needs an 'id' that is text, got {line:.60}")
+    if row.get("verdict") not in ("keep", "drop"):
+        raise UserError(f"{where}: 'verdict' of '{row['id']}' must be keep or drop, got {row.get('verdict')!r:.40}")
+    return row["id"], row["verdict"]
