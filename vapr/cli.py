@@ -152,14 +152,8 @@ def convert(
     """Write the pairs of SOURCE (file, folder, glob or hub id) in another format."""
     from vapr import convert, sources
 
-    mapped = {}
-    for text in columns:
-        key, equals, column = text.partition("=")
-        if not equals or not key or not column:
-            raise UserError(f"--column {text}: write --column prompt=question")
-        mapped[key] = column
     opened = sources.read_pairs(
-        source, format=name, columns=mapped or None, image_root=image_root, split=split, subset=subset,
+        source, format=name, columns=_columns(columns), image_root=image_root, split=split, subset=subset,
         on_bad_row=on_bad_row,
     )  # fmt: skip
     result = {"read": opened.formats, **convert.convert(opened, to, out)}
@@ -175,6 +169,44 @@ def convert(
         click.echo(f"lost       '{key}' of {count:,} pairs, which {to} has no place for")
     if result["skipped"]:
         click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
+
+
+def _columns(texts: tuple[str, ...]) -> dict[str, str] | None:
+    """What ``--column KEY=COLUMN`` maps."""
+    mapped = {}
+    for text in texts:
+        key, equals, column = text.partition("=")
+        if not equals or not key or not column:
+            raise UserError(f"--column {text}: write --column prompt=question")
+        mapped[key] = column
+    return mapped or None
+
+
+@main.command()
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page, .html.")
+@click.option("--sample", type=click.IntRange(min=1), help="Pairs to draw. [default: all of up to 1,000, else 1,000]")
+@click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the drawing and the order.")
+@click.option("--format", "name", default="auto", show_default=True, help="Of SOURCE.")
+@click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question.")
+@click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in.")
+@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
+@click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json.")
+@json_option
+@one_line_errors
+def view(
+    source: str, out: Path, sample: int | None, seed: int, name: str, columns: tuple[str, ...],
+    image_root: Path | None, split: str, subset: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Write a page on which a person reviews the pairs of SOURCE: keep or drop, exported as JSONL."""
+    from vapr import sources, view
+
+    opened = sources.read_pairs(
+        source, format=name, columns=_columns(columns), image_root=image_root, split=split, subset=subset,
+        on_bad_row="skip",
+    )  # fmt: skip
+    result = view.view(opened, out, sample=sample, seed=seed)
+    click.echo(json.dumps(result, indent=2) if as_json else view.show(result, opened.formats, out))
 
 
 @main.command()

@@ -1,1 +1,1 @@
-"""Makes hard negatives of instruction data: a language model or rules edit answers, checks decide which become pairs."""
+"""Makes hard negatives of instruction data: a model or rules edit answers, checks decide which become pairs."""
