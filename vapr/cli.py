@@ -226,12 +226,14 @@ def view(
     "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes, each with its own GPUs."
 )
 @click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
+@click.option("--verdicts", type=click.Path(path_type=Path), help="Of vapr view: what it dropped leaves the pairs.")
 @click.option("--gpu-price", type=click.FloatRange(min=0), help="Of a GPU-hour, to estimate the cost of the rest.")
 @json_option
 @one_line_errors
 def edit(
     source: str, out: Path, editor: str, config: Path | None, overrides: tuple[str, ...], target: int | None,
-    retry_failed: bool, workers: int, ray: bool, gpu_price: float | None, as_json: bool,
+    retry_failed: bool, workers: int, ray: bool, verdicts: Path | None, gpu_price: float | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Make preference pairs of instruction data: the rejected answer is the true one with one targeted error.
 
@@ -243,7 +245,7 @@ def edit(
 
     start = Start(
         source=source, folder=out, editor=editor, config=EditConfig.load(config, overrides), target=target,
-        retry_failed=retry_failed, workers=workers, ray=ray, price_per_gpu_hour=gpu_price,
+        retry_failed=retry_failed, workers=workers, ray=ray, price_per_gpu_hour=gpu_price, verdicts=verdicts,
     )  # fmt: skip
     result = run(start)
     click.echo(json.dumps(result, indent=2) if as_json else f"{show(result)}\nwrote       {out}")

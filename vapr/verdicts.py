@@ -1,6 +1,7 @@
 """Verdicts of a review: which pairs to keep and which to drop."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,22 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.verdicts: {path}: cannot be read as a text file ({one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a text file ({one_line(error)})") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             id, verdict = _verdict(line, f"{path}:{number}")
             verdicts[id] = verdict
     return verdicts
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): (low, high) between 0 and 1."""
+    if trials == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _verdict(line: str, where: str) -> tuple[str, Verdict]:

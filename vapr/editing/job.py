@@ -19,10 +19,13 @@ from vapr.cache import written_whole
 from vapr.display import Display
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
+from vapr.editing.pair_rows import num_rows
 from vapr.editing.turns import InstructionData, Turn, why_left_out
 from vapr.errors import BadRow, UserError
+from vapr.verdicts import read_verdicts
 
 PAIRS, REJECTS, PLANS, SHARDS, LEASES = "pairs", "rejects", "plans", "shards", "leases"
+VERDICTS = "verdicts.jsonl"
 WAIT_SECONDS = 1.0
 SHOWN_BAD_ROWS = 1_000
 
@@ -65,6 +68,7 @@ class Job:
         self.described = json.loads(json.dumps(described))
         self._claim_folder()
         self.scan = self._scan()
+        self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
         self._turns = np.load(folder / "turns.npy", mmap_mode="r", allow_pickle=False)
 
     def _claim_folder(self) -> None:
@@ -180,7 +184,14 @@ class Job:
 
     @property
     def accepted(self) -> int:
-        return sum(manifest["accepted"] for manifest in self.manifests())
+        """Pairs in the parts of finished units: those accepted, less those that a review has dropped since."""
+        manifests = self.manifests()
+        if "drop" not in self.verdicts.values():
+            return sum(manifest["accepted"] for manifest in manifests)
+        parts = [
+            self.folder / name for manifest in manifests for name in manifest["files"] if name.endswith(".parquet")
+        ]
+        return sum(num_rows(part) for part in parts)
 
 
 RETRIED = ("failed", "over_target", "partner_lost")

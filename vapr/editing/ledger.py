@@ -2,10 +2,11 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vapr.editing.job import RETRIED, Job
+from vapr.editing.review import review
+from vapr.editing.work import DROPPED
 
 
 def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None = None) -> dict[str, Any]:
@@ -37,7 +38,9 @@ def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None
                     categories[name][status] += count
         for source, counts in manifest["polarity"].items():
             polarity[source].update(counts)
-    accepted = sum(manifest["accepted"] for manifest in manifests)
+    accepted = job.accepted
+    if dropped := sum(manifest["accepted"] for manifest in manifests) - accepted:
+        reasons["rejected"][DROPPED] += dropped
     seconds = sum(manifest["seconds"] for manifest in manifests)
     done = sum(manifest["turns"] for manifest in manifests if manifest["round"] == 0)
     scan = {key: value for key, value in job.scan.items() if key != "first_bad_rows"}
@@ -64,7 +67,7 @@ def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None
             "redone": sum(manifest["times_taken"] - 1 for manifest in manifests),
         },
         "rest": _rest(manifests, job.num_turns - done, done, price_per_gpu_hour),
-        "review": _review(job.folder),
+        "review": review(job),
         "verifier": job.config.checks.verifier,
         "blind_check": editor["name"] if job.config.checks.blind else None,
     }
@@ -93,8 +96,3 @@ def _rest(manifests: list[dict[str, Any]], left: int, done: int, price: float | 
         "cost": round(gpu_hours * price, 2) if price is not None else None,
         "price_per_gpu_hour": price,
     }
-
-
-def _review(folder: Path) -> dict[str, Any] | None:
-    """Verdicts of people, if there are any."""
-    return None

@@ -1,16 +1,17 @@
 """Drafts as rows on disk: accepted ones as parquet, the others and the plans as JSON lines."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vapr.cache import written_whole
 from vapr.editing.edit import Draft
 from vapr.editing.turns import Turn
-from vapr.errors import UserError
+from vapr.errors import UserError, one_line
 from vapr.preference_pair import Message
 
 
@@ -134,19 +135,46 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         UserError: if pyarrow is missing or the file cannot be written.
     """
+    return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
+
+
+def write_table(path: Path, table: Any) -> str:
+    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256."""
+    with written_whole(path) as file:
+        _pyarrow().parquet.write_table(table, file, compression="zstd")
+        file.flush()
+        with Path(file.name).open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+    return digest
+
+
+def read_table(path: Path) -> Any:
+    """A part as an Arrow table. Raises UserError if it is damaged."""
+    with _readable(path):
+        return _pyarrow().parquet.read_table(path)
+
+
+def num_rows(path: Path) -> int:
+    """Pairs in a part, without reading them. Raises UserError if it is damaged."""
+    with _readable(path):
+        return int(_pyarrow().parquet.read_metadata(path).num_rows)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        import pyarrow as pa
+        yield
+    except (OSError, _pyarrow().ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it, or begin again elsewhere") from None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError("vapr edit writes parquet, which needs pyarrow; pip install 'vapr[data]'") from None
-    table = pa.Table.from_pylist(list(rows), _schema(pa))
-    with written_whole(path) as file:
-        pyarrow.parquet.write_table(table, file, compression="zstd")
-        file.flush()
-        temporary = Path(file.name)
-        with temporary.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-    return digest
+    return pyarrow
 
 
 def _schema(pa: Any) -> Any:

@@ -19,6 +19,7 @@ from vapr.editing.job import Job
 from vapr.editing.ledger import ledger
 from vapr.editing.llm import LanguageModel, open_llm
 from vapr.editing.prompts import prompt_hash
+from vapr.editing.review import take_verdicts
 from vapr.editing.work import work
 from vapr.errors import UserError
 
@@ -38,6 +39,13 @@ class Start:
     workers: int = 1
     ray: bool = False
     price_per_gpu_hour: float | None = None
+    verdicts: Path | None = None
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether a worker loads a model by itself."""
+        models = (self.editor, self.config.checks.verifier)
+        return any(model not in (None, RULES) and not str(model).startswith("http") for model in models)
 
 
 def run(start: Start) -> dict[str, Any]:
@@ -47,12 +55,14 @@ def run(start: Start) -> dict[str, Any]:
         UserError: for everything the user can mend, see :class:`vapr.editing.job.Job`.
     """
     job = open_job(start)
+    if start.verdicts is not None:
+        take_verdicts(job, start.verdicts)
     units = job.units(retry_failed=start.retry_failed)
     if units and (start.target is None or job.accepted < start.target):
         if start.ray:
             from vapr.editing.on_ray import work_on_ray
 
-            work_on_ray(start, units)
+            work_on_ray(start, job, units)
         elif start.workers > 1:
             _beside_each_other(start, job)
         else:
@@ -71,12 +81,12 @@ def open_job(start: Start) -> Job:
 def work_alone(start: Start, job: Job) -> None:
     """Be one worker of the job."""
     with open_editor(start) as editor:
-        identity = _identity(start, editor)
-        job.check_editor(identity)
+        described = identity(start, editor)
+        job.check_editor(described)
         done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
         total = job.num_turns if not start.retry_failed else done + 1
         with Display("edit", total, done, unit="answer") as display:
-            work(job, editor, identity, target=start.target, retry_failed=start.retry_failed, display=display)
+            work(job, editor, described, target=start.target, retry_failed=start.retry_failed, display=display)
 
 
 @contextlib.contextmanager
@@ -98,13 +108,14 @@ def open_editor(start: Start) -> Iterator[Editor]:
 
 
 def _picture(image: Path | bytes) -> str:
+    from vapr.images import read_image
     from vapr.pages.page import thumbnail
-    from vapr.processor import read_image
 
     return thumbnail(read_image(image))
 
 
-def _identity(start: Start, editor: Editor) -> dict[str, Any]:
+def identity(start: Start, editor: Editor) -> dict[str, Any]:
+    """Who edits, for provenance."""
     llm: LanguageModel | None = editor.llm
     return {
         "name": llm.name if llm else RULES,
@@ -171,7 +182,7 @@ def _devices(workers: int, each: int) -> list[str | None]:
 
 
 def _one_of_several(start: Start, gpus: str | None, problems: Any) -> None:
-    if gpus is not None and start.editor != RULES:
+    if gpus is not None and start.needs_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
         work_alone(start, open_job(start))

@@ -11,11 +11,12 @@ from vapr.display import Display
 from vapr.editing.edit import Draft, Editor, Tokens
 from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
 from vapr.editing.leases import Lease, take
-from vapr.editing.pair_rows import pair_row, plan_row, reject_row, write_lines, write_pairs
+from vapr.editing.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
 from vapr.errors import reason_kind
 from vapr.style import polarity
 
 OVER_TARGET = "more than --target asked for"
+DROPPED = "dropped in review"
 
 
 def work(
@@ -37,22 +38,31 @@ def work(
         for unit in units:
             if target is not None and job.accepted >= target:
                 return
-            if job.manifest(unit) is not None:
-                continue
-            lease = take(job.folder / LEASES, unit.name)
-            if lease is None:
+            if not do_unit(job, editor, identity, unit, target, lambda n: display.advance("", n)):
                 waiting.append(unit)
-                continue
-            with lease:
-                if job.manifest(unit) is None:  # not finished in the meantime
-                    run_unit(job, editor, identity, unit, lease, target, lambda n: display.advance("", n))
         units = [unit for unit in waiting if job.manifest(unit) is None]
         if units:
             display.note(f"waiting for {len(units)} shards that other workers hold")
             time.sleep(WAIT_SECONDS)
 
 
-def run_unit(
+def do_unit(
+    job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, target: int | None,
+    on_turn: Callable[[int], None] = lambda count: None,
+) -> bool:  # fmt: skip
+    """Do a unit unless it is done; False if another worker holds it."""
+    if job.manifest(unit) is not None or (target is not None and job.accepted >= target):
+        return True
+    lease = take(job.folder / LEASES, unit.name)
+    if lease is None:
+        return False
+    with lease:
+        if job.manifest(unit) is None:  # not finished in the meantime
+            _edit_unit(job, editor, identity, unit, lease, target, on_turn)
+    return True
+
+
+def _edit_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, lease: Lease, target: int | None,
     on_turn: Callable[[int], None],
 ) -> None:  # fmt: skip
@@ -60,6 +70,9 @@ def run_unit(
     began = time.monotonic()
     turns = job.turns_of(unit)
     drafts, tokens = editor.edit(turns, unit.name, on_turn)
+    for draft in drafts:
+        if draft.status == "accepted" and job.verdicts.get(pair_id(draft, identity)) == "drop":
+            draft.end("rejected", DROPPED)
     if target is not None:
         _cut_to(drafts, target - job.accepted)
     if not lease.held:

@@ -1,0 +1,51 @@
+"""The same job on a Ray cluster: Ray Data hands units to workers, which write the same files under the same leases."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vapr.display import Display
+from vapr.editing.job import Job, Unit
+from vapr.editing.run import Start, open_editor, open_job
+from vapr.editing.run import identity as identity_of
+from vapr.editing.work import do_unit
+from vapr.errors import UserError
+
+
+class _Worker:
+    """One actor: a job's folder and an editor with its models loaded."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._job = open_job(start)
+        self._opened = open_editor(start)
+        self._editor = self._opened.__enter__()
+        self._identity = identity_of(start, self._editor)
+        self._job.check_editor(self._identity)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for shard, round in zip(batch["shard"], batch["round"], strict=True):
+            do_unit(self._job, self._editor, self._identity, Unit(int(shard), int(round)), self._start.target)
+        return batch
+
+
+def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
+    """Do the units on Ray, with ``start.workers`` actors; the folder must be shared by all machines.
+
+    Raises:
+        UserError: if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--ray needs Ray; pip install 'vapr[ray]'") from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    gpus = start.config.engine.tensor_parallel if ray.cluster_resources().get("GPU") and start.needs_gpu else 0
+    rows = [{"shard": unit.shard, "round": unit.round} for unit in units]
+    # One block a unit: a block is what Ray gives to a worker, and what it does again when a worker is lost.
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Worker, fn_constructor_args=(start,), batch_size=1, concurrency=start.workers, num_gpus=gpus
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    with Display("edit", job.num_turns, unit="answer") as display:
+        for _ in done.iter_batches(batch_size=1):
+            display.advance(f"{job.accepted:,} accepted", job.config.turns_per_shard)
