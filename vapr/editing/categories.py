@@ -17,7 +17,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from vapr.errors import UserError, one_line
-from vapr.style import num_words
 
 CheckName = Literal["other_value", "other_number", "opposite", "not_related", "polarity", "other_text", "conclusion"]
 
@@ -58,7 +57,7 @@ class Rule(_Part):
                 return False
         if self.min_answer_words is None and self.max_answer_words is None:
             return True
-        return (self.min_answer_words or 0) <= num_words(answer) <= (self.max_answer_words or 10**9)
+        return (self.min_answer_words or 0) <= len(answer.split()) <= (self.max_answer_words or 10**9)
 
 
 class Value(NamedTuple):
