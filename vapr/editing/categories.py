@@ -121,7 +121,7 @@ class ClosedSet(_Part):
     @cached_property
     def _found(self) -> re.Pattern[str]:
         longest_first = sorted(self.members, key=len, reverse=True)
-        return re.compile(rf"(?<![\w'’-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w'’-])", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
     @cached_property
     def _context(self) -> tuple[list[re.Pattern[str]], ...]:

@@ -31,7 +31,7 @@ class SourceConfig:
     """Of the source; written into every pair and the card. A row's own ``licence`` or ``license`` goes first."""
 
 
-BOOKS = r"\b(title|author|genre) of (this|the) book\b|\bwho (wrote|is the author of) (this|the) book\b"
+BOOKS = r"\b(title|author|genre) of this book\b|\bwho (wrote|is the author of) this book\b"
 
 
 @dataclass(frozen=True, kw_only=True)
