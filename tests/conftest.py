@@ -23,6 +23,7 @@ if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
     launch.triton.knobs.runtime.interpret = True
     launch.interpret = False
 
+from tests import language_models
 from vapr.config import Config
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.pairs import write_pairs
@@ -89,6 +90,12 @@ def tiny(tmp_path_factory, corpus):
         return folders[family]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_llm(corpus) -> Path:
+    """Folder of a small instruction-tuned language model, kept in the user's cache; see tests/language_models.py."""
+    return language_models.small_llm(Path.home() / ".cache" / "vapr-tests", corpus)
 
 
 @pytest.fixture(params=FAMILIES)

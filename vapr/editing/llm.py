@@ -134,5 +134,5 @@ def cut_off(tokens: int) -> str:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a thousand open brackets
         return None

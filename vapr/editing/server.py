@@ -97,7 +97,7 @@ class ServerModel:
                 return _read_reply(await self._send(client, request), request)
             except self._openai.APIStatusError as error:
                 status = error.status_code
-                problem, details = f"HTTP {status}", f": {self._said(error)}"
+                problem, details = f"HTTP {status}", self._said(error)
                 if status in REFUSED:
                     raise UserError(f"server {self._shown}: {problem}{details}; {self._way_out(status)}") from None
                 if status not in TRY_AGAIN and status < 500:
@@ -137,7 +137,7 @@ class ServerModel:
                 status = error.status_code
                 if status == 404 and self._settings.model is not None:  # some gateways list nothing
                     return []
-                problem = f"HTTP {status}: {self._said(error)}; {self._way_out(status)}"
+                problem = f"HTTP {status}{self._said(error)}; {self._way_out(status)}"
             except (TimeoutError, self._openai.APITimeoutError):
                 problem = f"no answer within {self._settings.timeout_seconds:g} s"
             except self._openai.APIConnectionError as error:
@@ -172,7 +172,7 @@ class ServerModel:
             if len(models) != 1:
                 listed = ", ".join(str(model["id"]) for model in models) or "none"
                 raise UserError(
-                    f"server {self._shown} lists several models or none; set engine.model to one of: {listed}"
+                    f"server {self._shown} lists {len(models)} models; engine.model must name one: {listed}"
                 )
             name = str(models[0]["id"])
         root = next((model.get("root") for model in models if model["id"] == name), None)
@@ -185,16 +185,14 @@ class ServerModel:
 
     def _way_out(self, status: int) -> str:
         if status in (401, 403):
-            key = (
-                f"the key in {self._settings.api_key_env}" if self._key else f"{self._settings.api_key_env} is not set"
-            )
-            return f"{REFUSED[status]} ({key})"
+            variable = self._settings.api_key_env
+            return f"{REFUSED[status]} ({variable} is {'set' if self._key else 'not set'})"
         return REFUSED.get(status, "look at the server's log")
 
     def _said(self, error: Any) -> str:
-        """A refusing server's own words."""
+        """A refusing server's own words, if it sent any."""
         message = error.body.get("message") if isinstance(error.body, dict) else None
-        return self._redacted(str(message or error))
+        return f": {self._redacted(str(message))}" if message else ""
 
     def _redacted(self, text: str) -> str:
         """In one line and without the key, which some servers repeat."""
@@ -229,7 +227,7 @@ def _read_reply(body: Any, request: Request) -> Reply:
 def _parse_body(response: Any) -> Any:
     try:
         return json.loads(response.http_response.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _UnusableAnswer("an answer that is not JSON") from None
 
 
@@ -239,15 +237,14 @@ def _backoff(attempt: int) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date), within reason."""
-    value = headers.get("retry-after", "")
+    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a whole number or a date), within reason."""
+    value = headers.get("retry-after", "").strip()
+    if value.isdecimal():
+        return min(float(value), LONGEST_RETRY_AFTER)
     try:
-        seconds = float(value)
+        seconds = parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
+        return 0.0
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 

