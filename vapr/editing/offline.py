@@ -2,8 +2,10 @@
 
 import functools
 import io
+import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,8 @@ def _identify(model: str) -> tuple[str, str, dict[str, str]]:
 def _import_vllm(on_gpu: bool) -> Any:
     for name, value in (QUIET if on_gpu else QUIET | ON_CPU).items():
         os.environ.setdefault(name, value)  # vLLM reads its settings from the environment, as it is imported
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # some lines come before vLLM has read its settings
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     try:
         import vllm
     except ImportError as error:
