@@ -1,6 +1,8 @@
-"""The reference of every config key as Markdown, made from the dataclasses and docstrings of vapr/config.py.
+"""The reference of every config key as Markdown, made from the dataclasses and docstrings of a config module.
 
-    python scripts/config_reference.py [--write docs/config.md | --check docs/config.md]
+    python scripts/config_reference.py [--of run|edit] [--write docs/config.md | --check docs/config.md]
+
+``--of run`` (the default) is vapr/config.py, ``--of edit`` vapr/editing/config.py.
 
 ``--write`` replaces the block between the markers below; ``--check`` exits 1 if that block is out of date.
 """
@@ -17,30 +19,33 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "kernels")]
 
-from vapr import config as module  # noqa: E402
+from vapr.config import Config  # noqa: E402
+from vapr.editing.config import EditConfig  # noqa: E402
 
+CONFIGS: dict[str, Any] = {"run": Config, "edit": EditConfig}
 BEGIN, END = "<!-- config:begin -->", "<!-- config:end -->"
 WORDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--of", choices=list(CONFIGS), default="run")
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--check", type=Path, metavar="FILE")
     options = parser.parse_args()
     file = options.write or options.check
     if file is None:
-        print(render())
+        print(render(options.of))
         return 0
     old = file.read_text(encoding="utf-8")
     if BEGIN not in old or END not in old:
         print(f"{file}: no '{BEGIN}' ... '{END}' block in it; add the two lines where the reference belongs")
         return 2
-    new = replace_block(old, render())
+    new = replace_block(old, render(options.of))
     if options.write:
         file.write_text(new, encoding="utf-8")
     elif new != old:
-        print(f"{file}: it is out of date; run scripts/config_reference.py --write {file}")
+        print(f"{file}: it is out of date; run scripts/config_reference.py --of {options.of} --write {file}")
         return 1
     return 0
 
@@ -51,13 +56,13 @@ def replace_block(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
-def render() -> str:
+def render(of: str = "run") -> str:
     """Every section: its heading, its docstring, a table of its keys."""
-    docs = read_docs()
-    return "\n\n".join(part for name, section in sections() for part in section_parts(name, section, docs))
+    docs = read_docs(inspect.getmodule(CONFIGS[of]))
+    return "\n\n".join(part for name, section in sections(CONFIGS[of]) for part in section_parts(name, section, docs))
 
 
-def sections(section: Any = module.Config, prefix: str = "") -> list[tuple[str, Any]]:
+def sections(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """(name, dataclass) of the config and of every section below it; a class that two keys share is named by both."""
     found: dict[Any, list[str]] = {section: [prefix]}
     for key, annotation in hints(section).items():
@@ -115,7 +120,7 @@ def default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return "required"
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if dataclasses.is_dataclass(value) or (isinstance(value, list) and dataclasses.is_dataclass(value[0])):
+    if dataclasses.is_dataclass(value) or (isinstance(value, list) and value and dataclasses.is_dataclass(value[0])):
         return "the section's defaults"
     if isinstance(value, bool) or value is None:
         return f"`{str(value).lower().replace('none', 'null')}`"
@@ -123,7 +128,7 @@ def default(field: dataclasses.Field[Any]) -> str:
     return f"`{shown}`"
 
 
-def read_docs() -> dict[str, dict[str, str]]:
+def read_docs(module: Any) -> dict[str, dict[str, str]]:
     """The string under each field, by class and field."""
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(module)).body:

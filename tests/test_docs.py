@@ -51,6 +51,14 @@ def test_the_config_reference_is_current(config_reference):
     )
 
 
+def test_the_edit_config_reference_is_current(config_reference):
+    text = (REPOSITORY / "docs" / "edit.md").read_text(encoding="utf-8")
+    assert config_reference.replace_block(text, config_reference.render("edit")) == text, (
+        "run python scripts/config_reference.py --of edit --write docs/edit.md"
+    )
+    assert "|  |" not in config_reference.render("edit"), "a key without a docstring in vapr/editing/config.py"
+
+
 def test_the_script_writes_and_checks(tmp_path):
     page = tmp_path / "config.md"
     page.write_text("# Keys\n<!-- config:begin -->\nstale text\n<!-- config:end -->\nafter\n")
