@@ -108,9 +108,13 @@ class Pairs(Sequence[PreferencePair]):
             return error
 
     def raw(self, number: int) -> Any:
-        """Row ``number`` as its file has it."""
+        """Row ``number`` as its file has it, with keys that a pair has no place for. Raises BadRow if undecodable."""
         part, row = self._find(number)
         return part.rows[row]
+
+    def folder(self, number: int) -> Path:
+        """The folder that relative image paths of row ``number`` start at."""
+        return self._find(number)[0].root
 
     def extra_keys(self, number: int) -> list[str]:
         """Keys of a row of vapr's or TRL's shape that mean nothing to vapr."""

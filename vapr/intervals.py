@@ -1,0 +1,80 @@
+"""95 % intervals of shares and means whose pairs come in groups (all pairs of one image stand or fall together)."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Z = 1.959964
+"""Quantile of the normal distribution for 95 %."""
+
+RESAMPLES = 500
+
+
+def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | int | None]:
+    """Mean of values in [0, 1] as ``value`` in percent, its 95 % ``interval`` [low, high], and ``pairs``.
+
+    Wilson's interval with the effective number of pairs: that of independent pairs whose mean varies as much as this
+    one does from group to group (cluster-robust variance; Kish's design effect). Where nothing varies it is the number
+    of groups. Never more than the number of pairs. Both are None for no values.
+    """
+    count = len(values)
+    if count == 0:
+        return {"value": None, "interval": None, "pairs": 0}
+    share = float(np.mean(values))
+    variance = _variance_of_ratio(values, np.ones(count), groups)
+    num_groups = len(np.unique(groups))
+    effective = float(num_groups)
+    if num_groups > 1 and variance > 0:
+        effective = min(share * (1 - share) / variance, count)
+    low, high = wilson(share, effective)
+    return {"value": 100 * share, "interval": [100 * low, 100 * high], "pairs": count}
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share among ``count`` independent trials."""
+    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    reach = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def relative_gap(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | None]:
+    """How much larger the mean of ``values`` is than that of ``base``, in percent of it; interval by the delta method.
+
+    One group alone says nothing about others: its interval is None.
+    """
+    if len(base) == 0 or base.sum() == 0:
+        return {"value": None, "interval": None}
+    gap = float(values.sum() / base.sum() - 1)
+    if len(np.unique(groups)) < 2:
+        return {"value": 100 * gap, "interval": None}
+    reach = Z * math.sqrt(_variance_of_ratio(values, base, groups))
+    return {"value": 100 * gap, "interval": [100 * (gap - reach), 100 * (gap + reach)]}
+
+
+def _variance_of_ratio(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> float:
+    """Cluster-robust variance of ``sum(values) / sum(base)``; groups are drawn, not pairs."""
+    ratio = values.sum() / base.sum()
+    _, number = np.unique(groups, return_inverse=True)
+    residuals = np.bincount(number, weights=values - ratio * base)
+    count = len(residuals)
+    return float((residuals**2).sum() / base.sum() ** 2 * count / max(count - 1, 1))
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int) -> list[float]:
+    """Percentile interval of a statistic over resampled groups.
+
+    Args:
+        statistic: its value for weights of the pairs (n,): how often each was drawn.
+        groups: group of each pair (n,).
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    _, number = np.unique(groups, return_inverse=True)
+    count = int(number.max()) + 1
+    drawn = []
+    for _ in range(RESAMPLES):
+        times = np.bincount(generator.integers(0, count, count), minlength=count)
+        drawn.append(statistic(times[number].astype(float)))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return [float(low), float(high)]
