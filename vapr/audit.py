@@ -1,5 +1,6 @@
 """The bias audit of pair sets: what gives the rejected text away to someone who never saw the image."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from vapr.duplicates import near_duplicates, repeated
 from vapr.errors import UserError
 from vapr.gates import judge
 from vapr.intervals import percent, relative_gap
-from vapr.pair_table import NO_CATEGORY, SAYS, PairTable, question, read_table, said
+from vapr.pair_table import SAYS, PairTable, question, read_table, said
 from vapr.pairs import Pairs
 from vapr.probes import FOLDS, in_two_pairs, ngram_differences, probe, require_scikit_learn
 from vapr.style import STYLE_KEYS
@@ -44,28 +45,33 @@ def audit(
     """
     require_scikit_learn()
     results = {}
-    tables = {name: read_table(pairs, max_pairs=max_pairs, seed=seed) for name, pairs in sets.items()}
-    scorer = _scorer(model)
-    for name, pairs in sets.items():
-        table = tables[name]
-        scores = scorer(pairs, table, limit) if scorer is not None else None
-        results[name] = _set_result(pairs, table, scores, seed)
-        results[name]["gates"] = judge(results[name])
+    with _open_scorer(model) as scorer:
+        for name, pairs in sets.items():
+            table = read_table(pairs, max_pairs=max_pairs, seed=seed)
+            scores = None
+            if scorer is not None:
+                scores = scorer.scores(pairs, table, _some(table.sampled, limit, seed))
+            results[name] = _set_result(pairs, table, scores, seed)
+            results[name]["gates"] = judge(results[name])
     settings = {"max_pairs": max_pairs, "seed": seed, "model": model, "limit": limit, "folds": FOLDS}
-    failed = [f"{name}: {gate['name']}" for name, one in results.items() for gate in one["gates"] if _fails(gate)]
+    failed = [
+        f"{name}: {gate['name']}" for name, one in results.items() for gate in one["gates"] if gate["status"] == "fail"
+    ]
     return {"settings": settings, "sets": results, "failed": failed}
 
 
-def _fails(gate: Mapping[str, Any]) -> bool:
-    return bool(gate["status"] == "fail")
-
-
-def _scorer(model: str | None) -> Any:
+def _open_scorer(model: str | None) -> contextlib.AbstractContextManager[Any]:
     if model is None:
-        return None
-    from vapr.blind import Scorer
+        return contextlib.nullcontext()
+    from vapr.blind import Scorer  # with torch and transformers, which the rest of the audit does without
 
     return Scorer(model)
+
+
+def _some(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
 
 
 def _set_result(pairs: Pairs, table: PairTable, scores: Any, seed: int) -> dict[str, Any]:
@@ -158,7 +164,9 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 def _polarity(polarity: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     """``counts[chosen][rejected]``, and among pairs that answer yes against no how often yes is the chosen one."""
     counts = {
-        chosen: {rejected: int(((polarity[:, 0] == n) & (polarity[:, 1] == m)).sum()) for m, rejected in enumerate(SAYS)}
+        chosen: {
+            rejected: int(((polarity[:, 0] == n) & (polarity[:, 1] == m)).sum()) for m, rejected in enumerate(SAYS)
+        }
         for n, chosen in enumerate(SAYS)
     }
     opposed = (polarity > 0).all(axis=1) & (polarity[:, 0] != polarity[:, 1])
@@ -211,7 +219,10 @@ def _parts(table: PairTable, features: _Features, scores: Any, labels: np.ndarra
 def _duplicates(pairs: Pairs, table: PairTable) -> dict[str, Any]:
     groups = repeated(table.identities)
     extra = sum(len(group) - 1 for group in groups)
-    examples = [{"places": [pairs.where(int(table.numbers[n])) for n in group[:3]], **_shown(pairs, table, group[0])} for group in groups[:3]]
+    examples = [
+        {"places": [pairs.where(int(table.numbers[n])) for n in group[:3]], **_shown(pairs, table, group[0])}
+        for group in groups[:3]
+    ]
     return {"extra": extra, "percent": 100 * extra / len(table), "examples": examples}
 
 
@@ -230,7 +241,7 @@ def _shown(pairs: Pairs, table: PairTable, row: int) -> dict[str, str]:
     return {"question": question(pair), "rejected": said(pair.rejected)}
 
 
-def open_named(sources: Sequence[str], opened: Sequence[Pairs]) -> dict[str, Pairs]:
+def named(sources: Sequence[str], opened: Sequence[Pairs]) -> dict[str, Pairs]:
     """The sets by the shortest ends of their names that tell them apart.
 
     Raises:

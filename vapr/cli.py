@@ -133,16 +133,42 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
 
 
+def pair_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How a set of pairs is opened: the options of ``vapr.sources.read_pairs``."""
+    options = (
+        click.option("--format", "name", default="auto", show_default=True, help="Of the pairs."),
+        click.option(
+            "--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question."
+        ),
+        click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in."),
+        click.option("--split", default="train", show_default=True, help="Of a hub data set."),
+        click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+bad_row_option = click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+
+
+def _mapped(columns: tuple[str, ...]) -> dict[str, str] | None:
+    """What ``--column KEY=COLUMN`` maps."""
+    mapped = {}
+    for text in columns:
+        key, equals, column = text.partition("=")
+        if not equals or not key or not column:
+            raise UserError(f"--column {text}: write --column prompt=question")
+        mapped[key] = column
+    return mapped or None
+
+
 @main.command()
 @click.argument("source")
 @click.option("--to", required=True, help="vapr, trl, llava, llama-factory, ms-swift, povid or rlaif-v.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
-@click.option("--format", "name", default="auto", show_default=True, help="Of SOURCE.")
-@click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question.")
-@click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in.")
-@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
-@click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json.")
-@click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@pair_options
+@bad_row_option
 @json_option
 @one_line_errors
 def convert(
@@ -153,7 +179,7 @@ def convert(
     from vapr import convert, sources
 
     opened = sources.read_pairs(
-        source, format=name, columns=_columns(columns), image_root=image_root, split=split, subset=subset,
+        source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
         on_bad_row=on_bad_row,
     )  # fmt: skip
     result = {"read": opened.formats, **convert.convert(opened, to, out)}
@@ -171,27 +197,12 @@ def convert(
         click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
 
 
-def _columns(texts: tuple[str, ...]) -> dict[str, str] | None:
-    """What ``--column KEY=COLUMN`` maps."""
-    mapped = {}
-    for text in texts:
-        key, equals, column = text.partition("=")
-        if not equals or not key or not column:
-            raise UserError(f"--column {text}: write --column prompt=question")
-        mapped[key] = column
-    return mapped or None
-
-
 @main.command()
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The page, .html.")
 @click.option("--sample", type=click.IntRange(min=1), help="Pairs to draw. [default: all of up to 1,000, else 1,000]")
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the drawing and the order.")
-@click.option("--format", "name", default="auto", show_default=True, help="Of SOURCE.")
-@click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question.")
-@click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in.")
-@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
-@click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json.")
+@pair_options
 @json_option
 @one_line_errors
 def view(
@@ -202,7 +213,7 @@ def view(
     from vapr import sources, view
 
     opened = sources.read_pairs(
-        source, format=name, columns=_columns(columns), image_root=image_root, split=split, subset=subset,
+        source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
         on_bad_row="skip",
     )  # fmt: skip
     result = view.view(opened, out, sample=sample, seed=seed)
@@ -249,6 +260,58 @@ def edit(
     )  # fmt: skip
     result = run(start)
     click.echo(json.dumps(result, indent=2) if as_json else f"{show(result)}\nwrote       {out}")
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True, metavar="PAIRS...")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a page (.html) with plots.")
+@click.option("--model", help="Folder or hub id: also measure what it prefers with the image and without.")
+@click.option("--limit", type=click.IntRange(min=1), help="Pairs of a set that the model scores, drawn at random.")
+@click.option(
+    "--max-pairs", type=click.IntRange(min=1), default=20_000, show_default=True,
+    help="Pairs of a set that the probes see, drawn at random.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every draw.")
+@pair_options
+@bad_row_option
+@json_option
+@one_line_errors
+def audit(
+    sources: tuple[str, ...], out: Path | None, model: str | None, limit: int | None, max_pairs: int, seed: int,
+    name: str, columns: tuple[str, ...], image_root: Path | None, split: str, subset: str | None, on_bad_row: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure what gives rejected answers away without the image; exit code 1 when a gate fails.
+
+    PAIRS are files, folders (of vapr edit, too), globs or hub ids; several are shown side by side.
+    """
+    if out is not None and out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    from vapr import audit as auditing
+    from vapr import audit_text
+    from vapr.sources import read_pairs
+
+    opened = [
+        read_pairs(
+            source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
+            on_bad_row=on_bad_row,
+        )
+        for source in sources
+    ]  # fmt: skip
+    sets = auditing.named(sources, opened)
+    result = auditing.audit(sets, max_pairs=max_pairs, seed=seed, model=model, limit=limit)
+    if out is not None:
+        from vapr.pages.audit_report import write_audit_report
+
+        write_audit_report(out, result)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        audit_text.show(result)
+        if out is not None:
+            click.echo(f"wrote {out}")
+    if result["failed"]:
+        sys.exit(1)
 
 
 @main.command()

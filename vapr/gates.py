@@ -81,7 +81,9 @@ def _polarity(result: Mapping[str, Any]) -> Gate:
     if not measured:
         return _not_measured(name, limit, "no pair answers yes against no")
     order = ("pass", "not measured", "warn", "fail")
-    worst = max(measured, key=lambda source: (order.index(measured[source]["status"]), abs(measured[source]["value"] - 50)))
+    worst = max(
+        measured, key=lambda source: (order.index(measured[source]["status"]), abs(measured[source]["value"] - 50))
+    )
     gate = measured[worst]
     where = f"source '{worst}'" if worst and len(parts) > 1 else ""
     return {**gate, "why": "; ".join(part for part in (where, gate["why"]) if part)}

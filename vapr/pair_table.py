@@ -9,7 +9,7 @@ import numpy as np
 
 from vapr.display import Display
 from vapr.errors import UserError
-from vapr.pairs import Pairs, source_name
+from vapr.pairs import Pairs
 from vapr.preference_pair import Message, PreferencePair
 from vapr.style import STYLE_KEYS, edit_distance, polarity, style_vector, words
 
@@ -74,8 +74,8 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
                 if number in drawn:
                     sampled.append(count)
                     texts.append((chosen, rejected))
-            if (number + 1) % 500 == 0:
-                display.advance("", 500)
+            if (number + 1) % 500 == 0 or number + 1 == size:
+                display.advance("", number % 500 + 1)
     count = len(columns["numbers"])
     if not count:
         first = next(iter(pairs.skipped.values()), "no rows")

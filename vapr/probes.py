@@ -82,7 +82,9 @@ def _fit(differences: Any, signs: np.ndarray, scaled: bool) -> Any:
         StandardScaler(with_mean=False) if scaled else "passthrough",
         LogisticRegression(fit_intercept=False, C=1.0, max_iter=1000),
     )
-    turned = differences.multiply(signs[:, None]).tocsr() if hasattr(differences, "tocsr") else differences * signs[:, None]
+    turned = (
+        differences.multiply(signs[:, None]).tocsr() if hasattr(differences, "tocsr") else differences * signs[:, None]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where classes are told apart perfectly the last digits never settle
         return model.fit(turned, signs > 0)
@@ -105,8 +107,8 @@ def _top(model: Any, differences: Any, names: Sequence[str]) -> dict[str, list[d
     weights = model[-1].coef_[0]
     more = [np.asarray((differences > 0).sum(axis=0)).ravel(), np.asarray((differences < 0).sum(axis=0)).ravel()]
     order = np.argsort(-weights, kind="stable")
-    sides = {"chosen": [n for n in order[:TOP] if weights[n] > 0]}
-    sides["rejected"] = [n for n in order[::-1][:TOP] if weights[n] < 0]
+    sides: dict[str, list[int]] = {"chosen": [int(n) for n in order[:TOP] if weights[n] > 0]}
+    sides["rejected"] = [int(n) for n in order[::-1][:TOP] if weights[n] < 0]
     return {
         side: [
             {
@@ -143,4 +145,4 @@ def ngram_differences(chosen: Sequence[str], rejected: Sequence[str]) -> tuple[A
 def in_two_pairs(differences: Any, names: Sequence[str]) -> tuple[Any, list[str]]:
     """Only the features that set apart at least two pairs: one alone teaches nothing about another."""
     kept = np.flatnonzero(np.asarray((differences != 0).sum(axis=0)).ravel() >= 2)
-    return differences[:, kept], [names[n] for n in kept]
+    return differences[:, kept], [names[int(n)] for n in kept]

@@ -46,7 +46,6 @@ svg .dot { fill:var(--colour); } svg .mark { fill:var(--colour); stroke:var(--ca
 .curves.two { grid-template-columns:repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
 .curves .box { padding:14px 14px 12px; }
 .curves svg { max-width:480px; }
-.curves h3 { font-size:.95rem; margin:0 0 4px; font-weight:600; overflow-wrap:anywhere; }
 .curves p { margin:8px 0 0; font-size:.86rem; line-height:1.4; color:var(--soft); }
 .legend { margin:0 0 8px; font-size:.9rem; }
 .curves .legend { margin:0 0 6px; color:var(--ink); }
@@ -78,6 +77,23 @@ th, td { overflow-wrap:anywhere; } th { width:18%; min-width:8.5em; }
 code, pre { background:var(--code); border-radius:4px; font-size:.88em; }
 code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
+.tall { margin:0 0 14px; }
+.tall h3, .curves h3 { font-size:.95rem; margin:0 0 4px; font-weight:600; overflow-wrap:anywhere; }
+.gates td:first-child { width:6.6em; } .gates .soft { font-size:.86rem; }
+.pill { display:inline-block; border-radius:9px; padding:0 9px; font-size:.82rem; font-weight:600; white-space:nowrap;
+  color:var(--card); background:var(--soft); }
+.pill.pass { background:var(--good); } .pill.warn { background:var(--rejected); } .pill.fail { background:var(--bad); }
+svg .whisker { fill:none; stroke:var(--ink); stroke-width:1.6; }
+.figures th { width:auto; min-width:0; font-weight:600; color:var(--soft); } .figures { font-size:.88rem; }
+.answers { display:grid; gap:12px; grid-template-columns:repeat(auto-fit, minmax(min(280px, 100%), 1fr));
+  margin:0 0 10px; }
+.tall .answer { border-left:4px solid var(--colour); padding:2px 0 2px 12px; overflow-wrap:anywhere;
+  white-space:pre-line; font-size:.92rem; margin:0 0 8px; min-width:0; }
+.plain { margin:0; padding:0; list-style:none; overflow-wrap:anywhere; }
+@media (max-width:760px) { .folds tr:first-child { display:none; } .folds tr, .folds td { display:block; }
+  .folds tr { border-bottom:1px solid var(--line); padding:6px 0; } .folds td { border:0; padding:1px 0; }
+  .folds td:first-child { font-weight:600; } .folds td:not(:first-child)::before { content:attr(data-of) ": ";
+  color:var(--soft); } }
 details { margin:8px 0 0; font-size:.9rem; }
 summary { cursor:pointer; overflow-wrap:anywhere; }
 details ul { margin:8px 0 0; padding-left:20px; overflow-wrap:anywhere; }
