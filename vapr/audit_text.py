@@ -30,7 +30,7 @@ def show(result: Result) -> None:
     sets: dict[str, Result] = result["sets"]
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:  # a log has no edge
-        console = Console(highlight=False, emoji=False, width=max(160, 30 + 45 * len(sets)))
+        console = Console(highlight=False, emoji=False, width=max(200, 30 + 45 * len(sets)))
     for name, one in sets.items():
         for line in one["read"]:
             console.print(f"{name}: read {line}", style="dim", markup=False)

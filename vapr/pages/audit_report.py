@@ -14,7 +14,7 @@ from vapr.pair_table import SAYS
 Result = Mapping[str, Any]
 
 NGRAMS_SHOWN = 10
-NOT_EMPTY_STYLE = 0.05
+STYLE_SHOWN_FROM = 0.05
 """Percent of the pairs that must differ in a style feature for it to be listed."""
 
 
@@ -96,7 +96,7 @@ def _probes(sets: Mapping[str, Result]) -> str:
 
 def _probe_bar(name: str, probe: Result) -> Bar:
     if probe["accuracy"] is None:
-        return Bar(name, None, None, probe["why"])
+        return Bar(name, None, None, "too few pairs")
     return Bar(name, probe["accuracy"], probe["interval"], estimate({**probe, "value": probe["accuracy"]}))
 
 
@@ -153,11 +153,11 @@ def _style(one: Result) -> str:
             *(f"{value[key]:.1f} %" for key in ("more_in_chosen", "more_in_rejected")),
         )
         for name, value in one["style"].items()
-        if value["more_in_chosen"] + value["more_in_rejected"] > NOT_EMPTY_STYLE
+        if value["more_in_chosen"] + value["more_in_rejected"] > STYLE_SHOWN_FROM
     ]
     if not rows:
         return '<p class="soft">Chosen and rejected have the same style, feature by feature.</p>'
-    return _table(("", "chosen", "rejected", "more in chosen", "more in rejected"), rows)
+    return _cards(("", "chosen", "rejected", "more in chosen", "more in rejected"), rows)
 
 
 def _polarity(one: Result) -> str:
@@ -216,8 +216,8 @@ def _duplicates(one: Result) -> str:
     if near["percent"] is None:
         return said
     said += (
-        f"<p>{near['found']:,} of {near['compared']:,} rejected texts of eight words or more are nearly the same as one "
-        "under another image or prompt.</p>"
+        f"<p>{near['found']:,} of {near['compared']:,} rejected texts of eight words or more are nearly the same as "
+        "one under another image or prompt.</p>"
     )
     for example in near["examples"][:3]:
         texts = word_diff(*example["rejected"])

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from vapr.pages.chart import readable
 
-WIDTH = 420
+WIDTH = 360
 ROW = 46
-NAME_LENGTH = 46
+NAME_LENGTH = 32
 
 
 class Bar(NamedTuple):
@@ -47,9 +47,10 @@ def _x(value: float, axis: tuple[float, float]) -> float:
 
 def _bar(bar: Bar, top: int, axis: tuple[float, float]) -> str:
     name = bar.name if len(bar.name) <= NAME_LENGTH else f"…{bar.name[1 - NAME_LENGTH :]}"
+    text = f'<text x="6" y="{top + 13}">{html.escape(name)}</text>'
+    value = f'<text x="{WIDTH - 6}" y="{top + 13}" text-anchor="end">{html.escape(bar.text)}</text>'
     if bar.value is None:
-        words = f"{name}: {bar.text}"
-        return f'<text x="6" y="{top + 13}">{html.escape(words[:70])}</text>'
+        return text + value
     left, right = _x(axis[0], axis), _x(bar.value, axis)
     shape = (
         f'<rect x="{left:.1f}" y="{top + 19}" width="{max(right - left, 1):.1f}" height="14" rx="3" '
@@ -60,8 +61,6 @@ def _bar(bar: Bar, top: int, axis: tuple[float, float]) -> str:
         low, high = (_x(value, axis) for value in bar.interval)
         ends = "".join(f"M{x:.1f} {top + 22}v8" for x in (low, high))
         whisker = f'<path d="M{low:.1f} {top + 26}H{high:.1f}{ends}" class="whisker"/>'
-    text = f'<text x="6" y="{top + 13}">{html.escape(name)}</text>'
-    value = f'<text x="{WIDTH - 6}" y="{top + 13}" text-anchor="end">{html.escape(bar.text)}</text>'
     return text + value + shape + whisker
 
 
