@@ -1,7 +1,5 @@
 """Words, sentences, style features and yes or no, counted by hand."""
 
-# ruff: noqa: RUF001 (curly quotes and full-width marks are what is counted)
-
 import subprocess
 import sys
 

@@ -1,7 +1,6 @@
 """Verdicts of a review: which pairs to keep and which to drop."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +28,6 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
             id, verdict = _verdict(line, f"{path}:{number}")
             verdicts[id] = verdict
     return verdicts
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): (low, high) between 0 and 1."""
-    if trials == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _verdict(line: str, where: str) -> tuple[str, Verdict]:

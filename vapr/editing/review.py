@@ -9,7 +9,8 @@ from typing import Any
 from vapr.cache import written_whole
 from vapr.editing.job import PAIRS, VERDICTS, Job
 from vapr.editing.pair_rows import read_table, write_table
-from vapr.verdicts import read_verdicts, wilson_interval
+from vapr.intervals import wilson
+from vapr.verdicts import read_verdicts
 
 
 def take_verdicts(job: Job, file: Path) -> int:
@@ -46,5 +47,5 @@ def review(job: Job) -> dict[str, Any] | None:
     if not job.verdicts:
         return None
     counts = Counter(job.verdicts.values())
-    low, high = wilson_interval(counts["keep"], len(job.verdicts))
+    low, high = wilson(counts["keep"] / len(job.verdicts), len(job.verdicts))
     return {"kept": counts["keep"], "dropped": counts["drop"], "low": round(low, 4), "high": round(high, 4)}
