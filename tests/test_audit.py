@@ -525,6 +525,15 @@ def test_odd_sets_are_measured_all_the_same(folder, rows, tmp_path):
     json.loads(vapr(file, "--json").stdout)
 
 
+def test_texts_are_measured_without_the_image_files(folder, tiny):
+    rows = [row(n, "It is red.", "It is blue.") for n in range(60)]
+    rows[3]["images"] = ["a/gone.png"]
+    file = written(folder, "gone.jsonl", rows)
+    assert "(1 pairs whose files are missing)" in vapr(file).stdout
+    refused = vapr(file, "--model", tiny("llava"))
+    assert refused.exit_code == 2 and "gone.png' not found" in refused.stderr
+
+
 def test_names_of_sets():
     assert list(named(["x/a.jsonl", "y/b.jsonl"], [1, 2])) == ["a.jsonl", "b.jsonl"]
     assert list(named(["x/pairs", "y/pairs"], [1, 2])) == ["x/pairs", "y/pairs"]

@@ -1,11 +1,14 @@
 """The bias audit of pair sets: what gives the rejected text away to someone who never saw the image."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from vapr.display import Display
 from vapr.duplicates import near_duplicates, repeated
 from vapr.errors import UserError
 from vapr.gates import judge
@@ -75,21 +78,29 @@ def _some(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 
 
 def _set_result(pairs: Pairs, table: PairTable, scores: Any, seed: int) -> dict[str, Any]:
-    features = _Features(table)
-    every = np.arange(len(table))
+    with Display("probe", _num_parts(table), unit="part") as display:
+        features = _Features(table)
+        figures = partial(_figures, table, features, scores, seed, display)
+        return _results(pairs, table, scores, figures, seed)
+
+
+def _results(
+    pairs: Pairs, table: PairTable, scores: Any, figures: Callable[..., dict[str, Any]], seed: int
+) -> dict[str, Any]:
     return {
         "read": pairs.formats,
         "rows": len(pairs),
         "pairs": len(table),
         "images": len(np.unique(table.groups[table.with_images])),
         "pairs_without_images": int((~table.with_images).sum()),
+        "pairs_with_missing_images": int(table.missing_images.sum()),
         "probed": len(table.sampled),
         "skipped": {"rows": len(pairs.skipped), "first": list(pairs.skipped.values())[:3]},
-        "overall": _figures(table, features, scores, every, seed, thorough=True),
+        "overall": figures(np.arange(len(table)), thorough=True),
         "style": _style(table),
         "histograms": _histograms(table),
-        "categories": _parts(table, features, scores, table.categories, seed),
-        "sources": _parts(table, features, scores, table.sources, seed),
+        "categories": _parts(table.categories, figures),
+        "sources": _parts(table.sources, figures),
         "duplicates": _duplicates(pairs, table),
         "near_duplicates": _near_duplicates(pairs, table),
         "model": scores.summary(seed) if scores is not None else None,
@@ -108,8 +119,9 @@ class _Features:
 
 
 def _figures(
-    table: PairTable, features: _Features, scores: Any, rows: np.ndarray, seed: int, *, thorough: bool = False
-) -> dict[str, Any]:
+    table: PairTable, features: _Features, scores: Any, seed: int, display: Display, rows: np.ndarray, *,
+    thorough: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that is measured of a set, a category and a source alike. ``rows`` are indices into the table."""
     groups = table.groups[rows]
     places = np.flatnonzero(np.isin(table.sampled, rows))
@@ -128,6 +140,7 @@ def _figures(
     }
     if scores is not None:
         figures["model"] = scores.figures(rows, seed)
+    display.advance("")
     return figures
 
 
@@ -202,18 +215,23 @@ def _histograms(table: PairTable) -> dict[str, dict[str, list[float]]]:
     return {name: {"edges": edges.tolist(), "counts": counts.tolist()} for name, (counts, edges) in named.items()}
 
 
-def _parts(table: PairTable, features: _Features, scores: Any, labels: np.ndarray, seed: int) -> dict[str, Any]:
+def _parts(labels: np.ndarray, figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
     """Figures by label, the largest first; empty where all have one label, which the overall figures are about."""
-    names, counts = np.unique(labels, return_counts=True)
-    if len(names) == 1:
-        return {}
-    shown = sorted(zip(counts.tolist(), names.tolist(), strict=True), key=lambda one: (-one[0], one[1]))
-    parts: dict[str, Any] = {
-        name: _figures(table, features, scores, np.flatnonzero(labels == name), seed) for _, name in shown[:MAX_SHOWN]
-    }
+    shown = _by_size(labels)
+    parts: dict[str, Any] = {name: figures(np.flatnonzero(labels == name)) for name, _ in shown[:MAX_SHOWN]}
     if rest := shown[MAX_SHOWN:]:
-        parts["(others)"] = {"pairs": sum(count for count, _ in rest), "names": len(rest)}
+        parts["(others)"] = {"pairs": sum(count for _, count in rest), "names": len(rest)}
     return parts
+
+
+def _by_size(labels: np.ndarray) -> list[tuple[str, int]]:
+    """Labels and how many pairs have each; none if it is only one."""
+    counts = Counter(labels.tolist())
+    return sorted(counts.items(), key=lambda one: (-one[1], one[0])) if len(counts) > 1 else []
+
+
+def _num_parts(table: PairTable) -> int:
+    return 1 + sum(min(len(_by_size(labels)), MAX_SHOWN) for labels in (table.categories, table.sources))
 
 
 def _duplicates(pairs: Pairs, table: PairTable) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def summary(one: Result) -> list[Row]:
     rows = [
         Row("pairs", f"{one['pairs']:,}" + (f" ({skipped:,} rows skipped)" if skipped else "")),
         Row("seen by the probes", f"{one['probed']:,}" + (", drawn" if one["probed"] < one["pairs"] else "")),
-        Row("images", f"{one['images']:,}" + _without_images(one["pairs_without_images"])),
+        Row("images", f"{one['images']:,}" + _without_images(one)),
         *(Row(gate["name"], _gate_text(gate), gate["status"], gate["why"]) for gate in one["gates"]),
         Row("words, chosen / rejected", f"{length['chosen_mean']:.1f} / {length['rejected_mean']:.1f}"),
         Row("length ratio", spread(length["ratio"])),
@@ -88,8 +88,13 @@ def summary(one: Result) -> list[Row]:
     return rows
 
 
-def _without_images(count: int) -> str:
-    return f" ({count:,} pairs without)" if count else ""
+def _without_images(one: Result) -> str:
+    counts = {
+        "pairs without": one["pairs_without_images"],
+        "pairs whose files are missing": one["pairs_with_missing_images"],
+    }
+    said = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    return f" ({said})" if said else ""
 
 
 def _gate_text(gate: Result) -> str:

@@ -294,7 +294,7 @@ def audit(
     opened = [
         read_pairs(
             source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
-            on_bad_row=on_bad_row,
+            on_bad_row=on_bad_row, images_needed=model is not None,
         )
         for source in sources
     ]  # fmt: skip

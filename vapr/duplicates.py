@@ -72,10 +72,9 @@ def _alike(shingles: dict[str, frozenset[bytes]]) -> Iterator[tuple[str, str, fl
     texts = list(shingles)
     # A lower threshold than asked for misses fewer; what is too far apart is sorted out below.
     index = MinHashLSH(threshold=SIMILAR - 0.1, num_perm=64)
-    for number, text in enumerate(texts):
+    sketches = MinHash.generator(shingles.values(), num_perm=64)
+    for number, (text, sketch) in enumerate(zip(texts, sketches, strict=True)):
         yield text, text, 1.0
-        sketch = MinHash(num_perm=64)
-        sketch.update_batch(shingles[text])
         for known in sorted(index.query(sketch))[:MAX_CANDIDATES]:
             other = texts[known]
             shared = len(shingles[text] & shingles[other])

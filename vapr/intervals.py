@@ -8,8 +8,6 @@ import numpy as np
 Z = 1.959964
 """Quantile of the normal distribution for 95 %."""
 
-RESAMPLES = 500
-
 
 def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | int | None]:
     """Mean of values in [0, 1] as ``value`` in percent, its 95 % ``interval`` [low, high], and ``pairs``.
@@ -61,19 +59,22 @@ def _variance_of_ratio(values: np.ndarray, base: np.ndarray, groups: np.ndarray)
     return float((residuals**2).sum() / base.sum() ** 2 * count / max(count - 1, 1))
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int) -> list[float]:
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int, resamples: int = 1000
+) -> list[float]:
     """Percentile interval of a statistic over resampled groups.
 
     Args:
         statistic: its value for weights of the pairs (n,): how often each was drawn.
         groups: group of each pair (n,).
         seed: of the draws.
+        resamples: how many.
     """
     generator = np.random.default_rng(seed)
     _, number = np.unique(groups, return_inverse=True)
     count = int(number.max()) + 1
     drawn = []
-    for _ in range(RESAMPLES):
+    for _ in range(resamples):
         times = np.bincount(generator.integers(0, count, count), minlength=count)
         drawn.append(statistic(times[number].astype(float)))
     low, high = np.percentile(drawn, [2.5, 97.5])

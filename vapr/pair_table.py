@@ -35,6 +35,7 @@ class PairTable:
     questions: np.ndarray  # (n,) equal for pairs of the same images and prompt
     identities: np.ndarray  # (n,) equal for pairs of the same images, prompt and rejected text
     with_images: np.ndarray  # (n,) bool
+    missing_images: np.ndarray  # (n,) bool: the file of an image is not there
     categories: np.ndarray  # (n,) text
     sources: np.ndarray  # (n,) text
     sampled: np.ndarray  # indices of the pairs that probes and models see, ascending
@@ -85,8 +86,8 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
 
 
 COLUMNS = (
-    "numbers", "characters", "distance", "polarity", "groups", "questions", "identities", "with_images", "categories",
-    "sources",
+    "numbers", "characters", "distance", "polarity", "groups", "questions", "identities", "with_images",
+    "missing_images", "categories", "sources",
 )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
         "questions": _hash(*images, asked.encode()),
         "identities": _hash(*images, *other_images, asked.encode(), rejected.encode()),
         "with_images": bool(images),
+        "missing_images": any(isinstance(image, Path) and not image.is_file() for image in pair.images),
         "categories": pair.category or NO_CATEGORY,
         "sources": _source(pairs, number, pair),
     }

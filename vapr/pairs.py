@@ -45,6 +45,8 @@ class PairSet:
     weight: float = 1.0
     source: object = None
     """The same for all sets of one source, whose weight they share."""
+    images_needed: bool = True
+    """Whether an image whose file is missing makes a row a bad one."""
 
     def as_vapr(self, number: int) -> Any:
         """A row in vapr's own shape, not yet checked."""
@@ -82,7 +84,10 @@ class Pairs(Sequence[PreferencePair]):
         where = part.rows.where(row)
         try:
             shaped = part.as_vapr(row)
-            return pair_from_row(shaped, root=part.root, confined=part.confined, where=where, number=number)
+            return pair_from_row(
+                shaped, root=part.root, confined=part.confined, where=where, number=number,
+                images_needed=part.images_needed,
+            )  # fmt: skip
         except BadRow as error:
             raise type(error)(f"{where}: {error}") from None
 

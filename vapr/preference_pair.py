@@ -47,7 +47,9 @@ KNOWN_KEYS = frozenset({
 """Other keys may be there and mean nothing to training; a near miss of one of these is a mistake."""
 
 
-def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: int = -1) -> PreferencePair:
+def pair_from_row(
+    row: Any, *, root: Path, confined: bool, where: str, number: int = -1, images_needed: bool = True
+) -> PreferencePair:
     """Check a row of vapr's own shape and make a pair of it.
 
     Args:
@@ -55,6 +57,7 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
         root: folder that relative image paths start at.
         confined: whether every image must lie inside ``root``.
         where, number: the row's place in its file and in the data, for messages and lookups.
+        images_needed: whether an image whose file is missing makes the row a bad one.
 
     Raises:
         BadRow: saying what is wrong.
@@ -91,11 +94,13 @@ def pair_from_row(row: Any, *, root: Path, confined: bool, where: str, number: i
     prompt = _check_turns(prompt, chosen, rejected, len(images), same_images=other_images in (None, images))
     return PreferencePair(
         id=row_id(row, where),
-        images=tuple(image_source(image, root, confined) for image in images),
+        images=tuple(image_source(image, root, confined, images_needed) for image in images),
         prompt=tuple(prompt),
         chosen=tuple(chosen),
         rejected=tuple(rejected),
-        rejected_images=None if other_images is None else tuple(image_source(i, root, confined) for i in other_images),
+        rejected_images=None
+        if other_images is None
+        else tuple(image_source(image, root, confined, images_needed) for image in other_images),
         weight=_weight(row.get("weight", 1.0)),
         edits=_edits(row.get("edits"), chosen),
         category=_category(row.get("category")),
@@ -262,11 +267,11 @@ def place_images(prompt: list[Message], num_images: int) -> list[Message]:
     return prompt
 
 
-def image_source(image: Any, root: Path, confined: bool) -> Path | bytes:
+def image_source(image: Any, root: Path, confined: bool, needed: bool = True) -> Path | bytes:
     """An image's file, or its encoded bytes.
 
     Raises:
-        BadRow: if it is neither, is not there, or lies outside ``root`` where it is ``confined`` to that.
+        BadRow: if it is neither, lies outside ``root`` where it is ``confined`` to that, or is ``needed`` and not there.
     """
     if isinstance(image, OneOf):
         for name in image:
@@ -291,7 +296,7 @@ def image_source(image: Any, root: Path, confined: bool) -> Path | bytes:
         raise BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
     if outside:
         raise BadRow(f"image '{image}' lies outside data.image_root ({root})")
-    if not found:
+    if not found and needed:
         raise BadRow(f"image '{image}' not found (looked for {path})")
     return path
 

@@ -31,6 +31,7 @@ def read_pairs(
     split: str = "train",
     subset: str | None = None,
     on_bad_row: str = "error",
+    images_needed: bool = True,
 ) -> Pairs:
     """Open a file, a folder, a glob of files or a hub data set as pairs, and check its first rows.
 
@@ -43,6 +44,7 @@ def read_pairs(
         image_root: folder all images must lie in; by default paths start at the data file's folder.
         split, subset: of a hub data set; ``subset`` also picks an entry of a ``dataset_info.json``.
         on_bad_row: ``error`` raises at a bad row; ``skip`` leaves it out when iterating and notes it.
+        images_needed: whether an image whose file is missing makes a row a bad one; texts can be read without.
 
     Raises:
         UserError: naming file and row.
@@ -55,12 +57,12 @@ def read_pairs(
         split=split,
         subset=subset,
     )
-    pairs = Pairs(open_sets(described), on_bad_row)
+    pairs = Pairs(open_sets(described, images_needed=images_needed), on_bad_row)
     pairs.check()
     return pairs
 
 
-def open_sets(source: SourceConfig) -> list[PairSet]:
+def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairSet]:
     """The sets of one source: one for each file, or for all tables of a folder.
 
     Raises:
@@ -79,7 +81,8 @@ def open_sets(source: SourceConfig) -> list[PairSet]:
         name = wanted or given or ("columns" if source.columns else _detect(rows))
         if mapped:
             _check_columns(rows, mapped)
-        sets.append(PairSet(rows, name, mapped, root or folder, root is not None, source.weight, source))
+        confined = root is not None
+        sets.append(PairSet(rows, name, mapped, root or folder, confined, source.weight, source, images_needed))
     if not sets:
         raise UserError(f"{source.path}: no pairs in it")
     return sets
