@@ -201,7 +201,7 @@ def _cards(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f'<table class="figures"><tr>{head}</tr>{body}</table>'
+    return f'<table class="figures short"><tr>{head}</tr>{body}</table>'
 
 
 def _duplicates(one: Result) -> str:

@@ -85,7 +85,7 @@ pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-heig
 .pill.pass { background:var(--good); } .pill.warn { background:var(--rejected); } .pill.fail { background:var(--bad); }
 svg .whisker { fill:none; stroke:var(--ink); stroke-width:1.6; }
 .figures th { width:auto; min-width:0; font-weight:600; color:var(--soft); }
-.answer .figures th { overflow-wrap:normal; }
+.answer .figures th, .short th { overflow-wrap:normal; }
 .figures { font-size:.88rem; }
 .answers { display:grid; gap:12px; grid-template-columns:repeat(auto-fit, minmax(min(280px, 100%), 1fr));
   margin:0 0 10px; }
