@@ -21,7 +21,7 @@ from vapr.pairs import write_pairs
 from vapr.sources import read_pairs
 from vapr.verdicts import read_verdicts
 
-ATTACK = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>document.title='owned'</script>"
+ATTACK = "</script ><img src=x onerror=\"document.title='owned'\"><!--<script>document.title='owned'</script>"
 EXTRAS = {
     "source": "mix/vqa",
     "licence": "CC0-1.0",
