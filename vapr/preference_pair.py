@@ -271,7 +271,7 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
     """An image's file, or its encoded bytes.
 
     Raises:
-        BadRow: if it is neither, lies outside ``root`` where it is ``confined`` to that, or is ``needed`` and not there.
+        BadRow: if it is neither, lies outside ``root`` where ``confined`` to it, or is ``needed`` and not there.
     """
     if isinstance(image, OneOf):
         for name in image:
