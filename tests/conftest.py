@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether kernels are compiled or interpreted. Tests of kernels ask for the
@@ -123,3 +124,14 @@ def make_config(tiny, photo_rows, photo_root, tmp_path):
         return Config.parse({**raw, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> Path:
+    """120 small pictures, ``a/0.png`` to ``b/59.png``."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        for n in range(60):
+            Image.new("RGB", (28, 28), (4 * n, 90, 40)).save(folder / place / f"{n}.png")
+    return folder

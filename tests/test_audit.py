@@ -1,9 +1,7 @@
 """The audit finds what was planted, stays near chance where nothing was, and says when it cannot tell."""
 
-import builtins
 import json
 import random
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,94 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from PIL import Image
 
 from tests import oracles
-from tests.test_report import chromium, needs_chromium
-from vapr.audit import audit, named
-from vapr.cli import main
+from tests.pair_sets import THINGS, audited, colour_rows, gates, opened, row, swapped, uniform
+from vapr.audit import audit
 from vapr.duplicates import near_duplicates, repeated
 from vapr.gates import judge
 from vapr.intervals import bootstrap, percent, relative_gap, wilson
 from vapr.model import load_model_config
-from vapr.pages.audit_report import write_audit_report
 from vapr.pairs import write_pairs
 from vapr.probes import ngram_differences
 from vapr.processor import Processor
 from vapr.sources import read_pairs
 
-COLOURS = ("red", "blue", "green", "black", "white", "brown")
-THINGS = ("dog", "cat", "car", "boat", "hat", "cup")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sets")
-    for place in ("a", "b"):
-        (folder / place).mkdir()
-        for n in range(60):
-            Image.new("RGB", (28, 28), (4 * n, 90, 40)).save(folder / place / f"{n}.png")
-    return folder
-
-
-def row(n: int, chosen: str, rejected: str, **more) -> dict:
-    image = f"{'ab'[n % 2]}/{n // 2 % 60}.png"
-    return {
-        "id": str(n),
-        "images": [image],
-        "prompt": f"What is it, {n}?",
-        "chosen": chosen,
-        "rejected": rejected,
-        **more,
-    }
-
-
-def opened(folder: Path, rows: list[dict], name: str = "pairs.jsonl"):
-    write_pairs(folder / name, rows)
-    return read_pairs(folder / name)
-
-
-def audited(folder: Path, rows: list[dict], **options) -> dict:
-    return audit({"set": opened(folder, rows)}, **options)["sets"]["set"]
-
-
-def gates(one: dict) -> dict[str, str]:
-    return {gate["name"]: gate["status"] for gate in one["gates"]}
-
-
-def colour_rows(count: int, replace, seed: int = 0) -> list[dict]:
-    """Chosen colours are unevenly frequent; ``replace(colours, rng)`` gives the rejected ones."""
-    rng = random.Random(seed)
-    colours = rng.choices(COLOURS, weights=(8, 5, 3, 2, 1, 1), k=count)
-    return [
-        row(n, f"The {thing} is {old} today.", f"The {thing} is {new} today.", category=("odd", "even")[n % 3 == 0])
-        for n, (old, new) in enumerate(zip(colours, replace(colours, rng), strict=True))
-        if new is not None
-        for thing in (rng.choice(THINGS),)
-    ]
-
-
-def uniform(colours, rng):
-    return [rng.choice([new for new in COLOURS if new != old]) for old in colours]
-
-
-def swapped(colours, rng):
-    """Rows trade colours two by two; those that find no partner are left out."""
-    rest = {colour: [n for n, own in enumerate(colours) if own == colour] for colour in COLOURS}
-    new = [None] * len(colours)
-    while len(live := sorted((c for c in COLOURS if rest[c]), key=lambda c: -len(rest[c]))) > 1:
-        first, second = rest[live[0]].pop(), rest[live[1]].pop()
-        new[first], new[second] = colours[second], colours[first]
-    return new
-
-
 # --- planted facts
 
 
-def test_uniform_replacement_shows_and_swapping_does_not(folder):
-    drawn = audited(folder, colour_rows(600, uniform))
-    balanced = audited(folder, colour_rows(600, swapped))
+def test_uniform_replacement_shows_and_swapping_does_not(picture_folder):
+    drawn = audited(picture_folder, colour_rows(600, uniform))
+    balanced = audited(picture_folder, colour_rows(600, swapped))
     assert drawn["overall"]["ngrams"]["interval"][0] > 60
     assert balanced["overall"]["ngrams"]["accuracy"] < 55
     assert gates(drawn)["n-gram probe"] in ("warn", "fail") and gates(balanced)["n-gram probe"] == "pass"
@@ -106,9 +35,9 @@ def test_uniform_replacement_shows_and_swapping_does_not(folder):
     assert "red" in [entry["feature"] for entry in drawn["overall"]["ngrams"]["top"]["chosen"][:5]]
 
 
-def test_a_longer_rejected_text_fails(folder):
+def test_a_longer_rejected_text_fails(picture_folder):
     rows = [row(n, "It is red.", "It is red and big.") for n in range(200)]
-    one = audited(folder, rows)
+    one = audited(picture_folder, rows)
     assert gates(one)["rejected longer"] == gates(one)["mean length gap"] == gates(one)["surface probe"] == "fail"
     length = one["overall"]["length"]
     assert length["rejected_longer"]["value"] == 100 and length["equal"] == 0
@@ -118,17 +47,17 @@ def test_a_longer_rejected_text_fails(folder):
     assert one["overall"]["edit_distance"]["median"] == pytest.approx(2 / 6)
 
 
-def test_a_word_that_marks_rejected_is_on_top(folder):
+def test_a_word_that_marks_rejected_is_on_top(picture_folder):
     rng = random.Random(1)
     rows = [row(n, f"A {rng.choice(THINGS)} here.", f"A {rng.choice(THINGS)} indeed.") for n in range(200)]
-    ngrams = audited(folder, rows)["overall"]["ngrams"]
+    ngrams = audited(picture_folder, rows)["overall"]["ngrams"]
     assert ngrams["accuracy"] == 100 and ngrams["auc"] == pytest.approx(1.0)
     first = ngrams["top"]["rejected"][0]
     assert "indeed" in first["feature"] and (first["more_in_rejected"], first["more_in_chosen"]) == (200, 0)
     assert "here" in ngrams["top"]["chosen"][0]["feature"]
 
 
-def test_pairs_of_an_image_stay_in_one_fold(folder):
+def test_pairs_of_an_image_stay_in_one_fold(picture_folder):
     """Every image has a word of its own, which marks chosen or rejected by the toss of a coin: there is nothing to learn
     about another image."""
     from sklearn.linear_model import LogisticRegression
@@ -141,7 +70,7 @@ def test_pairs_of_an_image_stay_in_one_fold(folder):
         image = n % 2 * 60 + n // 2 % 60
         texts = [f"word{image} is here", "nothing is here"][:: 1 if side[image] else -1]
         rows.append(row(n, *texts))
-    one = audited(folder, rows)
+    one = audited(picture_folder, rows)
     low, high = one["overall"]["ngrams"]["interval"]
     assert one["images"] == 120 and one["overall"]["ngrams"]["groups"] == 120
     assert low < 55 and one["overall"]["ngrams"]["accuracy"] < 65
@@ -153,14 +82,14 @@ def test_pairs_of_an_image_stay_in_one_fold(folder):
     assert 100 * leaky.mean() > 95 and high < 95
 
 
-def test_the_probe_equals_scikit_learn_by_hand(folder):
+def test_the_probe_equals_scikit_learn_by_hand(picture_folder):
     """Words counted here, every pair given both ways round (C halved) instead of half of them turned."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold
 
     rows = colour_rows(300, uniform, seed=5)
-    ngrams = audited(folder, rows)["overall"]["ngrams"]
+    ngrams = audited(picture_folder, rows)["overall"]["ngrams"]
 
     def grams(text: str) -> Counter:
         words = text.lower().replace(".", " .").split()
@@ -175,7 +104,7 @@ def test_the_probe_equals_scikit_learn_by_hand(folder):
     groups = [r["images"][0] for r in rows]
     scores = np.zeros(len(rows))
     numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    hashes = read_groups(folder, rows)  # GroupKFold breaks ties of equally large groups by their order
+    hashes = read_groups(picture_folder, rows)  # GroupKFold breaks ties of equally large groups by their order
     assert len(set(zip(hashes, [numbers[g] for g in groups], strict=True))) == len(numbers)
     for train, test in GroupKFold(5).split(matrix, groups=hashes):
         both = np.concatenate([matrix[train], -matrix[train]])
@@ -188,23 +117,23 @@ def test_the_probe_equals_scikit_learn_by_hand(folder):
     assert ngrams["auc_interval"][0] < area < ngrams["auc_interval"][1]
 
 
-def read_groups(folder: Path, rows: list[dict]) -> np.ndarray:
+def read_groups(picture_folder: Path, rows: list[dict]) -> np.ndarray:
     from vapr.pair_table import read_table
 
-    return read_table(opened(folder, rows), max_pairs=10_000, seed=0).groups
+    return read_table(opened(picture_folder, rows), max_pairs=10_000, seed=0).groups
 
 
-def test_which_half_is_turned_does_not_matter(folder):
+def test_which_half_is_turned_does_not_matter(picture_folder):
     rows = colour_rows(300, uniform, seed=6)
-    first, second = (audited(folder, rows, seed=seed)["overall"] for seed in (0, 1))
+    first, second = (audited(picture_folder, rows, seed=seed)["overall"] for seed in (0, 1))
     for key in ("surface", "ngrams"):
         assert first[key]["accuracy"] == pytest.approx(second[key]["accuracy"], abs=1.0)
         assert first[key]["auc"] == pytest.approx(second[key]["auc"], abs=0.01)
 
 
-def test_the_same_seed_gives_the_same_result(folder):
+def test_the_same_seed_gives_the_same_result(picture_folder):
     rows = colour_rows(200, uniform)
-    first, second = (audited(folder, rows, seed=4, max_pairs=120) for _ in range(2))
+    first, second = (audited(picture_folder, rows, seed=4, max_pairs=120) for _ in range(2))
     assert json.dumps(first) == json.dumps(second)
     assert first["probed"] == first["overall"]["ngrams"]["pairs"] == 120 and first["pairs"] == 200
     assert first["overall"]["length"]["rejected_longer"]["pairs"] == 200
@@ -262,10 +191,10 @@ def test_relative_gap_and_bootstrap_agree():
 # --- counts by hand
 
 
-def test_yes_and_no(folder):
+def test_yes_and_no(picture_folder):
     texts = [("Yes.", "No.")] * 30 + [("No, none.", "Yes, one.")] * 10 + [("Yes, red.", "Yes, blue.")] * 3
     texts += [("A cat.", "No cat.")] * 2 + [("No.", "A cat.")]
-    one = audited(folder, [row(n, *two, source="left" if n % 2 else "right") for n, two in enumerate(texts)])
+    one = audited(picture_folder, [row(n, *two, source="left" if n % 2 else "right") for n, two in enumerate(texts)])
     polarity = one["overall"]["polarity"]
     assert polarity["counts"] == {
         "yes": {"yes": 3, "no": 30, "neither": 0},
@@ -279,18 +208,18 @@ def test_yes_and_no(folder):
     assert gate["value"] == 75 and "source" in gate["why"]
 
 
-def test_duplicates(folder):
+def test_duplicates(picture_folder):
     rows = [row(n, f"It is {n}.", "It is none.") for n in range(100)]
     twin = {**rows[7], "id": "twin", "chosen": "It is something else."}
     other_edit = {**rows[8], "id": "edit", "rejected": "It is all."}
-    one = audited(folder, [*rows, twin, other_edit])
+    one = audited(picture_folder, [*rows, twin, other_edit])
     assert one["duplicates"]["extra"] == 1 and one["duplicates"]["percent"] == pytest.approx(100 / 102)
     (example,) = one["duplicates"]["examples"]
     assert [place.rsplit(":", 1)[1] for place in example["places"]] == ["8", "101"]
     assert example["rejected"] == "It is none." and gates(one)["duplicates"] == "warn"
-    twice = audited(folder, [*rows, *({**r, "id": f"again {r['id']}"} for r in rows[:10])])
+    twice = audited(picture_folder, [*rows, *({**r, "id": f"again {r['id']}"} for r in rows[:10])])
     assert twice["duplicates"]["extra"] == 10 and gates(twice)["duplicates"] == "fail"
-    assert gates(audited(folder, rows))["duplicates"] == "pass"
+    assert gates(audited(picture_folder, rows))["duplicates"] == "pass"
 
 
 def test_repeated():
@@ -315,11 +244,11 @@ def test_near_duplicates():
     assert near_duplicates(["short one"], np.array([1]))["percent"] is None
 
 
-def test_categories_and_sources(folder):
+def test_categories_and_sources(picture_folder):
     rows = colour_rows(240, uniform)
     for n, r in enumerate(rows):
         r["category"] = "rare" if n < 5 else "common"
-    one = audited(folder, rows)
+    one = audited(picture_folder, rows)
     assert list(one["categories"]) == ["common", "rare"]
     assert one["categories"]["common"]["ngrams"]["accuracy"] is not None
     rare = one["categories"]["rare"]
@@ -328,7 +257,7 @@ def test_categories_and_sources(folder):
     assert "model" not in rare and one["model"] is None
 
 
-def test_where_a_row_is_from(folder):
+def test_where_a_row_is_from(picture_folder):
     bare = {"prompt": "What?", "chosen": "A.", "rejected": "B."}
     rows = [
         {**bare, "id": "1", "ds_name": "x", "origin_dataset": "coco"},
@@ -336,26 +265,32 @@ def test_where_a_row_is_from(folder):
         {**bare, "id": "3", "images": ["a/1.png"]},
         {**bare, "id": "4"},
     ]
-    sources = audited(folder, rows, max_pairs=10)["sources"]
+    sources = audited(picture_folder, rows, max_pairs=10)["sources"]
     assert sorted(sources) == ["a", "coco", "own", "pairs.jsonl"]
 
 
-def test_only_the_assistants_turns_count(folder):
+def test_only_the_assistants_turns_count(picture_folder):
     turns = [{"role": "assistant", "content": "One."}, {"role": "user", "content": "And then, after that?"}]
     rows = [
         row(n, "x", "y") | {"chosen": [*turns, {"role": "assistant", "content": "Two."}], "rejected": [*turns, {"role": "assistant", "content": "Two or three."}]}
         for n in range(3)
     ]  # fmt: skip
-    length = audited(folder, rows)["overall"]["length"]
+    length = audited(picture_folder, rows)["overall"]["length"]
     assert (length["chosen_mean"], length["rejected_mean"]) == (2, 4)
+
+
+def test_words_of_one_pair_alone_teach_nothing(picture_folder):
+    ngrams = audited(picture_folder, [row(n, f"u{n}", f"v{n}") for n in range(80)])["overall"]["ngrams"]
+    assert (ngrams["pairs"], ngrams["usable"], ngrams["accuracy"]) == (80, 0, None)
+    assert "too few: 0 pairs that differ" in ngrams["why"]
 
 
 # --- gates
 
 
-def test_a_small_set_does_not_fail_by_chance(folder):
+def test_a_small_set_does_not_fail_by_chance(picture_folder):
     rows = [row(n, "It is red.", "It is red now." if n < 7 else "It is blue.") for n in range(12)]
-    one = audited(folder, rows)
+    one = audited(picture_folder, rows)
     assert one["overall"]["length"]["rejected_longer"]["value"] == pytest.approx(100 * 9.5 / 12)
     assert gates(one)["rejected longer"] == "warn"
     assert gates(one)["n-gram probe"] == "not measured"
@@ -365,16 +300,16 @@ def test_a_small_set_does_not_fail_by_chance(folder):
     ("accuracy", "interval", "status"),
     [(72, [70.5, 74], "fail"), (72, [69, 75], "warn"), (61, [60.5, 62], "warn"), (58, [50, 66], "pass")],
 )
-def test_the_ngram_gate(folder, accuracy, interval, status):
-    one = audited(folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
+def test_the_ngram_gate(picture_folder, accuracy, interval, status):
+    one = audited(picture_folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
     one["overall"]["ngrams"] |= {"accuracy": accuracy, "interval": interval}
     (gate,) = [gate for gate in judge(one) if gate["name"] == "n-gram probe"]
     assert gate["status"] == status
 
 
 @pytest.mark.parametrize(("value", "interval", "status"), [(20, [16, 24], "pass"), (12, [8, 16], "warn"), (12, [9, 14], "fail"), (None, None, "not measured")])  # fmt: skip
-def test_the_image_gate(folder, value, interval, status):
-    one = audited(folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
+def test_the_image_gate(picture_folder, value, interval, status):
+    one = audited(picture_folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
     one["model"] = {"gap": {"value": value, "interval": interval}, "why": "too few"}
     assert {gate["name"]: gate["status"] for gate in judge(one)}["gain by the image"] == status
 
@@ -426,9 +361,9 @@ def test_the_model_is_asked_with_and_without_the_image(tiny, photo_pairs, photo_
         assert found["gap"]["value"] is None and "too few" in found["why"]
 
 
-def test_a_model_scores_some_of_many_images(tiny, folder):
+def test_a_model_scores_some_of_many_images(tiny, picture_folder):
     rows = [row(n, "It is red.", "It is blue.") for n in range(60)]
-    pairs = opened(folder, rows)
+    pairs = opened(picture_folder, rows)
     one = audit({"set": pairs}, model=str(tiny("llava")), limit=40)["sets"]["set"]
     model = one["model"]
     assert model["asked"] == 40 and model["gap"]["pairs"] == 40
@@ -438,161 +373,3 @@ def test_a_model_scores_some_of_many_images(tiny, folder):
     assert low <= model["gap"]["value"] <= high
     assert gates(one)["gain by the image"] in ("pass", "warn", "fail")
     assert sum(part["model"]["with_image"]["accuracy"]["pairs"] for part in one["sources"].values()) == 40
-
-
-# --- the command
-
-
-def vapr(*arguments: object):
-    result = CliRunner().invoke(main, ["audit", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def written(folder: Path, name: str, rows: list[dict]) -> Path:
-    write_pairs(folder / name, rows)
-    return folder / name
-
-
-def test_exit_codes_and_json(folder):
-    good = written(folder, "good.jsonl", colour_rows(300, swapped))
-    bad = written(folder, "bad.jsonl", [row(n, "It is red.", "It is very red.") for n in range(100)])
-    fine = vapr(good)
-    assert fine.exit_code == 0, fine.output
-    assert "no gate fails" in fine.stdout
-    failing = vapr(good, bad, "--json", "--seed", "3", "--max-pairs", "80")
-    assert failing.exit_code == 1
-    result = json.loads(failing.stdout)
-    assert list(result["sets"]) == ["good.jsonl", "bad.jsonl"]
-    assert result["settings"] == {"max_pairs": 80, "seed": 3, "model": None, "limit": None, "folds": 5}
-    assert "bad.jsonl: rejected longer" in result["failed"]
-    assert not any(line.startswith("good.jsonl: rejected") for line in result["failed"])
-    table = vapr(good, bad).stdout
-    line = next(line for line in table.splitlines() if line.startswith("rejected longer"))
-    assert line.index("pass") < line.index("FAIL")
-    assert "1 of 2 sets fail (bad.jsonl)" in table
-
-
-def test_a_folder_of_vapr_edit(folder, tmp_path):
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "ledger.jsonl").write_text('{"not": "a pair"}\n')
-    rows = [{k: v for k, v in r.items() if k != "images"} for r in colour_rows(80, swapped)]
-    write_pairs(tmp_path / "pairs" / "pairs.jsonl", rows)
-    assert f"{len(rows)} rows" in vapr(tmp_path).stdout
-
-
-@pytest.mark.parametrize(
-    ("rows", "arguments", "message"),
-    [
-        ([], (), "no pairs in it"),
-        ([row(0, "A.", "A.")], (), "the same text"),
-        ([row(0, "A.", "A.")], ("--on-bad-row", "skip"), "holds no pair"),
-        ([row(0, "A.", "B.")], ("--out", "page.pdf"), ".html"),
-        ([row(0, "A.", "B.")], ("--column", "prompt"), "--column prompt"),
-        ([row(0, "A.", "B.")], ("--format", "nonsense"), "nonsense"),
-        ([row(0, "A.", "B.")], ("--model", "/no/such/model"), "--model"),
-    ],
-)
-def test_mistakes_are_one_line(folder, rows, arguments, message):
-    result = vapr(written(folder, "mistake.jsonl", rows), *arguments)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.exit_code == 2 and len(lines) == 1 and message in lines[0], result.output
-    assert "Traceback" not in result.stderr
-
-
-def test_more_mistakes(folder, monkeypatch):
-    good = written(folder, "good.jsonl", colour_rows(20, swapped))
-    assert "twice" in vapr(good, good).stderr
-    assert "no such file" in vapr(folder / "absent.jsonl").stderr
-    plain_import = builtins.__import__
-
-    def without_sklearn(name, *rest):
-        if name.split(".")[0] == "sklearn":
-            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-        return plain_import(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    result = vapr(good)
-    assert result.exit_code == 2 and "sklearn; pip install 'vapr[audit]'" in result.stderr
-
-
-@pytest.mark.parametrize("rows", [[row(0, "A.", "B.")], [row(n, "...", "!") for n in range(60)], [row(n, "A b.", "B a.", category="one") for n in range(60)]])  # fmt: skip
-def test_odd_sets_are_measured_all_the_same(folder, rows, tmp_path):
-    file = written(folder, "odd.jsonl", rows)
-    result = vapr(file, "--out", tmp_path / "page.html")
-    assert result.exit_code in (0, 1) and (tmp_path / "page.html").exists()
-    json.loads(vapr(file, "--json").stdout)
-
-
-def test_texts_are_measured_without_the_image_files(folder, tiny):
-    rows = [row(n, "It is red.", "It is blue.") for n in range(60)]
-    rows[3]["images"] = ["a/gone.png"]
-    file = written(folder, "gone.jsonl", rows)
-    assert "(1 pairs whose files are missing)" in vapr(file).stdout
-    refused = vapr(file, "--model", tiny("llava"))
-    assert refused.exit_code == 2 and "gone.png' not found" in refused.stderr
-
-
-def test_names_of_sets():
-    assert list(named(["x/a.jsonl", "y/b.jsonl"], [1, 2])) == ["a.jsonl", "b.jsonl"]
-    assert list(named(["x/pairs", "y/pairs"], [1, 2])) == ["x/pairs", "y/pairs"]
-
-
-def test_bad_rows_are_counted(folder):
-    rows = [*colour_rows(80, swapped), {"id": "bad", "prompt": "What?", "chosen": "A."}]
-    file = written(folder, "skips.jsonl", rows)
-    assert vapr(file).exit_code == 2
-    assert "(1 rows skipped)" in vapr(file, "--on-bad-row", "skip").stdout
-
-
-# --- the page
-
-ATTACK = "<script>document.title = 'owned'</script>"
-
-
-@pytest.fixture(scope="module")
-def wide_page(folder, tmp_path_factory) -> Path:
-    """Words, names and texts as wide as they come, in two sets."""
-    endless = "x" * 300
-    rows = [
-        row(n, f"Yes {ATTACK} {endless} {n % 7} a b c d e", f"No {endless} {n % 5} {ATTACK} f g h i j", category=(endless, ATTACK, "c")[n % 3], source=f"{endless}{n % 2}")
-        for n in range(90)
-    ]  # fmt: skip
-    rows += [{**rows[0], "id": "twin"}]
-    sets = {name: opened(folder, rows, f"wide{n}.jsonl") for n, name in enumerate((endless, ATTACK))}
-    result = audit(sets)
-    view = {"accuracy": percent(np.ones(30), np.arange(30)), "accuracy_per_token": percent(np.ones(30), np.arange(30)), "margin": 1.0, "margin_per_token": 0.1}  # fmt: skip
-    for one in result["sets"].values():
-        one["model"] = {"with_image": view, "blind": view, "skipped": {"rows": 1, "first": [endless]}}
-    path = tmp_path_factory.mktemp("page") / "audit.html"
-    write_audit_report(path, result)
-    return path
-
-
-def test_the_page_needs_nothing_else(wide_page):
-    text = wide_page.read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text
-    assert not re.findall(r"https?://|src=|url\(|@import", text)
-    assert text.count("<svg") == 2 + 4 + 1
-
-
-@needs_chromium
-def test_a_browser_shows_the_page_without_a_complaint(wide_page, tmp_path):
-    ran = chromium(tmp_path / "profile", wide_page, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1280,2200")
-    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
-    assert len(Image.open(tmp_path / "shot.png").convert("RGB").getcolors(1 << 20)) > 50
-
-
-@needs_chromium
-@pytest.mark.parametrize("width", [320, 390, 700, 1280])
-def test_the_page_does_not_scroll_sideways(wide_page, tmp_path, width):
-    tell = "<script>onload = () => parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
-    (tmp_path / "inner.html").write_text(wide_page.read_text().replace("</body>", f"{tell}</body>"))
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        f"<body><script>onmessage = (event) => {{ document.title = 'width ' + event.data }}</script><iframe src='inner.html' style='border:0' width={width} height=900></iframe>"
-    )
-    ran = chromium(tmp_path / "profile", outer, "--dump-dom", "--virtual-time-budget=5000")
-    measured = re.search(r"<title>width (\d+)</title>", ran.stdout)
-    assert measured and int(measured[1]) <= width
