@@ -116,7 +116,7 @@ class ClosedSet(_Part):
 
     def alike(self, one: str, other: str) -> bool:
         """Whether two values can be said of one thing: equal, or near-synonyms."""
-        return other.lower() in self._alike[one.lower()]
+        return other.lower() in self._alike.get(one.lower(), ())
 
     @cached_property
     def _found(self) -> re.Pattern[str]:
@@ -141,8 +141,13 @@ class ClosedSet(_Part):
                 continue
             if any(pattern.search(left) for pattern in not_before) or any(p.search(right) for p in not_after):
                 continue
-            found.append(Value(self, match.start(), match.end(), match[0], self.members[match[0].lower()]))
+            if (group := self.members.get(match[0].lower())) is not None:  # a pattern takes a dotless i for an i
+                found.append(Value(self, match.start(), match.end(), match[0], group))
         return found
+
+    def named(self, text: str) -> list[tuple[int, str]]:
+        """Where a text names members, whatever they mean there: start and lower-case value."""
+        return [(match.start(), match[0].lower()) for match in self._found.finditer(text)]
 
 
 class ExampleEdit(_Part):

@@ -23,6 +23,9 @@ NEITHER = "the answer says neither yes nor no"
 NO_CATEGORY = "no category fits"
 PARTNER_LOST = "the other half of its trade was refused"
 
+OR = re.compile(r"\bor\b", re.IGNORECASE)
+HOW = re.compile(r"\bhow $", re.IGNORECASE)  # "how big" does not say that it is
+
 
 @dataclass(eq=False, slots=True)
 class Trade:
@@ -31,6 +34,7 @@ class Trade:
     turn: int
     value: Value
     market: str  # values are traded inside one market only
+    targets: frozenset[str]  # which of them may take its place
     target: str | None = None
     partner: "Trade | None" = None
     operations: list[Operation] | None = None  # where it takes more than to put the target in the value's place
@@ -128,18 +132,24 @@ class Planner:
         """What an answer could trade in a category: values that stand in it once, with what they belong to."""
         if "polarity" in category.checks:
             return self._polarity_offers(turn, number, category)
-        values = category.find_values(turn.answer)
         offers = []
-        for value in values:
-            alike = sum(other.set is value.set and value.set.alike(value.name, other.name) for other in values)
-            if alike > 1 or VAGUE.search(turn.answer[: value.start]):
+        for value in category.find_values(turn.answer):
+            targets = _targets(turn, value, echoes="opposite" in category.checks)
+            if not targets or VAGUE.search(turn.answer[: value.start]):
                 continue
             market = self._market(turn, value)
             if market is not None:
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
-                offers.append(Trade(number, value, market + several))
-        return offers
+                offers.append(Trade(number, value, market + several, targets))
+        return offers if category.min_edits > 1 else self._asked_for(turn, offers)
+
+    def _asked_for(self, turn: Turn, offers: list[Trade]) -> list[Trade]:
+        """Of several values those that are said of a noun in the question, if any are."""
+        if len(offers) < 2:
+            return offers
+        asked = {noun for *_, noun in self.nouns.find(turn.question)}
+        return [offer for offer in offers if self._noun(turn, offer.value) in asked] or offers
 
     def _polarity_offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
         start = YES_OR_NO.match(turn.answer)
@@ -152,16 +162,18 @@ class Planner:
                 return []
             operations = []  # known: yes or no; how to say it is the model's
         value = Value(closed, start.start(1), start.end(1), start[1], closed.members[start[1].lower()])
-        return [Trade(number, value, f"{closed.name}|{turn.source}", operations=operations)]
+        targets = frozenset(closed.members) - {value.name}
+        return [Trade(number, value, f"{closed.name}|{turn.source}", targets, operations=operations)]
 
     def _market(self, turn: Turn, value: Value) -> str | None:
         """Where a value may be traded: set, group, class of its noun, and how its number shows in the grammar."""
         closed = value.set
-        parts = [closed.name, closed.groups[value.group][0]]
+        parts = [closed.name, closed.groups[value.group][0], *sorted(_options(turn, value))]
         if closed.by_source:
             parts.append(turn.source)
         if closed.by_noun:
-            parts.append(self._noun_class(turn, value))
+            noun = self._noun(turn, value)
+            parts.append(self.nouns.noun_class(noun) if noun else OTHER)
         if (count := number(value.text)) is not None:
             try:
                 other = "two" if count == 1 else "one"
@@ -172,16 +184,15 @@ class Planner:
                 parts.append("plural")
         return "|".join(parts)
 
-    def _noun_class(self, turn: Turn, value: Value) -> str:
-        """Class of the noun that a value is said of: the one after it, else the one before it, else the question's."""
+    def _noun(self, turn: Turn, value: Value) -> str | None:
+        """The noun that a value is said of: the one after it, else the one before it, else the question's last."""
         clause = re.split(r"[.,;:!?]", turn.answer[value.end : value.end + 60])[0]
         after = list(self.nouns.find(" ".join(clause.split()[:4])))
         if after:
-            return self.nouns.noun_class(self._head(clause, after))
+            return self._head(clause, after)
         before = list(self.nouns.find(re.split(r"[.;!?]", turn.answer[: value.start])[-1]))
-        asked = list(self.nouns.find(turn.question))
-        nearest = before or asked
-        return self.nouns.noun_class(nearest[-1][2]) if nearest else OTHER
+        nearest = before or list(self.nouns.find(turn.question))
+        return nearest[-1][2] if nearest else None
 
     @staticmethod
     def _head(clause: str, found: list[tuple[int, int, str]]) -> str:
@@ -218,13 +229,38 @@ class Planner:
                 continue
             plan.trades = plan.offers[: _wanted(plan)]
             for trade in plan.trades:
-                value = trade.value
-                group = value.set.groups[value.group]
-                others = [other for other in group if not value.set.alike(value.name, other)]
-                trade.target = rng.choice(others) if others else None
-            plan.trades = [trade for trade in plan.trades if trade.target is not None]
-            if plan.offers and not plan.trades:
-                plan.reason = NO_PARTNER
+                trade.target = rng.choice(sorted(trade.targets))
+
+
+def _targets(turn: Turn, value: Value, *, echoes: bool) -> frozenset[str]:
+    """Values that may take this one's place: of its group, and near-synonyms of none that the answer already names.
+
+    What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
+    not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong, unless it
+    asks for one of several; ``echoes``: that may be changed all the same.
+    """
+    closed, group = value.set, value.set.groups[value.group]
+    options = _options(turn, value)
+    given = {name for start, name in closed.named(turn.question) if not HOW.search(turn.question[:start])}
+    if not options and not echoes and value.name in given:
+        return frozenset()
+    elsewhere = {name for start, name in closed.named(turn.answer) if start != value.start}
+    if any(closed.alike(value.name, name) for name in elsewhere):
+        return frozenset()
+    return frozenset(
+        target
+        for target in (options or {member.lower() for member in group})
+        if not closed.alike(value.name, target) and not any(closed.alike(target, name) for name in elsewhere)
+    )
+
+
+def _options(turn: Turn, value: Value) -> set[str]:
+    """Values among which the question lets choose: red and blue in "Is it red or blue?"; empty if it does not."""
+    if not OR.search(turn.question):
+        return set()
+    closed = value.set
+    named = {name for _, name in closed.named(turn.question) if closed.members.get(name) == value.group}
+    return named if value.name in named and len(named) > 1 else set()
 
 
 def _wanted(plan: Plan) -> int:
@@ -273,7 +309,7 @@ def match(trades: list[Trade], rng: random.Random) -> None:
     """Pair trades of different values, as many as can be; each partner's value becomes the other's target.
 
     Sorted by value, a trade and the one half the list further differ when no value has more than half; what a value has
-    beyond that stays without a partner. Near-synonyms that met then change partners with others.
+    beyond that stays without a partner. Those that met and do not fit then change partners with others.
     """
     by_value: dict[str, list[Trade]] = defaultdict(list)
     for trade in trades:
@@ -288,19 +324,19 @@ def match(trades: list[Trade], rng: random.Random) -> None:
     half = len(paired) // 2
     ones, others = paired[:half], paired[half:]
     for n in range(half):
-        if _alike(ones[n], others[n]):
+        if not _fit(ones[n], others[n]):
             for m in range(half):
-                if not _alike(ones[n], others[m]) and not _alike(ones[m], others[n]):
+                if _fit(ones[n], others[m]) and _fit(ones[m], others[n]):
                     others[n], others[m] = others[m], others[n]
                     break
     for one, other in zip(ones, others, strict=True):
-        if not _alike(one, other):
+        if _fit(one, other):
             one.partner, other.partner = other, one
             one.target, other.target = other.value.name, one.value.name
 
 
-def _alike(one: Trade, other: Trade) -> bool:
-    return one.value.set.alike(one.value.name, other.value.name)
+def _fit(one: Trade, other: Trade) -> bool:
+    return other.value.name in one.targets and one.value.name in other.targets
 
 
 def release(trade: Trade, plans: Sequence[Plan]) -> list[int]:
