@@ -17,7 +17,7 @@ NAMES = {
     "referential", "caption", "reasoning",
 }  # fmt: skip
 KEYS = {
-    "name", "title", "order", "applies", "values", "change", "keep", "mode", "min_edits", "max_edits", "checks", "examples",
+    "name", "title", "order", "applies", "values", "values_of", "change", "keep", "mode", "min_edits", "max_edits", "checks", "examples",
 }  # fmt: skip
 CHECKS = {"other_value", "other_number", "opposite", "not_related", "polarity", "other_text", "conclusion"}
 PATTERNS = ("question", "answer", "not_question", "not_answer")
@@ -70,7 +70,7 @@ def test_there_are_thirteen_categories_each_in_the_file_of_its_name():
 
 @pytest.mark.parametrize("category", CATEGORIES, ids=lambda category: category["name"])
 def test_shape(category):
-    assert set(category) <= KEYS and KEYS - set(category) <= {"values"}
+    assert set(category) <= KEYS and KEYS - set(category) <= {"values", "values_of"}
     assert category["mode"] == ("rewrite" if category["name"] == "reasoning" else "edits")
     assert 1 <= category["min_edits"] <= category["max_edits"] <= 4
     assert category["checks"] and set(category["checks"]) <= CHECKS
