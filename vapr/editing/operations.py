@@ -170,28 +170,13 @@ THERE = re.compile(
 COUNTED = re.compile(
     r"(\s+)([^\W\d_]+(?:-[^\W\d_]+)*)(?:(\s+)(is|are|was|were|has|have|does|do)(?!\w))?", re.IGNORECASE
 )
-NOT_COUNTED = frozenset(
-    (
-        "of",
-        "is",
-        "are",
-        "was",
-        "were",
-        "in",
-        "on",
-        "at",
-        "and",
-        "or",
-        "to",
-        "with",
-        "by",
-        "for",
-        "from",
-        "a",
-        "an",
-        "the",
-    )
+NOT_COUNTED = frozenset((
+    "of", "is", "are", "was", "were", "in", "on", "at", "and", "or", "to", "with", "by", "for", "from", "a", "an", "the",
+))  # fmt: skip
+AGREES = re.compile(
+    r"\b(?:is|are|was|were|has|have|does|do|that|who|which|he|she|it|they|his|her|its|their|him|them)\b", re.IGNORECASE
 )
+SUBJECT = re.compile(r"(?:^|[.!?;:,\n])\W*$")
 
 
 def _number(answer: str, edit: Edit) -> Edit:
@@ -210,6 +195,10 @@ def _number(answer: str, edit: Edit) -> Edit:
     if not bare:
         if counted is None or counted[2].lower() in NOT_COUNTED or not _next_is_end_or_verb(answer, counted):
             raise CannotEdit("one and several need another form of a noun that is not plain to see")
+        # "One dog in the yard is licking its paw": more words agree with the noun than those beside it.
+        rest = re.split(r"[.!?;\n]", answer[counted.end() :])[0]
+        if AGREES.search(rest) or (rest.strip() and not counted[4] and SUBJECT.search(answer[:start])):
+            raise CannotEdit("one and several need other forms of words that are not plain to see")
         to += counted[1] + _noun_in(counted[2], plural)
         end = counted.end(2)
         if counted[4]:

@@ -174,7 +174,8 @@ class Planner:
         if closed.by_noun:
             noun = self._noun(turn, value)
             parts.append(self.nouns.noun_class(noun) if noun else OTHER)
-        if (count := number(value.text)) is not None:
+        one = any(number(member) == 1 for member in closed.groups[value.group])
+        if one and (count := number(value.text)) is not None:
             try:
                 other = "two" if count == 1 else "one"
                 apply(turn.answer, [Operation(value.text, other, start=value.start)])

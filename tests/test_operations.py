@@ -1,0 +1,210 @@
+"""Edit operations: where they apply, what they repair, and that spans always say what changed."""
+
+import random
+
+import pytest
+
+from vapr.editing.operations import (
+    CannotEdit,
+    Operation,
+    apply,
+    article_of,
+    changed_spans,
+    in_the_case_of,
+    number,
+    spliced,
+)
+from vapr.preference_pair import Edit
+
+WORDS = """a an the red orange apple one two cats cat dog is are there hour university "sign" well-lit it's 3 1 café
+naïve 犬 👍 on, under. and umbrella""".split()
+
+
+def edited(answer: str, *changes: tuple[str, str]) -> str:
+    rejected, edits = apply(answer, [Operation(*change) for change in changes])
+    assert spliced(answer, edits) == rejected
+    return rejected
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "rejected"),
+    [
+        ("The hat is red.", "red", "blue", "The hat is blue."),
+        ("A woman and a man.", "man", "boy", "A woman and a boy."),  # not inside another word
+        ("It is red-hot and red.", "and red", "and blue", "It is red-hot and blue."),
+        ("Ein Café, zwei Straßen.", "Café", "Haus", "Ein Haus, zwei Straßen."),
+        ("It says “OPEN” 👍 here.", "“OPEN” 👍", "“SHUT” 👍", "It says “SHUT” 👍 here."),
+        ("Costs $8.", "$8", "$9", "Costs $9."),
+    ],
+)
+def test_puts_a_text_in_the_place_of_another(answer, find, replace, rejected):
+    assert edited(answer, (find, replace)) == rejected
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "rejected"),
+    [
+        ("There is a cat.", "cat", "owl", "There is an owl."),
+        ("An apple lies there.", "apple", "pear", "A pear lies there."),
+        ("It is an orange hat.", "orange", "red", "It is a red hat."),
+        ("It took an hour.", "hour", "day", "It took a day."),
+        ("He wears a uniform.", "uniform", "apron", "He wears an apron."),
+        ("He wears a coat.", "coat", "uniform", "He wears a uniform."),
+        ("She has an old car.", "old car", "new car", "She has a new car."),
+        ("A red apple.", "red ", "", "An apple."),
+        ("He rides a bike.", "a bike", "a elephant", "He rides an elephant."),  # the model's own slip
+        ("It is a 7 on the shirt.", "7", "8", "It is an 8 on the shirt."),
+        ("Plan A is here.", "is", "was", "Plan A was here."),  # a letter is no article
+        ("Take an bus home.", "bus", "owl", "Take an owl home."),  # was wrong before: the author's
+    ],
+)
+def test_articles_follow(answer, find, replace, rejected):
+    assert edited(answer, (find, replace)) == rejected
+
+
+def test_the_repaired_article_is_part_of_the_span():
+    answer = "It is an orange hat."
+    assert apply(answer, [Operation("orange", "red")])[1] == [Edit(6, 15, "a red")]
+    assert apply(answer, [Operation("hat", "cap")])[1] == [Edit(16, 19, "cap")]
+
+
+def test_article_of():
+    an = ["apple", "hour", "8", "11", "18", "umbrella", "X-ray", "honest"]
+    a = ["pear", "unicorn", "1", "100", "one", "European", "house"]
+    assert [article_of(word) for word in an + a] == ["an"] * len(an) + ["a"] * len(a)
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "rejected"),
+    [
+        ("There are two cats.", "two", "one", "There is one cat."),
+        ("There is one cat.", "one", "three", "There are three cats."),
+        ("There was only one child here.", "one", "two", "There were only two children here."),
+        ("One man is here.", "One", "Two", "Two men are here."),
+        ("Two women are here.", "Two", "One", "One woman is here."),
+        ("There are 2 buses on the road.", "2", "1", "There is 1 bus on the road."),
+        ("There are two cats.", "two", "five", "There are five cats."),
+        ("Two", "Two", "One", "One"),
+        ("I see one.", "one", "two", "I see two."),
+        ("I see one dog near the gate.", "one", "two", "I see two dogs near the gate."),
+        ("One dog is near the gate. It is brown.", "One", "Two", "Two dogs are near the gate. It is brown."),
+    ],
+)
+def test_noun_and_verb_follow_the_number(answer, find, replace, rejected):
+    assert edited(answer, (find, replace)) == rejected
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace"),
+    [
+        ("There are two big dogs.", "two", "one"),
+        ("There are two of them.", "two", "one"),
+        ("One dog in the yard is barking.", "One", "Two"),
+        ("One dog in the yard barks.", "One", "Two"),
+        ("There is one man who rides a bike.", "one", "two"),
+        ("One cat is licking its paw.", "One", "Two"),
+        ("Two boys hold their kites.", "Two", "One"),
+    ],
+)
+def test_agreement_that_is_not_plain_to_see_stops_the_edit(answer, find, replace):
+    with pytest.raises(CannotEdit, match="not plain to see"):
+        apply(answer, [Operation(find, replace)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "operations", "reason"),
+    [
+        ("A red hat.", [Operation("blue", "red")], "'blue' occurs nowhere"),
+        ("A red hat, a red cap.", [Operation("red", "blue")], "'red' occurs 2 times"),
+        ("A woman.", [Operation("man", "boy")], "'man' occurs nowhere"),
+        ("A Red hat.", [Operation("red", "blue")], "'red' occurs nowhere"),  # letter by letter
+        ("A red hat.", [Operation("red", "red")], "same as 'find'"),
+        ("A red hat.", [Operation("  ", "red")], "'find' is empty"),
+        ("A red hat.", [Operation("red hat", "cap"), Operation("hat", "coat")], "two edits overlap"),
+        ("An orange hat.", [Operation("An", "The"), Operation("orange", "red")], "two edits overlap"),  # its article
+        ("A red hat.", [Operation("red", "red", start=2)], "changes nothing"),
+        ("A red hat.", [], "changes nothing"),
+        ("左に犬がいます。", [Operation("犬", "猫")], "occurs nowhere"),  # words without spaces have no boundaries
+    ],
+)
+def test_what_cannot_be_done(answer, operations, reason):
+    with pytest.raises(CannotEdit, match=reason):
+        apply(answer, operations)
+
+
+def test_long_texts_are_cut_in_the_reason():
+    with pytest.raises(CannotEdit) as error:
+        apply("A red hat.", [Operation("x" * 5000, "y")])
+    assert len(str(error.value)) < 150
+
+
+def test_several_edits_in_any_order():
+    answer = "A red car, two dogs and an owl."
+    changes = [("owl", "cat"), ("red", "orange"), ("two", "six")]
+    assert edited(answer, *changes) == edited(answer, *changes[::-1]) == "An orange car, six dogs and a cat."
+
+
+def test_a_span_holds_no_words_that_stay():
+    answer = "The small dog on the mat sleeps."
+    _, edits = apply(answer, [Operation("small dog on the mat", "small cat on the mat")])
+    assert edits == [Edit(10, 13, "cat")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "written"),
+    [("red", "blue", "blue"), ("Red", "blue", "Blue"), ("RED", "blue", "BLUE"), ("A", "an", "An"), ("É", "a", "A"),
+     ("3", "4", "4"), ("red", "", "")],
+)  # fmt: skip
+def test_case(old, new, written):
+    assert in_the_case_of(old, new) == written
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("two", 2), ("Twenty-One", 21), ("a dozen", 12), ("no", 0), ("7", 7), ("1,200", 1200), ("3.5", 3.5), ("dog", None),
+     ("3:45", None), ("", None), ("1,20", None)],
+)  # fmt: skip
+def test_number(text, value):
+    assert number(text) == value
+
+
+def test_spans_rebuild_every_random_edit():
+    rng = random.Random(0)
+    done = 0
+    for _ in range(3000):
+        words = rng.choices(WORDS, k=rng.randint(1, 12))
+        answer = rng.choice([" ", "  ", "\n"]).join(words)
+        starts = [sum(len(w) + (len(answer) - sum(map(len, words))) // max(len(words) - 1, 1) for w in words[:n])
+                  for n in range(len(words))]  # fmt: skip
+        places = rng.sample(range(len(words)), rng.randint(1, min(3, len(words))))
+        operations = [Operation(words[n], " ".join(rng.choices(WORDS, k=rng.randint(0, 3))), start=starts[n])
+                      for n in places]  # fmt: skip
+        try:
+            rejected, edits = apply(answer, operations)
+        except CannotEdit:
+            continue
+        done += 1
+        assert spliced(answer, edits) == rejected != answer
+        assert all(0 <= edit.start <= edit.end <= len(answer) for edit in edits)
+        assert all(one.end <= other.start for one, other in zip(edits, edits[1:], strict=False))
+        # Nothing but the words named, their articles, and their noun and verb can have changed.
+        untouched = set(range(len(words))) - {n + d for n in places for d in (-2, -1, 0, 1, 2)}
+        assert all(words[n] in rejected for n in untouched)
+    assert done > 2000
+
+
+def test_rewrites_give_the_words_that_differ():
+    answer = "The man smiles, so he must be happy."
+    rewritten = "The man frowns, so he must be sad."
+    assert changed_spans(answer, rewritten) == [Edit(8, 14, "frowns"), Edit(30, 35, "sad")]
+    assert changed_spans(answer, answer) == []
+
+
+def test_spans_rebuild_every_random_rewrite():
+    rng = random.Random(1)
+    for _ in range(3000):
+        answer, rewritten = (rng.choice([" ", "\n "]).join(rng.choices(WORDS, k=rng.randint(0, 10))) for _ in range(2))
+        edits = changed_spans(answer, rewritten)
+        assert spliced(answer, edits) == rewritten
+        assert (edits == []) == (answer == rewritten)
+        assert all(one.end <= other.start for one, other in zip(edits, edits[1:], strict=False))
