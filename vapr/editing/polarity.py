@@ -2,21 +2,40 @@
 
 import re
 
-from vapr.editing.nouns import Nouns, singular
+from vapr.editing.nouns import Nouns
 from vapr.editing.operations import Operation, in_the_case_of
 from vapr.style import polarity, sentences
 
 YES_OR_NO = re.compile(r"[\s\"'“‘*_]*(yes|no)(?![\w-])", re.IGNORECASE)
 BARE = re.compile(r"[\s\"'“‘*_]*(?:yes|no)[\s.!\"'”’*_]*", re.IGNORECASE)
 NOT_ONE_CLAIM = re.compile(
-    r"\b(?:but|instead|rather|only|because|since|although|though|however|except|while|so)\b|[;:]", re.I
+    r"\b(?:but|instead|rather|only|because|since|although|though|however|except|while|so)\b|[;:?]", re.I
+)
+# "Not all", "not always", "not a dog or a cat" deny less than, or other than, what they seem to.
+NOT_PLAIN = re.compile(
+    r"\b(?:and|or|nor|all|both|each|every\w*|some(?:one|body|thing|times)|any\w*|most|several|few|lot|lots|couple|little|enough|"
+    r"more|less|fewer|than|one|another|either|least|always|often|still|also|already|too|yet|longer|just|probably|likely|"
+    r"possibly|perhaps|maybe)\b",
+    re.IGNORECASE,
 )
 NEGATION = re.compile(r"\b(?:not|no|none|never|nothing|nobody|neither|without|cannot)\b|n['’]t\b", re.IGNORECASE)
 THERE = re.compile(r"\bthere (is|are|was|were)\b", re.IGNORECASE)
 QUANTITY = re.compile(r"\s+(a|an|some)(?=\s)", re.IGNORECASE)
-VERB = re.compile(r"\b(is|are|was|were|can|could|will|would|should)(?= )", re.IGNORECASE)
-NEGATED_VERB = re.compile(r"\b(is|are|was|were|can|could|would|should)( not|n['’]t)\b", re.IGNORECASE)
+VERB = re.compile(
+    r"\b(is|are|was|were|(?:can|could|will|would|should)(?! (?:is|are|was|were|has|in|on|of|with|next|that)\b))"
+    r"(?=\s|\W*$)",
+    re.IGNORECASE,
+)  # "the trash can on the left is": a can
+NEGATED_VERB = re.compile(r"\b(is|are|was|were|could|would|should|can(?=not))( not|n['’]t|not)\b", re.IGNORECASE)
+INDEFINITE = re.compile(r"\W*(?:an?|some|no)\b", re.IGNORECASE)
+UNCOUNTED = frozenset((
+    "water", "snow", "rain", "ice", "sand", "mud", "dirt", "soil", "grass", "fog", "mist", "smoke", "lightning", "hair",
+    "fur", "rice", "bread", "milk", "coffee", "tea", "juice", "wine", "beer", "soda", "popcorn", "cereal", "butter",
+    "cheese", "meat", "bacon", "broccoli", "lettuce", "spinach", "corn", "ketchup", "mustard", "food", "furniture",
+    "luggage", "traffic", "jewelry", "jewellery", "graffiti", "text", "writing",
+))  # fmt: skip
 MAX_SUBJECT_WORDS = 6
+STANDING = (["that"], ["there"])  # such a word alone is the subject: "that is not so", "there isn't"
 
 
 def flip(answer: str, nouns: Nouns) -> list[Operation] | None:
@@ -31,6 +50,8 @@ def flip(answer: str, nouns: Nouns) -> list[Operation] | None:
     rest = answer[start.end() :]
     if len(sentences(answer)) != 1 or NOT_ONE_CLAIM.search(rest) or rest.count(",") > 1 or "\n" in rest.strip():
         return None
+    if NOT_PLAIN.search(rest) or rest.isupper():
+        return None
     second = _deny(answer, start.end()) if said == "yes" else _affirm(answer, start.end(), nouns)
     return None if second is None else [word, second]
 
@@ -41,35 +62,50 @@ def _deny(answer: str, at: int) -> Operation | None:
     if there := THERE.search(answer, at):
         if quantity := QUANTITY.match(answer, there.end()):
             return Operation(quantity[1], "no", start=quantity.start(1))
-        one = re.match(r"\s+(?:no|one|two|\d|many|several|any|more|the)\b", answer[there.end() :], re.IGNORECASE)
-        return Operation(there[1], f"{there[1]} {'not' if one else 'no'}", start=there.start(1))
+        named = re.match(r"\s+(?:the|this|that|in|on|at|now|indeed|\w+ly)\b|\W*$", answer[there.end() :], re.IGNORECASE)
+        counted = re.match(r"\s+(?:two|three|four|five|six|seven|eight|nine|ten|\d+|many)\b", answer[there.end() :])
+        if named:
+            return None
+        return Operation(there[1], f"{there[1]} {'not' if counted else 'no'}", start=there.start(1))
     verb = VERB.search(answer, at)
     if verb is None or not _plain_subject(answer[at : verb.start()]):
         return None
-    return Operation(verb[1], f"{verb[1]} not", start=verb.start(1))
+    denied = f"{verb[1]}not" if verb[1].lower() == "can" else f"{verb[1]} not"
+    return Operation(verb[1], denied, start=verb.start(1))
 
 
 def _affirm(answer: str, at: int, nouns: Nouns) -> Operation | None:
-    if len(NEGATION.findall(answer, at)) != 1 or re.search(
-        r"\b(?:any|anyone|anything|yet|either)\b", answer[at:], re.I
-    ):
+    if len(NEGATION.findall(answer, at)) != 1:
         return None
     if there := THERE.search(answer, at):
-        none = re.match(r"\s+(no)\s+([^\W\d_]+)", answer[there.end() :], re.IGNORECASE)
+        none = re.match(r"\s+(no)\s+", answer[there.end() :], re.IGNORECASE)
         if none is None:
             return None
         start = there.end() + none.start(1)
         if there[1].lower() in ("are", "were"):
             return Operation(none[1], "some", start=start)
-        countable = nouns.known(none[2]) and singular(none[2]) == none[2].lower()
-        return Operation(none[1], "a", start=start) if countable else None
+        some = _some(answer[there.end() + none.end() :], nouns)
+        return None if some is None else Operation(none[1], some, start=start)
     negated = NEGATED_VERB.search(answer, at)
-    if negated is None or not _plain_subject(answer[at : negated.start()]):
+    if negated is None or re.search(r"\bat all\b", answer[at:]) or not _plain_subject(answer[at : negated.start()]):
         return None
     return Operation(negated[0], negated[1], start=negated.start())
 
 
+def _some(thing: str, nouns: Nouns) -> str | None:
+    """``a`` or ``some``, by the noun that the text begins with; None if nothing tells."""
+    first = re.match(r"[^\W\d_]+", thing)
+    found = next(nouns.find(thing[:60]), None)
+    known = found is not None and found[0] == 0
+    noun = found[2] if found and known else first[0].lower() if first else ""
+    if noun in UNCOUNTED:
+        return "some"
+    singular = found is not None and known and thing[: found[1]].lower() == found[2]
+    return "a" if singular else None  # else no noun, an adjective before it, or a plural
+
+
 def _plain_subject(text: str) -> bool:
-    """Whether the verb after it is the sentence's: no clause of its own, not long."""
-    words = re.findall(r"\w+", text)
-    return 0 < len(words) <= MAX_SUBJECT_WORDS and not {"who", "that", "which", "whose", "where"} & set(words)
+    """Whether the verb after it is the sentence's: no clause of its own, not long, and nothing that is one of many."""
+    words = re.findall(r"\w+", text.lower())
+    clause = {"who", "that", "which", "whose", "where", "what", "when", "if", "whether", "there"} & set(words)
+    return 0 < len(words) <= MAX_SUBJECT_WORDS and not INDEFINITE.match(text) and (not clause or words in STANDING)
