@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vapr.editing.categories import Category, Value
 from vapr.editing.config import CheckConfig
-from vapr.editing.nouns import Nouns
+from vapr.editing.nouns import Nouns, singular
 from vapr.editing.operations import number
 from vapr.preference_pair import Edit
 from vapr.style import edit_distance, num_words, polarity, sentences, style_vector, words
@@ -134,11 +134,10 @@ def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns)
     return f"'{new}' is not the opposite of '{old}'"
 
 
-VAGUE = re.compile(
-    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)"
-    r"\s+$",
-    re.IGNORECASE,
+VAGUE_WORDS = (
+    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
 )
+VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
 
 
 def _other_number(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
@@ -150,11 +149,13 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
         return f"a number must become another number, not '{old}' -> '{new}'"
     if values[0] == values[1]:
         return f"'{new}' is the same number as '{old}'"
-    vague = VAGUE.search(before) or VAGUE.search(old) or VAGUE.search(new)
+    vague = VAGUE.search(before) or any(re.search(VAGUE_WORDS, text, re.IGNORECASE) for text in (old, new))
     return "both numbers can be true after 'at least', 'about' and the like" if vague else None
 
 
 def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    if singular(old) == singular(new):
+        return f"'{new}' is the same noun as '{old}'"
     sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
     for one in (noun for noun in sides[0] if noun not in sides[1]):
         for other in (noun for noun in sides[1] if noun not in sides[0]):

@@ -271,14 +271,13 @@ def _wanted(plan: Plan) -> int:
 
 
 def _trade_singles(plans: list[Plan], rng: random.Random) -> None:
-    """One trade each; where the first value of an answer finds no partner, the next one is tried."""
-    attempt = 0
-    while plans:
-        _match_markets([plan.offers[attempt] for plan in plans], rng)
-        for plan in plans:
-            plan.trades = [plan.offers[attempt]] if plan.offers[attempt].partner is not None else []
-        attempt += 1
-        plans = [plan for plan in plans if not plan.trades and attempt < len(plan.offers)]
+    """One trade each; where the first value of an answer finds no partner, the next one is tried, and the last again."""
+    for attempt in range(max((len(plan.offers) for plan in plans), default=0)):
+        offers = [plan.offers[min(attempt, len(plan.offers) - 1)] for plan in plans]
+        _match_markets(offers, rng)
+        for plan, offer in zip(plans, offers, strict=True):
+            plan.trades = [offer] if offer.partner is not None else []
+        plans = [plan for plan in plans if not plan.trades]
 
 
 def _trade_several(plans: list[Plan], rng: random.Random) -> None:
