@@ -22,7 +22,10 @@ CheckName = Literal["other_value", "other_number", "opposite", "not_related", "p
 
 
 def _pattern(text: str) -> str:
-    re.compile(text)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r:.60} is no regular expression ({error})") from None
     return text
 
 
@@ -286,5 +289,3 @@ def read_category(file: Path) -> Category:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{file}: {f'{place}: ' if place else ''}{first['msg']}") from None
-    except re.error as error:
-        raise UserError(f"{file}: not a regular expression: {error}") from None
