@@ -120,6 +120,11 @@ def test_patterns_beside_a_value():
         assert found(closed, text) == []
 
 
+def test_patterns_around_a_value():
+    closed = ClosedSet(name="x", groups=[["orange", "red"]], not_around=[r"an orange\."])
+    assert found(closed, "an orange hat") == [(3, "orange")] and found(closed, "It is an orange.") == []
+
+
 def test_near_synonyms_need_not_be_transitive():
     closed = ClosedSet(name="x", groups=[["grey", "silver", "white"]], same=[["grey", "silver"], ["silver", "white"]])
     assert closed.alike("Grey", "silver") and closed.alike("silver", "WHITE") and closed.alike("grey", "grey")

@@ -21,7 +21,7 @@ KEYS = {
 }  # fmt: skip
 CHECKS = {"other_value", "other_number", "opposite", "not_related", "polarity", "other_text", "conclusion"}
 PATTERNS = ("question", "answer", "not_question", "not_answer")
-CONTEXTS = ("before", "after", "not_before", "not_after")
+CONTEXTS = ("before", "after", "not_before", "not_after", "not_around")
 COCO = """person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|bench|bird|
 cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|ski|snowboard|sports ball|kite|
 baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|
@@ -193,7 +193,9 @@ def test_expected_values_are_members_that_can_be_swapped():
         place = 0
         for value in one["values"]:
             place = answer.index(value["text"], place) + len(value["text"])  # in order of occurrence
-            (found,) = (a for a in BY_NAME[one["category"]]["values"] if a["name"] == value["set"])
+            category = BY_NAME[one["category"]]
+            sources = [category, *(BY_NAME[name] for name in category.get("values_of", []))]
+            (found,) = (a for source in sources for a in source.get("values", []) if a["name"] == value["set"])
             (group,) = (group for group in found["groups"] if value["text"].lower() in group)
             alike = {name for names in found.get("same", []) if value["text"].lower() in names for name in names}
             assert set(group) - alike - {value["text"].lower()}, value

@@ -85,7 +85,8 @@ class ClosedSet(_Part):
     """Values of which one can take another's place: within a group, but not a near-synonym's.
 
     ``before`` and ``after`` (one of each must be found) and ``not_before`` and ``not_after`` (none may be) are patterns
-    for the text beside a value; anchor them with ``$`` and ``^``.
+    for the text beside a value; anchor them with ``$`` and ``^``. ``not_around`` are patterns that must not be found in
+    the value with the text on both sides: "an orange." is a fruit, "an orange hat" a colour.
     """
 
     name: str
@@ -97,8 +98,9 @@ class ClosedSet(_Part):
     after: list[str] = []
     not_before: list[str] = []
     not_after: list[str] = []
+    not_around: list[str] = []
 
-    @pydantic.field_validator("before", "after", "not_before", "not_after", mode="before")
+    @pydantic.field_validator("before", "after", "not_before", "not_after", "not_around", mode="before")
     @classmethod
     def _patterns(cls, value: Any) -> list[str]:
         patterns = [value] if isinstance(value, str) else list(value)
@@ -128,12 +130,12 @@ class ClosedSet(_Part):
 
     @cached_property
     def _context(self) -> tuple[list[re.Pattern[str]], ...]:
-        given = (self.before, self.not_before, self.after, self.not_after)
+        given = (self.before, self.not_before, self.after, self.not_after, self.not_around)
         return tuple([re.compile(pattern, re.IGNORECASE) for pattern in patterns] for patterns in given)
 
     def find(self, text: str) -> list[Value]:
         """Values in a text that stand for what the set means, in order."""
-        before, not_before, after, not_after = self._context
+        before, not_before, after, not_after, not_around = self._context
         found = []
         for match in self._found.finditer(text):
             left = text[max(0, match.start() - CONTEXT) : match.start()]
@@ -143,6 +145,8 @@ class ClosedSet(_Part):
             if after and not any(pattern.search(right) for pattern in after):
                 continue
             if any(pattern.search(left) for pattern in not_before) or any(p.search(right) for p in not_after):
+                continue
+            if any(pattern.search(left + match[0] + right) for pattern in not_around):
                 continue
             if (group := self.members.get(match[0].lower())) is not None:  # a pattern takes a dotless i for an i
                 found.append(Value(self, match.start(), match.end(), match[0], group))
