@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from vapr import __version__
 from vapr.errors import UserError
+from vapr.interrupts import Stopped
 
 
 class _Mistake(click.ClickException):
@@ -36,6 +37,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise _Mistake(str(error)) from None
 
     return run
+
+
+def _say_stopped(stopped: Stopped) -> NoReturn:
+    click.echo(f"Stopped: {stopped}", err=True)
+    sys.exit(stopped.exit_code)
 
 
 def _quiet_libraries() -> None:
@@ -79,8 +85,7 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
     try:
         trainer.train(run_config, resume=resume)
     except trainer.TrainingStopped as stopped:
-        click.echo(f"Stopped: {stopped}", err=True)
-        sys.exit(stopped.exit_code)
+        _say_stopped(stopped)
 
 
 @main.command()
@@ -258,7 +263,10 @@ def edit(
         source=source, folder=out, editor=editor, config=EditConfig.load(config, overrides), target=target,
         retry_failed=retry_failed, workers=workers, ray=ray, price_per_gpu_hour=gpu_price, verdicts=verdicts,
     )  # fmt: skip
-    result = run(start)
+    try:
+        result = run(start, partial(click.echo, err=True))
+    except Stopped as stopped:
+        _say_stopped(stopped)
     click.echo(json.dumps(result, indent=2) if as_json else f"{show(result)}\nwrote       {out}")
 
 
@@ -343,8 +351,7 @@ def demo(out: Path, seed: int) -> None:
     try:
         run_demo(out, seed)
     except TrainingStopped as stopped:
-        click.echo(f"Stopped: {stopped}", err=True)
-        sys.exit(stopped.exit_code)
+        _say_stopped(stopped)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import yaml
 
 from vapr.errors import UserError
 from vapr.formats import FORMAT_NAMES
+from vapr.yaml_file import read_yaml
 
 Parsed = TypeVar("Parsed")
 
@@ -19,12 +20,7 @@ def read_config(path: str | Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         UserError: naming the file or the override.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values (run_dir:, policy:, data:, ...)")
     return apply_overrides(raw, overrides)

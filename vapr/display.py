@@ -8,12 +8,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """A progress bar with rate and ETA on a terminal; plain lines, at most one every few seconds, in a log."""
+    """A progress bar with rate and ETA on a terminal; plain lines, at most one every few seconds, in a log.
+
+    ``quiet`` shows nothing: for a process whose parent shows what it does.
+    """
 
     SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step") -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step", *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
         self._label, self._total, self._unit = label, total, unit
         self._done, self._began, self._done_before = done, time.monotonic(), done
         self._last_line = -math.inf

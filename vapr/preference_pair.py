@@ -121,8 +121,8 @@ def image_list(images: Any) -> list[Any]:
     return images if isinstance(images, list) else [images]
 
 
-def _text(value: str, key: str) -> str:
-    """The text, if it can be written as UTF-8."""
+def whole_text(value: str, key: str) -> str:
+    """The text, if it can be written as UTF-8. Raises BadRow."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -133,7 +133,7 @@ def _text(value: str, key: str) -> str:
 def _category(category: Any) -> str | None:
     if category is not None and not isinstance(category, str):
         raise BadRow(f"'category' must be text, got {category!r:.60}")
-    return None if category is None else _text(category, "category")
+    return None if category is None else whole_text(category, "category")
 
 
 def row_id(row: dict[str, Any], where: str) -> str:
@@ -142,7 +142,7 @@ def row_id(row: dict[str, Any], where: str) -> str:
     if not isinstance(given, str | int):
         raise BadRow(f"'id' must be text, got {given!r}")
     try:
-        return _text(str(given), "id")
+        return whole_text(str(given), "id")
     except ValueError as error:
         if isinstance(error, BadRow):
             raise
@@ -196,7 +196,7 @@ def _parts(content: Any, key: str) -> list[dict[str, str]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": _text(part["text"], key)})
+            parts.append({"type": "text", "text": whole_text(part["text"], key)})
         elif kind == "image":
             inline = [name for name in ("image", "url", "path", "base64") if part.get(name)]
             if inline:
@@ -321,6 +321,6 @@ def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
             raise BadRow(
                 f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
             )
-        _text(span.to, "edits")
+        whole_text(span.to, "edits")
         spans.append(span)
     return tuple(spans)

@@ -80,7 +80,7 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
             continue
         name = wanted or given or ("columns" if source.columns else _detect(rows))
         if mapped:
-            _check_columns(rows, mapped)
+            check_columns(rows, mapped)
         confined = root is not None
         sets.append(PairSet(rows, name, mapped, root or folder, confined, source.weight, source, images_needed))
     if not sets:
@@ -88,8 +88,12 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
     return sets
 
 
-def _check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
-    """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them."""
+def check_columns(rows: Rows, columns: Mapping[str, str], section: str = "data") -> None:
+    """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them.
+
+    Raises:
+        UserError: naming the key of ``section``.
+    """
     seen: set[str] = set()
     found: set[str] = set()
     for number in {*range(min(len(rows), 100)), *np.linspace(0, len(rows) - 1, 400).astype(int).tolist()}:
@@ -100,7 +104,7 @@ def _check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
     for key, column in columns.items():
         if key not in found:
             raise UserError(
-                f"data.columns.{key}: {source_name(rows)} has no column '{column}'; there are "
+                f"{section}.columns.{key}: {source_name(rows)} has no column '{column}'; there are "
                 f"{', '.join(sorted(seen)) or 'none'} (leave {key} out if no row has it)"
             )
 

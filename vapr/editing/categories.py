@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from vapr.errors import UserError, one_line
+from vapr.errors import UserError
+from vapr.yaml_file import read_yaml
 
 CheckName = Literal["other_value", "other_number", "opposite", "not_related", "polarity", "other_text", "conclusion"]
 
@@ -27,6 +27,9 @@ def _pattern(text: str) -> str:
     except re.error as error:
         raise ValueError(f"{text!r:.60} is no regular expression ({error})") from None
     return text
+
+
+Text = Annotated[str, Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -90,7 +93,7 @@ class ClosedSet(_Part):
     """
 
     name: str
-    groups: list[list[str]]
+    groups: Annotated[list[Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)]
     same: list[list[str]] = []
     by_noun: bool = False
     by_source: bool = False
@@ -102,9 +105,13 @@ class ClosedSet(_Part):
 
     @pydantic.field_validator("before", "after", "not_before", "not_after", "not_around", mode="before")
     @classmethod
-    def _patterns(cls, value: Any) -> list[str]:
-        patterns = [value] if isinstance(value, str) else list(value)
-        return [_pattern(text) for text in patterns]
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("before", "after", "not_before", "not_after", "not_around")
+    @classmethod
+    def _compile(cls, value: list[str]) -> list[str]:
+        return [_pattern(text) for text in value]
 
     @cached_property
     def _alike(self) -> dict[str, set[str]]:
@@ -284,12 +291,10 @@ def _with_values(category: Category, loaded: dict[str, Category]) -> Category:
 def read_category(file: Path) -> Category:
     """One category of a YAML file. Raises UserError, naming the file."""
     try:
-        return Category.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a text file ({one_line(error)})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {one_line(error)}") from None
+        return Category.model_validate(read_yaml(file))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {f'{place}: ' if place else ''}{first['msg']}") from None
+        raise UserError(
+            f"{file}: {f'{place}: ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None

@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal
 from vapr.config import STRICT_KEYS, _check
 from vapr.errors import UserError
 
+COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence")
+"""What ``source.columns`` can map."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -29,6 +32,10 @@ class SourceConfig:
     folder of its image path, else the data file."""
     licence: str | None = None
     """Of the source; written into every pair and the card. A row's own ``licence`` or ``license`` goes first."""
+
+    def __post_init__(self) -> None:
+        for key in self.columns or ():
+            _check(key in COLUMNS, "source.columns", f"a mapping of {', '.join(COLUMNS)}", f"'{key}'")
 
 
 BOOKS = r"\b(title|author|genre) of this book\b|\bwho (wrote|is the author of) this book\b"
@@ -81,6 +88,7 @@ class PlanConfig:
     """At most so many answers of a row are edited, the first ones; null: all."""
 
     def __post_init__(self) -> None:
+        _check(self.categories != [], "plan.categories", "null or at least one name", self.categories)
         _check(self.turns_per_row is None or self.turns_per_row >= 1, "plan.turns_per_row", "1 or more, or null",
                self.turns_per_row)  # fmt: skip
 

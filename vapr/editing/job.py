@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import time
 import uuid
 from array import array
@@ -26,6 +27,11 @@ from vapr.verdicts import read_verdicts
 
 PAIRS, REJECTS, PLANS, SHARDS, LEASES = "pairs", "rejects", "plans", "shards", "leases"
 VERDICTS = "verdicts.jsonl"
+HAVE_CHANGED = {
+    "source.digest": "the rows of the source have changed",
+    "prompts": "prompts or categories have changed",
+}
+"""What a hash does not say."""
 WAIT_SECONDS = 1.0
 SHOWN_BAD_ROWS = 1_000
 
@@ -40,6 +46,12 @@ class Unit:
     @property
     def name(self) -> str:
         return f"{self.shard:05d}" if self.round == 0 else f"{self.shard:05d}-again{self.round}"
+
+    @classmethod
+    def named(cls, name: str) -> "Unit | None":
+        """The unit of that name; None if units are not called so."""
+        match = re.fullmatch(r"(\d+)(?:-again(\d+))?", name)
+        return cls(int(match[1]), int(match[2] or 0)) if match else None
 
 
 class Job:
@@ -74,7 +86,7 @@ class Job:
     def _claim_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            there = any(not name.name.startswith(".") for name in self.folder.iterdir())
+            there = any(file.name != LEASES and not file.name.startswith(".") for file in self.folder.iterdir())
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made a folder ({error.strerror or error})") from None
         if there and not (self.folder / "job.json").exists():
@@ -83,7 +95,7 @@ class Job:
         for key, ours, theirs in _differences(self.described, known):
             if key in ("vapr", "source.path"):
                 continue  # the digest says whether the rows are the same
-            what = "the rows of the source have changed" if key == "source.digest" else f"{key} is {theirs}, not {ours}"
+            what = HAVE_CHANGED.get(key, f"{key} is {theirs}, not {ours}")
             raise UserError(f"{self.folder}: holds a job of other settings: {what}; use them, or give another --out")
 
     def check_editor(self, editor: Mapping[str, Any]) -> None:
@@ -109,7 +121,13 @@ class Job:
                 continue
             with lease:
                 if not file.exists():
-                    _write_scan(self.folder, self.data, self.config)
+                    try:
+                        _write_scan(self.folder, self.data, self.config)
+                    except UserError:
+                        (self.folder / "job.json").unlink(
+                            missing_ok=True
+                        )  # nothing was begun: it may be begun otherwise
+                        raise
         return dict(_read_json(file))
 
     @property
@@ -159,7 +177,7 @@ class Job:
         """The rows of a finished unit that became no pair."""
         file = self.folder / REJECTS / f"part-{unit.name}.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
 
@@ -239,6 +257,8 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, 
 
 
 def _write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
+    for half in folder.glob("turns.npy.*"):
+        half.unlink(missing_ok=True)  # of a scan that was killed
     left_out: Counter[str] = Counter()
     bad_rows: list[str] = []
     places, digests = array("q"), array("q")  # 24 bytes a turn: the only things that grow with the source
@@ -268,6 +288,9 @@ def _write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None
                 digests.append(int(turn.digest()[:15], 16))
     if num_bad == len(data):
         raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
+    if not digests:
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
+        raise UserError(f"{data.path}: no answer to edit in it: {reasons}; see filters")
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
         left_out["duplicate of an earlier answer"] = len(digests) - len(first)

@@ -104,7 +104,7 @@ def _living(file: Path) -> bool:
         return False
     if not isinstance(holder, dict) or holder.get("free"):
         return False
-    if holder.get("host") != socket.gethostname():
+    if holder.get("host") != socket.gethostname() or holder.get("began") is None:  # systems without /proc say nothing
         return age < STALE_SECONDS
     # A process id can have been given to another process since; its time of birth tells.
     began = _began(int(holder.get("pid", 0)))

@@ -1,10 +1,11 @@
 """The same job on a Ray cluster: Ray Data hands units to workers, which write the same files under the same leases."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from vapr.display import Display
-from vapr.editing.job import Job, Unit
+from vapr.editing.job import WAIT_SECONDS, Job, Unit
 from vapr.editing.run import Start, open_editor, open_job
 from vapr.editing.run import identity as identity_of
 from vapr.editing.work import do_unit
@@ -12,20 +13,36 @@ from vapr.errors import UserError
 
 
 class _Worker:
-    """One actor: a job's folder and an editor with its models loaded."""
+    """One actor: a job's folder and an editor with its models loaded.
+
+    A user's mistake comes back as a row: Ray would show its own long story of an exception.
+    """
 
     def __init__(self, start: Start) -> None:
         self._start = start
-        self._job = open_job(start)
-        self._opened = open_editor(start)
-        self._editor = self._opened.__enter__()
-        self._identity = identity_of(start, self._editor)
-        self._job.check_editor(self._identity)
+        self._problem = ""
+        try:
+            self._job = open_job(start)
+            self._opened = open_editor(start)
+            self._editor = self._opened.__enter__()
+            self._identity = identity_of(start, self._editor)
+            self._job.check_editor(self._identity)
+        except UserError as error:
+            self._problem = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for shard, round in zip(batch["shard"], batch["round"], strict=True):
-            do_unit(self._job, self._editor, self._identity, Unit(int(shard), int(round)), self._start.target)
-        return batch
+        try:
+            for shard, round in zip(batch["shard"], batch["round"], strict=True):
+                self._do(Unit(int(shard), int(round)))
+        except UserError as error:
+            self._problem = str(error)
+        return {"problem": [self._problem]}
+
+    def _do(self, unit: Unit) -> None:
+        if self._problem:
+            return
+        while not do_unit(self._job, self._editor, self._identity, unit, self._start.target):
+            time.sleep(WAIT_SECONDS)  # another worker of the folder holds it
 
 
 def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
@@ -47,5 +64,7 @@ def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     with Display("edit", job.num_turns, unit="answer") as display:
-        for _ in done.iter_batches(batch_size=1):
+        for batch in done.iter_batches(batch_size=1):
+            if problem := batch["problem"][0]:
+                raise UserError(str(problem))
             display.advance(f"{job.accepted:,} accepted", job.config.turns_per_shard)

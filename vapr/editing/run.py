@@ -1,10 +1,13 @@
 """Runs an edit job: opens folder and editor, works alone or beside other processes, and writes ledger and card."""
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,18 @@ from vapr.editing.card import write_card
 from vapr.editing.categories import load_categories
 from vapr.editing.config import EditConfig
 from vapr.editing.edit import Editor
-from vapr.editing.job import Job
+from vapr.editing.job import SHARDS, Job, Unit
 from vapr.editing.ledger import ledger
 from vapr.editing.llm import LanguageModel, open_llm
 from vapr.editing.prompts import prompt_hash
 from vapr.editing.review import take_verdicts
-from vapr.editing.work import work
+from vapr.editing.work import remove_unfinished, work
 from vapr.errors import UserError
+from vapr.interrupts import Stopped, stopped_at_once
 
 RULES = "rules"
+SECONDS_TO_END = 30.0
+"""For a worker to stop its engine, after it was told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,44 +54,70 @@ class Start:
         return any(model not in (None, RULES) and not str(model).startswith("http") for model in models)
 
 
-def run(start: Start) -> dict[str, Any]:
+def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
     """Do what is left of a job; returns its ledger.
+
+    Args:
+        start: what is to be done.
+        say: is told in a line where there is nothing to do, or less than was asked for.
 
     Raises:
         UserError: for everything the user can mend, see :class:`vapr.editing.job.Job`.
+        Stopped: after a signal. Finished shards are kept.
     """
-    job = open_job(start)
-    if start.verdicts is not None:
-        take_verdicts(job, start.verdicts)
-    units = job.units(retry_failed=start.retry_failed)
-    if units and (start.target is None or job.accepted < start.target):
-        if start.ray:
-            from vapr.editing.on_ray import work_on_ray
-
-            work_on_ray(start, job, units)
-        elif start.workers > 1:
-            _beside_each_other(start, job)
+    with stopped_at_once(lambda: _what_is_kept(start.folder)):
+        job = open_job(start)
+        if start.verdicts is not None:
+            take_verdicts(job, start.verdicts)
+        units = job.units(retry_failed=start.retry_failed)
+        if not units:
+            say(f"{start.folder}: nothing is left to do")
+        elif start.target is not None and job.accepted >= start.target:
+            say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
         else:
-            work_alone(start, job)
-    return finish(start, job)
+            _do(start, job, units)
+        if start.target is not None:
+            if job.accepted >= start.target:
+                remove_unfinished(job)
+            else:
+                say(f"--target {start.target:,} was not reached: the source gave {job.accepted:,} accepted pairs")
+        return finish(start, job)
+
+
+def _what_is_kept(folder: Path) -> str:
+    finished = len(list((folder / SHARDS).glob("*.json")))
+    return f"{finished:,} finished shards are kept; the same command goes on from there"
+
+
+def _do(start: Start, job: Job, units: Sequence[Unit]) -> None:
+    if start.ray:
+        from vapr.editing.on_ray import work_on_ray
+
+        work_on_ray(start, job, units)
+    elif start.workers > 1:
+        _beside_each_other(start, job)
+    else:
+        work_alone(start, job)
 
 
 def open_job(start: Start) -> Job:
     """The job's folder, made or found."""
     plan = start.config.plan
     categories = load_categories(plan.categories, plan.add_categories)
-    identity = {"editor": start.editor, "prompts": prompt_hash(categories)}
+    # A server may move; who answers there is in editor.json.
+    editor = "a server" if start.editor.startswith(("http://", "https://")) else start.editor
+    identity = {"editor": editor, "prompts": prompt_hash(categories)}
     return Job(start.folder, start.source, start.config, identity)
 
 
-def work_alone(start: Start, job: Job) -> None:
-    """Be one worker of the job."""
+def work_alone(start: Start, job: Job, *, quiet: bool = False) -> None:
+    """Be one worker of the job; a quiet one shows no progress."""
     with open_editor(start) as editor:
         described = identity(start, editor)
         job.check_editor(described)
         done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
         total = job.num_turns if not start.retry_failed else done + 1
-        with Display("edit", total, done, unit="answer") as display:
+        with Display("edit", total, done, unit="answer", quiet=quiet) as display:
             work(job, editor, described, target=start.target, retry_failed=start.retry_failed, display=display)
 
 
@@ -143,11 +175,11 @@ def _beside_each_other(start: Start, job: Job) -> None:
     spawn = multiprocessing.get_context("spawn")  # an engine must not be forked
     devices = _devices(start.workers, start.config.engine.tensor_parallel)
     problems = spawn.SimpleQueue()
-    processes = []
-    for gpus in devices:
-        process = spawn.Process(target=_one_of_several, args=(start, gpus, problems))
+    processes = [spawn.Process(target=_one_of_several, args=(start, gpus, problems)) for gpus in devices]
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; workers inherit this
+    for process in processes:
         process.start()
-        processes.append(process)
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         with Display("edit", job.num_turns, unit="answer") as display:
             shown = 0
@@ -161,6 +193,10 @@ def _beside_each_other(start: Start, job: Job) -> None:
     finally:
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.join(SECONDS_TO_END)
+            process.kill()
+            process.join()
     if not problems.empty():
         raise UserError(problems.get())
     if lost := sum(process.exitcode != 0 for process in processes):
@@ -182,12 +218,16 @@ def _devices(workers: int, each: int) -> list[str | None]:
 
 
 def _one_of_several(start: Start, gpus: str | None, problems: Any) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive a killed command
     if gpus is not None and start.needs_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
-        work_alone(start, open_job(start))
+        with stopped_at_once(str):
+            work_alone(start, open_job(start), quiet=True)
     except UserError as error:
         problems.put(str(error))
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
 
 
 def show(result: Mapping[str, Any]) -> str:

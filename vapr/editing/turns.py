@@ -12,9 +12,18 @@ from typing import Any
 from vapr.editing.config import FilterConfig, SourceConfig
 from vapr.errors import BadRow, UserError
 from vapr.formats import images_of, map_columns, with_image_parts
-from vapr.preference_pair import Message, check_roles, image_list, image_source, messages_from, place_images
+from vapr.preference_pair import (
+    Message,
+    check_roles,
+    image_list,
+    image_source,
+    messages_from,
+    place_images,
+    row_id,
+    whole_text,
+)  # fmt: skip
 from vapr.rows import Rows
-from vapr.sources import open_files
+from vapr.sources import check_columns, open_files
 from vapr.style import num_words
 
 
@@ -48,16 +57,19 @@ class InstructionData:
         source: how to read it.
 
     Raises:
-        UserError: if nothing can be read there.
+        UserError: if nothing can be read there, or a mapped column is not there.
     """
 
     def __init__(self, path: str, source: SourceConfig) -> None:
         if source.image_root is not None and not Path(source.image_root).is_dir():
             raise UserError(f"source.image_root: {source.image_root}: no such folder")
+        self.path = path
         self._config = source
         self._parts: list[tuple[Rows, Path]] = []
         for rows, folder, _, _ in open_files(path, source.split, source.subset, None):
             self._parts.append((rows, folder))
+            if source.columns and len(rows):
+                check_columns(rows, source.columns, "source")
         self._starts = [0, *itertools.accumulate(len(rows) for rows, _ in self._parts)]
         if not len(self):
             raise UserError(f"{path}: no rows in it")
@@ -99,6 +111,8 @@ class InstructionData:
         row = {key: value for key, value in row.items() if value is not None}
         named = image_list(images_of(row))
         images = tuple(image_source(image, root, confined) for image in named)
+        for image in images:
+            whole_text(str(image) if isinstance(image, Path) else "", "image")
         messages = conversation(row)
         check_roles([*messages, *([] if messages[-1]["role"] == "user" else [{"role": "user"}])])
         parts = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -109,6 +123,8 @@ class InstructionData:
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise BadRow("no answer in this row; there is nothing to edit")
+        source_id = row_id(row, where)[:200] if "id" in row else f"row-{number + 1}"
+        source, licence = self._source(row, named, where), self._licence(row)
         for count, place in enumerate(answers):
             prompt = messages[:place]
             shown = sum(part["type"] == "image" for message in prompt for part in message["content"])
@@ -118,9 +134,9 @@ class InstructionData:
                 row=number,
                 number=count,
                 where=where,
-                source_id=str(row.get("id", f"row-{number + 1}"))[:200],
-                source=self._source(row, named, where),
-                licence=row.get("licence") or row.get("license") or self._config.licence,
+                source_id=source_id,
+                source=source,
+                licence=licence,
                 images=images[:shown],
                 prompt=tuple(prompt),
                 question=_text(prompt[-1]).strip(),
@@ -132,11 +148,19 @@ class InstructionData:
             return self._config.name
         for key in ("source", "ds_name", "origin_dataset", "dataset"):
             if isinstance(row.get(key), str) and row[key]:
-                return str(row[key])[:100]
+                return whole_text(row[key], key)[:100]
         first = images[0].get("path") if images and isinstance(images[0], dict) else next(iter(images), None)
         if isinstance(first, str) and not Path(first).is_absolute() and len(Path(first).parts) > 1:
             return Path(first).parts[0]
         return Path(where.rsplit(":", 1)[0]).name
+
+    def _licence(self, row: Mapping[str, Any]) -> str | None:
+        for key in ("licence", "license"):
+            if not isinstance(row.get(key, ""), str):
+                raise BadRow(f"'{key}' must be text, got {row[key]!r:.60}")
+            if row.get(key):
+                return whole_text(row[key], key)
+        return self._config.licence
 
 
 def conversation(row: Mapping[str, Any]) -> list[Message]:

@@ -1,9 +1,10 @@
 """The loop of one worker: take a unit, edit it, write its files, note it as done; and again, until nothing is left."""
 
+import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vapr.cache import written_whole
@@ -50,7 +51,7 @@ def do_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, target: int | None,
     on_turn: Callable[[int], None] = lambda count: None,
 ) -> bool:  # fmt: skip
-    """Do a unit unless it is done; False if another worker holds it."""
+    """Do a unit unless it is done; False if another worker holds it, or has taken it away from this one."""
     if job.manifest(unit) is not None or (target is not None and job.accepted >= target):
         return True
     lease = take(job.folder / LEASES, unit.name)
@@ -59,7 +60,7 @@ def do_unit(
     with lease:
         if job.manifest(unit) is None:  # not finished in the meantime
             _edit_unit(job, editor, identity, unit, lease, target, on_turn)
-    return True
+    return job.manifest(unit) is not None
 
 
 def _edit_unit(
@@ -73,25 +74,63 @@ def _edit_unit(
     for draft in drafts:
         if draft.status == "accepted" and job.verdicts.get(pair_id(draft, identity)) == "drop":
             draft.end("rejected", DROPPED)
-    if target is not None:
-        _cut_to(drafts, target - job.accepted)
-    if not lease.held:
-        return  # this process was taken for dead, and another one has the unit now
+    with _count_of_accepted(job, target):
+        if target is not None:
+            _cut_to(drafts, target - job.accepted)
+        if not lease.held:
+            return  # this process was taken for dead, and another one has the unit now
+        remove_files(job, unit)
+        files = _write_rows(job, identity, unit, drafts)
+        seconds = time.monotonic() - began
+        gpus = editor.llm.num_gpus if editor.llm is not None else 0
+        with written_whole(job.folder / SHARDS / f"{unit.name}.json") as file:
+            file.write(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
+
+
+@contextlib.contextmanager
+def _count_of_accepted(job: Job, target: int | None) -> Iterator[None]:
+    """With a target, only one worker at a time adds pairs: two would fill the same places."""
+    if target is None:
+        yield
+        return
+    while (lease := take(job.folder / LEASES, "target")) is None:
+        time.sleep(WAIT_SECONDS / 10)
+    with lease:
+        yield
+
+
+def _write_rows(job: Job, identity: Mapping[str, Any], unit: Unit, drafts: Sequence[Draft]) -> dict[str, str]:
+    """The unit's files, each with its sha256."""
     files = {}
-    rows = [pair_row(draft, identity, job.folder) for draft in drafts if draft.status == "accepted"]
-    if rows:
-        name = f"{PAIRS}/part-{unit.name}.parquet"
-        files[name] = write_pairs(job.folder / name, rows)
     for folder, lines in (
         (REJECTS, [reject_row(draft) for draft in drafts if draft.status != "accepted"]),
         (PLANS, [plan_row(draft, drafts) for draft in drafts]),
     ):
         name = f"{folder}/part-{unit.name}.jsonl"
         files[name] = write_lines(job.folder / name, lines)
-    seconds = time.monotonic() - began
-    gpus = editor.llm.num_gpus if editor.llm is not None else 0
-    with written_whole(job.folder / SHARDS / f"{unit.name}.json") as file:
-        file.write(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
+    rows = [pair_row(draft, identity, job.folder) for draft in drafts if draft.status == "accepted"]
+    if rows:
+        name = f"{PAIRS}/part-{unit.name}.parquet"
+        files[name] = write_pairs(job.folder / name, rows)
+    return files
+
+
+def remove_files(job: Job, unit: Unit) -> None:
+    """Take away what a killed worker has left of a unit: parts that no manifest names, and halves of files."""
+    for folder, name in ((PAIRS, f"part-{unit.name}"), (REJECTS, f"part-{unit.name}"), (PLANS, f"part-{unit.name}"),
+                         (SHARDS, unit.name)):  # fmt: skip
+        for file in (job.folder / folder).glob(f"{name}.*"):
+            file.unlink(missing_ok=True)
+
+
+def remove_unfinished(job: Job) -> None:
+    """Take away the pairs of units that are not finished and that nobody will finish now: a target is reached."""
+    for part in (job.folder / PAIRS).glob("*"):
+        unit = Unit.named(part.name.removeprefix("part-").partition(".")[0])
+        if unit is not None and job.manifest(unit) is None and (lease := take(job.folder / LEASES, unit.name)):
+            with lease:
+                if job.manifest(unit) is None:
+                    remove_files(job, unit)
 
 
 def _manifest(

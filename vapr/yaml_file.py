@@ -1,0 +1,35 @@
+"""Reads YAML in which no key is given twice: of two, YAML itself takes the last and says nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vapr.errors import UserError, one_line
+
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for name, _ in node.value:
+            key = self.construct_object(name, deep=True)
+            if key in seen and name.tag != MERGE:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", name.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: naming the file, if it cannot be read, is no YAML, or gives a key twice.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({one_line(error)})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
