@@ -7,10 +7,15 @@ import yaml
 
 from vapr.errors import UserError, one_line
 
+try:
+    from yaml import CSafeLoader as Loader  # ten times as fast
+except ImportError:  # built without libyaml
+    from yaml import SafeLoader as Loader  # type: ignore[assignment]
+
 MERGE = "tag:yaml.org,2002:merge"
 
 
-class _EachKeyOnce(yaml.SafeLoader):
+class _EachKeyOnce(Loader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for name, _ in node.value:

@@ -109,6 +109,11 @@ class Job:
             if key not in ("engine", "num_gpus"):
                 raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
 
+    @property
+    def editor(self) -> dict[str, Any]:
+        """Who edits, as :meth:`check_editor` noted it."""
+        return _read_json(self.folder / "editor.json")
+
     # The source
 
     def _scan(self) -> dict[str, Any]:
@@ -124,9 +129,8 @@ class Job:
                     try:
                         _write_scan(self.folder, self.data, self.config)
                     except UserError:
-                        (self.folder / "job.json").unlink(
-                            missing_ok=True
-                        )  # nothing was begun: it may be begun otherwise
+                        if not (self.folder / "turns.npy").exists():
+                            (self.folder / "job.json").unlink()  # nothing was begun: other settings may have the folder
                         raise
         return dict(_read_json(file))
 
@@ -200,6 +204,14 @@ class Job:
                     todo.append(Unit(shard, done))
         return todo
 
+    def progress(self, *, retry_failed: bool) -> tuple[int, int]:
+        """Turns that finished units have been through, and those that :meth:`units` are still to go through."""
+        known = {manifest["unit"]: manifest for manifest in self.manifests()}
+        left = self.num_turns - sum(manifest["turns"] for manifest in known.values() if manifest["round"] == 0)
+        later = [unit for unit in self.units(retry_failed=retry_failed) if unit.round > 0]
+        left += sum(known[Unit(unit.shard, unit.round - 1).name]["to_retry"] for unit in later)
+        return sum(manifest["turns"] for manifest in known.values()), left
+
     @property
     def accepted(self) -> int:
         """Pairs in the parts of finished units: those accepted, less those that a review has dropped since."""
@@ -257,7 +269,7 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, 
 
 
 def _write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
-    for half in folder.glob("turns.npy.*"):
+    for half in (*folder.glob("turns.npy.*"), *folder.glob("scan.json.*")):
         half.unlink(missing_ok=True)  # of a scan that was killed
     left_out: Counter[str] = Counter()
     bad_rows: list[str] = []

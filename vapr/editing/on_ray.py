@@ -63,7 +63,8 @@ def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
         _Worker, fn_constructor_args=(start,), batch_size=1, concurrency=start.workers, num_gpus=gpus
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
-    with Display("edit", job.num_turns, unit="answer") as display:
+    before, left = job.progress(retry_failed=start.retry_failed)
+    with Display("edit", before + left, before, unit="answer") as display:
         for batch in done.iter_batches(batch_size=1):
             if problem := batch["problem"][0]:
                 raise UserError(str(problem))

@@ -115,9 +115,8 @@ def work_alone(start: Start, job: Job, *, quiet: bool = False) -> None:
     with open_editor(start) as editor:
         described = identity(start, editor)
         job.check_editor(described)
-        done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
-        total = job.num_turns if not start.retry_failed else done + 1
-        with Display("edit", total, done, unit="answer", quiet=quiet) as display:
+        done, left = job.progress(retry_failed=start.retry_failed)
+        with Display("edit", done + left, done, unit="answer", quiet=quiet) as display:
             work(job, editor, described, target=start.target, retry_failed=start.retry_failed, display=display)
 
 
@@ -161,9 +160,7 @@ def identity(start: Start, editor: Editor) -> dict[str, Any]:
 
 def finish(start: Start, job: Job) -> dict[str, Any]:
     """Write ledger.json and the card, and return the ledger."""
-    file = job.folder / "editor.json"
-    editor = json.loads(file.read_text()) if file.exists() else {"name": start.editor, "revision": None, "engine": None}
-    result = ledger(job, editor, start.price_per_gpu_hour)
+    result = ledger(job, job.editor, start.price_per_gpu_hour)
     with written_whole(job.folder / "ledger.json") as stream:
         stream.write(json.dumps(result, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
     write_card(job.folder, result)
@@ -175,18 +172,18 @@ def _beside_each_other(start: Start, job: Job) -> None:
     spawn = multiprocessing.get_context("spawn")  # an engine must not be forked
     devices = _devices(start.workers, start.config.engine.tensor_parallel)
     problems = spawn.SimpleQueue()
-    processes = [spawn.Process(target=_one_of_several, args=(start, gpus, problems)) for gpus in devices]
+    processes = [spawn.Process(target=_one_of_several, args=(start, gpus, problems, os.getpid())) for gpus in devices]
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; workers inherit this
     for process in processes:
         process.start()
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        with Display("edit", job.num_turns, unit="answer") as display:
-            shown = 0
+        shown, left = job.progress(retry_failed=start.retry_failed)
+        with Display("edit", shown + left, shown, unit="answer") as display:
             while any(process.is_alive() for process in processes):
                 for process in processes:
                     process.join(timeout=0.2)
-                done = sum(manifest["turns"] for manifest in job.manifests() if manifest["round"] == 0)
+                done, _ = job.progress(retry_failed=False)
                 if done > shown:
                     display.advance(f"{job.accepted:,} accepted", done - shown)
                     shown = done
@@ -217,8 +214,10 @@ def _devices(workers: int, each: int) -> list[str | None]:
     return [",".join(gpus[n * each : (n + 1) * each]) for n in range(workers)]
 
 
-def _one_of_several(start: Start, gpus: str | None, problems: Any) -> None:
+def _one_of_several(start: Start, gpus: str | None, problems: Any, parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive a killed command
+    if os.getppid() != parent:
+        sys.exit(1)
     if gpus is not None and start.needs_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
