@@ -59,17 +59,25 @@ def _place(answer: str, operation: Operation) -> Edit:
         assert answer.startswith(find, operation.start)
         return Edit(operation.start, operation.start + len(find), operation.replace)
     if not find.strip():
-        raise CannotEdit("'find' is empty")
-    # A word must not be found inside another one: "man" in "woman".
-    left = r"(?<!\w)" if find[0].isalnum() else ""
-    right = r"(?!\w)" if find[-1].isalnum() else ""
-    places = [match.start() for match in re.finditer(left + re.escape(find) + right, answer)]
+        raise CannotEdit("find is empty")
+    places = _places(find, answer) or _places(find, answer, re.IGNORECASE)  # a model likes to write "a dog" for "A dog"
     if len(places) != 1:
         times = f"{len(places)} times" if places else "nowhere"
-        raise CannotEdit(f"'find' must occur exactly once in the answer; {_short(find)} occurs {times}")
-    if operation.replace == find:
-        raise CannotEdit(f"'replace' is the same as 'find': {_short(find)}")
-    return Edit(places[0], places[0] + len(find), operation.replace)
+        raise CannotEdit(f"find must occur exactly once in the answer; {_short(find)} occurs {times}")
+    start, end = places[0], places[0] + len(find)
+    replace = operation.replace if answer[start:end] == find else in_the_case_of(answer[start:end], operation.replace)
+    if start == 0 and find[0].isupper():
+        replace = replace[:1].upper() + replace[1:]
+    if replace == answer[start:end]:
+        raise CannotEdit(f"replace is the same as find: {_short(find)}")
+    return Edit(start, end, replace)
+
+
+def _places(find: str, answer: str, flags: int = 0) -> list[int]:
+    """Where it starts. A word is not found inside another one: "man" in "woman"."""
+    left = r"(?<!\w)" if find[0].isalnum() else ""
+    right = r"(?!\w)" if find[-1].isalnum() else ""
+    return [match.start() for match in re.finditer(left + re.escape(find) + right, answer, flags)]
 
 
 def _short(text: str) -> str:
