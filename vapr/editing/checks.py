@@ -8,6 +8,7 @@ from vapr.editing.categories import Category, Value
 from vapr.editing.config import CheckConfig
 from vapr.editing.nouns import Nouns, singular
 from vapr.editing.operations import number
+from vapr.editing.polarity import NEGATION
 from vapr.preference_pair import Edit
 from vapr.style import edit_distance, num_words, polarity, sentences, style_vector, words
 
@@ -36,7 +37,11 @@ def check_pair(
         chosen, rejected: the two texts.
         edits: spans of chosen, as :func:`vapr.editing.operations.apply` gives them.
     """
-    verdicts = [_different(chosen, rejected), *_lengths(chosen, rejected, category, config)]
+    verdicts = [
+        _different(chosen, rejected, edits),
+        _repeats(chosen, rejected),
+        *_lengths(chosen, rejected, category, config),
+    ]
     if config.style:
         verdicts.append(_style(chosen, rejected))
     if category.mode == "rewrite":
@@ -51,9 +56,24 @@ def check_pair(
     return verdicts
 
 
-def _different(chosen: str, rejected: str) -> Verdict:
-    same = _plain(chosen) == _plain(rejected)
-    return Verdict("different", not same, note="only case, space or punctuation changed" if same else "")
+def _different(chosen: str, rejected: str, edits: Sequence[Edit]) -> Verdict:
+    if _plain(chosen) == _plain(rejected):
+        return Verdict("different", False, note="only case, space or punctuation changed")
+    # "A dog" is still true of what was "a brown dog", and the other way round it may be.
+    one_sided = all(not edit.to.strip() or not chosen[edit.start : edit.end].strip() for edit in edits)
+    if one_sided and not any(NEGATION.search(f"{chosen[edit.start : edit.end]} {edit.to}") for edit in edits):
+        return Verdict("different", False, note="words were only added or taken away; what is said must become false")
+    return Verdict("different", True)
+
+
+REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)|,)? \1\b", re.IGNORECASE)
+
+
+def _repeats(chosen: str, rejected: str) -> Verdict:
+    """Black and white must not become white and white."""
+    before, after = (list(REPEATED.finditer(text)) for text in (chosen, rejected))
+    fits = len(after) <= len(before)
+    return Verdict("repeats", fits, note="" if fits else f"the result repeats itself: '{after[-1][0]}'")
 
 
 def _plain(text: str) -> str:
@@ -154,8 +174,9 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
 
 
 def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    if singular(old) == singular(new):
-        return f"'{new}' is the same noun as '{old}'"
+    plain = [[singular(word) for word in words(text)] for text in (old, new)]
+    if plain[0] == plain[1]:
+        return f"'{new}' names the same thing as '{old}'"
     sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
     for one in (noun for noun in sides[0] if noun not in sides[1]):
         for other in (noun for noun in sides[1] if noun not in sides[0]):
