@@ -1,6 +1,7 @@
 """Edits the turns of one shard: plan, ask the language model, apply, check, ask again, and keep trades in balance."""
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from vapr.editing.operations import CannotEdit, apply, changed_spans
 from vapr.editing.plan import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
 from vapr.editing.turns import Turn
 from vapr.preference_pair import Edit
+
+Told = Callable[[int, str], None]
+"""Is told how many turns more are through, and in words what is going on."""
 
 LABEL_TOKENS = 64
 TRUTH_TOKENS = 64
@@ -80,26 +84,26 @@ class Editor:
         self.planner = Planner(categories, self.nouns, llm.name if llm else None, config.plan.balance)
 
     def edit(
-        self, turns: Sequence[Turn], seed: str, on_turn: Callable[[int], None] = lambda count: None
+        self, turns: Sequence[Turn], seed: str, told: Told = lambda count, what: None
     ) -> tuple[list[Draft], Tokens]:
         """A draft for each turn, in their order, each accepted, rejected or failed.
 
         Args:
             turns: of one shard.
             seed: names the shard; with the job's seed it decides trades and the model's sampling.
-            on_turn: told how many turns more are through.
+            told: of the progress.
         """
         tokens = Tokens()
         drafts = [Draft(turn) for turn in turns]
-        self._plan(drafts, seed, tokens)
+        self._plan(drafts, seed, tokens, told)
         waiting = sum(draft.plan.ask and draft.plan.reason is None for draft in drafts)
-        on_turn(len(drafts) - waiting)
+        told(len(drafts) - waiting, "")
         self._trade(drafts)
-        self._ask(drafts, seed, tokens, on_turn)
+        self._ask(drafts, seed, tokens, told)
         self._settle(drafts)
         self._other_answers(drafts)
-        self._blind_check(drafts, seed, tokens)
-        self._verify(drafts, seed, tokens)
+        self._blind_check(drafts, seed, tokens, told)
+        self._verify(drafts, seed, tokens, told)
         self._settle(drafts)
         for draft in drafts:
             if draft.status == "open":
@@ -108,7 +112,7 @@ class Editor:
 
     # Planning
 
-    def _plan(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+    def _plan(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         for number, draft in enumerate(drafts):
             draft.plan = self.planner.by_rules(draft.turn, number)
         unclear = [n for n, draft in enumerate(drafts) if draft.plan.category is None and not draft.plan.reason]
@@ -120,7 +124,8 @@ class Editor:
                 )
                 for n in unclear
             ]  # fmt: skip
-            for number, reply in zip(unclear, self._replies(self.llm, requests, tokens), strict=True):
+            replies = self._replies(self.llm, requests, tokens, told, "categories")
+            for number, reply in zip(unclear, replies, strict=True):
                 draft = drafts[number]
                 try:
                     label = prompts.read_label(_text(reply), self.categories)
@@ -161,7 +166,7 @@ class Editor:
 
     # The language model
 
-    def _ask(self, drafts: list[Draft], seed: str, tokens: Tokens, on_turn: Callable[[int], None]) -> None:
+    def _ask(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         """Ask for an edit, and again where it was refused, with the reason."""
         open_drafts = [draft for draft in drafts if draft.status == "open" and draft.plan.ask]
         if not open_drafts:
@@ -172,16 +177,16 @@ class Editor:
         for attempt in range(self.config.ask.attempts):
             last = attempt + 1 == self.config.ask.attempts
             requests = [self._edit_request(draft, f"{seed}|{attempt}") for draft in open_drafts]
-            replies = self._replies(self.llm, requests, tokens)
+            replies = self._replies(self.llm, requests, tokens, told, f"edits, attempt {attempt + 1}")
             for draft, reply in zip(open_drafts, replies, strict=True):
                 draft.attempts += 1
                 draft.raw = reply.text
                 problem = self._read(draft, reply)
                 if problem is None:
-                    on_turn(1)
+                    told(1, "")
                 elif last:
                     draft.end("failed", problem)
-                    on_turn(1)
+                    told(1, "")
                 else:
                     draft.rejected = None
                     draft.refused.append(problem)
@@ -221,8 +226,9 @@ class Editor:
         return Request(messages, schema, number, max_tokens, self.config.ask.temperature)
 
     @staticmethod
-    def _replies(llm: LanguageModel, requests: Sequence[Request], tokens: Tokens) -> list[Reply]:
-        replies = llm.ask(requests)
+    def _replies(llm: LanguageModel, requests: Sequence[Request], tokens: Tokens, told: Told, what: str) -> list[Reply]:
+        came = itertools.count(1)
+        replies = llm.ask(requests, lambda: told(0, f"{what}: {next(came):,} of {len(requests):,} replies"))
         for reply in replies:
             tokens.add(reply)
         return replies
@@ -265,7 +271,7 @@ class Editor:
                 else:
                     draft.verdicts.append(Verdict("duplicate", True))
 
-    def _blind_check(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+    def _blind_check(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         if not self.config.checks.blind or self.llm is None:
             return
         judged = [draft for draft in drafts if draft.status == "open"]
@@ -273,7 +279,8 @@ class Editor:
         for draft in judged:
             messages = prompts.both_messages(draft.turn, str(draft.rejected))
             requests.append(self._request(messages, prompts.BOTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|both"))
-        for draft, reply in zip(judged, self._replies(self.llm, requests, tokens), strict=True):
+        replies = self._replies(self.llm, requests, tokens, told, "blind check")
+        for draft, reply in zip(judged, replies, strict=True):
             try:
                 both = prompts.read_both(_text(reply))
             except prompts.BadReply as error:
@@ -283,7 +290,7 @@ class Editor:
             if both:
                 draft.end("rejected", "blind check: both answers could be true of one image")
 
-    def _verify(self, drafts: list[Draft], seed: str, tokens: Tokens) -> None:
+    def _verify(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         """Ask twice, with the order swapped: a verifier that likes the first answer best says nothing."""
         if self.verifier is None or self.pictures is None:
             return
@@ -299,7 +306,7 @@ class Editor:
                 requests.append(
                     self._request(messages, prompts.TRUTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|truth|{right}")
                 )
-            for number, reply in enumerate(self._replies(self.verifier, requests, tokens)):
+            for number, reply in enumerate(self._replies(self.verifier, requests, tokens, told, "verifier")):
                 try:
                     votes[number].append(prompts.read_truth(_text(reply)) == right)
                 except prompts.BadReply as error:

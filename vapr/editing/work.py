@@ -4,12 +4,12 @@ import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vapr.cache import written_whole
 from vapr.display import Display
-from vapr.editing.edit import Draft, Editor, Tokens
+from vapr.editing.edit import Draft, Editor, Tokens, Told
 from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
 from vapr.editing.leases import Lease, take
 from vapr.editing.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
@@ -33,13 +33,20 @@ def work(
         retry_failed: also do again what failed in an earlier start.
         display: shows progress.
     """
+
+    def told(turns: int, what: str) -> None:
+        if turns:
+            display.advance(what, turns)
+        else:
+            display.note(what)
+
     units = job.units(retry_failed=retry_failed)
     while units and (target is None or job.accepted < target):
         waiting = []
         for unit in units:
             if target is not None and job.accepted >= target:
                 return
-            if not do_unit(job, editor, identity, unit, target, lambda n: display.advance("", n)):
+            if not do_unit(job, editor, identity, unit, target, told):
                 waiting.append(unit)
         units = [unit for unit in waiting if job.manifest(unit) is None]
         if units:
@@ -49,7 +56,7 @@ def work(
 
 def do_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, target: int | None,
-    on_turn: Callable[[int], None] = lambda count: None,
+    told: Told = lambda turns, what: None,
 ) -> bool:  # fmt: skip
     """Do a unit unless it is done; False if another worker holds it, or has taken it away from this one."""
     if job.manifest(unit) is not None or (target is not None and job.accepted >= target):
@@ -59,18 +66,18 @@ def do_unit(
         return False
     with lease:
         if job.manifest(unit) is None:  # not finished in the meantime
-            _edit_unit(job, editor, identity, unit, lease, target, on_turn)
+            _edit_unit(job, editor, identity, unit, lease, target, told)
     return job.manifest(unit) is not None
 
 
 def _edit_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, lease: Lease, target: int | None,
-    on_turn: Callable[[int], None],
+    told: Told,
 ) -> None:  # fmt: skip
     """Edit the turns of one unit and write its pairs, rejects and plans, and last the manifest that says it is done."""
     began = time.monotonic()
     turns = job.turns_of(unit)
-    drafts, tokens = editor.edit(turns, unit.name, on_turn)
+    drafts, tokens = editor.edit(turns, unit.name, told)
     for draft in drafts:
         if draft.status == "accepted" and job.verdicts.get(pair_id(draft, identity)) == "drop":
             draft.end("rejected", DROPPED)
