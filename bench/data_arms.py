@@ -135,15 +135,15 @@ def import_trl() -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference  # noqa: F401
 
 
-def resident_mib() -> dict[str, float]:
-    """MiB in memory of this process and all its children: in ``all``, and in pages of mapped files alone (``file``).
+def resident_mib(pid: int | None = None) -> dict[str, float]:
+    """MiB in memory of a process (None: this one) and its children: ``all``, and ``file``, in pages of mapped files.
 
     A page that n of them share counts as 1/n for each. Shared memory is counted by its open files instead, each once:
     what torch's workers have written there appears in no process's tables until somebody reads it.
     """
     kib = {"Pss_Anon": 0, "Pss_File": 0}
     shared: dict[int, int] = {}  # bytes by inode
-    for process in family():
+    for process in family(pid or os.getpid()):
         for line in (process / "smaps_rollup").read_text().splitlines():
             key, _, value = line.partition(":")
             if key in kib:
@@ -157,9 +157,9 @@ def resident_mib() -> dict[str, float]:
     return {"all": kib["Pss_Anon"] / 1024 + in_file + sum(shared.values()) / 2**20, "file": in_file}
 
 
-def family() -> list[Path]:
-    """Folders in /proc of this process, its children and theirs."""
-    found, waiting = [], [Path(f"/proc/{os.getpid()}")]
+def family(pid: int) -> list[Path]:
+    """Folders in /proc of a process, its children and theirs."""
+    found, waiting = [], [Path(f"/proc/{pid}")]
     while waiting:
         process = waiting.pop()
         found.append(process)

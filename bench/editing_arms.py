@@ -1,0 +1,117 @@
+"""The arms of the editing benchmark: a unit of vapr edit, its requests alone, and vLLM without vapr."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vapr.display import Display
+from vapr.editing.edit import Editor
+from vapr.editing.job import Job
+from vapr.editing.llm import Reply, Request, tell_nobody
+from vapr.editing.offline import OfflineModel
+from vapr.editing.run import Start, identity, open_job
+from vapr.editing.work import work
+
+
+def timed_alone(arm: Any, device: torch.device) -> float:
+    """Seconds of an arm, its preparation left out: the clock of :func:`bench.record.measure`."""
+    arm.prepare()
+    began = time.perf_counter()
+    arm()
+    return time.perf_counter() - began
+
+
+def forget(llm: OfflineModel) -> None:
+    """Empty vLLM's prefix cache: each arm computes every prompt for the first time."""
+    if not llm._llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache")
+
+
+class WholeUnit:
+    """One unit of ``vapr edit``: rows read, planned, asked, applied, checked, and all files written."""
+
+    def __init__(self, start: Start, editor: Editor, folder: Path) -> None:
+        self._start, self._editor, self._folder = start, editor, folder
+        self._described = identity(start, editor)
+        self._numbers = itertools.count()
+        self._job: Job | None = None
+        self.generated = 0
+
+    def prepare(self) -> None:
+        """A new folder with the source scanned."""
+        self._job = open_job(replace(self._start, folder=self._folder / f"job-{next(self._numbers)}"))
+        forget(self._editor.llm)
+
+    def __call__(self) -> None:
+        with Display("edit", self._job.num_turns, unit="answer") as display:
+            work(self._job, self._editor, self._described, target=None, retry_failed=False, display=display)
+        self.generated = self._job.manifests()[0]["tokens"]["generated"]
+
+    def requests(self) -> list[Request]:
+        """What it asks, by doing it once."""
+        recorder = _Recorder(self._editor.llm)
+        self.prepare()
+        self._editor.llm, model = recorder, self._editor.llm
+        self()
+        self._editor.llm = model
+        return recorder.requests
+
+
+class _Recorder:
+    """A language model that notes what it is asked."""
+
+    def __init__(self, llm: OfflineModel) -> None:
+        self._llm = llm
+        self.requests: list[Request] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
+        self.requests += requests
+        return self._llm.ask(requests, on_reply)
+
+
+class Asking:
+    """vapr's own way to vLLM, with nothing around it."""
+
+    def __init__(self, llm: OfflineModel, requests: Sequence[Request]) -> None:
+        self._llm, self._requests = llm, requests
+        self.generated = 0
+
+    def prepare(self) -> None:
+        forget(self._llm)
+
+    def __call__(self) -> None:
+        self.generated = sum(reply.generated_tokens for reply in self._llm.ask(self._requests))
+
+
+class Bare:
+    """``LLM.chat`` on messages and sampling parameters that were made before."""
+
+    def __init__(self, llm: OfflineModel, requests: Sequence[Request]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        self._llm = llm
+        self._chats = [list(request.messages) for request in requests]
+        self._sampling = [
+            SamplingParams(
+                max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
+                structured_outputs=StructuredOutputsParams(json=request.schema),
+            )
+            for request in requests
+        ]  # fmt: skip
+        self.generated = 0
+
+    def prepare(self) -> None:
+        forget(self._llm)
+
+    def __call__(self) -> None:
+        outputs = self._llm._llm.chat(self._chats, self._sampling, use_tqdm=False)
+        self.generated = sum(len(output.outputs[0].token_ids) for output in outputs)
