@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vapr.editing.categories import Category, Value
 from vapr.editing.config import CheckConfig
-from vapr.editing.nouns import Nouns, singular
+from vapr.editing.nouns import Nouns
 from vapr.editing.operations import number
 from vapr.editing.polarity import NEGATION
 from vapr.preference_pair import Edit
@@ -174,9 +174,6 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
 
 
 def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    plain = [[singular(word) for word in words(text)] for text in (old, new)]
-    if plain[0] == plain[1]:
-        return f"'{new}' names the same thing as '{old}'"
     sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
     for one in (noun for noun in sides[0] if noun not in sides[1]):
         for other in (noun for noun in sides[1] if noun not in sides[0]):

@@ -60,7 +60,7 @@ def _place(answer: str, operation: Operation) -> Edit:
         return Edit(operation.start, operation.start + len(find), operation.replace)
     if not find.strip():
         raise CannotEdit("find is empty")
-    places = _places(find, answer) or _places(find, answer, re.IGNORECASE)  # a model likes to write "a dog" for "A dog"
+    places = _places(find, answer) or _at_sentence_starts(find, answer)
     if len(places) != 1:
         times = f"{len(places)} times" if places else "nowhere"
         raise CannotEdit(f"find must occur exactly once in the answer; {_short(find)} occurs {times}")
@@ -73,11 +73,20 @@ def _place(answer: str, operation: Operation) -> Edit:
     return Edit(start, end, replace)
 
 
-def _places(find: str, answer: str, flags: int = 0) -> list[int]:
+SENTENCE_START = re.compile(r"(?:^|[.!?]\s+|\n)[\s\"'“‘(*]*$")
+
+
+def _places(find: str, answer: str) -> list[int]:
     """Where it starts. A word is not found inside another one: "man" in "woman"."""
     left = r"(?<!\w)" if find[0].isalnum() else ""
     right = r"(?!\w)" if find[-1].isalnum() else ""
-    return [match.start() for match in re.finditer(left + re.escape(find) + right, answer, flags)]
+    return [match.start() for match in re.finditer(left + re.escape(find) + right, answer)]
+
+
+def _at_sentence_starts(find: str, answer: str) -> list[int]:
+    """Where it stands with a capital: of "A dog barks." a model likes to say that it found "a dog"."""
+    places = _places(find[0].upper() + find[1:], answer)
+    return [start for start in places if SENTENCE_START.search(answer[:start])]
 
 
 def _short(text: str) -> str:
