@@ -94,7 +94,15 @@ def test_files_that_are_no_categories(tmp_path):
 
 
 def test_everything_that_a_rule_gives_must_hold():
-    rule = Rule(id="x", question="colou?r", answer="^the", not_question="why", not_answer="blue", min_answer_words=2, max_answer_words=4)
+    rule = Rule(
+        id="x",
+        question="colou?r",
+        answer="^the",
+        not_question="why",
+        not_answer="blue",
+        min_answer_words=2,
+        max_answer_words=4,
+    )
     assert rule.fits("What COLOR?", "The red hat")
     for question, answer in (("What size?", "The red hat"), ("What color?", "A red hat"), ("Why that color?", "The red hat"),
                              ("What color?", "The blue hat"), ("What color?", "The"), ("What color?", "The very big red hat")):  # fmt: skip
@@ -107,7 +115,12 @@ def found(closed: ClosedSet, text: str) -> list[tuple[int, str]]:
 
 def test_values_are_whole_words_and_the_longest():
     closed = ClosedSet(name="x", groups=[["in", "in front of", "behind"], ["red"]])
-    assert found(closed, "In front of it, behind tinned redness, in red") == [(0, "In front of"), (16, "behind"), (39, "in"), (42, "red")]
+    assert found(closed, "In front of it, behind tinned redness, in red") == [
+        (0, "In front of"),
+        (16, "behind"),
+        (39, "in"),
+        (42, "red"),
+    ]
     assert [value.group for value in closed.find("in red")] == [0, 1]
     assert found(closed, "behınd İn") == []  # a pattern takes other letters i for an i
 
@@ -134,10 +147,20 @@ def test_near_synonyms_need_not_be_transitive():
 def test_of_overlapping_values_the_longest_of_the_first():
     category = Category(name="x", title="", order=1, change="", keep="", values=[
         ClosedSet(name="one", groups=[["top", "left"]]), ClosedSet(name="two", groups=[["top left", "bottom right"]])])  # fmt: skip
-    assert [(value.set.name, value.text) for value in category.find_values("at the top left, left of it")] == [("two", "top left"), ("one", "left")]
+    assert [(value.set.name, value.text) for value in category.find_values("at the top left, left of it")] == [
+        ("two", "top left"),
+        ("one", "left"),
+    ]
 
 
 def test_the_first_rule_of_each_category_in_their_order():
     rules = [{"id": "never", "question": "zzz"}, {"id": "a", "question": "."}, {"id": "b", "question": "."}]
-    made = [Category(name=name, title="", order=order, change="", keep="", applies=rules) for name, order in (("y", 2), ("x", 2), ("z", 1))]
-    assert [(one.name, rule) for one, rule in Categories(made).by_rule("?", "!")] == [("z", "z:a"), ("x", "x:a"), ("y", "y:a")]
+    made = [
+        Category(name=name, title="", order=order, change="", keep="", applies=rules)
+        for name, order in (("y", 2), ("x", 2), ("z", 1))
+    ]
+    assert [(one.name, rule) for one, rule in Categories(made).by_rule("?", "!")] == [
+        ("z", "z:a"),
+        ("x", "x:a"),
+        ("y", "y:a"),
+    ]

@@ -83,7 +83,9 @@ def test_style_must_stay(rejected, what):
 
 
 def test_number_of_edits():
-    assert failed(LONG, LONG.replace("red", "blue").replace("bench", "wall").replace("park", "zoo"), "attribute") == ["edits"]
+    assert failed(LONG, LONG.replace("red", "blue").replace("bench", "wall").replace("park", "zoo"), "attribute") == [
+        "edits"
+    ]
     caption = LONG.replace("red", "blue")
     assert failed(LONG, caption, "caption") == ["edits"]
     assert failed(LONG, caption.replace("bench", "wall"), "caption") == []
@@ -171,7 +173,11 @@ def test_a_span_that_was_widened_by_its_article_counts_once():
     chosen = "It is an orange hat."
     rejected, edits = apply(chosen, [Operation("orange", "red")])
     assert edits == [Edit(6, 15, "a red")]
-    names = [v.name for v in check_pair(chosen, rejected, edits, CATEGORIES["attribute"], CheckConfig(), NOUNS) if not v.passed]
+    names = [
+        v.name
+        for v in check_pair(chosen, rejected, edits, CATEGORIES["attribute"], CheckConfig(), NOUNS)
+        if not v.passed
+    ]
     assert names == ["other_value"]  # orange and red are too near
 
 

@@ -21,8 +21,7 @@ from vapr.editing.turns import InstructionData, Turn, why_left_out
 
 INSTRUCTIONS = Path(__file__).parent / "instructions"
 EXPECTED = {
-    (one["id"], one["turn"]): one
-    for one in map(json.loads, (INSTRUCTIONS / "expected.jsonl").read_text().splitlines())
+    (one["id"], one["turn"]): one for one in map(json.loads, (INSTRUCTIONS / "expected.jsonl").read_text().splitlines())
 }
 CATEGORIES = load_categories()
 NEGATION = {"no", "not", "some", "a", "an", "any"}
@@ -202,7 +201,9 @@ class Scripted:
 
     @staticmethod
     def label(task: dict) -> str:
-        return next(one["category"] for key, one in EXPECTED.items() if SAID.get(key) == (task["question"], task["answer"]))
+        return next(
+            one["category"] for key, one in EXPECTED.items() if SAID.get(key) == (task["question"], task["answer"])
+        )
 
     def _bad(self, kind: str, task: dict, schema: dict) -> Reply:
         made = BAD[kind][1](task["question"], task["answer"])
@@ -241,7 +242,11 @@ class Scripted:
 def pick(once: list[str], count: int, schema: dict) -> list[str]:
     (name,) = schema["properties"]["edits"]["items"]["properties"]["category"]["enum"]
     if name == "count":
-        numbers = [word for word in once if word.isdigit() or word.lower() in ("two", "three", "four", "five", "one", "nine", "seven")]
+        numbers = [
+            word
+            for word in once
+            if word.isdigit() or word.lower() in ("two", "three", "four", "five", "one", "nine", "seven")
+        ]
         return numbers[:1] or once[:1]
     return once[-count:]
 
@@ -295,7 +300,10 @@ def test_bad_edits_are_refused_with_their_reason(with_model):
             continue
         seen[kind] += 1
         refused = draft.refused if draft.refused else [draft.reason]
-        assert BAD[kind][0] in refused[0] or refused[0].startswith(("length: ", "edits: ", "different: ")), (kind, refused)
+        assert BAD[kind][0] in refused[0] or refused[0].startswith(("length: ", "edits: ", "different: ")), (
+            kind,
+            refused,
+        )
         if llm.stubborn:
             assert (draft.status, draft.attempts, len(draft.refused)) == ("failed", 3, 2)
             assert draft.rejected is None and draft.edits == []

@@ -135,7 +135,11 @@ def test_how_big_does_not_say_that_it_is():
 
 
 def test_only_what_the_question_offers():
-    either = ("Is the hat red or blue?", "Red"), ("Is the hat red or blue?", "Blue"), ("Is the cap green or red?", "Red")
+    either = (
+        ("Is the hat red or blue?", "Red"),
+        ("Is the hat red or blue?", "Blue"),
+        ("Is the cap green or red?", "Red"),
+    )
     assert targets(planned(*either)) == ["blue", "red", None]
 
 
@@ -146,12 +150,16 @@ def test_of_several_values_those_of_the_noun_asked_for():
 
 
 def test_a_second_value_is_tried_where_the_first_finds_no_partner():
-    plans = planned(("Where is the cat?", "Behind a bus, to the left of the cart."), ("Where is the dog?", "On the right."))
+    plans = planned(
+        ("Where is the cat?", "Behind a bus, to the left of the cart."), ("Where is the dog?", "On the right.")
+    )
     assert targets(plans) == ["right", "left"]
 
 
 def test_numbers_after_at_least_are_not_traded():
-    plans = planned(("How many dogs are there?", "There are at least two dogs."), ("How many cats are there?", "I see three cats."))
+    plans = planned(
+        ("How many dogs are there?", "There are at least two dogs."), ("How many cats are there?", "I see three cats.")
+    )
     assert targets(plans) == [None, None]
 
 

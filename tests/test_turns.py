@@ -47,7 +47,10 @@ CAT = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "valu
 def test_llava_row_of_two_answers_keeps_what_was_said_before(folder):
     more = [{"from": "human", "value": "What color?"}, {"from": "gpt", "value": "Grey."}]
     (turns,) = read(folder, {"id": "7", "image": "coco/cat.png", "conversations": CAT + more})
-    assert [(t.number, t.question, t.answer) for t in turns] == [(0, "What is it?", "A cat."), (1, "What color?", "Grey.")]
+    assert [(t.number, t.question, t.answer) for t in turns] == [
+        (0, "What is it?", "A cat."),
+        (1, "What color?", "Grey."),
+    ]
     assert shown(turns[0]) == [("user", [None, "What is it?"])]
     assert shown(turns[1]) == [("user", [None, "What is it?"]), ("assistant", ["A cat."]), ("user", ["What color?"])]
     assert [t.images for t in turns] == [(folder / "coco/cat.png",)] * 2
@@ -148,11 +151,21 @@ def test_images_outside_the_root_are_refused(folder):
 
 def test_source_names_and_licences(folder):
     row = {"image": "coco/cat.png", "question": "Q?", "answer": "A."}
-    rows = [row, {**row, "image": "dog.png"}, {**row, "dataset": "gqa", "licence": "MIT"}, {**row, "image": str(folder / "dog.png")}]
+    rows = [
+        row,
+        {**row, "image": "dog.png"},
+        {**row, "dataset": "gqa", "licence": "MIT"},
+        {**row, "image": str(folder / "dog.png")},
+    ]
     turns = [turn for (turn,) in read(folder, *rows, licence="CC0")]
     assert [turn.source for turn in turns] == ["coco", "data.jsonl", "gqa", "data.jsonl"]
     assert [turn.licence for turn in turns] == ["CC0", "CC0", "MIT", "CC0"]
-    assert [turn.source for (turn,) in read(folder, *rows, name="llava.jsonl")] == ["coco", "llava.jsonl", "gqa", "llava.jsonl"]
+    assert [turn.source for (turn,) in read(folder, *rows, name="llava.jsonl")] == [
+        "coco",
+        "llava.jsonl",
+        "gqa",
+        "llava.jsonl",
+    ]
 
 
 def test_the_users_name_of_a_source_goes_first(folder):
@@ -203,9 +216,21 @@ def test_filters_can_be_set(folder):
 
 def test_what_is_left_out_is_counted(folder):
     row = {"image": "dog.png", "question": "Q?", "answer": "A cat"}
-    rows = [row, row, {**row, "answer": "B"}, {**row, "image": None}, {**row, "image": "none.png"}, {**row, "answer": "A dog"}]
+    rows = [
+        row,
+        row,
+        {**row, "answer": "B"},
+        {**row, "image": None},
+        {**row, "image": "none.png"},
+        {**row, "answer": "A dog"},
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scan = Job(folder / "job", str(folder / "data.jsonl"), EditConfig(), {}).scan
-    assert {key: scan[key] for key in ("rows", "turns", "eligible", "bad_rows")} == {"rows": 6, "turns": 5, "eligible": 2, "bad_rows": 1}
+    assert {key: scan[key] for key in ("rows", "turns", "eligible", "bad_rows")} == {
+        "rows": 6,
+        "turns": 5,
+        "eligible": 2,
+        "bad_rows": 1,
+    }
     assert scan["filtered"] == {"the letter of an option": 1, "no image": 1, "duplicate of an earlier answer": 1}
     assert scan["turns"] == scan["eligible"] + sum(Counter(scan["filtered"]).values())

@@ -154,9 +154,7 @@ def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns)
     return f"'{new}' is not the opposite of '{old}'"
 
 
-VAGUE_WORDS = (
-    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
-)
+VAGUE_WORDS = r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
 VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
 
 
