@@ -29,6 +29,10 @@ def obedient(body: dict) -> dict:
     return completion(json.dumps(values))
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # the five of the base class lose connections that come all at once
+
+
 class FakeServer:
     """Answers chat requests with ``answer(number, body)``: a body, or (status, headers, body); or it raises Drop.
 
@@ -48,7 +52,7 @@ class FakeServer:
         self.dead = False
         self.going = threading.Event()
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = _Http(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
 
     @property

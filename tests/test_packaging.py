@@ -31,7 +31,8 @@ def imports(path: Path) -> set[str]:
     ("package", "doors"),
     [
         ("deepspeed", {"vapr/engine.py"}),
-        ("vllm", {"vapr/editing", "vapr/evaluation/generate.py"}),
+        ("vllm", {"vapr/editing/offline.py"}),
+        ("openai", {"vapr/editing/server.py"}),
         ("click", {"vapr/cli.py"}),
         ("datasets", {"vapr/tables.py"}),
         ("pickle", {"vapr/workers.py"}),  # between a process and its own child; never in a file

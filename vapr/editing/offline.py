@@ -22,8 +22,13 @@ from vapr.errors import UserError, one_line
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of what makes a model's replies: config, weights, tokenizer and chat template."""
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""One GiB of key-value cache; no second process, which only makes the start slower."""
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a second process only makes the start slower
+    # Else vLLM takes a thread for every core and ties it there, whatever OMP_NUM_THREADS says: two processes that do so
+    # spin for the same cores and hardly move.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 class OfflineModel:
