@@ -116,10 +116,14 @@ def test_replies_keep_the_order_of_the_requests(serve):
 
 
 def test_as_many_requests_are_in_flight_as_asked_for_and_no_more(serve):
-    three = threading.Barrier(3)
+    three, fourth = threading.Barrier(3), threading.Event()
 
     def answer(number, body):
-        three.wait(10)  # goes on when three requests are here at once
+        if number >= 3:
+            fourth.set()
+        else:
+            three.wait(10)  # goes on when three requests are here at once
+            fourth.wait(0.5)  # gives one too many the time to come
         return obedient(body)
 
     server = serve(answer)
@@ -254,6 +258,7 @@ def dropped():
         ((502, {"Content-Type": "text/html"}, b"<h1>Bad gateway</h1>"), "HTTP 502 after 2 tries"),
         ((200, {}, b"<html>sign in</html>"), "an answer that is not JSON after 2 tries"),
         ((200, {"Content-Type": "text/html"}, b"<html>sign in</html>"), "an answer that is not JSON after 2 tries"),
+        ((200, {}, b"[" * 100_000), "an answer that is not JSON after 2 tries"),
         ({"object": "chat.completion", "choices": []}, "an answer without choices after 2 tries"),
         ({"choices": None}, "an answer without choices after 2 tries"),
         ([], "an answer without choices after 2 tries"),
