@@ -122,7 +122,7 @@ def test_rules_alone(turns, copies):
 
 def test_a_job_writes_the_same_pairs(turns, pictures, tmp_path):
     config = EditConfig(source=SourceConfig(image_root=str(pictures)))
-    result = run(Start(source=str(INSTRUCTIONS / "rows.json"), folder=tmp_path / "job", config=config))
+    result = run(Start(source=str(INSTRUCTIONS / "rows.json"), folder=tmp_path / "job", config=config), print)
     skipped = Counter(one["skip"] for one in EXPECTED.values())
     assert result["source"]["eligible"] == len(turns) == skipped[None]
     assert result["source"]["filtered"] == {
@@ -149,9 +149,9 @@ def test_a_job_writes_the_same_pairs(turns, pictures, tmp_path):
 
 BAD = {
     "not json": ("not JSON", lambda question, answer: "Sure! Here is the edit."),
-    "nowhere": ("'find' must occur exactly once in the answer; 'zebra crossing' occurs nowhere",
+    "nowhere": ("find must occur exactly once in the answer; 'zebra crossing' occurs nowhere",
                 lambda question, answer: [("zebra crossing", "x")]),
-    "unchanged": ("'replace' is the same as 'find'", lambda question, answer: [(first(answer), first(answer))]),
+    "unchanged": ("replace is the same as find", lambda question, answer: [(first(answer), first(answer))]),
     "too long": ("length: ", lambda question, answer: [(first(answer), first(answer) + " and" + " very" * 40)]),
     "hedged": ("style changed: hedges", lambda question, answer: [(first(answer), first(answer) + " perhaps")]),
     "no edit": ("no edit returned", lambda question, answer: []),

@@ -118,8 +118,8 @@ def test_agreement_that_is_not_plain_to_see_stops_the_edit(answer, find, replace
         ("A red hat, a red cap.", [Operation("red", "blue")], "'red' occurs 2 times"),
         ("A woman.", [Operation("man", "boy")], "'man' occurs nowhere"),
         ("A Red hat.", [Operation("red", "blue")], "'red' occurs nowhere"),  # letter by letter
-        ("A red hat.", [Operation("red", "red")], "same as 'find'"),
-        ("A red hat.", [Operation("  ", "red")], "'find' is empty"),
+        ("A red hat.", [Operation("red", "red")], "same as find"),
+        ("A red hat.", [Operation("  ", "red")], "find is empty"),
         ("A red hat.", [Operation("red hat", "cap"), Operation("hat", "coat")], "two edits overlap"),
         ("An orange hat.", [Operation("An", "The"), Operation("orange", "red")], "two edits overlap"),  # its article
         ("A red hat.", [Operation("red", "red", start=2)], "changes nothing"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vapr.editing.categories import Category, Value
 from vapr.editing.config import CheckConfig
-from vapr.editing.nouns import Nouns
+from vapr.editing.nouns import Nouns, singular
 from vapr.editing.operations import number
 from vapr.editing.polarity import NEGATION
 from vapr.preference_pair import Edit
@@ -154,7 +154,9 @@ def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns)
     return f"'{new}' is not the opposite of '{old}'"
 
 
-VAGUE_WORDS = r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
+VAGUE_WORDS = (
+    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
+)
 VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
 
 
@@ -172,6 +174,8 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
 
 
 def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    if singular(old) == singular(new):
+        return f"'{new}' is the same noun as '{old}'"
     sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
     for one in (noun for noun in sides[0] if noun not in sides[1]):
         for other in (noun for noun in sides[1] if noun not in sides[0]):
