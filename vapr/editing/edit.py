@@ -17,6 +17,7 @@ from vapr.editing.nouns import Nouns
 from vapr.editing.operations import CannotEdit, apply, changed_spans
 from vapr.editing.plan import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
 from vapr.editing.turns import Turn
+from vapr.errors import UserError
 from vapr.preference_pair import Edit
 
 Told = Callable[[int, str], None]
@@ -290,18 +291,32 @@ class Editor:
             if both:
                 draft.end("rejected", "blind check: both answers could be true of one image")
 
+    def _look(self, drafts: list[Draft]) -> tuple[list[Draft], list[list[str]]]:
+        """Open drafts with their pictures; one whose picture cannot be read fails alone."""
+        assert self.pictures is not None
+        judged, seen = [], []
+        for draft in drafts:
+            if draft.status != "open":
+                continue
+            try:
+                seen.append([self.pictures(image) for image in draft.turn.images])
+            except UserError as error:
+                draft.end("failed", f"verifier: {error}")
+            else:
+                judged.append(draft)
+        return judged, seen
+
     def _verify(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         """Ask twice, with the order swapped: a verifier that likes the first answer best says nothing."""
-        if self.verifier is None or self.pictures is None:
+        if self.verifier is None:
             return
-        judged = [draft for draft in drafts if draft.status == "open"]
+        judged, seen = self._look(drafts)
         votes: list[list[bool]] = [[] for _ in judged]
         for right in ("A", "B"):
             requests = []
-            for draft in judged:
+            for draft, pictures in zip(judged, seen, strict=True):
                 texts = (draft.turn.answer, str(draft.rejected))
                 first, second = texts if right == "A" else texts[::-1]
-                pictures = [self.pictures(image) for image in draft.turn.images]
                 messages = prompts.truth_messages(draft.turn, pictures, first, second)
                 requests.append(
                     self._request(messages, prompts.TRUTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|truth|{right}")

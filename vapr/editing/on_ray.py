@@ -1,5 +1,7 @@
 """The same job on a Ray cluster: Ray Data hands units to workers, which write the same files under the same leases."""
 
+import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -55,14 +57,20 @@ def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
         import ray
     except ImportError:
         raise UserError("--ray needs Ray; pip install 'vapr[ray]'") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its news is not for our users; problems come as rows
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = start.config.engine.tensor_parallel if ray.cluster_resources().get("GPU") and start.needs_gpu else 0
     rows = [{"shard": unit.shard, "round": unit.round} for unit in units]
     # One block a unit: a block is what Ray gives to a worker, and what it does again when a worker is lost.
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Worker, fn_constructor_args=(start,), batch_size=1, concurrency=start.workers, num_gpus=gpus
+        _Worker,
+        fn_constructor_args=(start,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=start.workers),
+        num_gpus=gpus,
     )
-    ray.data.DataContext.get_current().enable_progress_bars = False
     before, left = job.progress(retry_failed=start.retry_failed)
     with Display("edit", before + left, before, unit="answer") as display:
         for batch in done.iter_batches(batch_size=1):
