@@ -67,32 +67,40 @@ def parse_options() -> argparse.Namespace:
 
 def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep: Callable[..., dict[str, Any]]) -> None:
     """A unit of vapr edit, the part of it that asks, and vLLM's own chat on the same prompts, one each a round."""
-    from bench.editing_arms import Asking, Bare, WholeUnit, timed_alone
+    from bench.editing_arms import Asking, Bare, Known, WholeUnit, timed_alone
     from vapr.editing.config import EditConfig
+    from vapr.editing.edit import Editor
     from vapr.editing.run import Start, open_editor
 
     source = write_rows(folder / "open.jsonl", open_rows(options.turns, images))
     settings = ("ask.attempts=1", "ask.temperature=0", "ask.max_tokens=128", "engine.max_model_len=2048")
     config = EditConfig.load(None, settings)
-    start = Start(source=str(source), folder=folder / "job", editor=options.model, config=config)
+    start = Start(source=str(source), folder=folder, editor=options.model, config=config)
     with open_editor(start) as editor:
-        unit = WholeUnit(start, editor, folder)
-        requests = unit.requests()
-        if len(requests) != options.turns:
-            raise RuntimeError(f"{len(requests)} requests for {options.turns} answers: not all of them were asked")
-        arms = {"vapr edit": unit, "vapr ask": Asking(editor.llm, requests), "vLLM chat": Bare(editor.llm, requests)}
+        known = Known(editor.llm)
+        alone = WholeUnit(start, Editor(config, editor.categories, known), folder)
+        alone.prepare()
+        alone()
+        if len(known.requests) != options.turns:
+            raise RuntimeError(
+                f"{len(known.requests)} requests for {options.turns} answers: not all of them were asked"
+            )
+        arms = {
+            "vapr edit": WholeUnit(start, editor, folder), "vapr ask": Asking(editor.llm, known.requests),
+            "vLLM chat": Bare(editor.llm, known.requests), "vapr alone": alone,
+        }  # fmt: skip
         timings = measure(arms, rounds=options.rounds, warmup=1, device=torch.device("cpu"), clock=timed_alone)
         if len({arm.generated for arm in arms.values()}) > 1:
             raise RuntimeError(f"not the same work: { ({name: arm.generated for name, arm in arms.items()}) } tokens")
-        bare = timings["vLLM chat"].seconds
         for name, timing in timings.items():
-            more = [mine - theirs for mine, theirs in zip(timing.seconds, bare, strict=True)]
             fields = {
                 "part": "overhead", "arm": name, "model": editor.llm.name, "engine": editor.llm.engine,
                 "turns": options.turns, "generated_tokens": arms[name].generated, **timing.fields(),
-                "overhead_percent": 100 * statistics.median(m / b for m, b in zip(more, bare, strict=True)),
-                "overhead_ms_per_turn": 1e3 * statistics.median(more) / options.turns,
+                "ms_per_turn": 1e3 * timing.p50 / options.turns,
             }  # fmt: skip
+            if name != "vapr alone":
+                shares = [a / b - 1 for a, b in zip(timing.seconds, timings["vLLM chat"].seconds, strict=True)]
+                fields["overhead_percent"] = 100 * statistics.median(shares)
             print(json.dumps(keep("editing", **fields)), flush=True)
 
 

@@ -1,7 +1,7 @@
 """The arms of the editing benchmark: a unit of vapr edit, its requests alone, and vLLM without vapr."""
 
-import itertools
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from vapr.display import Display
 from vapr.editing.edit import Editor
 from vapr.editing.job import Job
-from vapr.editing.llm import Reply, Request, tell_nobody
+from vapr.editing.llm import LanguageModel, Reply, Request, tell_nobody
 from vapr.editing.offline import OfflineModel
 from vapr.editing.run import Start, identity, open_job
 from vapr.editing.work import work
@@ -26,9 +26,9 @@ def timed_alone(arm: Any, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def forget(llm: OfflineModel) -> None:
+def forget(llm: LanguageModel) -> None:
     """Empty vLLM's prefix cache: each arm computes every prompt for the first time."""
-    if not llm._llm.reset_prefix_cache():
+    if isinstance(llm, OfflineModel) and not llm._llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache")
 
 
@@ -38,13 +38,12 @@ class WholeUnit:
     def __init__(self, start: Start, editor: Editor, folder: Path) -> None:
         self._start, self._editor, self._folder = start, editor, folder
         self._described = identity(start, editor)
-        self._numbers = itertools.count()
         self._job: Job | None = None
         self.generated = 0
 
     def prepare(self) -> None:
         """A new folder with the source scanned."""
-        self._job = open_job(replace(self._start, folder=self._folder / f"job-{next(self._numbers)}"))
+        self._job = open_job(replace(self._start, folder=self._folder / uuid.uuid4().hex))
         forget(self._editor.llm)
 
     def __call__(self) -> None:
@@ -52,29 +51,24 @@ class WholeUnit:
             work(self._job, self._editor, self._described, target=None, retry_failed=False, display=display)
         self.generated = self._job.manifests()[0]["tokens"]["generated"]
 
-    def requests(self) -> list[Request]:
-        """What it asks, by doing it once."""
-        recorder = _Recorder(self._editor.llm)
-        self.prepare()
-        self._editor.llm, model = recorder, self._editor.llm
-        self()
-        self._editor.llm = model
-        return recorder.requests
 
-
-class _Recorder:
-    """A language model that notes what it is asked."""
+class Known:
+    """A language model that has answered before: each request's reply is there at once."""
 
     def __init__(self, llm: OfflineModel) -> None:
+        self.name, self.revision, self.engine, self.num_gpus = llm.name, llm.revision, llm.engine, llm.num_gpus
         self._llm = llm
+        self.replies: dict[str, Reply] = {}
         self.requests: list[Request] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
-
     def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
-        self.requests += requests
-        return self._llm.ask(requests, on_reply)
+        new = [request for request in requests if repr(request) not in self.replies]
+        if new:
+            self.requests += new
+            self.replies |= dict(zip(map(repr, new), self._llm.ask(new), strict=True))
+        for _ in requests:
+            on_reply()
+        return [self.replies[repr(request)] for request in requests]
 
 
 class Asking:

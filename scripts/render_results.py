@@ -67,6 +67,7 @@ def render(rows: list[Row]) -> str:
         of_bench = [row for row in rows if row["bench"] == bench]
         tables = {
             "train_step": train_step_tables, "data_path": data_path_tables, "offline_compile": offline_compile_tables,
+            "editing": editing_tables,
         }.get(bench)  # fmt: skip
         if tables is None and all("pass" in row for row in of_bench):
             tables = operation_tables
@@ -137,6 +138,38 @@ def data_path_tables(rows: list[Row]) -> list[str]:
             lines.append([f"{num_rows:,}", provider, *numbers, commit_cell(last)])
         tables.append(f"**Data path** ({device})\n\n{table(lines)}")
     return tables
+
+
+def editing_tables(rows: list[Row]) -> list[str]:
+    """Two tables a device: what editing adds to the language model's time, and the rules editor by rows."""
+    tables = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        parts = {part: [row for row in rows if (row["device"], row["part"]) == (device, part)] for part in EDITING}
+        for part, (title, left, columns) in EDITING.items():
+            lines = [[*left, *columns, "commit"]]
+            for _, group in sorted(newest_run(parts[part], left).items()):
+                last = group[-1]
+                numbers = [f"{last[key]:,.{digits}f}" if key in last else "" for key, digits in columns.values()]
+                lines.append([*(f"{last[key]:,}" if isinstance(last[key], int) else last[key] for key in left),
+                              *numbers, commit_cell(last)])  # fmt: skip
+            if len(lines) > 1:
+                tables.append(f"**Editing, {title}** ({device})\n\n{table(lines)}")
+    return tables
+
+
+EDITING: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, int]]]] = {
+    "overhead": (
+        "beside the language model alone", ("model", "turns", "arm"),
+        {"seconds": ("seconds_p50", 2), "ms an answer": ("ms_per_turn", 1),
+         "over vLLM alone, %": ("overhead_percent", 1)},
+    ),
+    "scale": (
+        "by rules", ("rows", "workers"),
+        {"seconds": ("seconds", 0), "of them reading": ("scan_seconds", 0), "rows/s": ("rows_per_second", 0),
+         "accepted": ("accepted", 0), "peak MiB": ("peak_private_mib", 0)},
+    ),
+}  # fmt: skip
+"""Title, fields that name a case, and the columns: the field of each and its digits."""
 
 
 def operation_tables(rows: list[Row]) -> list[str]:

@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import multiprocessing
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import data_arms, data_path
+from bench import data_arms, data_path, editing_rows, shortcuts
 from bench import record as rec
 from bench.arms import VaprArm
 from bench.data_rows import DataFolder
@@ -118,6 +119,39 @@ def test_render_results_of_the_data_path(render_results):
         "| 1,000 | vapr | no trl |  |  | 01234567 (dirty) |",
         "| 10,000 | vapr | 61.2 | 1.50 | 1,700 | 01234567 (dirty) |",
     ]
+
+
+def test_render_results_of_editing(render_results):
+    numbers = {"seconds": 301.4, "scan_seconds": 80.6, "rows_per_second": 3318.4, "accepted": 812_345}
+    scale = [
+        row(bench="editing", part="scale", rows=n, workers=2, peak_private_mib=400.4, **numbers) for n in (10**6, 10**4)
+    ]
+    over = {"seconds_p50": 12.345, "ms_per_turn": 192.89, "overhead_percent": 1.26}
+    unit = row(bench="editing", part="overhead", model="small", turns=64, arm="vapr edit", **over)
+    lines = render_results.render([*scale, unit]).splitlines()
+    assert "| small | 64 | vapr edit | 12.35 | 192.9 | 1.3 | 01234567 (dirty) |" in lines
+    assert lines[-2:] == [
+        "| 10,000 | 2 | 301 | 81 | 3,318 | 812,345 | 400 | 01234567 (dirty) |",
+        "| 1,000,000 | 2 | 301 | 81 | 3,318 | 812,345 | 400 | 01234567 (dirty) |",
+    ]
+
+
+def test_rows_to_edit_are_all_different_and_agree_with_one_another():
+    images = [f"{n}.png" for n in range(50)]
+    answers: dict[tuple[str, str], set[str]] = {}
+    for made in editing_rows.rows(50 * 400, images):
+        question, answer = (turn["value"] for turn in made["conversations"])
+        answers.setdefault((made["image"], question.partition("\n")[2]), set()).add(answer)
+    assert sum(map(len, answers.values())) == 50 * 400
+    assert max(map(len, answers.values())) == 1
+
+
+def test_skewed_rows_are_skewed():
+    made = list(shortcuts.skewed_rows(900, [f"{n}.png" for n in range(300)], random.Random(0)))
+    colours = [m["conversations"][1]["value"] for m in made if "banana" in m["conversations"][1]["value"]]
+    counts = [sum(colour in answer for answer in colours) for colour in shortcuts.PLAUSIBLE["banana"]]
+    assert counts[0] > counts[1] > counts[2] > 0
+    assert not any("purple" in answer for answer in colours)
 
 
 def test_data_path_measures_the_pairs_it_was_asked_for(tmp_path):
