@@ -122,7 +122,7 @@ def test_values_are_whole_words_and_the_longest():
         (42, "red"),
     ]
     assert [value.group for value in closed.find("in red")] == [0, 1]
-    assert found(closed, "behınd İn") == []  # a pattern takes other letters i for an i
+    assert found(closed, "behınd İn İT RED") == [(13, "RED")]  # patterns that ignore case take these for an i
 
 
 def test_patterns_beside_a_value():

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vapr.editing.config import FilterConfig, SourceConfig
+from vapr.editing.config import EditConfig, FilterConfig, SourceConfig
 from vapr.editing.job import Job
 from vapr.editing.turns import InstructionData, Turn, why_left_out
-from vapr.editing.config import EditConfig
 from vapr.errors import BadRow, UserError
 
 
@@ -112,7 +111,8 @@ def test_mapped_columns(folder):
 
 
 def test_parquet_with_bytes(folder):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     picture = draw(folder / "x.png")

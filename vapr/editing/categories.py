@@ -6,7 +6,7 @@ Each is a YAML file in ``vapr/editing/categories/``; a user's own file adds or r
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -52,18 +52,24 @@ class Rule(_Part):
     def _compiles(cls, value: str | None) -> str | None:
         return None if value is None else _pattern(value)
 
+    @cached_property
+    def _patterns(self) -> list[tuple[bool, bool, re.Pattern[str]]]:
+        """(in the answer, wanted, pattern) of those that are given."""
+        given = (
+            (False, True, self.question), (True, True, self.answer), (False, False, self.not_question),
+            (True, False, self.not_answer),
+        )  # fmt: skip
+        return [(place, wanted, re.compile(text, re.IGNORECASE)) for place, wanted, text in given if text is not None]
+
     def fits(self, question: str, answer: str) -> bool:
-        for text, wanted, unwanted in (
-            (question, self.question, self.not_question),
-            (answer, self.answer, self.not_answer),
-        ):
-            if wanted is not None and not re.search(wanted, text, re.IGNORECASE):
+        if self.min_answer_words is not None or self.max_answer_words is not None:
+            count = len(answer.split())
+            if not (self.min_answer_words or 0) <= count <= (self.max_answer_words or 10**9):
                 return False
-            if unwanted is not None and re.search(unwanted, text, re.IGNORECASE):
+        for in_answer, wanted, pattern in self._patterns:
+            if (pattern.search(answer if in_answer else question) is not None) != wanted:
                 return False
-        if self.min_answer_words is None and self.max_answer_words is None:
-            return True
-        return (self.min_answer_words or 0) <= len(answer.split()) <= (self.max_answer_words or 10**9)
+        return True
 
 
 class Value(NamedTuple):
@@ -80,6 +86,7 @@ class Value(NamedTuple):
         return self.text.lower()
 
 
+WORD = re.compile(r"\w+")
 CONTEXT = 80
 """Characters beside a value that the patterns of a set see."""
 
@@ -126,14 +133,23 @@ class ClosedSet(_Part):
         """Lower-case value -> the number of its group."""
         return {value.lower(): number for number, group in enumerate(self.groups) for value in group}
 
+    def near(self, value: str) -> set[str]:
+        """Values in lower case that can be said of what this one is said of: itself, and near-synonyms."""
+        return self._alike.get(value.lower(), set())
+
     def alike(self, one: str, other: str) -> bool:
         """Whether two values can be said of one thing: equal, or near-synonyms."""
-        return other.lower() in self._alike.get(one.lower(), ())
+        return other.lower() in self.near(one)
+
+    @cached_property
+    def first_words(self) -> frozenset[str]:
+        """The words that members begin with, in lower case: a text that has none of them holds no member."""
+        return frozenset(word[0] for member in self.members if (word := WORD.search(member)))
 
     @cached_property
     def _found(self) -> re.Pattern[str]:
         longest_first = sorted(self.members, key=len, reverse=True)
-        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
     @cached_property
     def _context(self) -> tuple[list[re.Pattern[str]], ...]:
@@ -144,24 +160,30 @@ class ClosedSet(_Part):
         """Values in a text that stand for what the set means, in order."""
         before, not_before, after, not_after, not_around = self._context
         found = []
-        for match in self._found.finditer(text):
+        for match in self._found.finditer(_lower(text)):
             left = text[max(0, match.start() - CONTEXT) : match.start()]
             right = text[match.end() : match.end() + CONTEXT]
+            said = text[match.start() : match.end()]
             if before and not any(pattern.search(left) for pattern in before):
                 continue
             if after and not any(pattern.search(right) for pattern in after):
                 continue
             if any(pattern.search(left) for pattern in not_before) or any(p.search(right) for p in not_after):
                 continue
-            if any(pattern.search(left + match[0] + right) for pattern in not_around):
+            if any(pattern.search(left + said + right) for pattern in not_around):
                 continue
-            if (group := self.members.get(match[0].lower())) is not None:  # a pattern takes a dotless i for an i
-                found.append(Value(self, match.start(), match.end(), match[0], group))
+            found.append(Value(self, match.start(), match.end(), said, self.members[match[0]]))
         return found
 
     def named(self, text: str) -> list[tuple[int, str]]:
         """Where a text names members, whatever they mean there: start and lower-case value."""
-        return [(match.start(), match[0].lower()) for match in self._found.finditer(text)]
+        return [(match.start(), match[0]) for match in self._found.finditer(_lower(text))]
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, every character in its place: there are capitals that become two."""
+    lower = text.lower()
+    return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 class ExampleEdit(_Part):
@@ -209,12 +231,16 @@ class Category(_Part):
                     raise ValueError(f"example: '{edit.find}' must occur once in '{example.answer:.60}'")
         return self
 
+    def all_values(self, text: str) -> list[Value]:
+        """Values of its closed sets in a text, set by set; they may overlap."""
+        words = set(WORD.findall(text.lower()))
+        return [
+            value for closed in self.values if not words.isdisjoint(closed.first_words) for value in closed.find(text)
+        ]
+
     def find_values(self, answer: str) -> list[Value]:
         """Values of its closed sets in an answer, in order; of overlapping ones the longest."""
-        found = sorted(
-            (value for closed in self.values for value in closed.find(answer)),
-            key=lambda value: (value.start, value.start - value.end),
-        )
+        found = sorted(self.all_values(answer), key=lambda value: (value.start, value.start - value.end))
         kept: list[Value] = []
         for value in found:
             if not kept or value.start >= kept[-1].end:
@@ -245,14 +271,12 @@ class Categories:
     def names(self) -> list[str]:
         return [category.name for category in self.all]
 
-    def by_rule(self, question: str, answer: str) -> list[tuple[Category, str]]:
+    def by_rule(self, question: str, answer: str) -> Iterator[tuple[Category, str]]:
         """Categories whose rules fit, the first to be tried first, with ``category:rule``."""
-        fitting = []
         for category in self.all:
             rule = next((rule for rule in category.applies if rule.fits(question, answer)), None)
             if rule is not None:
-                fitting.append((category, f"{category.name}:{rule.id}"))
-        return fitting
+                yield category, f"{category.name}:{rule.id}"
 
 
 def load_categories(names: Sequence[str] | None = None, files: Sequence[str] = ()) -> Categories:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vapr.editing.categories import Category, Value
+from vapr.editing.categories import Category
 from vapr.editing.config import CheckConfig
 from vapr.editing.nouns import Nouns, singular
 from vapr.editing.operations import number
@@ -129,13 +129,9 @@ def _typed(
     return Verdict(name, True)
 
 
-def _values(text: str, category: Category) -> list[Value]:
-    """Values of the closed sets in a span; the words around it, which a set may look at, are not there."""
-    return [value for closed in category.values for value in closed.find(text)]
-
-
 def _other_value(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    sides = [_values(text, category) for text in (old, new)]
+    # The words around a span, which a set may look at, are not there.
+    sides = [category.all_values(text) for text in (old, new)]
     for one in sides[0]:
         for other in sides[1]:
             if one.set is other.set and one.set.alike(one.name, other.name):
@@ -144,7 +140,7 @@ def _other_value(old: str, new: str, before: str, category: Category, nouns: Nou
 
 
 def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    sides = [_values(text, category) for text in (old, new)]
+    sides = [category.all_values(text) for text in (old, new)]
     if not sides[0] or not sides[1]:
         return None
     for one in sides[0]:
@@ -155,7 +151,8 @@ def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns)
 
 
 VAGUE_WORDS = (
-    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost|roughly)\s+"
+    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost"
+    r"|roughly)\s+"
 )
 VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
 

@@ -8,17 +8,25 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import inflect
 import yaml
 
 from vapr.errors import UserError
 
+if TYPE_CHECKING:
+    import inflect
+
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 OTHER = "other"
 
-english = inflect.engine()
+
+@functools.cache
+def english() -> "inflect.engine":
+    """The grammar of English nouns, imported when it is asked: that takes a second."""
+    import inflect
+
+    return inflect.engine()
 
 
 class Nouns:
@@ -96,7 +104,7 @@ def singular(noun: str) -> str:
     if text.endswith(("ss", "us", "is")) or len(text) <= 3:
         return text
     try:
-        return english.singular_noun(text) or text
+        return english().singular_noun(text) or text
     except Exception:  # noqa: BLE001 - its grammar stumbles over odd strings; then there is no singular
         return text
 

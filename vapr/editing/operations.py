@@ -124,8 +124,8 @@ FIRST_WORD = re.compile(r"[\w'’-]+")
 def article_of(word: str) -> str:
     """``a`` or ``an``, by how the word sounds."""
     if digits := re.match(r"\d+", word):
-        word = str(english.number_to_words(digits[0]))
-    return english.a(word).split()[0].lower()
+        word = str(english().number_to_words(digits[0]))
+    return english().a(word).split()[0].lower()
 
 
 def _article(answer: str, edit: Edit) -> Edit:
@@ -171,6 +171,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(SMALL)} | TENS | {
 } | {"a hundred": 100, "one hundred": 100, "a dozen": 12, "no": 0, "none": 0, "single": 1}  # fmt: skip
 
 
+@functools.lru_cache(maxsize=20_000)
 def number(text: str) -> float | None:
     """What a number word or a figure says; None for anything else."""
     plain = text.strip().lower().rstrip(".")
@@ -188,7 +189,8 @@ COUNTED = re.compile(
     r"(\s+)([^\W\d_]+(?:-[^\W\d_]+)*)(?:(\s+)(is|are|was|were|has|have|does|do)(?!\w))?", re.IGNORECASE
 )
 NOT_COUNTED = frozenset((
-    "of", "is", "are", "was", "were", "in", "on", "at", "and", "or", "to", "with", "by", "for", "from", "a", "an", "the",
+    "of", "is", "are", "was", "were", "in", "on", "at", "and", "or", "to", "with", "by", "for", "from", "a", "an",
+    "the",
 ))  # fmt: skip
 AGREES = re.compile(
     r"\b(?:is|are|was|were|has|have|does|do|that|who|which|he|she|it|they|his|her|its|their|him|them)\b", re.IGNORECASE
@@ -244,8 +246,8 @@ def _next_is_end_or_verb(answer: str, counted: re.Match[str]) -> bool:
 def _noun_in(noun: str, plural: bool) -> str:
     one = singular(noun)
     if plural:
-        return noun if one != noun.lower() else english.plural_noun(noun)
-    if one == noun.lower() and english.plural_noun(noun) != noun:
+        return noun if one != noun.lower() else english().plural_noun(noun)
+    if one == noun.lower() and english().plural_noun(noun) != noun:
         raise CannotEdit(f"'{noun}' has no singular that is plain to see")
     return in_the_case_of(noun, one)
 

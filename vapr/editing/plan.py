@@ -86,13 +86,14 @@ class Planner:
 
     def by_rules(self, turn: Turn, number: int) -> Plan:
         """The plan of one turn as far as rules decide it; a plan without category or reason waits for a label."""
-        fitting = self.categories.by_rule(turn.question, turn.answer)
-        for category, rule in fitting:
+        first = None
+        for category, rule in self.categories.by_rule(turn.question, turn.answer):
             offers = self.offers(turn, number, category)
             if offers or self.model is not None:
                 return self._plan(category, rule, offers)
-        if fitting:
-            return Plan(fitting[0][0], fitting[0][1], reason=NEEDS_MODEL)
+            first = first or Plan(category, rule, reason=NEEDS_MODEL)
+        if first is not None:
+            return first
         return Plan() if self.model is not None else self._by_value(turn, number)
 
     def labelled(self, turn: Turn, number: int, name: str | None) -> Plan:
@@ -134,10 +135,11 @@ class Planner:
             return self._polarity_offers(turn, number, category)
         offers = []
         for value in category.find_values(turn.answer):
-            targets = _targets(turn, value, echoes="opposite" in category.checks)
+            options = _options(turn, value)
+            targets = _targets(turn, value, options, echoes="opposite" in category.checks)
             if not targets or VAGUE.search(turn.answer[: value.start]):
                 continue
-            market = self._market(turn, value)
+            market = self._market(turn, value, options)
             if market is not None:
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
@@ -165,10 +167,10 @@ class Planner:
         targets = frozenset(closed.members) - {value.name}
         return [Trade(number, value, f"{closed.name}|{turn.source}", targets, operations=operations)]
 
-    def _market(self, turn: Turn, value: Value) -> str | None:
+    def _market(self, turn: Turn, value: Value, options: set[str]) -> str | None:
         """Where a value may be traded: set, group, class of its noun, and how its number shows in the grammar."""
         closed = value.set
-        parts = [closed.name, closed.groups[value.group][0], *sorted(_options(turn, value))]
+        parts = [closed.name, closed.groups[value.group][0], *sorted(options)]
         if closed.by_source:
             parts.append(turn.source)
         if closed.by_noun:
@@ -233,26 +235,25 @@ class Planner:
                 trade.target = rng.choice(sorted(trade.targets))
 
 
-def _targets(turn: Turn, value: Value, *, echoes: bool) -> frozenset[str]:
+def _targets(turn: Turn, value: Value, options: set[str], *, echoes: bool) -> frozenset[str]:
     """Values that may take this one's place: of its group, and near-synonyms of none that the answer already names.
 
     What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
     not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong, unless it
     asks for one of several; ``echoes``: that may be changed all the same.
     """
-    closed, group = value.set, value.set.groups[value.group]
-    options = _options(turn, value)
+    closed = value.set
     given = {name for start, name in closed.named(turn.question) if not HOW.search(turn.question[:start])}
     if not options and not echoes and value.name in given:
         return frozenset()
-    elsewhere = {name for start, name in closed.named(turn.answer) if start != value.start}
-    if any(closed.alike(value.name, name) for name in elsewhere):
-        return frozenset()
-    return frozenset(
-        target
-        for target in (options or {member.lower() for member in group})
-        if not closed.alike(value.name, target) and not any(closed.alike(target, name) for name in elsewhere)
-    )
+    taken = set(closed.near(value.name))
+    for start, name in closed.named(turn.answer):
+        if start != value.start:
+            if closed.alike(value.name, name):
+                return frozenset()
+            taken |= closed.near(name)
+    group = options or {member.lower() for member in closed.groups[value.group]}
+    return frozenset(group - taken)
 
 
 def _options(turn: Turn, value: Value) -> set[str]:
@@ -271,7 +272,7 @@ def _wanted(plan: Plan) -> int:
 
 
 def _trade_singles(plans: list[Plan], rng: random.Random) -> None:
-    """One trade each; where the first value of an answer finds no partner, the next one is tried, and the last again."""
+    """One trade each; where the first value of an answer finds no partner, the next is tried, and the last again."""
     for attempt in range(max((len(plan.offers) for plan in plans), default=0)):
         offers = [plan.offers[min(attempt, len(plan.offers) - 1)] for plan in plans]
         _match_markets(offers, rng)

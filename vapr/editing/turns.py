@@ -150,8 +150,8 @@ class InstructionData:
             if isinstance(row.get(key), str) and row[key]:
                 return whole_text(row[key], key)[:100]
         first = images[0].get("path") if images and isinstance(images[0], dict) else next(iter(images), None)
-        if isinstance(first, str) and not Path(first).is_absolute() and len(Path(first).parts) > 1:
-            return Path(first).parts[0]
+        if isinstance(first, str) and len(parts := Path(first).parts) > 1 and parts[0] != "/":
+            return parts[0]
         return Path(where.rsplit(":", 1)[0]).name
 
     def _licence(self, row: Mapping[str, Any]) -> str | None:
