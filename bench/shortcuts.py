@@ -89,7 +89,7 @@ def zipf(values: tuple[str, ...], draws: random.Random) -> str:
 def edited(source: Path, out: Path, balance: str, seed: int) -> list[dict[str, Any]]:
     """The pairs that ``vapr edit --editor rules`` makes."""
     config = EditConfig.load(None, (f"plan.balance={balance}", f"seed={seed}"))
-    run(Start(source=str(source), folder=out, config=config))
+    run(Start(source=str(source), folder=out, config=config), print)
     return [pair for part in sorted((out / "pairs").glob("*.parquet")) for pair in pq.read_table(part).to_pylist()]
 
 

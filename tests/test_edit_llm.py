@@ -43,7 +43,7 @@ def job(small_llm, tmp_path_factory):
         if name not in done:
             config = EditConfig.load(None, SETTINGS)
             start = Start(source=str(folder / "rows.json"), folder=folder / name, editor=str(small_llm), config=config)
-            done[name] = (folder / name, run(start))
+            done[name] = (folder / name, run(start, print))
         return done[name]
 
     return make
