@@ -160,7 +160,7 @@ class EngineConfig:
     max_model_len: int = 4096
     """Largest prompt and reply together, in tokens. vLLM only; a server has its own."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory for weights and key-value cache. vLLM only."""
+    """Share of a GPU's memory for weights and key-value cache, shared by editor and verifier. vLLM only."""
     enforce_eager: bool = False
     """Start without compiling and capturing graphs: sooner ready, slower afterwards. vLLM only; always so on a CPU."""
     concurrency: int = 64

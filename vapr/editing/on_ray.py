@@ -61,7 +61,7 @@ def work_on_ray(start: Start, job: Job, units: Sequence[Unit]) -> None:
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    gpus = start.config.engine.tensor_parallel if ray.cluster_resources().get("GPU") and start.needs_gpu else 0
+    gpus = start.config.engine.tensor_parallel if ray.cluster_resources().get("GPU") and start.loaded_models else 0
     rows = [{"shard": unit.shard, "round": unit.round} for unit in units]
     # One block a unit: a block is what Ray gives to a worker, and what it does again when a worker is lost.
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

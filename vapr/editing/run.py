@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,10 @@ class Start:
     verdicts: Path | None = None
 
     @property
-    def needs_gpu(self) -> bool:
-        """Whether a worker loads a model by itself."""
+    def loaded_models(self) -> list[str]:
+        """Models that a worker loads by itself."""
         models = (self.editor, self.config.checks.verifier)
-        return any(model not in (None, RULES) and not str(model).startswith("http") for model in models)
+        return [model for model in models if model not in (None, RULES) and not str(model).startswith("http")]
 
 
 def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
@@ -127,13 +127,16 @@ def open_editor(start: Start) -> Iterator[Editor]:
     categories = load_categories(config.plan.categories, config.plan.add_categories)
     with contextlib.ExitStack() as stack:
         llm, verifier = None, None
+        engine = config.engine
+        if len(start.loaded_models) > 1:  # they share the GPUs
+            engine = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
         if start.editor != RULES:
-            llm = open_llm(start.editor, config.engine)
+            llm = open_llm(start.editor, engine)
             stack.callback(llm.close)
         elif config.checks.blind:
             raise UserError("checks.blind: the rules editor has no language model to ask; give one with --editor")
         if config.checks.verifier is not None:
-            verifier = open_llm(config.checks.verifier, config.engine)
+            verifier = open_llm(config.checks.verifier, engine)
             stack.callback(verifier.close)
         yield Editor(config, categories, llm, verifier, _picture)
 
@@ -218,7 +221,7 @@ def _one_of_several(start: Start, gpus: str | None, problems: Any, parent: int) 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive a killed command
     if os.getppid() != parent:
         sys.exit(1)
-    if gpus is not None and start.needs_gpu:
+    if gpus is not None and start.loaded_models:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
         with stopped_at_once(str):
