@@ -37,7 +37,7 @@ def work(
     def told(turns: int, what: str) -> None:
         if turns:
             display.advance(what, turns)
-        else:
+        elif what:
             display.note(what)
 
     units = job.units(retry_failed=retry_failed)
