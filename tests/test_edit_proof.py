@@ -301,7 +301,9 @@ def test_bad_edits_are_refused_with_their_reason(with_model):
             continue
         seen[kind] += 1
         refused = draft.refused if draft.refused else [draft.reason]
-        assert BAD[kind][0] in refused[0] or refused[0].startswith(("length: ", "edits: ", "different: ")), (
+        assert BAD[kind][0] in refused[0] or refused[0].startswith(
+            ("length: ", "edits: ", "different: ", "repeats: ")
+        ), (
             kind,
             refused,
         )
