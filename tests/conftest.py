@@ -31,6 +31,8 @@ from vapr.pairs import write_pairs
 from vapr.preference_pair import PreferencePair
 from vapr.sources import read_pairs
 
+pytest.register_assert_rewrite("tests.edit_jobs", "tests.edit_command")
+
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
 

@@ -247,7 +247,8 @@ def claim(file: Path, described: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return _read_json(file)
 
 
