@@ -29,7 +29,7 @@ def failed(*args, **kwargs) -> list[str]:
 
 def test_a_good_pair_passes_everything():
     found = verdicts(LONG, LONG.replace("red", "blue"), "attribute")
-    assert list(found) == ["different", "repeats", "length", "distance", "style", "edits", "other_value"]
+    assert list(found) == ["different", "length", "distance", "style", "repeats", "edits", "other_value"]
     assert all(verdict.passed and not verdict.note for verdict in found.values())
     assert (found["length"].value, found["edits"].value) == (1.0, 1.0)
     assert found["distance"].value == round(1 / 19, 4)  # 18 words and a full stop
@@ -235,3 +235,31 @@ def test_wordnet_knows_more_than_the_list(tmp_path):
 def test_no_wordnet_there(tmp_path):
     with pytest.raises(UserError, match=r"checks\.wordnet: .*: no WordNet there"):
         Nouns(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("The zebra is black and white.", "The zebra is white and white.", False),
+        ("The surfboard is not white but yellow.", "The surfboard is not yellow but yellow.", False),
+        ("Red, white and pink flowers.", "White, white and pink flowers.", False),
+        ("It is a very, very long train.", "It is a very, very short train.", True),
+        ("Two dogs and three cats.", "Two dogs and two cats.", True),
+    ],
+)
+def test_a_result_that_repeats_itself_is_refused(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "attribute")["repeats"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("A thin fog lies over the fields.", "A fog lies over the fields.", False),  # still true
+        ("A dog barks.", "A brown dog barks.", False),  # may be true
+        ("The door is open.", "The door is not open.", True),
+        ("There are no people.", "There are people.", True),
+        ("A thin fog lies over the fields.", "A thick fog lies over the fields.", True),
+    ],
+)
+def test_words_only_added_or_taken_away_make_nothing_false(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "scene")["different"].passed is passes

@@ -238,3 +238,17 @@ def test_spans_rebuild_every_random_rewrite():
         assert spliced(answer, edits) == rewritten
         assert (edits == []) == (answer == rewritten)
         assert all(one.end <= other.start for one, other in itertools.pairwise(edits))
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "rejected"),
+    [
+        ("A dog barks.", "a dog", "a cat", "A cat barks."),
+        ("It is late. Two dogs bark.", "two dogs", "three dogs", "It is late. Three dogs bark."),
+        ('"Red" is on the sign.', "red", "blue", '"Blue" is on the sign.'),
+        ("Tennis", "Tennis", "soccer", "Soccer"),  # the first letter stays as it is
+        ("iPhone", "iPhone", "tablet", "tablet"),
+    ],
+)
+def test_the_case_of_a_sentence_start_does_not_matter(answer, find, replace, rejected):
+    assert edited(answer, (find, replace)) == rejected

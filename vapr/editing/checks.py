@@ -37,13 +37,10 @@ def check_pair(
         chosen, rejected: the two texts.
         edits: spans of chosen, as :func:`vapr.editing.operations.apply` gives them.
     """
-    verdicts = [
-        _different(chosen, rejected, edits),
-        _repeats(chosen, rejected),
-        *_lengths(chosen, rejected, category, config),
-    ]
+    verdicts = [_different(chosen, rejected, edits), *_lengths(chosen, rejected, category, config)]
     if config.style:
         verdicts.append(_style(chosen, rejected))
+    verdicts.append(_repeats(chosen, rejected))
     if category.mode == "rewrite":
         return [*verdicts, *(_conclusion(chosen, edits) for name in category.checks if name == "conclusion")]
     verdicts.append(_count(edits, category))
