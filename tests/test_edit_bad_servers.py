@@ -91,21 +91,21 @@ FRUIT = "It is an apple of the bad tree there."
         (edits(change(note="hi")), "failed", "the reply does not fit: edits.0.note: Extra inputs are not permitted"),
         (edits(), "failed", "no edit returned"),
         (edits(change(), change("tree", "bush")), "failed", "2 edits returned, at most 1 were asked for"),
-        (edits(change("banana")), "failed", "'find' must occur exactly once in the answer; 'banana' occurs nowhere"),
-        (edits(change("e")), "failed", "'find' must occur exactly once in the answer; 'e' occurs nowhere"),
+        (edits(change("banana")), "failed", "find must occur exactly once in the answer; 'banana' occurs nowhere"),
+        (edits(change("e")), "failed", "find must occur exactly once in the answer; 'e' occurs nowhere"),
         (edits(change("the")), "accepted", None),  # 'the' stands in 'there' as well, but is no word of its own there
-        (edits(change(" ")), "failed", "'find' is empty"),
-        (edits(change("apple", "apple")), "failed", "'replace' is the same as 'find': 'apple'"),
+        (edits(change(" ")), "failed", "find is empty"),
+        (edits(change("apple", "apple")), "failed", "replace is the same as find: 'apple'"),
         (edits(change("apple", "Apple")), "failed", "different: only case, space or punctuation changed"),
-        (edits(change("apple", "apple, a large round fruit that grew for a long time")), "failed", "length:"),
-        (edits(change("apple", "apple or maybe a pear")), "failed", "length:"),
+        (edits(change("apple", "apple, a large round fruit that grew for a long time")), "failed", "different: words were only added"),
+        (edits(change("apple", "apple or maybe a pear")), "failed", "different: words were only added"),
         (edits(change("It is", "It may be")), "failed", "style: style changed: hedges"),
         (edits(change("there.", "there!")), "failed", "different: only case, space or punctuation changed"),
         (edits(change(category="count")), "failed", "an edit of category 'count' instead of 'mine'"),
         (edits(change("apple", "pêche 🍑")), "accepted", None),
         (edits(change("apple", "pear\0")), "accepted", None),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value)[-30:],
 )  # fmt: skip
 def test_replies(fruits, serve, bad, status, reason):
     folder = fruits.parent
@@ -140,7 +140,7 @@ def test_a_find_that_matches_twice(fruits, serve):
     server = serve(lambda number, body: edits(change()))
     assert edit(*with_server(fruits, server))[0] == 0
     [reject] = rejects_of(fruits.parent)
-    assert reject["reason"] == "'find' must occur exactly once in the answer; 'apple' occurs 2 times"
+    assert reject["reason"] == "find must occur exactly once in the answer; 'apple' occurs 2 times"
 
 
 def test_a_synonym_is_refused(folder, serve):
@@ -161,7 +161,7 @@ def test_a_second_try_is_told_what_was_wrong(fruits, serve):
     assert edit(*with_server(fruits, server, "ask.attempts=2")) == (0, "")
     assert len(pairs_of(fruits.parent)) == 3
     assert {pair["provenance"]["attempts"] for pair in pairs_of(fruits.parent)} == {2}
-    assert "Your last edit was refused: 'find' must occur exactly once" in server.chats[-1]["messages"][-1]["content"]
+    assert "Your last edit was refused: find must occur exactly once" in server.chats[-1]["messages"][-1]["content"]
 
 
 def test_a_server_that_dies_in_the_middle(fruits, serve):

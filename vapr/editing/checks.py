@@ -29,15 +29,20 @@ STYLE = ("sentences", "ends_full_stop", "ends_question_mark", "ends_exclamation_
 
 
 def check_pair(
-    chosen: str, rejected: str, edits: Sequence[Edit], category: Category, config: CheckConfig, nouns: Nouns
-) -> list[Verdict]:
+    chosen: str, rejected: str, edits: Sequence[Edit], category: Category, config: CheckConfig, nouns: Nouns, *,
+    traded: bool = False,
+) -> list[Verdict]:  # fmt: skip
     """Every check of a pair, those of its category included.
 
     Args:
         chosen, rejected: the two texts.
         edits: spans of chosen, as :func:`vapr.editing.operations.apply` gives them.
+        traded: another row makes the opposite change, so that lengths cancel ("behind" for "in front of").
     """
-    verdicts = [_different(chosen, rejected, edits), *_lengths(chosen, rejected, category, config)]
+    verdicts = [
+        _different(chosen, rejected, edits),
+        *_lengths(chosen, rejected, category, config, words_off=2 if traded else 1),
+    ]
     if config.style:
         verdicts.append(_style(chosen, rejected))
     verdicts.append(_repeats(chosen, rejected))
@@ -77,17 +82,17 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig) -> list[Verdict]:
+def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig, words_off: int) -> list[Verdict]:
     long, short = num_words(chosen), num_words(rejected)
     ratio = short / long if long else float(short == 0)
     distance = edit_distance(words(chosen), words(rejected))
     if long <= config.short_answer_words:
         # A short answer must stay one: "2" -> "There are three dogs" would be told by its length.
-        near = abs(long - short) <= max(1, long // 4)
+        near = abs(long - short) <= max(words_off, long // 4)
         note = "" if near else f"{short} words instead of {long}; keep the length"
         return [Verdict("length", near, round(ratio, 4), note), Verdict("distance", True, round(distance, 4), "short")]
     (low, high), (hard_low, hard_high) = config.length_ratio, config.hard_length_ratio
-    fits = low <= ratio <= high or (abs(long - short) <= 1 and hard_low <= ratio <= hard_high)
+    fits = low <= ratio <= high or (abs(long - short) <= words_off and hard_low <= ratio <= hard_high)
     note = "" if fits else f"{short} words instead of {long}; keep the length"
     most = config.max_edit_distance * (2 if category.mode == "rewrite" else 1)
     far = "" if distance <= most else f"{distance:.0%} of the words changed, at most {most:.0%} may; change less"

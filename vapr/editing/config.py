@@ -119,7 +119,8 @@ class CheckConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     length_ratio: tuple[float, float] = (0.9, 1.1)
-    """Words of rejected over words of chosen; one word of difference passes if it stays in ``hard_length_ratio``."""
+    """Words of rejected over words of chosen; one word of difference (of a trade, two) passes within
+    ``hard_length_ratio``."""
     hard_length_ratio: tuple[float, float] = (0.8, 1.25)
     """Nothing outside passes."""
     max_edit_distance: float = 0.35

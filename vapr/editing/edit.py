@@ -162,7 +162,13 @@ class Editor:
     def _check(self, draft: Draft) -> list[Verdict]:
         assert draft.rejected is not None
         return check_pair(
-            draft.turn.answer, draft.rejected, draft.edits, _category(draft), self.config.checks, self.nouns
+            draft.turn.answer,
+            draft.rejected,
+            draft.edits,
+            _category(draft),
+            self.config.checks,
+            self.nouns,
+            traded=not draft.plan.ask,
         )
 
     # The language model

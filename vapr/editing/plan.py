@@ -5,7 +5,7 @@ When two rows trade values, each value is as often chosen as rejected, so that n
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -282,20 +282,31 @@ def _trade_singles(plans: list[Plan], rng: random.Random) -> None:
 
 
 def _trade_several(plans: list[Plan], rng: random.Random) -> None:
-    """Several trades each. Who finds too few leaves, and the others trade anew."""
+    """Several trades each, those likeliest to find partners. Who finds too few leaves, and its partners look anew."""
+    values: dict[str, Counter[str]] = defaultdict(Counter)
+    for plan in plans:
+        for trade in plan.offers:
+            values[trade.market][trade.value.name] += 1
+    likely = {market: 1 - max(counts.values()) / counts.total() for market, counts in values.items()}
+    for plan in plans:
+        best = sorted(plan.offers, key=lambda trade: -likely[trade.market])[: _wanted(plan)]
+        plan.offers = sorted(best, key=lambda trade: trade.value.start)
     while plans:
-        offers = [trade for plan in plans for trade in plan.offers[: _wanted(plan)]]
-        for trade in offers:
-            trade.partner = None
-        _match_markets(offers, rng)
+        _match_markets([trade for plan in plans for trade in plan.offers if trade.partner is None], rng)
         for plan in plans:
             plan.trades = [trade for trade in plan.offers if trade.partner is not None]
-        staying = [plan for plan in plans if plan.category and len(plan.trades) >= plan.category.min_edits]
-        if len(staying) == len(plans):
+        short = [plan for plan in plans if plan.category and len(plan.trades) < plan.category.min_edits]
+        if not short:
             return
-        for plan in plans:
+        fewest = min(len(plan.trades) for plan in short)
+        leaving = [plan for plan in short if len(plan.trades) == fewest]
+        for trade in [trade for plan in leaving for trade in plan.trades]:
+            if (partner := trade.partner) is not None:
+                partner.partner = trade.partner = None
+        gone = {id(plan) for plan in leaving}
+        plans = [plan for plan in plans if id(plan) not in gone]
+        for plan in leaving:
             plan.trades = []
-        plans = staying
 
 
 def _match_markets(trades: list[Trade], rng: random.Random) -> None:

@@ -75,7 +75,12 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
         elif start.target is not None and job.accepted >= start.target:
             say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
         else:
-            _do(start, job, units)
+            try:
+                _do(start, job, units)
+            except BaseException:
+                if (job.folder / "editor.json").exists():
+                    finish(start, job)  # whatever has stopped it, ledger and card say how far it came
+                raise
         if start.target is not None:
             if job.accepted >= start.target:
                 remove_unfinished(job)

@@ -44,7 +44,9 @@ class Turn:
 
     def digest(self) -> str:
         """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its path."""
-        content = hashlib.sha256(repr([str(i) if isinstance(i, Path) else i for i in self.images]).encode())
+        content = hashlib.sha256()
+        for image in self.images:
+            content.update(image if isinstance(image, bytes) else f"{image}\0".encode(errors="surrogateescape"))
         content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
         return content.hexdigest()
 
