@@ -30,6 +30,7 @@ from vapr.editing import run as runs
 from vapr.editing.edit import Editor
 from vapr.editing.run import Start, run
 from vapr.errors import UserError
+from vapr.interrupts import Stopped
 
 pytest_plugins = ["tests.edit_jobs"]
 
@@ -81,6 +82,34 @@ def test_a_worker_that_is_killed_is_said(source, unbroken, out, monkeypatch):
     monkeypatch.undo()
     assert done(start_of(source, out))["shards"]["redone"] == 2
     assert contents(out) == contents(unbroken)
+
+
+def run_until_a_worker_signals(number: int, start: Start) -> None:
+    """Run with two workers, of which one asks for the end as soon as it is to edit."""
+
+    def signal_and_wait(editor, turns, seed, on_turn):
+        if seed == "00000":
+            os.kill(os.getppid(), number)
+        signal.pause()
+
+    runs.multiprocessing.get_context = lambda method: FORK
+    Editor.edit = signal_and_wait
+    try:
+        run(start, print)
+    except Stopped as stopped:
+        os._exit(stopped.exit_code)
+
+
+def test_a_signal_ends_the_workers_too(source, unbroken, tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        start = start_of(source, tmp_path / number.name, workers=2)
+        process = in_a_process(run_until_a_worker_signals, number, start)
+        process.join(SECONDS)
+        assert process.exitcode == 128 + number
+        held = [file for file in (start.folder / "leases").glob("0*") if "free" not in file.read_text()]
+        assert not held  # each worker has given its own back: it ended by itself, with its engine
+        done(replace(start, workers=1))
+        assert contents(start.folder) == contents(unbroken)
 
 
 def run_with_editing_at_once(barrier, start: Start) -> None:
