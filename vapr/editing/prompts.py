@@ -16,7 +16,7 @@ from vapr.editing.categories import Categories, Category
 from vapr.editing.operations import Operation
 from vapr.editing.turns import Turn
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 """Part of the prompt hash; raise it with the wording."""
 
 NONE = "none"
@@ -67,12 +67,14 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def edit_schema(category: Category) -> dict[str, Any]:
     """JSON schema of a reply with edits, or with a whole rewritten answer."""
-    text = {"type": "string", "maxLength": 4000}
+    text = {"type": "string"}
+    # Small models go round in circles here. No limit elsewhere: each takes xgrammar a second and more to compile.
+    why_wrong = {"type": "string", "maxLength": 200}
     if category.mode == "rewrite":
-        return _object({"rewritten": {"type": "string"}, "why_wrong": {"type": "string", "maxLength": 400}})
+        return _object({"rewritten": text, "why_wrong": why_wrong})
     operation = _object({
         "find": {**text, "minLength": 1}, "replace": text, "category": {"enum": [category.name]},
-        "why_wrong": {"type": "string", "maxLength": 400},
+        "why_wrong": why_wrong,
     })  # fmt: skip
     edits = {"type": "array", "items": operation, "minItems": category.min_edits, "maxItems": category.max_edits}
     return _object({"edits": edits})
