@@ -110,6 +110,12 @@ def test_mapped_columns(folder):
     assert (turn.question, turn.answer, turn.images) == ("Q?", "A.", (folder / "dog.png",))
 
 
+def test_mapped_columns_go_before_a_conversation_in_the_row(folder):
+    row = {"image": "dog.png", "q": "What is it?", "a": "A dog.", "messages": [{"role": "user", "content": "Hello"}]}
+    ((turn,),) = read(folder, row, columns={"question": "q", "answer": "a"})
+    assert (turn.question, turn.answer) == ("What is it?", "A dog.")
+
+
 def test_parquet_with_bytes(folder):
     pytest.importorskip("pyarrow")
     import pyarrow

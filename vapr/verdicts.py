@@ -22,7 +22,7 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({one_line(error)})") from None
+        raise UserError(f"verdicts: {path}: cannot be read as a text file ({one_line(error)})") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             id, verdict = _verdict(line, f"{path}:{number}")

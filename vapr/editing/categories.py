@@ -187,6 +187,8 @@ def _lower(text: str) -> str:
 
 
 class ExampleEdit(_Part):
+    """An operation of a worked pair."""
+
     find: str
     replace: str
     why_wrong: str
@@ -203,6 +205,8 @@ class Example(_Part):
 
 
 class Category(_Part):
+    """One kind of error; docs/edit.md explains its keys."""
+
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
     title: str
     order: int

@@ -106,8 +106,10 @@ class InstructionData:
             raise BadRow(f"{where}: {error}") from None
 
     def _read(self, row: Any, number: int, where: str, root: Path, confined: bool) -> Iterator[Turn]:
-        if self._config.columns:
-            row = map_columns(row, self._config.columns)
+        if columns := self._config.columns:
+            row = map_columns(row, columns)
+            if columns.keys() & set(QUESTIONS):  # which are meant, whatever else the row holds
+                row = {key: value for key, value in row.items() if key in columns or key not in CONVERSATIONS}
         if not isinstance(row, dict):
             raise BadRow(f"a row must be an object, got {row!r:.60}")
         row = {key: value for key, value in row.items() if value is not None}
@@ -165,21 +167,26 @@ class InstructionData:
         return self._config.licence
 
 
+CONVERSATIONS = ("conversations", "messages")
+QUESTIONS = ("prompt", "question", "instruction")
+ANSWERS = ("chosen", "answer", "completion", "response", "output")
+
+
 def conversation(row: Mapping[str, Any]) -> list[Message]:
     """The row's messages, the answers included.
 
     Raises:
         BadRow: if no known key holds them.
     """
-    for key in ("conversations", "messages"):
+    for key in CONVERSATIONS:
         if key in row:
             messages = messages_from(with_image_parts(row[key], key), key, "user")
             system = row.get("system")
             if isinstance(system, str) and system:
                 messages = [*messages_from(system, "system", "system"), *messages]
             return messages
-    questions = [key for key in ("prompt", "question", "instruction") if key in row]
-    answers = [key for key in ("chosen", "answer", "completion", "response", "output") if key in row]
+    questions = [key for key in QUESTIONS if key in row]
+    answers = [key for key in ANSWERS if key in row]
     if not questions or not answers:
         raise BadRow(
             f"no conversations, messages, or prompt and answer; this row has {', '.join(map(str, row)) or 'nothing'} "
