@@ -56,7 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1_000, help="distinct images")
     parser.add_argument("--quick", action="store_true", help="small numbers; nothing is recorded")
     options = parser.parse_args()
-    options.turns = options.turns or (8 if options.quick else 64)
+    options.turns = options.turns or (8 if options.quick else 256)
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.rows = options.rows or ([2_000] if options.quick else [10_000, 100_000, 1_000_000])
     return options
