@@ -202,6 +202,6 @@ def _conclusion(chosen: str, edits: Sequence[Edit]) -> Verdict:
     parts = sentences(chosen)
     last = chosen.rfind(parts[-1]) if len(parts) > 1 else 0
     in_last = any(edit.end > last for edit in edits)
-    fits = in_last and (len(edits) > 1 or len(parts) == 1)
+    fits = in_last and len(edits) > 1
     note = "" if fits else "both the argument and the conclusion must change, the conclusion in the last sentence"
     return Verdict("conclusion", fits, float(len(edits)), note)

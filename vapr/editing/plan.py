@@ -35,6 +35,7 @@ class Trade:
     value: Value
     market: str  # values are traded inside one market only
     targets: frozenset[str]  # which of them may take its place
+    noun: str | None = None  # that the value is said of, where the market is of a class of nouns
     target: str | None = None
     partner: "Trade | None" = None
     operations: list[Operation] | None = None  # where it takes more than to put the target in the value's place
@@ -139,11 +140,12 @@ class Planner:
             targets = _targets(turn, value, options, echoes="opposite" in category.checks)
             if not targets or VAGUE.search(turn.answer[: value.start]):
                 continue
-            market = self._market(turn, value, options)
+            noun = self._noun(turn, value) if value.set.by_noun else None
+            market = self._market(turn, value, options, noun)
             if market is not None:
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
-                offers.append(Trade(number, value, market + several, targets))
+                offers.append(Trade(number, value, market + several, targets, noun))
         return offers if category.min_edits > 1 else self._asked_for(turn, offers)
 
     def _asked_for(self, turn: Turn, offers: list[Trade]) -> list[Trade]:
@@ -167,14 +169,13 @@ class Planner:
         targets = frozenset(closed.members) - {value.name}
         return [Trade(number, value, f"{closed.name}|{turn.source}", targets, operations=operations)]
 
-    def _market(self, turn: Turn, value: Value, options: set[str]) -> str | None:
+    def _market(self, turn: Turn, value: Value, options: set[str], noun: str | None) -> str | None:
         """Where a value may be traded: set, group, class of its noun, and how its number shows in the grammar."""
         closed = value.set
         parts = [closed.name, closed.groups[value.group][0], *sorted(options)]
         if closed.by_source:
             parts.append(turn.source)
         if closed.by_noun:
-            noun = self._noun(turn, value)
             parts.append(self.nouns.noun_class(noun) if noun else OTHER)
         one = any(number(member) == 1 for member in closed.groups[value.group])
         if one and (count := number(value.text)) is not None:
@@ -310,9 +311,16 @@ def _trade_several(plans: list[Plan], rng: random.Random) -> None:
 
 
 def _match_markets(trades: list[Trade], rng: random.Random) -> None:
-    markets = defaultdict(list)
+    """First between answers about the same noun, so that "yellow banana" does not tell either; then in the class."""
+    same_noun, markets = defaultdict(list), defaultdict(list)
     for trade in trades:
-        markets[trade.market].append(trade)
+        if trade.noun is not None:
+            same_noun[trade.market, trade.noun].append(trade)
+    for key in sorted(same_noun):
+        match(same_noun[key], rng)
+    for trade in trades:
+        if trade.partner is None:
+            markets[trade.market].append(trade)
     for market in sorted(markets):
         match(markets[market], rng)
 
