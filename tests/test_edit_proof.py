@@ -114,7 +114,7 @@ def test_rules_alone(turns, copies):
         assert all(verdict.passed for verdict in draft.verdicts)
         assert not draft.plan.ask and draft.attempts == 0 and draft.raw is None
     assert {draft.plan.category.name for draft in accepted} >= {
-        "existence", "count", "attribute", "spatial", "comparison", "size", "action", "scene",
+        "existence", "count", "attribute", "spatial", "size", "action", "scene",
     } | ({"caption"} if copies > 1 else set())  # fmt: skip
     assert in_balance(drafts)
     assert all(draft.reason for draft in drafts if draft.status != "accepted")

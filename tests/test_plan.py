@@ -239,3 +239,20 @@ def test_match_needs_two_different_values():
     alone = [Trade(n, value, "x", frozenset("b")) for n in range(3)]
     match(alone, random.Random(0))
     assert [trade.partner for trade in alone] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Are there more dogs than cats?", "Yes, there are more dogs than cats."),
+        ("Which building is taller, the left or the right?", "The left one is taller."),
+        ("How many pieces of fruit are there?", "There are three pieces of fruit: an apple, a pear and a plum."),
+        ("What color is the traffic light?", "The traffic light is green, so the cars can go."),
+        ("What color is the sky?", "The sky is gray because it rains."),
+    ],
+)
+def test_rules_leave_what_would_contradict_itself_or_the_question(question, answer):
+    (plan,) = planned((question, answer))
+    assert plan.offers == [] and plan.trades == []
+    allowed = planned(("What color is the hat?", "The hat is green. It rains, so the man is under a tree."))
+    assert allowed[0].offers  # the argument is another sentence's

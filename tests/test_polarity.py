@@ -16,7 +16,6 @@ Yes, there is a dog in the yard. | No, there is no dog in the yard.
 Yes there is an owl. | No there is no owl.
 Yes, there are some people here. | No, there are no people here.
 Yes, there are people here. | No, there are no people here.
-Yes, there are two people here. | No, there are not two people here.
 Yes, there is water in the glass. | No, there is no water in the glass.
 Yes, there is a man who is wearing a hat. | No, there is no man who is wearing a hat.
 Yes, the man is wearing a helmet. | No, the man is not wearing a helmet.
@@ -39,6 +38,8 @@ No, they aren't. | Yes, they are.
 No, he cannot. | Yes, he can.
 """
 LEFT_ALONE = """
+Yes, there are two people here.
+Yes, I can see two dogs.
 The dog is brown.
 No. 5 is the bus to the station.
 No dogs are visible.

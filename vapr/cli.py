@@ -65,7 +65,7 @@ def main() -> None:
 
 config_argument = click.argument("config", type=click.Path(path_type=Path))
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set optim.lr=1e-6."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config, e.g. --set seed=1."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for programs.")
 

@@ -95,7 +95,9 @@ def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig
     fits = low <= ratio <= high or (abs(long - short) <= words_off and hard_low <= ratio <= hard_high)
     note = "" if fits else f"{short} words instead of {long}; keep the length"
     most = config.max_edit_distance * (2 if category.mode == "rewrite" else 1)
-    far = "" if distance <= most else f"{distance:.0%} of the words changed, at most {most:.0%} may; change less"
+    far = (
+        "" if distance <= most else f"too much changed: {distance:.0%} of the words, where {most:.0%} may; change less"
+    )
     return [Verdict("length", fits, round(ratio, 4), note), Verdict("distance", not far, round(distance, 4), far)]
 
 

@@ -134,11 +134,13 @@ class Planner:
         """What an answer could trade in a category: values that stand in it once, with what they belong to."""
         if "polarity" in category.checks:
             return self._polarity_offers(turn, number, category)
+        if polarity(turn.answer) is not None:
+            return []  # "Yes, there are fewer" would contradict itself
         offers = []
         for value in category.find_values(turn.answer):
             options = _options(turn, value)
-            targets = _targets(turn, value, options, echoes="opposite" in category.checks)
-            if not targets or VAGUE.search(turn.answer[: value.start]):
+            targets = _targets(turn, value, options)
+            if not targets or VAGUE.search(turn.answer[: value.start]) or _has_consequences(turn.answer, value):
                 continue
             noun = self._noun(turn, value) if value.set.by_noun else None
             market = self._market(turn, value, options, noun)
@@ -236,16 +238,31 @@ class Planner:
                 trade.target = rng.choice(sorted(trade.targets))
 
 
-def _targets(turn: Turn, value: Value, options: set[str], *, echoes: bool) -> frozenset[str]:
+CONSEQUENCE = re.compile(
+    r"\b(because|since|therefore|thus|hence|which means|so (that|the|it|they|he|she|we|you|people))\b", re.IGNORECASE
+)
+LISTED = re.compile(r"[^.!?\n]*:\s")
+
+
+def _has_consequences(answer: str, value: Value) -> bool:
+    """Whether the sentence argues from the value or lists what it counts: "red, so the cars wait", "two: a and b"."""
+    start = max(answer.rfind(mark, 0, value.start) for mark in ".!?\n") + 1
+    end = re.search(r"[.!?](\s|$)|\n", answer[value.end :])
+    sentence = answer[start : value.end + end.start()] if end else answer[start:]
+    counted = number(value.text) is not None and LISTED.match(answer, value.end) is not None
+    return counted or CONSEQUENCE.search(sentence) is not None
+
+
+def _targets(turn: Turn, value: Value, options: set[str]) -> frozenset[str]:
     """Values that may take this one's place: of its group, and near-synonyms of none that the answer already names.
 
     What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
-    not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong, unless it
-    asks for one of several; ``echoes``: that may be changed all the same.
+    not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong ("Which is
+    taller?" "The left one is shorter."), unless it asks for one of several.
     """
     closed = value.set
     given = {name for start, name in closed.named(turn.question) if not HOW.search(turn.question[:start])}
-    if not options and not echoes and value.name in given:
+    if not options and value.name in given:
         return frozenset()
     taken = set(closed.near(value.name))
     for start, name in closed.named(turn.answer):

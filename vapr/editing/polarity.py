@@ -19,6 +19,9 @@ NOT_PLAIN = re.compile(
     re.IGNORECASE,
 )
 NEGATION = re.compile(r"\b(?:not|no|none|never|nothing|nobody|neither|without|cannot)\b|n['’]t\b", re.IGNORECASE)
+NUMBERED = re.compile(
+    r"\b(two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\d+|several|many|few)\b", re.IGNORECASE
+)
 THERE = re.compile(r"\bthere (is|are|was|were)\b", re.IGNORECASE)
 QUANTITY = re.compile(r"\s+(a|an|some)(?=\s)", re.IGNORECASE)
 VERB = re.compile(
@@ -48,6 +51,8 @@ def flip(answer: str, nouns: Nouns) -> list[Operation] | None:
     if BARE.fullmatch(answer):
         return [word]
     rest = answer[start.end() :]
+    if NUMBERED.search(rest):  # "not two people" may be three
+        return None
     if len(sentences(answer)) != 1 or NOT_ONE_CLAIM.search(rest) or rest.count(",") > 1 or "\n" in rest.strip():
         return None
     if NOT_PLAIN.search(rest) or rest.isupper():

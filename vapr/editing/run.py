@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import difflib
 import json
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
         Stopped: after a signal. Finished shards are kept.
     """
     with stopped_at_once(lambda: _what_is_kept(start.folder)):
+        _check_name(start.editor)
         job = open_job(start)
         if start.verdicts is not None:
             take_verdicts(job, start.verdicts)
@@ -87,6 +89,12 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
             else:
                 say(f"--target {start.target:,} was not reached: the source gave {job.accepted:,} accepted pairs")
         return finish(start, job)
+
+
+def _check_name(editor: str) -> None:
+    """Before the hub is asked for it."""
+    if editor != RULES and difflib.get_close_matches(editor, [RULES], cutoff=0.7) and not Path(editor).exists():
+        raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 
 
 def _what_is_kept(folder: Path) -> str:
