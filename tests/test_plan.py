@@ -245,7 +245,7 @@ def test_match_needs_two_different_values():
     ("question", "answer"),
     [
         ("Are there more dogs than cats?", "Yes, there are more dogs than cats."),
-        ("Which building is taller, the left or the right?", "The left one is taller."),
+        ("Which building is taller?", "The old one is taller."),
         ("How many pieces of fruit are there?", "There are three pieces of fruit: an apple, a pear and a plum."),
         ("What color is the traffic light?", "The traffic light is green, so the cars can go."),
         ("What color is the sky?", "The sky is gray because it rains."),
