@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -101,26 +102,26 @@ def test_the_probe_equals_scikit_learn_by_hand(picture_folder):
     names = sorted({name for difference in apart for name, count in difference.items() if count})
     names = [name for name in names if sum(difference[name] != 0 for difference in apart) >= 2]
     matrix = np.array([[difference[name] for name in names] for difference in apart], float)
-    groups = [r["images"][0] for r in rows]
+    numbers = {image: n for n, image in enumerate(dict.fromkeys(r["images"][0] for r in rows))}
+    groups = [numbers[r["images"][0]] for r in rows]
     scores = np.zeros(len(rows))
-    numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    hashes = read_groups(picture_folder, rows)  # GroupKFold breaks ties of equally large groups by their order
-    assert len(set(zip(hashes, [numbers[g] for g in groups], strict=True))) == len(numbers)
-    for train, test in GroupKFold(5).split(matrix, groups=hashes):
+    for train, test in GroupKFold(5).split(matrix, groups=groups):
         both = np.concatenate([matrix[train], -matrix[train]])
         model = LogisticRegression(C=0.5, fit_intercept=False, max_iter=1000, tol=1e-8)
         model.fit(both, np.repeat([1, 0], len(train)))
         scores[test] = matrix[test] @ model.coef_[0]
-    assert ngrams["accuracy"] == pytest.approx(100 * np.mean(scores > 0), abs=0.5)
+    undecided = 100 * np.mean(np.abs(scores) < 1e-3)  # two solvers may not agree on their signs
+    assert undecided < 5 and ngrams["accuracy"] == pytest.approx(100 * np.mean(scores > 0), abs=undecided + 1e-9)
     area = roc_auc_score(np.repeat([1, 0], len(rows)), np.concatenate([scores, -scores]))
     assert ngrams["auc"] == pytest.approx(area, abs=0.005)
     assert ngrams["auc_interval"][0] < area < ngrams["auc_interval"][1]
 
 
-def read_groups(picture_folder: Path, rows: list[dict]) -> np.ndarray:
-    from vapr.pair_table import read_table
-
-    return read_table(opened(picture_folder, rows), max_pairs=10_000, seed=0).groups
+def test_figures_do_not_depend_on_where_the_set_lies(picture_folder, tmp_path):
+    rows = colour_rows(300, uniform, seed=7)
+    there = tmp_path / "elsewhere"
+    shutil.copytree(picture_folder, there)
+    assert audited(picture_folder, rows)["overall"] == audited(there, rows)["overall"]
 
 
 def test_which_half_is_turned_does_not_matter(picture_folder):

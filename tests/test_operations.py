@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from vapr.editing.nouns import singular
 from vapr.editing.operations import (
     CannotEdit,
     Operation,
@@ -102,6 +103,21 @@ def test_article_of():
     an = ["apple", "hour", "8", "11", "18", "umbrella", "X-ray", "honest"]
     a = ["pear", "unicorn", "1", "100", "one", "European", "house"]
     assert [article_of(word) for word in an + a] == ["an"] * len(an) + ["a"] * len(a)
+    assert article_of("8" * 60) == "an"  # inflect has no words for more than 36 digits
+
+
+@pytest.mark.parametrize(
+    ("noun", "one"),
+    [
+        ("two dogs", "two dog"),
+        ("Glass", "glass"),
+        ("bus", "bus"),
+        (" of x", " of x"),
+        ("文q文lc{ö- -in-law", "文q文lc{ö- -in-law"),
+    ],
+)
+def test_singular(noun, one):
+    assert singular(noun) == one
 
 
 @pytest.mark.parametrize(

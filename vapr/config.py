@@ -15,7 +15,7 @@ STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""
 
 
-def _check(holds: bool, key: str, rule: str, value: object) -> None:
+def check(holds: bool, key: str, rule: str, value: object) -> None:
     if not holds:
         raise ValueError(f"{key} must be {rule}, got {value}")
 
@@ -34,9 +34,9 @@ class LoraConfig:
     """``all-linear``, or endings of module names such as ``[q_proj, v_proj]``."""
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 1, "policy.lora.rank", "at least 1", self.rank)
-        _check(self.alpha >= 1, "policy.lora.alpha", "at least 1", self.alpha)
-        _check(bool(self.targets), "policy.lora.targets", "all-linear or a list of names", self.targets)
+        check(self.rank >= 1, "policy.lora.rank", "at least 1", self.rank)
+        check(self.alpha >= 1, "policy.lora.alpha", "at least 1", self.alpha)
+        check(bool(self.targets), "policy.lora.targets", "all-linear or a list of names", self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class SourceConfig:
     """Of a hub data set; or the entry of a LLaMA-Factory ``dataset_info.json``."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.weight <= 1000, "data: a set's weight", "> 0 and at most 1000", self.weight)
+        check(0 < self.weight <= 1000, "data: a set's weight", "> 0 and at most 1000", self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +135,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         few = self.workers is None or 0 <= self.workers <= 128
-        _check(few, "data.workers", "null or at least 0 and at most 128", self.workers)
+        check(few, "data.workers", "null or at least 0 and at most 128", self.workers)
         for name in ("train", "eval"):
-            _check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
+            check(getattr(self, name) not in ([], ""), f"data.{name}", "a file, folder or hub id", getattr(self, name))
         for source in (*self.sources("train"), *self.sources("eval")):
             check_columns(source.columns, source.format)
 
@@ -175,8 +175,8 @@ class TokenWeights:
     """All other tokens."""
 
     def __post_init__(self) -> None:
-        _check(self.changed >= 0, "loss.token_weights.changed", "at least 0", self.changed)
-        _check(self.unchanged >= 0, "loss.token_weights.unchanged", "at least 0", self.unchanged)
+        check(self.changed >= 0, "loss.token_weights.changed", "at least 0", self.changed)
+        check(self.unchanged >= 0, "loss.token_weights.unchanged", "at least 0", self.unchanged)
         if self.changed == 0 and self.unchanged == 0:
             raise ValueError("loss.token_weights are both 0; nothing would be learned")
 
@@ -204,10 +204,10 @@ class LossConfig:
     token_weights: TokenWeights = TokenWeights()
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "loss.beta", "> 0", self.beta)
-        _check(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", "in [0, 0.5)", self.label_smoothing)
+        check(self.beta > 0, "loss.beta", "> 0", self.beta)
+        check(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", "in [0, 0.5)", self.label_smoothing)
         for name in ("weight", "gamma", "dpop_lambda", "sft_weight"):
-            _check(getattr(self, name) >= 0, f"loss.{name}", "at least 0", getattr(self, name))
+            check(getattr(self, name) >= 0, f"loss.{name}", "at least 0", getattr(self, name))
         for name, kinds in OPTIONS_OF_KINDS.items():
             if self.kind not in kinds and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"loss.{name} means nothing to {self.kind}; it belongs to {', '.join(kinds)}")
@@ -229,7 +229,7 @@ class PackingConfig:
     """Paths that share equal beginnings: no two, those of a pair, or those of all pairs that show one image."""
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, "packing.max_tokens", "at least 1", self.max_tokens)
+        check(self.max_tokens >= 1, "packing.max_tokens", "at least 1", self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,15 +260,15 @@ class OptimConfig:
     """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "optim.lr", "> 0", self.lr)
-        _check(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", "in [0, 1]", self.warmup_ratio)
-        _check(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
-        _check(self.clip is None or self.clip > 0, "optim.clip", "> 0 or null", self.clip)
-        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "in [0, 1)", list(self.betas))
-        _check(self.eps > 0, "optim.eps", "> 0", self.eps)
-        _check(self.pairs_per_step >= 1, "optim.pairs_per_step", "at least 1", self.pairs_per_step)
-        _check(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
-        _check(self.max_steps is None or self.max_steps >= 1, "optim.max_steps", "at least 1 or null", self.max_steps)
+        check(self.lr > 0, "optim.lr", "> 0", self.lr)
+        check(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", "in [0, 1]", self.warmup_ratio)
+        check(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        check(self.clip is None or self.clip > 0, "optim.clip", "> 0 or null", self.clip)
+        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "in [0, 1)", list(self.betas))
+        check(self.eps > 0, "optim.eps", "> 0", self.eps)
+        check(self.pairs_per_step >= 1, "optim.pairs_per_step", "at least 1", self.pairs_per_step)
+        check(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        check(self.max_steps is None or self.max_steps >= 1, "optim.max_steps", "at least 1 or null", self.max_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,7 @@ class ReferenceConfig:
     """Largest |log-ratio| accepted before the first update; null: measured (see the log)."""
 
     def __post_init__(self) -> None:
-        _check(self.tolerance is None or self.tolerance > 0, "reference.tolerance", "> 0 or null", self.tolerance)
+        check(self.tolerance is None or self.tolerance > 0, "reference.tolerance", "> 0 or null", self.tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +324,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        _check(self.every >= 1, "checkpoint.every", "at least 1", self.every)
-        _check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        check(self.every >= 1, "checkpoint.every", "at least 1", self.every)
+        check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +352,8 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        _check(bool(self.run_dir), "run_dir", "a folder", repr(self.run_dir))
-        _check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
+        check(bool(self.run_dir), "run_dir", "a folder", repr(self.run_dir))
+        check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
         if not self.loss:
             raise ValueError("loss: give one loss, or a list of at least one")
         if any(term.token_weights != self.token_weights for term in self.loss):

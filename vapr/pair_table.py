@@ -61,6 +61,7 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     drawn = set(range(size) if size <= max_pairs else generator.choice(size, max_pairs, replace=False).tolist())
     style = np.empty((size, 2, len(STYLE_KEYS)), np.float32)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    groups: dict[int, int] = {}
     sampled, texts = [], []
     with Display("read", size, unit="row") as display:
         for number in range(size):
@@ -72,6 +73,8 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
                     style[count, side] = list(style_vector(text).values())
                 for name, value in _measure(pairs, number, pair, chosen, rejected).items():
                     columns[name].append(value)
+                # Numbered as they come: folds and resamples, drawn by group, must not depend on where a folder lies.
+                columns["groups"][-1] = groups.setdefault(columns["groups"][-1], len(groups))
                 if number in drawn:
                     sampled.append(count)
                     texts.append((chosen, rejected))

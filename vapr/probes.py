@@ -83,7 +83,7 @@ def _fit(differences: Any, signs: np.ndarray, scaled: bool) -> Any:
 
     model = make_pipeline(
         StandardScaler(with_mean=False) if scaled else "passthrough",
-        LogisticRegression(fit_intercept=False, C=1.0, max_iter=1000),
+        LogisticRegression(fit_intercept=False, C=1.0, max_iter=1000, tol=1e-6),
     )
     turned = (
         differences.multiply(signs[:, None]).tocsr() if hasattr(differences, "tocsr") else differences * signs[:, None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vapr.config import STRICT_KEYS, _check
+from vapr.config import STRICT_KEYS, check
 from vapr.errors import UserError
 
 COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence")
@@ -35,7 +35,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         for key in self.columns or ():
-            _check(key in COLUMNS, "source.columns", f"a mapping of {', '.join(COLUMNS)}", f"'{key}'")
+            check(key in COLUMNS, "source.columns", f"a mapping of {', '.join(COLUMNS)}", f"'{key}'")
 
 
 BOOKS = r"\b(title|author|genre) of this book\b|\bwho (wrote|is the author of) this book\b"
@@ -61,9 +61,9 @@ class FilterConfig:
     """Regular expressions; questions that one of them is found in are left out. By default OCR-VQA's about books."""
 
     def __post_init__(self) -> None:
-        _check(self.min_answer_words >= 1, "filters.min_answer_words", "at least 1", self.min_answer_words)
+        check(self.min_answer_words >= 1, "filters.min_answer_words", "at least 1", self.min_answer_words)
         low, high = self.min_answer_words, self.max_answer_words
-        _check(high >= low, "filters.max_answer_words", "at least min_answer_words", high)
+        check(high >= low, "filters.max_answer_words", "at least min_answer_words", high)
         for pattern in self.skip_questions:
             try:
                 re.compile(pattern)
@@ -88,8 +88,8 @@ class PlanConfig:
     """At most so many answers of a row are edited, the first ones; null: all."""
 
     def __post_init__(self) -> None:
-        _check(self.categories != [], "plan.categories", "null or at least one name", self.categories)
-        _check(self.turns_per_row is None or self.turns_per_row >= 1, "plan.turns_per_row", "1 or more, or null",
+        check(self.categories != [], "plan.categories", "null or at least one name", self.categories)
+        check(self.turns_per_row is None or self.turns_per_row >= 1, "plan.turns_per_row", "1 or more, or null",
                self.turns_per_row)  # fmt: skip
 
 
@@ -107,9 +107,9 @@ class AskConfig:
     """Of a reply that holds edits. A whole rewritten answer may have as many more as the answer is long."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature <= 2, "ask.temperature", "between 0 and 2", self.temperature)
-        _check(1 <= self.attempts <= 20, "ask.attempts", "between 1 and 20", self.attempts)
-        _check(self.max_tokens >= 16, "ask.max_tokens", "at least 16", self.max_tokens)
+        check(0 <= self.temperature <= 2, "ask.temperature", "between 0 and 2", self.temperature)
+        check(1 <= self.attempts <= 20, "ask.attempts", "between 1 and 20", self.attempts)
+        check(self.max_tokens >= 16, "ask.max_tokens", "at least 16", self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +139,9 @@ class CheckConfig:
     def __post_init__(self) -> None:
         for name in ("length_ratio", "hard_length_ratio"):
             low, high = getattr(self, name)
-            _check(0 < low <= 1 <= high, f"checks.{name}", "two numbers around 1", [low, high])
-        _check(0 < self.max_edit_distance <= 1, "checks.max_edit_distance", "> 0 and at most 1", self.max_edit_distance)
-        _check(self.short_answer_words >= 0, "checks.short_answer_words", "at least 0", self.short_answer_words)
+            check(0 < low <= 1 <= high, f"checks.{name}", "two numbers around 1", [low, high])
+        check(0 < self.max_edit_distance <= 1, "checks.max_edit_distance", "> 0 and at most 1", self.max_edit_distance)
+        check(self.short_answer_words >= 0, "checks.short_answer_words", "at least 0", self.short_answer_words)
 
 
 CONNECTIONS = 1000
@@ -176,15 +176,15 @@ class EngineConfig:
     """The model's name at the server; null: the only one that it lists. Server only."""
 
     def __post_init__(self) -> None:
-        _check(self.tensor_parallel >= 1, "engine.tensor_parallel", "at least 1", self.tensor_parallel)
-        _check(self.max_model_len >= 1, "engine.max_model_len", "at least 1", self.max_model_len)
+        check(self.tensor_parallel >= 1, "engine.tensor_parallel", "at least 1", self.tensor_parallel)
+        check(self.max_model_len >= 1, "engine.max_model_len", "at least 1", self.max_model_len)
         share = 0 < self.gpu_memory_utilization <= 1
-        _check(share, "engine.gpu_memory_utilization", "> 0 and at most 1", self.gpu_memory_utilization)
+        check(share, "engine.gpu_memory_utilization", "> 0 and at most 1", self.gpu_memory_utilization)
         few = 1 <= self.concurrency <= CONNECTIONS
-        _check(few, "engine.concurrency", f"at least 1 and at most {CONNECTIONS}", self.concurrency)
-        _check(self.timeout_seconds > 0, "engine.timeout_seconds", "> 0", self.timeout_seconds)
-        _check(self.tries >= 1, "engine.tries", "at least 1", self.tries)
-        _check(self.model != "", "engine.model", "a name or null", repr(self.model))
+        check(few, "engine.concurrency", f"at least 1 and at most {CONNECTIONS}", self.concurrency)
+        check(self.timeout_seconds > 0, "engine.timeout_seconds", "> 0", self.timeout_seconds)
+        check(self.tries >= 1, "engine.tries", "at least 1", self.tries)
+        check(self.model != "", "engine.model", "a name or null", repr(self.model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +205,8 @@ class EditConfig:
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**31, "seed", "at least 0 and below 2^31", self.seed)
-        _check(1 <= self.turns_per_shard <= 1_000_000, "turns_per_shard", "1 to 1,000,000", self.turns_per_shard)
+        check(0 <= self.seed < 2**31, "seed", "at least 0 and below 2^31", self.seed)
+        check(1 <= self.turns_per_shard <= 1_000_000, "turns_per_shard", "1 to 1,000,000", self.turns_per_shard)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every key resolved."""

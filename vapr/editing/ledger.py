@@ -1,7 +1,7 @@
 """What an edit job has cost and brought so far, added up from its manifests."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vapr.editing.job import RETRIED, Job
@@ -19,23 +19,11 @@ def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None
     """
     manifests = job.manifests()
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
-    tokens: Counter[str] = Counter()
-    reasons: dict[str, Counter[str]] = defaultdict(Counter)
-    categories: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons, categories = _by_reason(manifests, newest), _by_category(manifests, newest)
     polarity: dict[str, Counter[str]] = defaultdict(Counter)
+    tokens: Counter[str] = Counter()
     for manifest in manifests:
         tokens.update(manifest["tokens"])
-        # What a later round has taken up again is counted there.
-        final = newest[manifest["shard"]] is manifest
-        for status, counts in manifest["reasons"].items():
-            if final or status not in RETRIED:
-                reasons[status].update(counts)
-        for name, counts in manifest["categories"].items():
-            for status, count in counts.items():
-                if status == "turns" and manifest["round"] > 0:
-                    continue
-                if final or status not in RETRIED:
-                    categories[name][status] += count
         for source, counts in manifest["polarity"].items():
             polarity[source].update(counts)
     accepted = job.accepted
@@ -73,6 +61,32 @@ def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None
     }
 
 
+Manifests = Sequence[Mapping[str, Any]]
+Newest = Mapping[int, Mapping[str, Any]]
+"""The last manifest of each shard. What a later round has taken up again is counted in the later one."""
+
+
+def _by_reason(manifests: Manifests, newest: Newest) -> dict[str, Counter[str]]:
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for manifest in manifests:
+        for status, counts in manifest["reasons"].items():
+            if newest[manifest["shard"]] is manifest or status not in RETRIED:
+                reasons[status].update(counts)
+    return reasons
+
+
+def _by_category(manifests: Manifests, newest: Newest) -> dict[str, Counter[str]]:
+    categories: dict[str, Counter[str]] = defaultdict(Counter)
+    for manifest in manifests:
+        for name, counts in manifest["categories"].items():
+            for status, count in counts.items():
+                if status == "turns" and manifest["round"] > 0:
+                    continue
+                if newest[manifest["shard"]] is manifest or status not in RETRIED:
+                    categories[name][status] += count
+    return categories
+
+
 def _with_rate(counts: Counter[str]) -> dict[str, Any]:
     shown = {
         "turns": counts["turns"],
@@ -83,7 +97,7 @@ def _with_rate(counts: Counter[str]) -> dict[str, Any]:
     return {**shown, "accept_rate": round(counts["accepted"] / counts["turns"], 4) if counts["turns"] else None}
 
 
-def _rest(manifests: list[dict[str, Any]], left: int, done: int, price: float | None) -> dict[str, Any]:
+def _rest(manifests: Manifests, left: int, done: int, price: float | None) -> dict[str, Any]:
     """Time and money for the turns that are left, at the speed so far. Workers share the time, not the GPU-hours."""
     if not done:
         return {"seconds": None, "gpu_hours": None, "cost": None, "price_per_gpu_hour": price}

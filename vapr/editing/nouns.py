@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import inflect
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+WORDS = re.compile(rf"{WORD.pattern}(?: {WORD.pattern})*")
 OTHER = "other"
 
 
@@ -98,15 +99,12 @@ class Nouns:
 
 @functools.lru_cache(maxsize=20_000)
 def singular(noun: str) -> str:
-    """Lower-case singular of a noun; a singular stays."""
+    """Lower-case singular of a noun; a singular stays, and so does what is not words."""
     text = noun.lower()
-    # inflect takes away the s of singulars, too
-    if text.endswith(("ss", "us", "is")) or len(text) <= 3:
+    # inflect takes away the s of singulars, too, and stumbles over what is not words
+    if text.endswith(("ss", "us", "is")) or len(text) <= 3 or not WORDS.fullmatch(text):
         return text
-    try:
-        return english().singular_noun(text) or text
-    except Exception:  # noqa: BLE001 - its grammar stumbles over odd strings; then there is no singular
-        return text
+    return english().singular_noun(text) or text
 
 
 class WordNet:

@@ -120,11 +120,15 @@ ARTICLE = re.compile(r"(?<![\w'’-])(an?)(\s+)([\w'’-]+)", re.IGNORECASE)
 FIRST_WORD = re.compile(r"[\w'’-]+")
 
 
+LONGEST_NUMBER = 36
+"""Digits; inflect has no words for more."""
+
+
 @functools.lru_cache(maxsize=20_000)
 def article_of(word: str) -> str:
     """``a`` or ``an``, by how the word sounds."""
     if digits := re.match(r"\d+", word):
-        word = str(english().number_to_words(digits[0]))
+        word = str(english().number_to_words(digits[0][:LONGEST_NUMBER]))
     return english().a(word).split()[0].lower()
 
 
