@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -232,3 +234,16 @@ def test_the_folder_is_a_data_set(unbroken, tmp_path):
     datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
     rows = datasets.load_dataset(str(unbroken), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["id"] == ids_in(unbroken) or list(rows["id"]) == ids_in(unbroken)
+
+
+def test_pairs_do_not_depend_on_where_the_source_lies(source, unbroken, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    for file in (source, source.parent / "page.png"):
+        shutil.copy(file, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    done(start_of(Path("elsewhere") / source.name, Path("out")))
+    assert [what_it_says(pair) for pair in pairs_in(Path("out"))] == [what_it_says(pair) for pair in pairs_in(unbroken)]
+
+
+def what_it_says(pair: dict) -> dict:
+    return {key: pair[key] for key in ("id", "prompt", "chosen", "rejected", "category", "edits", "checks")}

@@ -17,8 +17,8 @@ NOUNS = Nouns()
 
 def turn(question: str, answer: str, *, source: str = "coco", number: int = 0) -> Turn:
     prompt = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},)
-    return Turn(number, 0, f"rows.json:{number + 1}", f"row-{number}", source, None, (Path(f"{number}.png"),), prompt,
-                question, answer)  # fmt: skip
+    return Turn(number, 0, f"rows.json:{number + 1}", f"row-{number}", source, None, (Path(f"{number}.png"),),
+                (f"{number}.png",), prompt, question, answer)  # fmt: skip
 
 
 def planned(*turns: tuple[str, str], model: str | None = None, balance: str = "swap", seed: str = "s", source="coco"):

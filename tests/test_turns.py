@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -185,6 +186,26 @@ def test_digest_tells_images_prompt_and_answer_apart(folder):
         folder, {**row, "id": "x"}, {**row, "image": "dog.png"}, {**row, "question": "R?"}, {**row, "answer": "B."}))  # fmt: skip
     assert len({same, other, question, answer}) == 4
     assert read(folder, row)[0][0].digest() == same
+
+
+def test_digest_does_not_tell_where_the_source_lies(folder, monkeypatch):
+    row = {"image": "coco/cat.png", "question": "Q?", "answer": "A."}
+    here = read(folder, row)[0][0].digest()
+    shutil.copytree(folder, folder / "there" / "again")
+    monkeypatch.chdir(folder / "there")
+    rooted = [read(folder, row, name="there/rooted.jsonl", image_root=root)[0][0] for root in ("again", "../")]
+    typed = [InstructionData(name, SourceConfig()).turns(0)[0] for name in ("again/data.jsonl", "./again/*.jsonl")]
+    named = read(folder / "there/again", {**row, "image": str(folder / "there/again/coco/cat.png")})[0][0]
+    assert {turn.digest() for turn in [*rooted, *typed, named]} == {here}
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(folder):
+    row = {"image": "cat.png", "question": "Q?", "answer": "A."}
+    for place in ("coco", "coco2"):
+        draw(folder / place / "cat.png")
+        (folder / place / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = InstructionData(str(folder / "coco*" / "rows.jsonl"), SourceConfig())
+    assert len({data.turns(n)[0].digest() for n in range(2)}) == len(data) == 2
 
 
 def left_out(folder: Path, question: str, answer: str, **filters) -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -38,15 +39,16 @@ class Turn:
     source: str
     licence: str | None
     images: tuple[Path | bytes, ...]  # those that the prompt shows
+    image_names: tuple[str | bytes, ...]  # the same; a file's path as seen from the source, wherever that lies
     prompt: tuple[Message, ...]  # up to and including the question
     question: str
     answer: str
 
     def digest(self) -> str:
-        """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its path."""
+        """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its name."""
         content = hashlib.sha256()
-        for image in self.images:
-            content.update(image if isinstance(image, bytes) else f"{image}\0".encode(errors="surrogateescape"))
+        for name in self.image_names:
+            content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
         content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
         return content.hexdigest()
 
@@ -75,6 +77,8 @@ class InstructionData:
         self._starts = [0, *itertools.accumulate(len(rows) for rows, _ in self._parts)]
         if not len(self):
             raise UserError(f"{path}: no rows in it")
+        root = source.image_root or os.path.commonpath([folder for _, folder in self._parts])
+        self._roots = (f"{Path(root)}/", f"{Path(root).absolute()}/")
         self.digest = hashlib.sha256(repr([rows.digest for rows, _ in self._parts]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -142,10 +146,16 @@ class InstructionData:
                 source=source,
                 licence=licence,
                 images=images[:shown],
+                image_names=tuple(map(self._name, images[:shown])),
                 prompt=tuple(prompt),
                 question=_text(prompt[-1]).strip(),
                 answer=_text(messages[place]),
             )
+
+    def _name(self, image: Path | bytes) -> str | bytes:
+        return (
+            image if isinstance(image, bytes) else str(image).removeprefix(self._roots[0]).removeprefix(self._roots[1])
+        )
 
     def _source(self, row: Mapping[str, Any], images: list[Any], where: str) -> str:
         if self._config.name is not None:
