@@ -131,6 +131,9 @@ def test_a_job_writes_the_same_pairs(turns, pictures, tmp_path):
         "the letter of an option": skipped["letter"], "empty answer": skipped["empty"],
         "duplicate of an earlier answer": skipped["duplicate"],
     }  # fmt: skip
+    made = {name: (counts["turns"], counts["accepted"]) for name, counts in result["categories"].items()}
+    assert {name: made[name] for name in table_in_the_docs()} == table_in_the_docs()
+    assert sum(pairs for _, pairs in table_in_the_docs().values()) == result["accepted"]
     (part,) = (tmp_path / "job" / "pairs").iterdir()
     rows = read_table(part).to_pylist()
     by_place = {(turn.source_id, turn.number): turn for turn in turns}
@@ -144,6 +147,12 @@ def test_a_job_writes_the_same_pairs(turns, pictures, tmp_path):
         if not row["provenance"]["decided_by"].startswith("value:"):
             judge(turn, rejected["text"], row["category"], changes)
         assert row["provenance"]["editor"] == "rules" and row["provenance"]["raw"] is None
+
+
+def table_in_the_docs() -> dict[str, tuple[int, int]]:
+    """Answers and pairs of each category that has a line of its own."""
+    text = (INSTRUCTIONS.parents[1] / "docs" / "edit.md").read_text()
+    return {name: (int(n), int(m)) for name, n, m in re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)}
 
 
 # A language model that is scripted: what it answers is computed from the request
