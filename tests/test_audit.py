@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -186,7 +187,39 @@ def test_relative_gap_and_bootstrap_agree():
     drawn = bootstrap(lambda weights: 100 * float(weights @ values / (weights @ base) - 1), groups, 0)
     assert gap["value"] == pytest.approx(100 * (values.mean() / base.mean() - 1))
     assert gap["interval"] == pytest.approx(drawn, abs=0.6)
-    assert relative_gap(values[:4], base[:4], groups[:4])["interval"] is None
+    assert relative_gap(values[:4], base[:4], groups[:4]) == {"value": ANY, "interval": None, "groups": 1}
+
+
+def test_few_images_are_no_length_gap(picture_folder):
+    rows = [row(n, "one " * 10, "one " * 11) for n in range(38)]
+    (gate,) = [gate for gate in audited(picture_folder, rows[:19])["gates"] if gate["name"] == "mean length gap"]
+    assert (gate["status"], gate["why"]) == ("not measured", "too few: 19 images, needs 20")
+    (gate,) = [gate for gate in audited(picture_folder, rows[:20])["gates"] if gate["name"] == "mean length gap"]
+    assert (gate["status"], gate["value"]) == ("fail", pytest.approx(10))
+
+
+def test_groups_that_agree_to_the_last_digit_vary_by_nothing():
+    """One of three in every group: 60 groups that say the same are worth 60, whatever a third is in binary."""
+    groups = np.repeat(np.arange(60), 3)
+    for third in (np.tile([1.0, 0, 0], 60), np.tile([0, 0.1 + 0.2, 0.7], 60) / 1.0):
+        low, high = wilson(float(third.mean()), 60)
+        assert percent(third, groups)["interval"] == pytest.approx([100 * low, 100 * high])
+
+
+def test_pairs_that_share_any_image_stay_in_one_fold(picture_folder):
+    """A word marks one image, the other one is every pair's own: there is nothing to learn about another image."""
+    rows = []
+    for n in range(60):
+        texts = f"there is v{n % 20} here", f"there is u{n % 20} here"
+        rows.append(row(n, *texts, images=[f"a/{n}.png", f"b/{n % 20}.png"]))
+    for step in (1, -1):
+        one = audited(picture_folder, [{**r, "images": r["images"][::step]} for r in rows])
+        assert one["images"] == 80 and one["overall"]["groups"] == 20
+        assert one["overall"]["ngrams"]["accuracy"] < 65
+    chain = [row(n, "It is red.", "It is blue.", images=[f"a/{n}.png", f"a/{n + 1}.png"]) for n in range(30)]
+    assert audited(picture_folder, chain)["overall"]["groups"] == 1
+    other = [row(n, "It is red.", "It is blue.", rejected_images=["a/59.png"]) for n in range(30)]
+    assert audited(picture_folder, other)["overall"]["groups"] == 1
 
 
 # --- counts by hand
@@ -205,8 +238,29 @@ def test_yes_and_no(picture_folder):
     assert polarity["yes_chosen"]["value"] == 75 and polarity["yes_chosen"]["pairs"] == 40
     assert {name: part["pairs"] for name, part in one["sources"].items()} == {"left": 23, "right": 23}
     assert gates(one)["yes is chosen"] == "fail"
+    assert [gate["value"] for gate in one["gates"] if gate["name"] == "yes is chosen"] == [75]
+
+
+def polarity_gate(one: dict) -> tuple:
     (gate,) = [gate for gate in one["gates"] if gate["name"] == "yes is chosen"]
-    assert gate["value"] == 75 and "source" in gate["why"]
+    return gate["status"], gate["value"], gate["why"]
+
+
+def test_yes_and_no_are_counted_over_all_sources_and_in_each(picture_folder):
+    both = ("Yes.", "No."), ("No.", "Yes.")
+
+    def answers(each: list[list[int]]) -> dict:
+        """``each[source][n]``: which of the two is chosen."""
+        told = [(source, both[n]) for source, sides in enumerate(each) for n in sides]
+        return audited(picture_folder, [row(n, *two, source=f"s{source}") for n, (source, two) in enumerate(told)])
+
+    scattered = answers([[0]] * 120)
+    assert polarity_gate(scattered)[:2] == ("fail", 100) and scattered["sources"]["(others)"]["pairs"] == 80
+    opposite = answers([[0] * 30, [1] * 30])
+    assert opposite["overall"]["polarity"]["yes_chosen"]["value"] == 50
+    assert polarity_gate(opposite)[:2] == ("fail", 100) and "source 's0'" in polarity_gate(opposite)[2]
+    small = answers([*[[0, 1] * 3] * 40, *[[0] * 5] * 8])  # beyond the forty largest
+    assert polarity_gate(small) == ("fail", 100, "source '(others)'; above 52 %")
 
 
 def test_duplicates(picture_folder):
@@ -243,6 +297,16 @@ def test_near_duplicates():
     assert found["examples"][0][2] == pytest.approx(15 / 17)
     assert near_duplicates([sentence, sentence], np.array([1, 1]))["found"] == 0  # edits of one answer
     assert near_duplicates(["short one"], np.array([1]))["percent"] is None
+
+
+def test_near_duplicates_are_found_nearly_all():
+    """400 texts of 30 words and a copy with one word changed: 25 of 31 different threes are shared."""
+    rng = random.Random(0)
+    texts = []
+    for n in range(400):
+        text = [f"w{rng.randrange(5_000)}" for _ in range(30)]
+        texts += [" ".join(text), " ".join([*text[:15], f"new{n}", *text[16:]])]
+    assert near_duplicates(texts, np.arange(800))["found"] >= 792
 
 
 def test_categories_and_sources(picture_folder):

@@ -91,7 +91,7 @@ def _results(
         "read": pairs.formats,
         "rows": len(pairs),
         "pairs": len(table),
-        "images": len(np.unique(table.groups[table.with_images])),
+        "images": table.num_images,
         "pairs_without_images": int((~table.with_images).sum()),
         "pairs_with_missing_images": int(table.missing_images.sum()),
         "probed": len(table.sampled),
@@ -99,8 +99,8 @@ def _results(
         "overall": figures(np.arange(len(table)), thorough=True),
         "style": _style(table),
         "histograms": _histograms(table),
-        "categories": _parts(table.categories, figures),
-        "sources": _parts(table.sources, figures),
+        "categories": _parts(table, table.categories, figures),
+        "sources": _parts(table, table.sources, figures),
         "duplicates": _duplicates(pairs, table),
         "near_duplicates": _near_duplicates(pairs, table),
         "model": scores.summary(seed) if scores is not None else None,
@@ -215,12 +215,15 @@ def _histograms(table: PairTable) -> dict[str, dict[str, list[float]]]:
     return {name: {"edges": edges.tolist(), "counts": counts.tolist()} for name, (counts, edges) in named.items()}
 
 
-def _parts(labels: np.ndarray, figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
+def _parts(table: PairTable, labels: np.ndarray, figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
     """Figures by label, the largest first; empty where all have one label, which the overall figures are about."""
     shown = _by_size(labels)
     parts: dict[str, Any] = {name: figures(np.flatnonzero(labels == name)) for name, _ in shown[:MAX_SHOWN]}
     if rest := shown[MAX_SHOWN:]:
-        parts["(others)"] = {"pairs": sum(count for _, count in rest), "names": len(rest)}
+        names = {name for name, _ in rest}
+        rows = np.array([label in names for label in labels])
+        others = {"pairs": int(rows.sum()), "names": len(rest)}
+        parts["(others)"] = {**others, "polarity": _polarity(table.polarity[rows], table.groups[rows])}
     return parts
 
 

@@ -10,7 +10,7 @@ import torch
 from vapr.config import PackingConfig, PolicyConfig
 from vapr.display import Display
 from vapr.errors import UserError
-from vapr.intervals import bootstrap, percent
+from vapr.intervals import MIN_GROUPS, bootstrap, percent
 from vapr.loader import fill_packs
 from vapr.logps import completion_sums
 from vapr.model import load_model_config, load_policy
@@ -18,7 +18,6 @@ from vapr.packing import pack
 from vapr.pair_table import PairTable
 from vapr.pairs import Pairs
 from vapr.preference_pair import Message, PreferencePair
-from vapr.probes import MIN_GROUPS
 from vapr.processor import Processor, TokenizedPair
 from vapr.reference import Reference
 from vapr.workers import Result, Workers, default_workers
@@ -59,17 +58,17 @@ class Scorer:
         """Log-probs of the table's pairs ``rows``. What cannot be tokenised is left out and counted."""
         sums = np.full((len(rows), 2, 2), np.nan)
         tokens = np.zeros((len(rows), 2))
-        skipped: list[str] = []
+        skipped: dict[int, str] = {}
         with Display("score", len(rows), unit="pair") as display:
             for first, results in self._tokenised(pairs, table.numbers[rows]):
                 for view in (WITH_IMAGE, BLIND):
                     answers = {place: result[view] for place, result in enumerate(results, start=first)}
-                    skipped += [str(answer) for answer in answers.values() if isinstance(answer, UserError)]
+                    skipped |= {place: str(error) for place, error in answers.items() if isinstance(error, UserError)}
                     for place, side_sums, side_tokens in self._score(answers):
                         sums[place, view], tokens[place] = side_sums, side_tokens
                 display.advance("", len(results))
         self._reference.flush()
-        return Scores(rows, table.groups[rows], table.with_images[rows], sums, tokens, skipped)
+        return Scores(rows, table.groups[rows], table.with_images[rows], sums, tokens, [*skipped.values()])
 
     def _tokenised(
         self, pairs: Pairs, numbers: np.ndarray

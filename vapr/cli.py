@@ -1,5 +1,6 @@
 """The ``vapr`` command: parses and calls, nothing else. Torch loads only when a command needs it."""
 
+import errno
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except UserError as error:
             raise _Mistake(str(error)) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _Mistake(f"{error.filename or 'the output'}: no space left") from None
 
     return run
 
@@ -295,6 +300,8 @@ def audit(
     """
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    if limit is not None and model is None:
+        raise UserError("--limit: how many pairs the model scores, and there is no --model; --max-pairs is for probes")
     from vapr import audit as auditing
     from vapr import audit_text
     from vapr.sources import read_pairs

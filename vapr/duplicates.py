@@ -43,14 +43,14 @@ def near_duplicates(texts: Sequence[str], questions: np.ndarray) -> dict[str, An
     shingles = {text: found for text in rows_of if len(found := _shingles(text)) >= MIN_WORDS - 2}
     flagged: set[int] = set()
     examples: list[tuple[int, int, float]] = []
+    asked = {text: {int(questions[n]) for n in rows_of[text]} for text in shingles}
     for first, second, similarity in _alike(shingles):
-        rows = rows_of[first], rows_of[second]
-        for these, others in (rows, rows[::-1]):
-            asked = {questions[n] for n in others}
-            flagged.update(n for n in these if len(asked) > 1 or questions[n] not in asked)
-        two = next(((n, m) for n in rows[0] for m in rows[1] if questions[n] != questions[m]), None)
-        if two and len(examples) < EXAMPLES:
-            examples.append((*two, similarity))
+        if asked[first] == asked[second] and len(asked[first]) == 1:
+            continue
+        for these, others in ((first, second), (second, first)):
+            flagged.update(n for n in rows_of[these] if len(asked[others]) > 1 or questions[n] not in asked[others])
+        if len(examples) < EXAMPLES:
+            examples.append((*_under_two_questions(rows_of[first], rows_of[second], questions), similarity))
     compared = sum(len(rows_of[text]) for text in shingles)
     return {
         "compared": compared,
@@ -58,6 +58,14 @@ def near_duplicates(texts: Sequence[str], questions: np.ndarray) -> dict[str, An
         "percent": 100 * len(flagged) / compared if compared else None,
         "examples": examples,
     }
+
+
+def _under_two_questions(first: list[int], second: list[int], questions: np.ndarray) -> tuple[int, int]:
+    """One index of each whose questions differ; not all of both lists have one question."""
+    for n, m in ((first[0], m) for m in second):
+        if questions[n] != questions[m]:
+            return n, m
+    return next(n for n in first if questions[n] != questions[second[0]]), second[0]
 
 
 def _shingles(text: str) -> frozenset[bytes]:
@@ -70,9 +78,9 @@ def _alike(shingles: dict[str, frozenset[bytes]]) -> Iterator[tuple[str, str, fl
     from datasketch import MinHash, MinHashLSH
 
     texts = list(shingles)
-    # A lower threshold than asked for misses fewer; what is too far apart is sorted out below.
-    index = MinHashLSH(threshold=SIMILAR - 0.1, num_perm=64)
-    sketches = MinHash.generator(shingles.values(), num_perm=64)
+    # With 21 bands of 6 rows, 998 of 1,000 texts at SIMILAR are found; what is too far apart is sorted out below.
+    index = MinHashLSH(num_perm=126, params=(21, 6))
+    sketches = MinHash.generator(shingles.values(), num_perm=126)
     for number, (text, sketch) in enumerate(zip(texts, sketches, strict=True)):
         yield text, text, 1.0
         for known in sorted(index.query(sketch))[:MAX_CANDIDATES]:

@@ -8,6 +8,8 @@ interval says that the set is too small to tell.
 from collections.abc import Mapping
 from typing import Any
 
+from vapr.intervals import MIN_GROUPS
+
 SURFACE_LIMIT = 55.0
 NGRAM_WARNING, NGRAM_LIMIT = 60.0, 70.0
 BALANCE = (48.0, 52.0)
@@ -62,7 +64,7 @@ def _between(name: str, figure: Mapping[str, Any], bounds: tuple[float, float], 
     if value is None:
         return _not_measured(name, limit, "nothing to measure it on")
     if interval is None:
-        return _not_measured(name, limit, "all pairs show one image")
+        return _not_measured(name, limit, f"too few: {figure['groups']:,} images, needs {MIN_GROUPS}")
     if interval[0] > bounds[1] or interval[1] < bounds[0]:
         side = "above" if interval[0] > bounds[1] else "below"
         return _gate(name, "fail", value, interval, limit, f"{side} {bounds[1 if side == 'above' else 0]:g} {unit}")
@@ -72,10 +74,10 @@ def _between(name: str, figure: Mapping[str, Any], bounds: tuple[float, float], 
 
 
 def _polarity(result: Mapping[str, Any]) -> Gate:
-    """The worst source decides."""
-    name, limit = "yes is chosen", "48 to 52 % in every source"
-    sources = {source: part["polarity"] for source, part in result["sources"].items() if "polarity" in part}
-    parts = sources or {"": result["overall"]["polarity"]}
+    """The set as a whole or its worst source decides."""
+    name, limit = "yes is chosen", "48 to 52 %, in every source, too"
+    parts = {"": result["overall"]["polarity"]}
+    parts |= {source: part["polarity"] for source, part in result["sources"].items()}
     gates = {source: _between(name, part["yes_chosen"], BALANCE, "%", limit) for source, part in parts.items()}
     measured = {source: gate for source, gate in gates.items() if gate["value"] is not None}
     if not measured:
@@ -85,7 +87,7 @@ def _polarity(result: Mapping[str, Any]) -> Gate:
         measured, key=lambda source: (order.index(measured[source]["status"]), abs(measured[source]["value"] - 50))
     )
     gate = measured[worst]
-    where = f"source '{worst}'" if worst and len(parts) > 1 else ""
+    where = f"source '{worst}'" if worst else ""
     return {**gate, "why": "; ".join(part for part in (where, gate["why"]) if part)}
 
 

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 Z = 1.959964
 """Quantile of the normal distribution for 95 %."""
+
+MIN_GROUPS = 20
+"""Below, what varies from group to group cannot be told, and a cross-validated number is one about the split."""
 
 
 def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | int | None]:
@@ -23,7 +27,7 @@ def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[fl
     variance = _variance_of_ratio(values, np.ones(count), groups)
     num_groups = len(np.unique(groups))
     effective = float(num_groups)
-    if num_groups > 1 and variance > 0:
+    if num_groups > 1 and variance > 1e-9 / count**2:  # else nothing varies but the last digit
         effective = min(share * (1 - share) / variance, count)
     low, high = wilson(share, effective)
     return {"value": 100 * share, "interval": [100 * low, 100 * high], "pairs": count}
@@ -36,18 +40,22 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
-def relative_gap(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | None]:
-    """How much larger the mean of ``values`` is than that of ``base``, in percent of it; interval by the delta method.
+def relative_gap(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    """How much larger the mean of ``values`` is than that of ``base``, in percent of it, and the number of ``groups``.
 
-    One group alone says nothing about others: its interval is None.
+    The interval is the delta method's, with Student's t for the number of groups; None for fewer than
+    :data:`MIN_GROUPS`.
     """
+    num_groups = len(np.unique(groups))
     if len(base) == 0 or base.sum() == 0:
-        return {"value": None, "interval": None}
+        return {"value": None, "interval": None, "groups": num_groups}
     gap = float(values.sum() / base.sum() - 1)
-    if len(np.unique(groups)) < 2:
-        return {"value": 100 * gap, "interval": None}
-    reach = Z * math.sqrt(_variance_of_ratio(values, base, groups))
-    return {"value": 100 * gap, "interval": [100 * (gap - reach), 100 * (gap + reach)]}
+    if num_groups < MIN_GROUPS:
+        return {"value": 100 * gap, "interval": None, "groups": num_groups}
+    from scipy.stats import t
+
+    reach = float(t.ppf(0.975, num_groups - 1)) * math.sqrt(_variance_of_ratio(values, base, groups))
+    return {"value": 100 * gap, "interval": [100 * (gap - reach), 100 * (gap + reach)], "groups": num_groups}
 
 
 def _variance_of_ratio(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> float:

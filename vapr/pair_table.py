@@ -31,9 +31,10 @@ class PairTable:
     characters: np.ndarray  # (n, 2)
     distance: np.ndarray  # (n,) edit distance in words
     polarity: np.ndarray  # (n, 2) index into SAYS
-    groups: np.ndarray  # (n,) equal for pairs of one first image; without images, of one prompt
+    groups: np.ndarray  # (n,) equal for pairs that share an image, or are linked by others; without, of one prompt
     questions: np.ndarray  # (n,) equal for pairs of the same images and prompt
     identities: np.ndarray  # (n,) equal for pairs of the same images, prompt and rejected text
+    num_images: int  # distinct ones
     with_images: np.ndarray  # (n,) bool
     missing_images: np.ndarray  # (n,) bool: the file of an image is not there
     categories: np.ndarray  # (n,) text
@@ -61,7 +62,7 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     drawn = set(range(size) if size <= max_pairs else generator.choice(size, max_pairs, replace=False).tolist())
     style = np.empty((size, 2, len(STYLE_KEYS)), np.float32)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    groups: dict[int, int] = {}
+    linked, num_images = _Linked(), 0
     sampled, texts = [], []
     with Display("read", size, unit="row") as display:
         for number in range(size):
@@ -73,8 +74,9 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
                     style[count, side] = list(style_vector(text).values())
                 for name, value in _measure(pairs, number, pair, chosen, rejected).items():
                     columns[name].append(value)
-                # Numbered as they come: folds and resamples, drawn by group, must not depend on where a folder lies.
-                columns["groups"][-1] = groups.setdefault(columns["groups"][-1], len(groups))
+                known = linked.count
+                columns["groups"].append(linked.add(*_linked_by(pair)))
+                num_images += linked.count - known if pair.images or pair.rejected_images else 0
                 if number in drawn:
                     sampled.append(count)
                     texts.append((chosen, rejected))
@@ -84,33 +86,75 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     if not count:
         first = next(iter(pairs.skipped.values()), "no rows")
         raise UserError(f"{pairs.formats[0] if pairs.sets else 'the set'}: holds no pair; the first: {first}")
-    arrays = {name: np.array(values) for name, values in columns.items()}
-    return PairTable(style=style[:count], sampled=np.array(sampled, int), texts=texts, **arrays)
+    columns["groups"] = [linked.first(number) for number in columns["groups"]]
+    # Texts as objects: numpy would give every one the room of the longest.
+    arrays = {name: np.array(values, object if name in TEXTS else None) for name, values in columns.items()}
+    return PairTable(style=style[:count], sampled=np.array(sampled, int), texts=texts, num_images=num_images, **arrays)
 
 
+TEXTS = ("categories", "sources")
 COLUMNS = (
     "numbers", "characters", "distance", "polarity", "groups", "questions", "identities", "with_images",
-    "missing_images", "categories", "sources",
+    "missing_images", *TEXTS,
 )  # fmt: skip
+
+
+class _Linked:
+    """Numbers of things in the order they come, and which of them belong together."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._earlier: list[int] = []  # of each number, one that it belongs together with, or itself
+
+    @property
+    def count(self) -> int:
+        return len(self._numbers)
+
+    def add(self, *keys: int) -> int:
+        """The first one's number; all of them belong together from now on."""
+        numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
+        self._earlier.extend(range(len(self._earlier), len(self._numbers)))
+        firsts = [self.first(number) for number in numbers]
+        for number in firsts:
+            self._earlier[number] = min(firsts)
+        return numbers[0]
+
+    def first(self, number: int) -> int:
+        """The smallest of those that it belongs together with."""
+        while (earlier := self._earlier[number]) != number:
+            self._earlier[number] = self._earlier[earlier]
+            number = earlier
+        return number
+
+
+def _linked_by(pair: PreferencePair) -> list[int]:
+    """What a pair must share with no pair of another fold: its images, or without any its prompt."""
+    images = [_image_key(image) for image in (*pair.images, *(pair.rejected_images or ()))]
+    return [_hash(image) for image in images] or [_hash(b"", _asked(pair))]
 
 
 def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejected: str) -> dict[str, Any]:
     images = [_image_key(image) for image in pair.images]
     other_images = [_image_key(image) for image in pair.rejected_images or ()]
-    asked = "\n".join(f"{message['role']}: {_text(message)}" for message in pair.prompt)
+    asked = _asked(pair)
     return {
         "numbers": number,
         "characters": (len(chosen), len(rejected)),
         "distance": edit_distance(words(chosen), words(rejected)),
         "polarity": (_says(chosen), _says(rejected)),
-        "groups": _hash(images[0]) if images else _hash(asked.encode()),
-        "questions": _hash(*images, asked.encode()),
-        "identities": _hash(*images, *other_images, asked.encode(), rejected.encode()),
+        "questions": _hash(*images, asked),
+        "identities": _hash(*images, *other_images, asked, rejected.encode()),
         "with_images": bool(images),
-        "missing_images": any(isinstance(image, Path) and not image.is_file() for image in pair.images),
-        "categories": pair.category or NO_CATEGORY,
-        "sources": _source(pairs, number, pair),
+        "missing_images": any(
+            isinstance(image, Path) and not image.is_file() for image in (*pair.images, *(pair.rejected_images or ()))
+        ),
+        "categories": _printable(pair.category or NO_CATEGORY),
+        "sources": _printable(_source(pairs, number, pair)),
     }
+
+
+def _asked(pair: PreferencePair) -> bytes:
+    return "\n".join(f"{message['role']}: {_text(message)}" for message in pair.prompt).encode()
 
 
 def said(messages: tuple[Message, ...]) -> str:
@@ -143,6 +187,11 @@ def _source(pairs: Pairs, number: int, pair: PreferencePair) -> str:
         if pair.images[0].is_relative_to(folder) and len(parts := pair.images[0].relative_to(folder).parts) > 1:
             return parts[0]
     return Path(pairs.where(number).rsplit(":", 1)[0]).name
+
+
+def _printable(label: str) -> str:
+    """The label as a terminal can take it."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in label)
 
 
 def _image_key(image: Path | bytes) -> bytes:

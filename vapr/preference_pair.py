@@ -123,11 +123,17 @@ def image_list(images: Any) -> list[Any]:
 
 def whole_text(value: str, key: str) -> str:
     """The text, if it can be written as UTF-8. Raises BadRow."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)") from None
+    if not _encodable(value):
+        raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)")
     return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _category(category: Any) -> str | None:
@@ -288,6 +294,8 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
     if image.startswith(("http://", "https://", "file://", "s3://", "data:")):
         raise BadRow(f"image {image!r:.60} is a URL; save it to a file first, or give its bytes in parquet")
+    if not _encodable(image):
+        raise BadRow(f"image {image!r:.60}: the name is not UTF-8; rename the file")
     path = root / image
     try:
         outside = confined and not path.resolve().is_relative_to(root.resolve())

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from vapr.errors import UserError
-from vapr.intervals import bootstrap, percent
+from vapr.intervals import MIN_GROUPS, bootstrap, percent
 from vapr.style import words
 
 FOLDS = 5
 MIN_PAIRS = 50
-MIN_GROUPS = 20
-"""Below either, a cross-validated number says more about the split than about the set."""
+"""Below, or below :data:`vapr.intervals.MIN_GROUPS`, a cross-validated number says more about the split."""
 
 TOP = 15
 

@@ -4,12 +4,15 @@ Shared by the audit and the editor's checks. Word lists are English; other langu
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_LETTER = rf"(?:[^\W_{CJK}][\u0300-\u036f]*)"
+# Vowel signs and accents, which \w leaves out, and the joiners between them.
+_MARKS = "\u200c\u200d" + "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
+_LETTER = rf"(?:[^\W_{CJK}][{_MARKS}]*)"
 _WORD = re.compile(rf"[{CJK}]|\d+(?:[.,]\d+)+(?!\w)|{_LETTER}+(?:['’-]{_LETTER}+)*|[^\w\s]|_")
 
 _END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”）]*")
@@ -47,7 +50,7 @@ STYLE_KEYS = (
 
 _YES = re.compile(r"(?:yes|yeah|yep|yup)\b(?!-\w)", re.IGNORECASE)
 _NO = re.compile(
-    r"(?:nope|nah)\b|no(?=\s*(?:$|[,;:!?*_\"'”’)—–\n]|-\s|\.(?!\s*\d))"
+    r"(?:nope|nah)\b|no(?=\s*(?:$|[,;:!?*_\"'”’()…，、；：！？。—–\n]|-\s|\.(?!\s*\d))"
     r"|\s+(?:there|it|they|he|she|i|we|you|this|that|these|those|the|not|because|but|a|an)\b)",
     re.IGNORECASE,
 )

@@ -1,7 +1,6 @@
 """What the pages share: style, frame, pictures as text, marked differences, writing whole or not at all."""
 
 import base64
-import difflib
 import hashlib
 import html
 import io
@@ -9,6 +8,7 @@ import re
 from pathlib import Path
 
 from PIL import Image
+from rapidfuzz.distance import Levenshtein, MatchingBlock
 
 from vapr.cache import written_whole
 
@@ -164,15 +164,20 @@ def marked_words(chosen: str, rejected: str) -> tuple[Marked, Marked]:
     words = _words(chosen), _words(rejected)
     bare = [[word.rstrip() for word in side] for side in words]
     if len(bare[0]) * len(bare[1]) <= MAX_COMPARED:
-        codes = difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes()
+        alike = Levenshtein.editops(*bare).as_matching_blocks()  # the last one is empty and stands at both ends
     else:
-        codes = [("replace", 0, len(bare[0]), 0, len(bare[1]))]
+        alike = [MatchingBlock(len(bare[0]), len(bare[1]), 0)]
+    ends, codes = (0, 0), []
+    for block in alike:
+        codes.append((True, ends[0], block.a, ends[1], block.b))
+        ends = block.a + block.size, block.b + block.size
+        codes.append((False, block.a, ends[0], block.b, ends[1]))
     shown: tuple[Marked, Marked] = ([], [])
-    for kind, *bounds in codes:
+    for differ, *bounds in codes:
         for side in (0, 1):
             text = "".join(words[side][bounds[2 * side] : bounds[2 * side + 1]])
             core = text.rstrip()
-            if kind != "equal" and core:
+            if differ and core:
                 shown[side].extend([(core, True), (text[len(core) :], False)])
             else:
                 shown[side].append((text, False))

@@ -316,7 +316,8 @@
         say(`Nothing imported: line ${number + 1} of ${file.name} is no verdict.`);
         return;
       }
-      if (here.has(row.id)) entries.set(row.id, { verdict: row.verdict, ...(typeof row.note === "string" && row.note ? { note: row.note } : {}) });
+      const note = typeof row.note === "string" && row.note ? row.note : verdicts.get(row.id)?.note;
+      if (here.has(row.id)) entries.set(row.id, { verdict: row.verdict, ...(note ? { note } : {}) });
       else elsewhere += 1;
     }
     const replaced = [...entries].filter(([id, entry]) => verdicts.get(id)?.verdict && verdicts.get(id).verdict !== entry.verdict).length;

@@ -82,7 +82,7 @@ def _asset(name: str) -> str:
 
 def _inlined(data: Any) -> str:
     """JSON that no HTML parser takes for anything else."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -167,7 +167,7 @@ def _shown(pair: PreferencePair, extras: dict[str, Any], pictures: _Pictures) ->
         "rejected": rejected,
         "exact": exact,
         "checks": _checks(extras),
-        "facts": _facts(pair, extras),
+        "facts": [*_only_space(pair, chosen, rejected), *_facts(pair, extras)],
     }
 
 
@@ -201,7 +201,7 @@ def marked(pair: PreferencePair) -> tuple[Marked, Marked, bool]:
             rejected += [same, (edit.to, True)]
             end = max(end, edit.end)
         rest = (texts[0][end:], False)
-        if "".join(text for text, _ in (*rejected, rest)) == texts[1]:
+        if ["".join(text for text, _ in (*side, rest)) for side in (chosen, rejected)] == texts:
             return _whole([*chosen, rest]), _whole([*rejected, rest]), True
     whole = [
         "\n".join(turn["text"] if len(side) == 1 else f"{turn['role']}: {turn['text']}" for turn in side)
@@ -209,6 +209,12 @@ def marked(pair: PreferencePair) -> tuple[Marked, Marked, bool]:
     ]
     left, right = marked_words(*whole)
     return _whole(left), _whole(right), False
+
+
+def _only_space(pair: PreferencePair, chosen: Marked, rejected: Marked) -> list[tuple[str, str]]:
+    """A difference that no mark shows."""
+    told = pair.chosen == pair.rejected or any(marked for _, marked in (*chosen, *rejected))
+    return [] if told else [("difference", "in white space only")]
 
 
 def _whole(pieces: Marked) -> Marked:
@@ -224,7 +230,7 @@ def _checks(extras: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": _value(check["name"]),
-            "passed": check.get("passed"),
+            "passed": passed if isinstance(passed := check.get("passed"), bool) else None,
             "value": "" if check.get("value") is None else _value(check["value"]),
             "note": _value(check.get("note") or ""),
         }
