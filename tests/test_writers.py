@@ -169,6 +169,8 @@ TURNS = {
         ("llava", {"rejected_images": ["dog.png"]}, "llava rows have no place for 'rejected_images'"),
         ("llava", TURNS, "a completion of several turns does not fit this format"),
         ("llava", {"rejected": "An <image>."}, "'<image>' stands in a text"),
+        ("llama-factory", {"rejected": "A <video>."}, "'<video>' stands in a text"),
+        ("ms-swift", {"prompt": [message("user", text("Hear <audio>"))]}, "'<audio>' stands in a text"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_row(folder, to, changes, line):
@@ -221,9 +223,82 @@ def test_columns_of_structs_that_are_lost_are_counted(folder, to):
     rows = [{**in_tables, **EDITED}, {**in_tables, "id": "2", **EMPTY}, {**in_tables, "id": "3", **EDITED}]
     parquet.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
     for suffix in SUFFIXES_OF_FORMATS[to]:
-        result = convert(read_pairs(folder / "in.parquet"), to, folder / "out" / f"rows{suffix}")
+        result = convert(read_pairs(folder / "in.parquet"), to, folder / suffix / f"rows{suffix}")
         assert result["written"] == 3
         assert result["lost"] == {"checks": 2, "licence": 2, "provenance": 2, "source": 2}
+
+
+@pytest.mark.parametrize("name", ["llava", "rlaif-v", "mapped"])
+def test_columns_that_are_lost_are_counted_whatever_the_format(folder, name):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    more = {"source": "coco", "provenance": {"editor": "x"}, "category": "colour", "weight": 0.3, "nothing": None}
+    row, columns, lost = {
+        "llava": ({"image": "cat.png", "conversations": turns, "rejected": "B."}, None, set(more)),
+        "rlaif-v": ({"image": {"path": "cat.png"}, "question": "Q?", "chosen": "A.", "rejected": "B."}, None, set(more)),
+        "mapped": ({"pic": {"file": "cat.png"}, "q": "Q?", "chosen": "A.", "no": "B.", "score": 3},
+                   {"images": "pic.file", "prompt": "q", "rejected": "no"}, {"source", "provenance", "score"}),
+    }[name]  # fmt: skip
+    (folder / "in.jsonl").write_text(json.dumps({**row, **more}))
+    pairs = read_pairs(folder / "in.jsonl", columns=columns)
+    assert convert(pairs, "vapr", folder / "out.jsonl")["lost"] == dict.fromkeys(lost - {"nothing"}, 1)
+
+
+@pytest.mark.parametrize("to", ["llama-factory", "ms-swift", "llava"])
+def test_line_breaks_beside_an_image_stay(folder, to):
+    parts = [IMAGE, text(""), text("\nfoo\n"), text("\n\n"), text("")]
+    before = pairs_of(folder, {**SHOWN, "prompt": [message("user", *parts)]})
+    convert(before, to, folder / "out.json" if to != "ms-swift" else folder / "out.jsonl")
+    [pair] = read_pairs(folder / ("out.json" if to != "ms-swift" else "out.jsonl"))
+    assert pair.prompt[0]["content"] == [IMAGE, text("\nfoo\n\n\n")]
+
+
+def test_povid_completions_that_begin_alike_are_refused(folder):
+    first = [message("assistant", text("A.")), message("user", text("And?"))]
+    row = {
+        **TOLD,
+        "chosen": [*first, message("assistant", text("B."))],
+        "rejected": [*first, message("assistant", text("C."))],
+    }
+    with pytest.raises(UserError, match=r"in\.jsonl:1: povid takes what both sides begin with for the prompt"):
+        convert(pairs_of(folder, row), "povid", folder / "out.json")
+
+
+def test_an_id_beside_an_origin_that_has_one_is_kept(folder):
+    row = {"id": "7", "idx": 7, "origin_split": '{"id": "x"}', "image": {"path": "cat.png"}, "question": "What?", "chosen": "A.", "rejected": "B."}  # fmt: skip
+    convert(pairs_of(folder, row), "rlaif-v", folder / "out.jsonl")
+    assert [pair.id for pair in read_pairs(folder / "out.jsonl")] == ["7"]
+
+
+def test_a_failed_conversion_leaves_nothing_behind(folder):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    picture = {"bytes": (folder / "cat.png").read_bytes(), "path": None}
+    rows = [{**SHOWN, "images": [picture]}, {**SHOWN, "id": "2", "images": [picture], "rejected": "An <image>."}]
+    rows[0]["chosen"], rows[0]["rejected"], rows[1]["chosen"] = "A.", "B.", "A."
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
+    pairs = read_pairs(folder / "in.parquet", on_bad_row="skip")
+    assert convert(pairs, "llava", folder / "good" / "rows.json")["images"] == 1
+    with pytest.raises(UserError, match="stands in a text"):
+        convert(read_pairs(folder / "in.parquet"), "llava", folder / "bad" / "rows.json")
+    assert [file.name for file in (folder / "good").iterdir()] and not list((folder / "bad").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("there", "line"),
+    [
+        ('{"rows": {"file_name": "other.json"}}', "describes a set 'rows' already"),
+        ("[1]", "not an object of data sets"),
+        ("{", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_description_that_has_no_room_is_said_first(folder, there, line):
+    pairs = pairs_of(folder, SHOWN)
+    described = folder / "out" / "dataset_info.json"
+    described.parent.mkdir()
+    described.write_text(there) if there else described.mkdir()
+    with pytest.raises(UserError, match=line):
+        convert(pairs, "llama-factory", folder / "out" / "rows.json")
+    assert list(described.parent.iterdir()) == [described] and (not there or described.read_text() == there)
 
 
 def test_help_and_docs_name_every_format():

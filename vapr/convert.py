@@ -44,7 +44,19 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out.parent}: cannot be made a folder ({error.strerror})") from None
-    images = _Images(out, read_files=to == "rlaif-v")
+    entries = _entries_of_llama_factory(out) if to == "llama-factory" else {}
+    with _Images(out, read_files=to == "rlaif-v") as images:
+        lost, written = _write_all(pairs, to, out, images)
+        if not written:
+            out.unlink()
+            raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
+        if to == "llama-factory":
+            _describe_for_llama_factory(out, entries)
+    return {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
+
+
+def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images") -> tuple[Counter[str], int]:
+    """Which keys were lost, and how many pairs were written."""
     lost: Counter[str] = Counter()
     written = 0
     with _sink(out, to) as write, Display("convert", len(pairs), unit="row") as display:
@@ -66,12 +78,7 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
             lost.update([*_lost(pair, row), *sorted(extra)])
             write(row)
             written += 1
-    if not written:
-        out.unlink()
-        raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
-    if to == "llama-factory":
-        _describe_for_llama_factory(out)
-    return {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
+    return lost, written
 
 
 def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
@@ -82,14 +89,32 @@ def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
 
 
 class _Images:
-    """Images as ``out`` refers to them; writes those that have no file. ``read_files``: a table holds all of them."""
+    """Images as ``out`` refers to them; writes those that have no file. ``read_files``: a table holds all of them.
+
+    In a ``with`` that an error ends, the files are taken away again.
+    """
 
     def __init__(self, out: Path, *, read_files: bool) -> None:
         self._folder = out.parent.resolve()
         self._new = out.parent / f"{out.stem}_images"
         self._embedded = out.suffix == ".parquet"
         self._read_files = read_files and self._embedded
-        self.num_written = 0
+        self._written: list[Path] = []
+
+    @property
+    def num_written(self) -> int:
+        return len(self._written)
+
+    def __enter__(self) -> "_Images":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            return
+        for name in self._written:
+            name.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            self._new.rmdir()
 
     def names(self, images: tuple[Path | bytes, ...]) -> list[Any]:
         return [self._name(image) for image in images]
@@ -104,7 +129,7 @@ class _Images:
             if not name.exists():
                 with written_whole(name) as file:
                     file.write(image)
-                self.num_written += 1
+                self._written.append(name)
             image = name
         path = Path(os.path.abspath(image))
         text = str(path.relative_to(self._folder)) if path.is_relative_to(self._folder) else str(path)
@@ -194,15 +219,22 @@ def _schema_of_rlaif_v(pa: Any) -> Any:
     )
 
 
-def _describe_for_llama_factory(out: Path) -> None:
-    """Add the file to the folder's dataset_info.json, which LLaMA-Factory looks it up in."""
+def _entries_of_llama_factory(out: Path) -> dict[str, Any]:
+    """The folder's dataset_info.json, which LLaMA-Factory looks a file up in, if there is room for ``out`` in it."""
     file = out.parent / "dataset_info.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if not isinstance(entries, dict):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{file}: not an object of data sets, so {out.name} could not be added to it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read, so {out.name} cannot be added to it ({error})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: not an object of data sets, so {out.name} cannot be added to it")
+    if out.stem in entries:
+        raise UserError(f"{file}: describes a set '{out.stem}' already; take it out, or give another name with --out")
+    return entries
+
+
+def _describe_for_llama_factory(out: Path, entries: dict[str, Any]) -> None:
+    file = out.parent / "dataset_info.json"
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
     entries[out.stem] = {"file_name": out.name, "formatting": "sharegpt", "ranking": True, "columns": columns}
     with written_whole(file) as stream:

@@ -107,6 +107,27 @@ def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
     return {**{key: value for key, value in row.items() if key not in columns}, **mapped}
 
 
+_CONVERSATION_KEYS = frozenset({"conversations", "rejected_conversations", "system", "chosen", "rejected"})
+_QUESTION_KEYS = frozenset({"prompt", "question", "chosen", "rejected"})
+_KEYS_READ: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("vapr", "trl", "columns"), frozenset(MAPPED_KEYS)),
+    **dict.fromkeys(("llava", "povid", "llama-factory"), _CONVERSATION_KEYS),
+    **dict.fromkeys(("rlaif-v", "mmpr", "mm-rlhf"), _QUESTION_KEYS),
+    **dict.fromkeys(("ha-dpo", "seva"), frozenset({"image_id", "question", "chosen", "reject", "correct"})),
+    "ms-swift": frozenset({"messages", "rejected_messages", "rejected_response", "rejected_images"}),
+    "vlfeedback": frozenset({"prompt", "completions", "img_path"}),
+}
+
+
+def keys_read(name: str, columns: Mapping[str, str] | None) -> frozenset[str]:
+    """Keys of a file's rows of format ``name`` whose values become part of a pair; ``columns`` rename some."""
+    keys = _KEYS_READ[name] | {"id", "images", "image"}
+    if not columns:
+        return keys
+    places = [place for column in columns.values() for place in (column, column.split(".")[0])]
+    return (keys - columns.keys()) | frozenset(places)
+
+
 def _need(row: Row, *keys: str) -> None:
     if missing := [key for key in keys if key not in row]:
         verb = "is" if len(missing) == 1 else "are"

@@ -18,13 +18,11 @@ import numpy as np
 from vapr.cache import user_cache, written_whole
 from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
-from vapr.formats import as_vapr, map_columns
-from vapr.preference_pair import KNOWN_KEYS, PreferencePair, pair_from_row, row_id
+from vapr.formats import as_vapr, keys_read, map_columns
+from vapr.preference_pair import PreferencePair, pair_from_row, row_id
 from vapr.rows import Rows
 
 NO_IMAGE = -1
-
-USED_KEYS = KNOWN_KEYS - {"provenance"}
 
 CHECKED_AT_START = 5_000
 """Rows that are checked before a model is loaded. More would make the start grow with the data."""
@@ -122,10 +120,10 @@ class Pairs(Sequence[PreferencePair]):
         return self._find(number)[0].root
 
     def extra_keys(self, number: int) -> list[str]:
-        """Keys of a row of vapr's or TRL's shape that mean nothing to vapr."""
+        """Keys of a row that a pair does not take anything from."""
         part, _ = self._find(number)
-        raw = self.raw(number) if part.format in ("vapr", "trl") and not part.columns else {}
-        return sorted(key for key, value in raw.items() if _says_something(value) and key not in USED_KEYS)
+        used = keys_read(part.format, part.columns)
+        return sorted(key for key, value in self.raw(number).items() if _says_something(value) and key not in used)
 
     def where(self, number: int) -> str:
         """The place of row ``number``: ``file:line``."""

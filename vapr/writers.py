@@ -26,6 +26,9 @@ SUFFIXES_OF_FORMATS = {
     "rlaif-v": (".parquet", ".jsonl"),
 }
 
+OTHER_MEDIA = ("<video>", "<audio>")
+"""Placeholders of LLaMA-Factory and ms-swift, like ``<image>``."""
+
 Names = Callable[[tuple[Path | bytes, ...]], list[Any]]
 
 
@@ -55,6 +58,7 @@ def _sides(pair: PreferencePair, names: Names) -> Row:
 
 def _llama_factory(pair: PreferencePair, names: Names) -> Row:
     _same_images(pair, "llama-factory")
+    _no_other_media(pair, "llama-factory")
     return {
         "id": pair.id,
         "conversations": _llava_turns(pair.prompt),
@@ -65,6 +69,7 @@ def _llama_factory(pair: PreferencePair, names: Names) -> Row:
 
 
 def _ms_swift(pair: PreferencePair, names: Names) -> Row:
+    _no_other_media(pair, "ms-swift")
     chosen = [*pair.prompt, *_one_answer(pair.chosen)]
     row: Row = {
         "id": pair.id,
@@ -91,6 +96,8 @@ def _llava(pair: PreferencePair, names: Names) -> Row:
 def _povid(pair: PreferencePair, names: Names) -> Row:
     _fits_llava(pair, "povid")
     prompt = _llava_turns(pair.prompt, own_line=True)
+    if pair.chosen[0] == pair.rejected[0]:
+        raise BadRow("povid takes what both sides begin with for the prompt, and these completions begin alike")
     row = {
         "id": pair.id,
         "conversations": prompt + _llava_turns(pair.chosen),
@@ -152,7 +159,7 @@ def keep_origin(row: Row, raw: Row) -> set[str]:
     before, ours = origin_of(raw), json.loads(row["origin_split"])
     if before is None:
         kept.pop("origin_split", None)
-    if ours["id"] == str(kept.get("idx")):
+    if "id" not in (before or {}) and ours["id"] == str(kept.get("idx")):
         del ours["id"]
     row.update({**kept, "origin_split": json.dumps({**(before or {}), **ours})})
     return said.keys() - kept.keys()
@@ -170,6 +177,13 @@ def _like(ours: Any, value: Any) -> bool:
 def _same_images(pair: PreferencePair, name: str) -> None:
     if pair.rejected_images is not None:
         raise BadRow(f"{name} rows have no place for 'rejected_images'")
+
+
+def _no_other_media(pair: PreferencePair, name: str) -> None:
+    for message in (*pair.prompt, *pair.chosen, *pair.rejected):
+        for part in message["content"]:
+            if found := next((media for media in OTHER_MEDIA if media in part.get("text", "")), None):
+                raise BadRow(f"'{found}' stands in a text, where {name} would look for such a file")
 
 
 def _no_system_turn(pair: PreferencePair, name: str) -> None:
@@ -194,15 +208,22 @@ def _text(messages: Any, *, own_line: bool = False) -> str:
     That takes one line break beside a placeholder away, so one is added where the text has its own; with ``own_line``,
     LLaVA's custom, everywhere.
     """
-    text, before = "", None
+    runs: list[str | None] = []  # texts, and None for an image
     for part in (part for message in messages for part in message["content"]):
-        if PLACEHOLDER in part.get("text", ""):
-            raise BadRow(f"'{PLACEHOLDER}' stands in a text, where this format would take it for an image")
-        if before is not None and before["type"] != part["type"]:
-            touching = part["text"][:1] if before["type"] == "image" else text[-1:]
+        if part["type"] == "image":
+            runs.append(None)
+        elif part["text"] and runs and runs[-1] is not None:
+            runs[-1] += part["text"]
+        elif part["text"]:
+            runs.append(part["text"])
+    if any(PLACEHOLDER in run for run in runs if run is not None):
+        raise BadRow(f"'{PLACEHOLDER}' stands in a text, where this format would take it for an image")
+    text = ""
+    for before, run in zip([None, *runs], runs, strict=False):
+        if text and (before is None) != (run is None):
+            touching = run[:1] if run is not None else text[-1:]
             text += "\n" if own_line or touching == "\n" else ""
-        text += PLACEHOLDER if part["type"] == "image" else part["text"]
-        before = part
+        text += PLACEHOLDER if run is None else run
     return text
 
 
