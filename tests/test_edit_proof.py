@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vapr.editing.agreement import article_of
 from vapr.editing.categories import load_categories
 from vapr.editing.config import EditConfig, SourceConfig
 from vapr.editing.edit import Draft, Editor
 from vapr.editing.llm import Reply
-from vapr.editing.operations import article_of, spliced
+from vapr.editing.operations import spliced
 from vapr.editing.pair_rows import read_table
 from vapr.editing.plan import PARTNER_LOST
 from vapr.editing.prompts import NONE

@@ -5,15 +5,13 @@ import random
 
 import pytest
 
+from vapr.editing.agreement import article_of, in_the_case_of, number
 from vapr.editing.nouns import singular
 from vapr.editing.operations import (
     CannotEdit,
     Operation,
     apply,
-    article_of,
     changed_spans,
-    in_the_case_of,
-    number,
     spliced,
 )
 from vapr.preference_pair import Edit
@@ -138,6 +136,84 @@ def test_singular(noun, one):
 )
 def test_noun_and_verb_follow_the_number(answer, find, replace, rejected):
     assert edited(answer, (find, replace)) == rejected
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "rejected"),
+    [
+        ("There is one wheel on the cart.", "one wheel", "two wheels", "There are two wheels on the cart."),
+        ("There is one wheel on the cart.", "one wheel", "two wheel", "There are two wheels on the cart."),
+        ("There is one wheel on the cart.", "one wheel on", "two wheels on", "There are two wheels on the cart."),
+        ("There is one wheel on the cart.", " one ", " two ", "There are two wheels on the cart."),
+        ("There are two cats.", "two cats", "one cat", "There is one cat."),
+        ("There are two cats.", "two cats", "one cats", "There is one cat."),
+        ("There is a dog.", "a dog", "three dogs", "There are three dogs."),
+        ("There are three dogs.", "three dogs", "an owl", "There is an owl."),
+        ("One man is here.", "One man", "Two men", "Two men are here."),
+        ("One old man is here.", "One old man", "Two young men", "Two young men are here."),
+        (
+            "There is one dog running along the water.",
+            "one dog",
+            "six dogs",
+            "There are six dogs running along the water.",
+        ),
+        ("There is one dog here.", "is one dog", "are six dogs", "There are six dogs here."),
+        ("I see twenty-one dogs.", "twenty-one dogs", "one dog", "I see one dog."),
+        ("It holds about 0.5 litres.", "about 0.5", "about 1.5", "It holds about 1.5 litres."),
+        ("There are no dogs.", "no dogs", "some dogs", "There are some dogs."),
+        ("There is a dog.", "a", "no", "There is no dog."),
+    ],
+)
+def test_noun_and_verb_follow_a_number_with_its_noun(answer, find, replace, rejected):
+    assert edited(answer, (find, replace)) == rejected
+
+
+def test_a_verb_that_the_model_itself_edits_is_left_to_it():
+    answer = "One cat is licking its paw."
+    assert edited(answer, ("One cat", "Two cats"), ("is licking its paw", "are licking their paws")) == (
+        "Two cats are licking their paws."
+    )
+    assert edited("The dog is here.", ("dog", "cats"), ("is", "are")) == "The cats are here."
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace", "reason"),
+    [
+        ("She is eating an apple.", "apple", "bananas", "'bananas' is plural after 'an'"),
+        ("She is eating an apple.", "an apple", "a bananas", "'bananas' is plural after 'a'"),
+        ("She is eating a red apple.", "apple", "bananas", "'bananas' is plural after 'a'"),
+        ("She sees two dogs.", "dogs", "cat", "'cat' is singular after 'two'"),
+        ("The dog is red.", "dog", "cats", "the verb 'is' no longer agrees with 'cats'"),
+        ("The dogs are red.", "The dogs", "A cat", "the verb 'are' no longer agrees with 'cat'"),
+        ("There are dogs.", "dogs", "a cat", "the verb 'are' no longer agrees with 'cat'"),
+        ("One man in a hat is smiling.", "One man", "Two men", "not plain to see"),
+    ],
+)
+def test_a_noun_that_does_not_fit_its_neighbours_is_refused(answer, find, replace, reason):
+    with pytest.raises(CannotEdit, match=reason):
+        apply(answer, [Operation(find, replace)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "find", "replace"),
+    [
+        ("She is eating an apple pie.", "apple", "pumpkin"),
+        ("It is a tennis ball.", "tennis", "sports"),
+        ("There are two.", "two", "six"),
+        ("It says Platform 9 Tours.", "Tours", "Travel"),
+        ("He holds a mirror.", "mirror", "lens"),
+        ("He holds a mirror.", "mirror", "bunch of bananas"),
+        ("He holds a dog.", "dog", "few bananas"),
+        ("The man in the hat is smiling.", "hat", "jeans"),
+        ("The dogs are red.", "dogs", "sheep"),
+        ("The dogs are here.", "dogs", "police"),
+        ("Next to the dog is a tree.", "dog", "cats"),
+        ("A man wears a hat.", "a hat", "jeans"),
+        ("There are two cats.", "cats", "people"),
+    ],
+)
+def test_a_noun_that_fits_is_put_in(answer, find, replace):
+    assert edited(answer, (find, replace)) == answer.replace(find, replace).replace("an pumpkin", "a pumpkin")
 
 
 @pytest.mark.parametrize(

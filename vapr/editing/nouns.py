@@ -97,12 +97,20 @@ class Nouns:
         return None
 
 
+SINGULARS_IN_S = frozenset((
+    "lens", "canvas", "atlas", "alias", "chaos", "tennis", "gymnastics", "athletics", "christmas", "texas", "pancreas",
+    "always", "perhaps",
+))  # fmt: skip
+
+
 @functools.lru_cache(maxsize=20_000)
 def singular(noun: str) -> str:
     """Lower-case singular of a noun; a singular stays, and so does what is not words."""
     text = noun.lower()
+    if text == "men":
+        return "man"
     # inflect takes away the s of singulars, too, and stumbles over what is not words
-    if text.endswith(("ss", "us", "is")) or len(text) <= 3 or not WORDS.fullmatch(text):
+    if text.endswith(("ss", "us", "is")) or text in SINGULARS_IN_S or len(text) <= 3 or not WORDS.fullmatch(text):
         return text
     return english().singular_noun(text) or text
 
