@@ -29,7 +29,7 @@ def failed(*args, **kwargs) -> list[str]:
 
 def test_a_good_pair_passes_everything():
     found = verdicts(LONG, LONG.replace("red", "blue"), "attribute")
-    assert list(found) == ["different", "length", "distance", "style", "repeats", "edits", "other_value"]
+    assert list(found) == ["different", "characters", "length", "distance", "style", "repeats", "edits", "other_value"]
     assert all(verdict.passed and not verdict.note for verdict in found.values())
     assert (found["length"].value, found["edits"].value) == (1.0, 1.0)
     assert found["distance"].value == round(1 / 19, 4)  # 18 words and a full stop
@@ -256,10 +256,91 @@ def test_a_result_that_repeats_itself_is_refused(chosen, rejected, passes):
     [
         ("A thin fog lies over the fields.", "A fog lies over the fields.", False),  # still true
         ("A dog barks.", "A brown dog barks.", False),  # may be true
-        ("The door is open.", "The door is not open.", True),
-        ("There are no people.", "There are people.", True),
         ("A thin fog lies over the fields.", "A thick fog lies over the fields.", True),
     ],
 )
 def test_words_only_added_or_taken_away_make_nothing_false(chosen, rejected, passes):
     assert verdicts(chosen, rejected, "scene")["different"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("It is a golden retriever.", "It is not a golden retriever."),
+        ("It's not a cat.", "It's a cat."),
+        ("The door is open.", "The door isn't open."),
+        ("He can see it.", "He can't see it."),
+        ("The dog eats.", "The dog does not eat."),
+        ("There are no people.", "There are people."),
+        ("There are some people.", "There are no people."),
+        ("A man with a hat.", "A man without a hat."),
+        ("Nobody is there.", "Somebody is there."),
+        ("He is never late.", "He is late."),
+    ],
+)
+@pytest.mark.parametrize("category", ["object", "comparison", "scene", "count", "text", "reasoning", "caption"])
+def test_a_negation_put_in_or_taken_out_names_nothing_else(chosen, rejected, category):
+    verdict = verdicts(chosen, rejected, category)["different"]
+    assert verdict.note == "only a negation was put in or taken out; name another thing instead"
+    assert verdicts(chosen, rejected, "existence")["different"].passed
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("There are no dogs.", "There are two dogs."),
+        ("The cat is not on the sofa.", "The cat is not on the bed."),
+        ("It is not a cat but a dog.", "It is not a cat but a fox."),
+        ("A dog on the left.", "Some dog on the right."),
+    ],
+)
+def test_more_than_a_negation_changed(chosen, rejected):
+    assert verdicts(chosen, rejected, "scene")["different"].passed
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [
+        "A red umbrеllа.",  # Cyrillic е and а
+        "A rеd umbrella.",
+        "A ｒｅｄ umbrella.",  # full width
+        "A red umb\u200brella.",
+        "A red umbrella\x00.",
+        "A red\u00a0umbrella.",
+        "A réd umbrella.",
+        "А red umbrella.",  # the whole word is Cyrillic
+        "A red\ufe0f umbrella.",
+    ],
+)
+def test_texts_that_look_the_same_are_not_different(rejected):
+    assert "different" in failed("A red umbrella.", rejected, "text")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("Ｃafé", "Cafe"), ("ﬁve", "five"), ("Straße", "STRASSE"), ("Ω", "Ω"), ("2", "²")],
+)
+def test_other_ways_to_write_it_are_not_different(chosen, rejected):
+    assert "different" in failed(chosen, rejected, "text")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "note"),
+    [
+        ("A red hat.", "A blue\u200b hat.", "U+200B does not belong into the answer"),
+        ("A red hat.", "A blue\x1b[1m hat.", "U+001B does not belong into the answer"),
+        ("A red hat.", "A \u202eblue hat.", "U+202E does not belong into the answer"),
+        ("A red hat.", "A blue\u00a0hat.", "U+00A0 does not belong into the answer"),
+        ("A red hat.", "A blue\that.", "U+0009 does not belong into the answer"),
+        ("A red\that.", "A blue\that.", ""),
+        ("A red\u200b hat.", "A blue\u200b hat.", ""),
+        ("A red hat.", "A bluе hat.", "'bluе' mixes Latin and Cyrillic letters"),
+        ("A red hat.", "A βlue hat.", "'βlue' mixes Latin and Greek letters"),
+        ("Красная шапка, hat.", "Синяя шапка, hat.", ""),
+        ("左に犬がいます。", "左にネコがいます。", ""),
+        ("It says STOP.", "It says СТОП.", ""),
+        ("A red hat.", "A blue café 👍🏽.", ""),
+    ],
+)
+def test_letters_and_characters_that_do_not_belong(chosen, rejected, note):
+    assert verdicts(chosen, rejected, "attribute")["characters"].note == note

@@ -103,7 +103,7 @@ FRUIT = "It is an apple of the bad tree there."
         (edits(change("there.", "there!")), "failed", "different: only case, space or punctuation changed"),
         (edits(change(category="count")), "failed", "an edit of category 'count' instead of 'mine'"),
         (edits(change("apple", "pêche 🍑")), "accepted", None),
-        (edits(change("apple", "pear\0")), "accepted", None),
+        (edits(change("apple", "pear\0")), "failed", "characters: U+0000 does not belong into the answer"),
     ],
     ids=lambda value: None if callable(value) else str(value)[-30:],
 )  # fmt: skip

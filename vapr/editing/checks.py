@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vapr.editing.categories import Category
 from vapr.editing.config import CheckConfig
+from vapr.editing.lookalikes import plain, unexpected
 from vapr.editing.nouns import Nouns, singular
-from vapr.editing.operations import number
+from vapr.editing.operations import number, spliced
 from vapr.editing.polarity import NEGATION
 from vapr.preference_pair import Edit
 from vapr.style import edit_distance, num_words, polarity, sentences, style_vector, words
@@ -40,7 +41,8 @@ def check_pair(
         traded: another row makes the opposite change, so that lengths cancel ("behind" for "in front of").
     """
     verdicts = [
-        _different(chosen, rejected, edits),
+        _different(chosen, rejected, edits, category),
+        _characters(chosen, rejected),
         *_lengths(chosen, rejected, category, config, words_off=2 if traded else 1),
     ]
     if config.style:
@@ -58,14 +60,43 @@ def check_pair(
     return verdicts
 
 
-def _different(chosen: str, rejected: str, edits: Sequence[Edit]) -> Verdict:
-    if _plain(chosen) == _plain(rejected):
-        return Verdict("different", False, note="only case, space or punctuation changed")
+def _different(chosen: str, rejected: str, edits: Sequence[Edit], category: Category) -> Verdict:
+    if plain(chosen) == plain(rejected):
+        return Verdict("different", False, note="only case, space or punctuation changed, or how letters are coded")
+    if "polarity" not in category.checks and any(_only_negates(chosen, spliced(chosen, [edit])) for edit in edits):
+        return Verdict("different", False, note="only a negation was put in or taken out; name another thing instead")
     # "A dog" is still true of what was "a brown dog", and the other way round it may be.
     one_sided = all(not edit.to.strip() or not chosen[edit.start : edit.end].strip() for edit in edits)
     if one_sided and not any(NEGATION.search(f"{chosen[edit.start : edit.end]} {edit.to}") for edit in edits):
         return Verdict("different", False, note="words were only added or taken away; what is said must become false")
     return Verdict("different", True)
+
+
+NEGATED_WORDS = {
+    "without": "with",
+    "nobody": "somebody",
+    "nothing": "something",
+    "nowhere": "somewhere",
+    "cannot": "can",
+}
+BESIDE_NEGATION = frozenset(("not", "no", "never", "none", "a", "an", "any", "some", "do", "does", "did"))
+
+
+def _only_negates(one: str, other: str) -> bool:
+    """Whether two texts differ in a negation alone, and in words that turn with it: "a" or "any", "eats" or "eat"."""
+    if len(NEGATION.findall(one)) == len(NEGATION.findall(other)):
+        return False
+    return _affirmed(one) == _affirmed(other)
+
+
+def _affirmed(text: str) -> list[str]:
+    said = re.findall(r"\w+", re.sub(r"n['’]t\b", " not", text.lower().replace("can't", "can not")))
+    return [NEGATED_WORDS.get(word, word).rstrip("s") for word in said if word not in BESIDE_NEGATION]
+
+
+def _characters(chosen: str, rejected: str) -> Verdict:
+    found = unexpected(chosen, rejected)
+    return Verdict("characters", found is None, note=found or "")
 
 
 REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)|,)? \1\b", re.IGNORECASE)
@@ -76,10 +107,6 @@ def _repeats(chosen: str, rejected: str) -> Verdict:
     before, after = (list(REPEATED.finditer(text)) for text in (chosen, rejected))
     fits = len(after) <= len(before)
     return Verdict("repeats", fits, note="" if fits else f"the result repeats itself: '{after[-1][0]}'")
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig, words_off: int) -> list[Verdict]:
