@@ -344,3 +344,90 @@ def test_other_ways_to_write_it_are_not_different(chosen, rejected):
 )
 def test_letters_and_characters_that_do_not_belong(chosen, rejected, note):
     assert verdicts(chosen, rejected, "attribute")["characters"].note == note
+
+
+@pytest.mark.parametrize(
+    ("one", "general"),
+    [
+        ("umbrella", "thing"), ("umbrella", "object"), ("umbrella", "item"), ("cup", "something"), ("gizmo", "thing"), ("golden retriever", "canine"),
+        ("kitten", "feline"), ("lion", "feline"), ("wolf", "canine"), ("dog", "pet"), ("cow", "mammal"), ("pizza", "food"), ("pizza", "dish"),
+        ("car", "vehicle"), ("car", "means of transport"), ("toaster", "device"), ("phone", "gadget"), ("laptop", "device"), ("man", "somebody"),
+        ("apple", "snack"), ("jacket", "outfit"), ("hammer", "utensil"), ("spoon", "utensil"),
+    ],
+)  # fmt: skip
+def test_more_general_words_may_be_true(one, general):
+    assert "not_related" in failed(f"It is the {one}.", f"It is the {general}.", "object")
+
+
+def test_a_general_word_is_not_related_to_what_is_beside_it():
+    for one, other in (
+        ("dog", "feline"),
+        ("cat", "canine"),
+        ("wolf", "dog"),
+        ("lion", "cat"),
+        ("phone", "toaster"),
+        ("fork", "hammer"),
+    ):
+        assert failed(f"It is the {one}.", f"It is the {other}.", "object") == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "note"),
+    [
+        ("These are oranges, not apples.", "These are apples, not apples.", "the result both says and denies 'apples'"),
+        ("These are oranges, not apples.", "These are pears, not apples.", ""),
+        ("These are oranges, not apples.", "These are apples, not oranges.", ""),
+        ("He rides a horse rather than a bike.", "He rides a bike rather than a bike.", "the result both says and denies 'bike'"),
+        ("He holds a fork instead of a spoon.", "He holds a spoon instead of a spoon.", "the result both says and denies 'spoon'"),
+        ("The red car, not the blue one.", "The blue car, not the blue one.", "the result both says and denies 'blue'"),
+        ("It is an orange. It is not a lemon.", "It is a lemon. It is not a lemon.", ""),  # known limit: one sentence at a time
+        ("The dog is not on the sofa.", "The dog is not on the chair.", ""),
+        ("The car on the road, not the car in the yard.", "The bus on the road, not the car in the yard.", ""),
+    ],
+)  # fmt: skip
+def test_what_is_denied_is_not_said_as_well(chosen, rejected, note):
+    assert verdicts(chosen, rejected, "object")["repeats"].note == note
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ('The sign says "STOP" in white letters.', 'The sign says "SLOW" in white letters.', True),
+        ('The sign says "STOP" in white letters.', 'The sign says "STOP" in black letters.', False),
+        ('The sign says "STOP" in white letters.', 'The wall says "STOP" in white letters.', False),
+        ("The sign says “STOP” on top.", "The sign says “SLOW” on top.", True),
+        ("The sign says “STOP” on top.", "The sign says “STOP” on wheels.", False),
+        ("The sign says 'Joe's bar' on top.", "The sign says 'Tom's bar' on top.", True),
+        ("The sign says 'Joe's bar' on top.", "The sign says 'Joe's bar' on wheels.", False),
+        ("The girl's shirt says Nike.", "The girl's shirt says Puma.", True),
+        ('It says "no parking" and "exit".', 'It says "no parking" and "enter".', True),
+        ('It says "no parking" and "exit".', 'It says "no parking" or "exit".', False),
+        (
+            "The label says 'Crème brûlée', the price is 4,50 €.",
+            "The label says 'Crème brûlée', the price is 6,20 €.",
+            True,
+        ),
+        ("The board is 5' 3\" tall and says Nike.", "The board is 5' 3\" tall and says Puma.", True),
+    ],
+)
+def test_where_a_text_is_quoted_the_quotation_changes(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "text")["other_text"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("The cup is taller than the banana.", "The cup is taller than the apple.", False),
+        ("The cup is taller than the banana.", "The bowl is taller than the banana.", False),
+        ("The cup is taller than the banana.", "The cup is shorter than the banana.", True),
+        ("The cup is taller than the banana.", "The banana is taller than the cup.", True),
+        ("The cup is taller than the banana.", "The banana is shorter than the cup.", False),  # true again
+        ("The cup is heavier than the banana.", "The cup is lighter than the banana.", True),
+        ("The cup is more colourful than the bowl.", "The cup is less colourful than the bowl.", True),
+        ("The cup is taller than the banana. It is red.", "The cup is shorter than the banana. It is blue.", True),
+        ("The dog is larger than the cat.", "The cat is larger than the cat.", False),
+        ("Dog", "Cat", True),
+    ],
+)
+def test_a_comparison_is_turned_round(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "comparison")["opposite"].passed is passes

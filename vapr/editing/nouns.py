@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 WORDS = re.compile(rf"{WORD.pattern}(?: {WORD.pattern})*")
 OTHER = "other"
+GENERAL = frozenset((
+    "thing", "object", "item", "something", "anything", "stuff", "entity", "artifact", "device", "utensil", "dish",
+))  # fmt: skip
+"""Words for things of several classes; the lists have those for things of one."""
 
 
 @functools.cache
@@ -90,6 +94,8 @@ class Nouns:
         a, b = (singular(noun) for noun in (one, other))
         if a == b:
             return "the same noun"
+        if a in GENERAL or b in GENERAL:
+            return f"'{a if a in GENERAL else b}' can be said of many things"
         if a in self._above.get(b, ()) or b in self._above.get(a, ()):
             return "synonyms, or one a kind of the other"
         if self._wordnet is not None:
