@@ -431,3 +431,51 @@ def test_where_a_text_is_quoted_the_quotation_changes(chosen, rejected, passes):
 )
 def test_a_comparison_is_turned_round(chosen, rejected, passes):
     assert verdicts(chosen, rejected, "comparison")["opposite"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "category", "check"),
+    [
+        ("It is a dog.", "This is the dog.", "object", "different"),
+        ("It is a dog.", "It was a dog.", "object", "different"),
+        ("The man is running.", "The man runs.", "action", "different"),
+        ("It is made of wood.", "It is wooden.", "attribute", "different"),
+        ("It is an umbrella.", "It is something else.", "object", "different"),
+        ("The sign says STOP.", "The sign says something different.", "text", "different"),
+        ("It is a dog.", "It is a cat (wrong).", "object", "characters"),
+        ("It is a dog.", "It is a [dog → cat].", "object", "characters"),
+        ("A dog and a cat.", "A cat and a cat.", "object", "repeats"),
+        ("The lamp is next to the bed.", "The lamp is beside the bed.", "spatial", "other_value"),
+        ("This is a kitchen.", "This is a room.", "scene", "other_value"),
+        ("He wears a hat.", "He wears a cap.", "object", "not_related"),
+        ("There are two dogs.", "There are 1 + 1 dogs.", "count", "other_number"),
+        ("Yes, there is a dog.", "No, there is a dog.", "existence", "polarity"),
+        ("Yes. There is a dog.", "No. There is a dog.", "existence", "polarity"),
+        ("The sign says STOP.", "The sign says ST0P.", "text", "other_text"),
+        ("The sign says STOP.", "The sign says Slow.", "text", "other_text"),
+        ("The clock shows 3:45.", "The clock shows quarter to four.", "text", "other_text"),
+        ("A boy in a red hat feeds two ducks.", "A boy in a bright red hat feeds six ducks.", "caption", "edits"),
+    ],
+)
+def test_plainly_bad_edits(chosen, rejected, category, check):
+    assert check in failed(chosen, rejected, category)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "category"),
+    [
+        ("The cat is left of the dog.", "The dog is left of the cat.", "object"),
+        ("The lamp is next to the bed.", "The lamp is far from the bed.", "spatial"),
+        ("This is a kitchen.", "This is a bathroom.", "scene"),
+        ("The cat is in the box.", "The cat is on the box.", "spatial"),
+        ("He is there.", "She is there.", "referential"),
+        ("Yes, there is a dog.", "No, there is no dog.", "existence"),
+        ("Yes", "No", "existence"),
+        ("There is a dog.", "There are four dogs.", "count"),
+        ("It says THIS.", "It says THAT.", "text"),
+        ("Gate 5", "Gate 7", "text"),
+        ("A boy in a red hat feeds two ducks.", "A boy in a blue hat feeds six ducks.", "caption"),
+    ],
+)
+def test_plainly_good_edits(chosen, rejected, category):
+    assert failed(chosen, rejected, category) == []

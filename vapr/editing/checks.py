@@ -50,7 +50,7 @@ def check_pair(
     verdicts.append(_repeats(chosen, rejected))
     if category.mode == "rewrite":
         return [*verdicts, *(_conclusion(chosen, edits) for name in category.checks if name == "conclusion")]
-    verdicts.append(_count(edits, category))
+    verdicts.append(_count(chosen, edits, category))
     changes = [(chosen[edit.start : edit.end], edit.to) for edit in edits]
     for name in category.checks:
         if name == "polarity":
@@ -65,11 +65,30 @@ def _different(chosen: str, rejected: str, edits: Sequence[Edit], category: Cate
         return Verdict("different", False, note="only case, space or punctuation changed, or how letters are coded")
     if "polarity" not in category.checks and any(_only_negates(chosen, spliced(chosen, [edit])) for edit in edits):
         return Verdict("different", False, note="only a negation was put in or taken out; name another thing instead")
+    if {"polarity", "other_text"}.isdisjoint(category.checks) and _said(chosen) == _said(rejected):
+        return Verdict("different", False, note="only small words, or the form of a word, changed")
+    if any(VAGUE_NAME.search(edit.to) for edit in edits):
+        return Verdict("different", False, note="name what it is instead")
     # "A dog" is still true of what was "a brown dog", and the other way round it may be.
     one_sided = all(not edit.to.strip() or not chosen[edit.start : edit.end].strip() for edit in edits)
     if one_sided and not any(NEGATION.search(f"{chosen[edit.start : edit.end]} {edit.to}") for edit in edits):
         return Verdict("different", False, note="words were only added or taken away; what is said must become false")
     return Verdict("different", True)
+
+
+VAGUE_NAME = re.compile(
+    r"\b(?:something|someone|somebody|somewhere|anything) (?:else|different|other)\b", re.IGNORECASE
+)
+SAYS_NOTHING = frozenset(
+    ("a", "an", "the", "this", "that", "it", "is", "are", "was", "were", "be", "been", "made", "of")
+)
+ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|en|es|s|e)$")
+
+
+def _said(text: str) -> list[str]:
+    """Its words in order, without those that say nothing and without endings: "is running" and "runs" are the same."""
+    said = (word for word in re.findall(r"\w+", text.lower()) if word not in SAYS_NOTHING)
+    return [re.sub(r"([^\d])\1$", r"\1", ENDING.sub("", word)) for word in said]
 
 
 NEGATED_WORDS = {
@@ -99,7 +118,7 @@ def _characters(chosen: str, rejected: str) -> Verdict:
     return Verdict("characters", found is None, note=found or "")
 
 
-REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)|,)? \1\b", re.IGNORECASE)
+REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)(?: an?| the)?|,)? \1\b", re.IGNORECASE)
 
 
 DENIED = re.compile(r"\b(?:not|rather than|instead of)\s+((?:[\w'’-]+\s+){0,2}[\w'’-]+)", re.IGNORECASE)
@@ -153,17 +172,24 @@ def _style(chosen: str, rejected: str) -> Verdict:
     return Verdict("style", not changed, note=f"style changed: {', '.join(changed)}" if changed else "")
 
 
-def _count(edits: Sequence[Edit], category: Category) -> Verdict:
-    fits = category.min_edits <= len(edits) <= category.max_edits
+def _count(chosen: str, edits: Sequence[Edit], category: Category) -> Verdict:
+    # Of several errors each must be one: "a red hat" is still true of what is now "a bright red hat".
+    real = [
+        edit for edit in edits if category.min_edits == 1 or (edit.to.strip() and chosen[edit.start : edit.end].strip())
+    ]
+    fits = category.min_edits <= len(real) and len(edits) <= category.max_edits
     wanted = f"{category.min_edits} to {category.max_edits}" if category.max_edits > 1 else "1"
     # One claim may need two places: "Yes, there is" -> "No, there is no".
     fits = fits or ("polarity" in category.checks and len(edits) <= 3)
-    return Verdict("edits", fits, float(len(edits)), "" if fits else f"{len(edits)} places changed instead of {wanted}")
+    return Verdict("edits", fits, float(len(edits)), "" if fits else f"{len(real)} places changed instead of {wanted}")
 
 
 def _polarity(chosen: str, rejected: str) -> Verdict:
-    flipped = {polarity(chosen), polarity(rejected)} == {"yes", "no"}
-    return Verdict("polarity", flipped, note="" if flipped else "yes must become no, or no yes, at the beginning")
+    if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
+        return Verdict("polarity", False, note="yes must become no, or no yes, at the beginning")
+    rests = [plain(text).split(" ")[1:] for text in (chosen, rejected)]
+    turned = not rests[0] or rests[0] != rests[1]
+    return Verdict("polarity", turned, note="" if turned else "what follows yes or no must turn with it")
 
 
 Change = tuple[str, str]
@@ -188,7 +214,11 @@ def _other_value(old: str, new: str, before: str, category: Category, nouns: Nou
         for other in sides[1]:
             if one.set is other.set and one.set.alike(one.name, other.name):
                 return f"'{new}' can be said of what is '{old}'"
-    return None  # where a side has no value of a closed set, other checks and the verifiers judge
+    # "next to" is a value only before "the".
+    if any(closed.alike(old.strip(), new.strip()) for closed in category.values):
+        return f"'{new}' can be said of what is '{old}'"
+    # Where a side has no value of a closed set, the nouns tell, and the verifiers.
+    return _not_related(old, new, before, category, nouns)
 
 
 def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
@@ -248,7 +278,9 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
         [n for word in re.findall(r"[\w'-]+(?:[.,]\d+)*", text) if (n := number(word)) is not None]
         for text in (old, new)
     ]
-    if not values[0] or not values[1]:
+    if not values[0] and re.search(r"\ban? (?!couple|pair|few|dozen|lot|group|number|bunch)", old, re.IGNORECASE):
+        values[0] = [1]
+    if not values[0] or not values[1] or len(values[1]) > len(values[0]):
         return f"a number must become another number, not '{old}' -> '{new}'"
     if values[0] == values[1]:
         return f"'{new}' is the same number as '{old}'"
@@ -267,9 +299,17 @@ def _not_related(old: str, new: str, before: str, category: Category, nouns: Nou
     return None
 
 
+DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
+
+
 def _other_text(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    plain = [re.sub(r"[\W_]", "", text).casefold() for text in (old, new)]
-    return f"'{new}' reads the same as '{old}'" if plain[0] == plain[1] else None
+    one, other = (re.sub(r"[\W_]", "", text).casefold() for text in (old, new))
+    if one == other or (one.isalpha() and one == other.translate(DIGITS_LIKE_LETTERS)):
+        return f"'{new}' reads the same as '{old}'"
+    if re.search(r"\d", old) and not re.search(r"\d", new):
+        return "a number, price or time must become another one, in figures"
+    capitals = re.search(r"[A-Z]{2}", old) and old.isupper()
+    return f"'{old}' is in capitals, and '{new}' is not" if capitals and not new.isupper() else None
 
 
 QUOTATION = re.compile(r"""(?<!\w)"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|‘[^\n]+?’(?!\w)|(?<![\w'])'[^\n]+?'(?!\w)""")

@@ -29,8 +29,12 @@ def unexpected(chosen: str, rejected: str) -> str | None:
     """What rejected holds that no reader of chosen expects there, in words; None if nothing."""
     known = set(chosen)
     for character in rejected:
-        if character not in known and character != " " and unicodedata.category(character)[0] in "CZ":
+        if character in known or character == " ":
+            continue
+        if unicodedata.category(character)[0] in "CZ":
             return f"U+{ord(character):04X} does not belong into the answer"
+        if character in "()[]{}<>|→":  # a model that shows what it did
+            return f"'{character}' does not belong into the answer"
     known_alphabets = _alphabets(chosen)
     for word in re.findall(r"\w+", rejected):
         mixed = _alphabets(word)
