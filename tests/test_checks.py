@@ -472,6 +472,7 @@ def test_plainly_bad_edits(chosen, rejected, category, check):
         ("Yes, there is a dog.", "No, there is no dog.", "existence"),
         ("Yes", "No", "existence"),
         ("There is a dog.", "There are four dogs.", "count"),
+        ("A cat on the bed and another under it.", "A cat on the bed and three under it.", "count"),
         ("It says THIS.", "It says THAT.", "text"),
         ("Gate 5", "Gate 7", "text"),
         ("A boy in a red hat feeds two ducks.", "A boy in a blue hat feeds six ducks.", "caption"),

@@ -278,7 +278,9 @@ def _other_number(old: str, new: str, before: str, category: Category, nouns: No
         [n for word in re.findall(r"[\w'-]+(?:[.,]\d+)*", text) if (n := number(word)) is not None]
         for text in (old, new)
     ]
-    if not values[0] and re.search(r"\ban? (?!couple|pair|few|dozen|lot|group|number|bunch)", old, re.IGNORECASE):
+    if not values[0] and re.search(
+        r"\b(?:another|an? (?!couple|pair|few|dozen|lot|group|number|bunch))", old, re.IGNORECASE
+    ):
         values[0] = [1]
     if not values[0] or not values[1] or len(values[1]) > len(values[0]):
         return f"a number must become another number, not '{old}' -> '{new}'"
