@@ -11,6 +11,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from tests.edit_jobs import (
     CATEGORY,
+    COLOURS,
     assert_every_turn_ends_once,
     contents,
     done,
@@ -22,7 +23,9 @@ from tests.edit_jobs import (
     rejects_in,
     row,
     run_until,
+    source_rows,
     start_of,
+    write_source,
 )
 from tests.fake_server import FakeServer, completion, obedient
 from vapr.editing.run import Start
@@ -58,6 +61,50 @@ def test_a_target_is_met_exactly_and_may_grow(source, unbroken, capsys, out):
     assert last["turns"]["left"] == last["over_target"] == 0
     assert_every_turn_ends_once(folder)
     assert len(pairs_in(unbroken)) - 2 <= len(pairs_in(folder)) <= len(pairs_in(unbroken))
+
+
+def said(pairs: list[dict]) -> dict[str, str]:
+    """The rejected text of each id."""
+    return {pair["id"]: pair["rejected"][0]["content"][0]["text"] for pair in pairs}
+
+
+def test_half_a_trade_is_completed_by_the_next_target(tmp_path, out):
+    source = write_source(tmp_path, [row(n, f"What color is car {n}?", f"It is {COLOURS[n]}.") for n in range(2)])
+    done(start_of(source, out, target=1))
+    assert len(pairs_in(out)) == 1
+    done(start_of(source, out, target=2))
+    assert sorted(said(pairs_in(out)).values()) == ["It is blue.", "It is red."]
+
+
+@pytest.mark.parametrize("balance", ["swap", "uniform"])
+def test_growing_targets_end_with_the_pairs_of_one_run(tmp_path, balance):
+    """Rows whose partner is refused, too: they are left alone in later rounds as in the first."""
+    config = parse({"seed": 1, "turns_per_shard": 32, "plan": {"balance": balance}})
+    vans = [row(f"van {n}", f"What color is van {max(n, 1)}?", f"The van is {COLOURS[n % 2]}.") for n in range(6)]
+    source = write_source(tmp_path, [*vans, *source_rows()])
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    expected = done(start_of(source, whole, config=config))
+    assert ("the other half of its trade was refused" in expected["rejected"]) == (balance == "swap")
+    for target in (3, 5, 7, 8, 40, 41):
+        assert done(start_of(source, grown, config=config, target=target))["accepted"] == target
+        torn = values(pairs_in(grown), "from") - values(pairs_in(grown), "to")
+        assert torn.total() == target % 2 or balance == "uniform"
+    last = done(start_of(source, grown, config=config))
+    by_id = {pair["id"]: pair for pair in pairs_in(whole)}
+    assert {pair["id"]: pair for pair in pairs_in(grown)} == by_id
+    for key in ("accepted", "rejected", "failed", "categories", "polarity"):
+        assert last[key] == expected[key], key
+
+
+@pytest.mark.parametrize(("name", "times"), [("write_lines", 2), ("write_pairs", 1), ("_manifest", 1)])
+def test_killed_while_it_takes_up_what_was_over_a_target(source, tmp_path, name, times):
+    for folder in ("unbroken", "killed"):
+        done(start_of(source, tmp_path / folder, target=7))
+    done(start_of(source, tmp_path / "unbroken"))
+    killed(run_until, "vapr.editing.work", name, times, start_of(source, tmp_path / "killed"))
+    assert not (tmp_path / "killed" / "shards" / "00000-again1.json").exists()
+    done(start_of(source, tmp_path / "killed"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
 def test_a_target_that_is_out_of_reach_is_said(source, unbroken, capsys, out):
@@ -150,6 +197,22 @@ def test_failed_rows_are_asked_for_again_only_when_told_to(apples, capsys):
     assert {pair["rejected"][0]["content"][0]["text"] for pair in pairs_in(start.folder)} == {
         f"It is pear {n} of a tree." for n in range(8)
     }
+
+
+def test_what_is_over_the_target_is_not_asked_for_twice(apples, tmp_path):
+    start, (renamer, server) = apples
+    renamer.ill = set()
+    done(replace(start, target=3))
+    asked = len(server.chats)
+    done(replace(start, target=4))
+    assert len(server.chats) == asked + 1  # the proof that schemas are obeyed
+    done(start)
+    assert len(server.chats) == asked + 2 + 4  # the same, and the second shard
+    done(replace(start, folder=tmp_path / "whole"))
+    assert {pair["id"]: pair for pair in pairs_in(start.folder)} == {
+        pair["id"]: pair for pair in pairs_in(tmp_path / "whole")
+    }
+    assert {pair["provenance"]["raw"] is None for pair in pairs_in(start.folder)} == {False}
 
 
 def test_another_editor_does_not_go_on_with_a_job(apples):

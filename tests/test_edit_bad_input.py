@@ -18,7 +18,6 @@ from tests.edit_command import (
     edit,
     ledger_of,
     pairs_of,
-    rejects_of,
     row,
     scan_of,
     talk,
@@ -120,8 +119,8 @@ def test_odd_but_sound_rows_are_edited(folder):
     assert edit(write(folder, odd), "--target", 1)[0] == 0
     assert len(pairs_of(folder)) == 1
     assert edit(folder / "sft.jsonl") == (0, "")  # takes the other up again, out of the rejects
-    assert len(pairs_of(folder)) + len([r for r in rejects_of(folder) if r["status"] != "over_target"]) == 2
-    assert pairs_of(folder)[0]["prompt"][0]["content"][1]["text"] == "How many cats are there?\0\u2028\x850"
+    asked = [pair["prompt"][0]["content"][1]["text"] for pair in pairs_of(folder)]
+    assert sorted(asked) == [f"How many cats are there?\0\u2028\x85{n}" for n in range(2)]
 
 
 def test_images_out_of_their_root(folder):

@@ -42,6 +42,7 @@ class Draft:
     refused: list[str] = field(default_factory=list)  # why earlier edits were
     status: str = "open"  # accepted | rejected | failed | partner_lost | over_target
     reason: str | None = None
+    taken_up: bool = False  # as an earlier round left it, which has noted its plan
 
     def end(self, status: str, reason: str) -> None:
         self.status, self.reason, self.rejected, self.edits = status, reason, None, []

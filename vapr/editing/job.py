@@ -8,7 +8,7 @@ import time
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,18 @@ class Job:
     def num_shards(self) -> int:
         return -(-self.num_turns // self.config.turns_per_shard)
 
-    def turns_of(self, unit: Unit) -> list[Turn]:
-        """The turns of a unit.
+    def turns_of(self, shard: int) -> list[Turn]:
+        """The turns of a shard."""
+        start = shard * self.config.turns_per_shard
+        places = self._turns[start : start + self.config.turns_per_shard]
+        return self.turns_at([(int(row), int(number)) for row, number in places])
+
+    def turns_at(self, places: Sequence[tuple[int, int]]) -> list[Turn]:
+        """The turns of these rows and numbers.
 
         Raises:
             UserError: if the source was changed since it was scanned.
         """
-        if unit.round == 0:
-            start = unit.shard * self.config.turns_per_shard
-            places = [tuple(map(int, place)) for place in self._turns[start : start + self.config.turns_per_shard]]
-        else:
-            before = Unit(unit.shard, unit.round - 1)
-            places = [(row["row"], row["turn"]) for row in self.rejects(before) if _to_do_again(row)]
         turns: list[Turn] = []
         row_turns: list[Turn] = []
         for row, number in places:
@@ -184,6 +184,10 @@ class Job:
             return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
+
+    def left_for(self, unit: Unit) -> list[dict[str, Any]]:
+        """The rejects of the round before that this one is to go through."""
+        return [row for row in self.rejects(Unit(unit.shard, unit.round - 1)) if row["status"] in RETRIED]
 
     def units(self, *, retry_failed: bool) -> list[Unit]:
         """Units to do: shards that no manifest names, and again what was over an earlier target.
@@ -225,10 +229,7 @@ class Job:
 
 
 RETRIED = ("failed", "over_target", "partner_lost")
-
-
-def _to_do_again(row: Mapping[str, Any]) -> bool:
-    return row["status"] in RETRIED
+"""What a later round goes through: of these it plans anew what had failed, with what was lost with it."""
 
 
 def claim(file: Path, described: dict[str, Any]) -> dict[str, Any]:

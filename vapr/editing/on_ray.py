@@ -43,7 +43,8 @@ class _Worker:
     def _do(self, unit: Unit) -> None:
         if self._problem:
             return
-        while not do_unit(self._job, self._editor, self._identity, unit, self._start.target):
+        start = self._start
+        while not do_unit(self._job, self._editor, self._identity, unit, start.target, retry_failed=start.retry_failed):
             time.sleep(WAIT_SECONDS)  # another worker of the folder holds it
 
 

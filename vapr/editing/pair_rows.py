@@ -10,6 +10,7 @@ from typing import Any
 
 from vapr.cache import written_whole
 from vapr.editing.edit import Draft
+from vapr.editing.set_aside import as_it_was
 from vapr.editing.turns import Turn
 from vapr.errors import UserError, one_line
 from vapr.preference_pair import Message
@@ -100,8 +101,8 @@ def plan_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
     }
 
 
-def reject_row(draft: Draft) -> dict[str, Any]:
-    """A turn that became no pair, and why."""
+def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
+    """A turn that became no pair, and why; of one that only the target was against, everything that makes it one."""
     return {
         **_place(draft.turn),
         "status": draft.status,
@@ -114,6 +115,7 @@ def reject_row(draft: Draft) -> dict[str, Any]:
         "attempts": draft.attempts,
         "refused": draft.refused,
         "raw": draft.raw,
+        "as_it_was": as_it_was(draft, drafts) if draft.status == "over_target" else None,
     }
 
 

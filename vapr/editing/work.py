@@ -13,6 +13,7 @@ from vapr.editing.edit import Draft, Editor, Tokens, Told
 from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
 from vapr.editing.leases import Lease, take
 from vapr.editing.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
+from vapr.editing.set_aside import take_up
 from vapr.errors import reason_kind
 from vapr.style import polarity
 
@@ -46,7 +47,7 @@ def work(
         for unit in units:
             if target is not None and job.accepted >= target:
                 return
-            if not do_unit(job, editor, identity, unit, target, told):
+            if not do_unit(job, editor, identity, unit, target, told, retry_failed=retry_failed):
                 waiting.append(unit)
         units = [unit for unit in waiting if job.manifest(unit) is None]
         if units:
@@ -56,7 +57,7 @@ def work(
 
 def do_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, target: int | None,
-    told: Told = lambda turns, what: None,
+    told: Told = lambda turns, what: None, *, retry_failed: bool = False,
 ) -> bool:  # fmt: skip
     """Do a unit unless it is done; False if another worker holds it, or has taken it away from this one."""
     if job.manifest(unit) is not None or (target is not None and job.accepted >= target):
@@ -66,18 +67,20 @@ def do_unit(
         return False
     with lease:
         if job.manifest(unit) is None:  # not finished in the meantime
-            _edit_unit(job, editor, identity, unit, lease, target, told)
+            _edit_unit(job, editor, identity, unit, lease, target, told, retry_failed)
     return job.manifest(unit) is not None
 
 
 def _edit_unit(
     job: Job, editor: Editor, identity: Mapping[str, Any], unit: Unit, lease: Lease, target: int | None,
-    told: Told,
+    told: Told, retry_failed: bool,
 ) -> None:  # fmt: skip
     """Edit the turns of one unit and write its pairs, rejects and plans, and last the manifest that says it is done."""
     began = time.monotonic()
-    turns = job.turns_of(unit)
-    drafts, tokens = editor.edit(turns, unit.name, told)
+    if unit.round == 0:
+        drafts, tokens = editor.edit(job.turns_of(unit.shard), unit.name, told)
+    else:
+        drafts, tokens = _edit_again(job, editor, unit, told, retry_failed)
     for draft in drafts:
         if draft.status == "accepted" and job.verdicts.get(pair_id(draft, identity)) == "drop":
             draft.end("rejected", DROPPED)
@@ -92,6 +95,27 @@ def _edit_unit(
         gpus = editor.llm.num_gpus if editor.llm is not None else 0
         with written_whole(job.folder / SHARDS / f"{unit.name}.json") as file:
             file.write(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
+
+
+def _edit_again(
+    job: Job, editor: Editor, unit: Unit, told: Told, retry_failed: bool
+) -> tuple[list[Draft], Tokens]:  # fmt: skip
+    """Plan anew what failed and what was lost with it; take up as it was what only the target was against.
+
+    Where nothing failed, what has lost its partner stays lost unless --retry-failed asks: growing targets shall end
+    with the pairs of one run without any.
+    """
+    rows = job.left_for(unit)
+    kept = set() if retry_failed or any(row["status"] == "failed" for row in rows) else {"partner_lost"}
+    again: list[dict[str, Any]] = []
+    left: list[dict[str, Any]] = []
+    for row in rows:
+        (left if row["status"] in kept or row.get("as_it_was") else again).append(row)
+    turns = job.turns_at([(row["row"], row["turn"]) for row in (*again, *left)])
+    drafts, tokens = editor.edit(turns[: len(again)], unit.name, told) if again else ([], Tokens())
+    drafts += take_up(left, turns[len(again) :], editor.categories, len(again))
+    told(len(left), "")
+    return drafts, tokens
 
 
 @contextlib.contextmanager
@@ -110,8 +134,8 @@ def _write_rows(job: Job, identity: Mapping[str, Any], unit: Unit, drafts: Seque
     """The unit's files, each with its sha256."""
     files = {}
     for folder, lines in (
-        (REJECTS, [reject_row(draft) for draft in drafts if draft.status != "accepted"]),
-        (PLANS, [plan_row(draft, drafts) for draft in drafts]),
+        (REJECTS, [reject_row(draft, drafts) for draft in drafts if draft.status != "accepted"]),
+        (PLANS, [plan_row(draft, drafts) for draft in drafts if not draft.taken_up]),
     ):
         name = f"{folder}/part-{unit.name}.jsonl"
         files[name] = write_lines(job.folder / name, lines)
@@ -180,10 +204,14 @@ def _manifest(
 
 
 def _cut_to(drafts: Sequence[Draft], most: int) -> None:
-    """Keep ``most`` accepted drafts; those that traded values with one another stay or go together where they can."""
+    """Keep ``most`` accepted drafts; those that traded values with one another stay or go together where they can.
+
+    What is cut keeps its edits: the reject row holds them. First comes a half whose other half an odd target has taken.
+    """
     accepted = [number for number, draft in enumerate(drafts) if draft.status == "accepted"]
     if len(accepted) <= most:
         return
+    accepted.sort(key=lambda number: all(trade.partner is not None for trade in drafts[number].plan.trades))
     kept: set[int] = set()
     for number in accepted:
         group = _traders(number, drafts)
@@ -194,7 +222,7 @@ def _cut_to(drafts: Sequence[Draft], most: int) -> None:
             kept.add(number)
     for number in accepted:
         if number not in kept:
-            drafts[number].end("over_target", OVER_TARGET)
+            drafts[number].status, drafts[number].reason = "over_target", OVER_TARGET
 
 
 def _traders(number: int, drafts: Sequence[Draft]) -> set[int]:
