@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -24,12 +25,13 @@ from tests.edit_jobs import (
     manifests,
     pairs_in,
     parse,
+    row,
     run_until,
     start_of,
+    write_source,
 )
 from vapr.cache import written_whole
-from vapr.editing import job as jobs
-from vapr.editing import pair_rows, work
+from vapr.editing import pair_rows, scan, work
 from vapr.editing.edit import Editor
 from vapr.editing.run import Start, run
 from vapr.errors import UserError
@@ -46,8 +48,9 @@ pytest_plugins = ["tests.edit_jobs"]
     [
         ("vapr.editing.job", "os.link", 1, 0),  # before the folder is claimed
         ("vapr.editing.job", "take", 1, 0),  # after it
-        ("vapr.editing.job", "why_left_out", 20, 0),  # while the source is read
-        ("vapr.editing.job", "np.save", 1, 0),
+        ("vapr.editing.scan", "why_left_out", 20, 0),  # while the source is read
+        ("vapr.editing.scan", "np.save", 1, 0),
+        ("vapr.editing.scan", "np.save", 2, 0),
         ("vapr.editing.job", "np.load", 1, 0),  # after the source was read
         ("vapr.editing.edit", "Editor.edit", 2, 1),
         ("vapr.editing.work", "write_lines", 4, 1),  # between rejects and plans
@@ -83,13 +86,13 @@ def run_until_half_of(name: str, start: Start) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield file
 
-    for module in (jobs, pair_rows, work):
+    for module in (scan, pair_rows, work):
         module.written_whole = half_written
     run(start, print)
 
 
 @pytest.mark.parametrize(
-    "name", ["turns.npy", "scan.json", "part-00001.parquet", "part-00001.jsonl", "00001.json"], ids=str
+    "name", ["turns.npy", "truths.npy", "scan.json", "part-00001.parquet", "part-00001.jsonl", "00001.json"], ids=str
 )
 def test_killed_in_the_middle_of_a_file(source, unbroken, name, out):
     start = start_of(source, out)
@@ -219,6 +222,30 @@ def test_what_could_not_begin_may_begin_otherwise(source, out):
     with pytest.raises(UserError, match=r"no answer to edit in it: .* x answer shorter than 100 words"):
         done(start)
     assert done(start_of(source, out))["turns"]["total"] == 65
+
+
+# Rows that know of one another
+
+
+@pytest.mark.parametrize("turns_per_shard", [2, 4, 8])
+def test_what_another_row_says_of_the_same_image_is_never_rejected(tmp_path, turns_per_shard, out):
+    """Whatever shard that row is in, and though its answer is not edited itself."""
+    question, source = "What color is the car?", write_source(tmp_path, [])
+    rows = [
+        {**row(n, question, f"It is {colour}."), "image": f"{image}.png"}
+        for n, (image, colour) in enumerate(
+            [(0, "red"), (1, "blue"), (0, "blue"), (2, "red"), (3, "red"), (4, "blue"), (5, "red"), (6, "blue")]
+        )
+    ]
+    left_out = [{"from": "human", "value": question}, {"from": "gpt", "value": "it is  blue"}]
+    rows[4]["conversations"] += left_out  # picture 3 is red, and blue
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n in range(7):
+        shutil.copy(tmp_path / "page.png", tmp_path / f"{n}.png")
+    done(start_of(source, out, config=parse({"turns_per_shard": turns_per_shard, "plan": {"turns_per_row": 1}})))
+    edited = {Path(pair["images"][0]["path"]).name for pair in pairs_in(out)}
+    assert not edited & {"0.png", "3.png"}
+    assert edited == {"5.png", "6.png"} or turns_per_shard > 2
 
 
 # What comes after

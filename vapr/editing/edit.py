@@ -16,7 +16,7 @@ from vapr.editing.llm import LanguageModel, Reply, Request
 from vapr.editing.nouns import Nouns
 from vapr.editing.operations import CannotEdit, apply, changed_spans
 from vapr.editing.plan import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
-from vapr.editing.turns import Turn
+from vapr.editing.turns import Turn, answer_hash, bare
 from vapr.errors import UserError
 from vapr.preference_pair import Edit
 
@@ -267,14 +267,17 @@ class Editor:
     # Judges
 
     def _other_answers(self, drafts: list[Draft]) -> None:
-        """Refuse a rejected answer that another row gives as the truth for the same image and question."""
+        """Refuse a rejected answer that another row gives as the truth for the same image and question.
+
+        Of rows in other shards the turn knows by hashes.
+        """
         answers: dict[tuple[Any, str], set[str]] = defaultdict(set)
         for draft in drafts:
-            answers[draft.turn.images, draft.turn.question].add(_bare(draft.turn.answer))
+            answers[draft.turn.images, draft.turn.question].add(bare(draft.turn.answer))
         for draft in drafts:
             if draft.status == "open" and draft.rejected is not None:
                 known = answers[draft.turn.images, draft.turn.question]
-                if _bare(draft.rejected) in known:
+                if bare(draft.rejected) in known or answer_hash(draft.rejected) in draft.turn.truths:
                     draft.end("rejected", "another row gives the edited answer as the truth of this image")
                 else:
                     draft.verdicts.append(Verdict("duplicate", True))
@@ -359,7 +362,3 @@ def _failed(verdicts: Sequence[Verdict]) -> str | None:
 
 def _judged(draft: Draft) -> bool:
     return any(verdict.name in ("blind", "verifier") for verdict in draft.verdicts)
-
-
-def _bare(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")

@@ -6,10 +6,9 @@ import os
 import re
 import time
 import uuid
-from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import numpy as np
 
 from vapr import __version__
 from vapr.cache import written_whole
-from vapr.display import Display
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
 from vapr.editing.pair_rows import num_rows
-from vapr.editing.turns import InstructionData, Turn, why_left_out
+from vapr.editing.scan import Truths, write_scan
+from vapr.editing.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
 from vapr.verdicts import read_verdicts
 
@@ -33,7 +32,6 @@ HAVE_CHANGED = {
 }
 """What a hash does not say."""
 WAIT_SECONDS = 1.0
-SHOWN_BAD_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +80,7 @@ class Job:
         self.scan = self._scan()
         self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
         self._turns = np.load(folder / "turns.npy", mmap_mode="r", allow_pickle=False)
+        self._truths = Truths(folder)
 
     def _claim_folder(self) -> None:
         try:
@@ -127,7 +126,7 @@ class Job:
             with lease:
                 if not file.exists():
                     try:
-                        _write_scan(self.folder, self.data, self.config)
+                        write_scan(self.folder, self.data, self.config)
                     except UserError:
                         if not (self.folder / "turns.npy").exists():
                             (self.folder / "job.json").unlink()  # nothing was begun: other settings may have the folder
@@ -162,7 +161,8 @@ class Job:
                     row_turns = self.data.turns(row)
                 except BadRow as error:
                     raise UserError(f"{error}; the source was read without this fault before, restore it") from None
-            turns.append(row_turns[number])
+            turn = row_turns[number]
+            turns.append(replace(turn, truths=self._truths.of(turn)))
         return turns
 
     # What is done
@@ -268,52 +268,3 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, 
             found += _differences(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip(".").removeprefix("config."))
         return found
     return [] if ours == theirs else [(key, ours, theirs)]
-
-
-def _write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
-    for half in (*folder.glob("turns.npy.*"), *folder.glob("scan.json.*")):
-        half.unlink(missing_ok=True)  # of a scan that was killed
-    left_out: Counter[str] = Counter()
-    bad_rows: list[str] = []
-    places, digests = array("q"), array("q")  # 24 bytes a turn: the only things that grow with the source
-    num_turns = num_bad = 0
-    with Display("read source", len(data), unit="row") as display:
-        for row in range(len(data)):
-            if (row + 1) % 1000 == 0:
-                display.advance("", 1000)
-            try:
-                turns = data.turns(row)
-            except BadRow as error:
-                num_bad += 1
-                if len(bad_rows) < SHOWN_BAD_ROWS:
-                    bad_rows.append(str(error))
-                continue
-            num_turns += len(turns)
-            kept = 0
-            for turn in turns:
-                reason = why_left_out(turn, config.filters)
-                if reason is None and config.plan.turns_per_row is not None and kept == config.plan.turns_per_row:
-                    reason = "beyond plan.turns_per_row"
-                if reason is not None:
-                    left_out[reason] += 1
-                    continue
-                kept += 1
-                places.extend((row, turn.number))
-                digests.append(int(turn.digest()[:15], 16))
-    if num_bad == len(data):
-        raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
-    if not digests:
-        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
-        raise UserError(f"{data.path}: no answer to edit in it: {reasons}; see filters")
-    _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
-    if len(first) < len(digests):
-        left_out["duplicate of an earlier answer"] = len(digests) - len(first)
-    turns_to_edit = np.frombuffer(places, np.int64).reshape(-1, 2)[np.sort(first)]
-    with written_whole(folder / "turns.npy") as file:
-        np.save(file, turns_to_edit, allow_pickle=False)
-    counts = {
-        "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
-        "bad_rows": num_bad, "first_bad_rows": bad_rows,
-    }  # fmt: skip
-    with written_whole(folder / "scan.json") as file:
-        file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")

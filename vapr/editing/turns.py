@@ -43,14 +43,31 @@ class Turn:
     prompt: tuple[Message, ...]  # up to and including the question
     question: str
     answer: str
+    truths: frozenset[int] = frozenset()  # hashes of the source's answers to this question, if it gives several
 
     def digest(self) -> str:
         """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its name."""
+        return self.digests()[0]
+
+    def digests(self) -> tuple[str, int]:
+        """The digest, and a number that stands for images and question alone."""
         content = hashlib.sha256()
         for name in self.image_names:
             content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
+        asked = content.copy()
+        asked.update(self.question.encode(errors="surrogatepass"))
         content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
-        return content.hexdigest()
+        return content.hexdigest(), int(asked.hexdigest()[:15], 16)
+
+
+def bare(answer: str) -> str:
+    """An answer without what does not make it another one: case, spacing and the point at its end."""
+    return " ".join(answer.casefold().split()).rstrip(".")
+
+
+def answer_hash(answer: str) -> int:
+    """A number that stands for the bare answer."""
+    return int(hashlib.sha256(bare(answer).encode(errors="surrogatepass")).hexdigest()[:15], 16)
 
 
 class InstructionData:

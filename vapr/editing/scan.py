@@ -1,0 +1,101 @@
+"""What a source holds: read once at the start of a job, into a few small files of its folder."""
+
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from vapr.cache import written_whole
+from vapr.display import Display
+from vapr.editing.config import EditConfig
+from vapr.editing.turns import InstructionData, Turn, answer_hash, why_left_out
+from vapr.errors import BadRow, UserError
+
+SCAN, TURNS, TRUTHS = "scan.json", "turns.npy", "truths.npy"
+SHOWN_BAD_ROWS = 1_000
+
+
+def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
+    """Read the source once; write turns.npy, truths.npy and, last, scan.json.
+
+    Raises:
+        UserError: if there is nothing to edit in it.
+    """
+    for half in (half for name in (TURNS, TRUTHS, SCAN) for half in folder.glob(f"{name}.*")):
+        half.unlink(missing_ok=True)  # of a scan that was killed
+    left_out: Counter[str] = Counter()
+    bad_rows: list[str] = []
+    # The only things that grow with the source: 24 bytes a turn that is edited, 16 bytes any turn.
+    places, digests = array("q"), array("q")
+    asked, answered = array("q"), array("q")
+    num_turns = num_bad = 0
+    with Display("read source", len(data), unit="row") as display:
+        for row in range(len(data)):
+            if (row + 1) % 1000 == 0:
+                display.advance("", 1000)
+            try:
+                turns = data.turns(row)
+            except BadRow as error:
+                num_bad += 1
+                if len(bad_rows) < SHOWN_BAD_ROWS:
+                    bad_rows.append(str(error))
+                continue
+            num_turns += len(turns)
+            kept = 0
+            for turn in turns:
+                digest, question = turn.digests()
+                asked.append(question)  # of those left alone, too: what they say is true all the same
+                answered.append(answer_hash(turn.answer))
+                reason = why_left_out(turn, config.filters)
+                if reason is None and config.plan.turns_per_row is not None and kept == config.plan.turns_per_row:
+                    reason = "beyond plan.turns_per_row"
+                if reason is not None:
+                    left_out[reason] += 1
+                    continue
+                kept += 1
+                places.extend((row, turn.number))
+                digests.append(int(digest[:15], 16))
+    if num_bad == len(data):
+        raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
+    if not digests:
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
+        raise UserError(f"{data.path}: no answer to edit in it: {reasons}; see filters")
+    _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
+    if len(first) < len(digests):
+        left_out["duplicate of an earlier answer"] = len(digests) - len(first)
+    turns_to_edit = np.frombuffer(places, np.int64).reshape(-1, 2)[np.sort(first)]
+    with written_whole(folder / TURNS) as file:
+        np.save(file, turns_to_edit, allow_pickle=False)
+    with written_whole(folder / TRUTHS) as file:
+        truths = _several(np.frombuffer(asked, np.int64), np.frombuffer(answered, np.int64))
+        np.save(file, truths, allow_pickle=False)
+    counts = {
+        "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
+        "bad_rows": num_bad, "first_bad_rows": bad_rows,
+    }  # fmt: skip
+    with written_whole(folder / SCAN) as file:
+        file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def _several(asked: np.ndarray, answered: np.ndarray) -> np.ndarray:
+    """Questions that have several answers, sorted, and below them each answer; nearly all have one and are left out."""
+    _, which, counts = np.unique(asked, return_inverse=True, return_counts=True)
+    repeated = counts[which] > 1
+    both = np.unique(np.column_stack((asked[repeated], answered[repeated])), axis=0)
+    _, which, counts = np.unique(both[:, 0], return_inverse=True, return_counts=True)
+    return np.ascontiguousarray(both[counts[which] > 1].T)
+
+
+class Truths:
+    """Answers that other rows of the source give to a turn's question about the same images, by their hashes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._asked, self._answered = np.load(folder / TRUTHS, allow_pickle=False)
+
+    def of(self, turn: Turn) -> frozenset[int]:
+        """Of all rows that ask so, the turn's own included; empty where all say the same."""
+        question = turn.digests()[1]
+        start, end = (np.searchsorted(self._asked, question, side) for side in ("left", "right"))
+        return frozenset(self._answered[start:end].tolist())
