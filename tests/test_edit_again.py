@@ -254,6 +254,23 @@ def test_what_a_review_drops_leaves_the_pairs_and_stays_out(source, tmp_path, fi
     assert more["accepted"] == len(ids) - 2
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_killed_while_a_review_leaves_the_pairs(source, unbroken, tmp_path, finished, times):
+    """Between verdicts, manifest and part, twice; and in a second review of the same part."""
+    ids, verdicts = ids_in(finished), tmp_path / "verdicts.jsonl"
+    start = start_of(source, finished, verdicts=verdicts)
+    for id in ids[:2]:
+        verdicts.write_text(json.dumps({"id": id, "verdict": "drop"}) + "\n")
+        killed(run_until, "vapr.cache", "os.fsync", times, start)
+        killed(run_until, "vapr.cache", "Path.replace", times, start)
+        assert id in ids_in(finished)
+        done(replace(start, verdicts=None))  # nothing is damaged
+        done(start)
+        assert id not in ids_in(finished)
+    done(replace(start, verdicts=None))
+    assert ids_in(finished) == ids[2:]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

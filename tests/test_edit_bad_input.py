@@ -299,7 +299,7 @@ def test_a_disk_that_may_only_be_read(folder, small_disk):  # noqa: F811 - the f
 def test_damaged_jobs(folder):
     source = folder / "sft.jsonl"
     assert edit(source, "--target", 1)[0] == 0
-    for name in ("job.json", "scan.json", "shards/00000.json", "rejects/part-00000.jsonl", "editor.json"):
+    for name in ("job.json", "scan.json", "shards/00000.json", "editor.json"):
         file = folder / "out" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -313,7 +313,12 @@ def test_a_damaged_part(folder):
     part = folder / "out" / "pairs" / "part-00000.parquet"
     part.write_bytes(part.read_bytes()[:-20])
     (folder / "verdicts.jsonl").write_text('{"id": "a", "verdict": "drop"}\n')
-    assert_refused("part-00000.parquet: cannot be read", folder / "sft.jsonl", "--verdicts", folder / "verdicts.jsonl")
+    assert_refused(
+        "part-00000.parquet: is not as it was written; restore it",
+        folder / "sft.jsonl",
+        "--verdicts",
+        folder / "verdicts.jsonl",
+    )
 
 
 def test_a_full_disk(folder, small_disk):  # noqa: F811 - the fixture

@@ -31,7 +31,7 @@ from tests.edit_jobs import (
     write_source,
 )
 from vapr.cache import written_whole
-from vapr.editing import pair_rows, scan, work
+from vapr.editing import job, pair_rows, scan
 from vapr.editing.edit import Editor
 from vapr.editing.run import Start, run
 from vapr.errors import UserError
@@ -86,7 +86,7 @@ def run_until_half_of(name: str, start: Start) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield file
 
-    for module in (scan, pair_rows, work):
+    for module in (scan, pair_rows, job):
         module.written_whole = half_written
     run(start, print)
 
@@ -136,6 +136,47 @@ def test_parts_and_manifests_agree(unbroken):
             assert hashlib.sha256((unbroken / name).read_bytes()).hexdigest() == digest
     assert sum(manifest["accepted"] for manifest in manifests(unbroken)) == len(pairs_in(unbroken)) > 40
     assert_nothing_lost(unbroken)
+
+
+# Damaged
+
+
+def damage(file: Path, how: str) -> None:
+    whole = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-20] if how == "cut short" else whole[:100] + b"?" + whole[101:])
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short", "changed"])
+@pytest.mark.parametrize("name", ["pairs/part-00001.parquet", "rejects/part-00000.jsonl", "plans/part-00004.jsonl"])
+def test_a_damaged_part_is_said_and_made_again(source, unbroken, finished, name, how):
+    damage(finished / name, how)
+    with pytest.raises(UserError) as caught:
+        done(start_of(source, finished))
+    unit = name.rpartition("-")[2].partition(".")[0]
+    problem = "is gone" if how == "gone" else "is not as it was written"
+    manifest = finished / "shards" / f"{unit}.json"
+    assert str(caught.value) == f"{finished / name}: {problem}; restore it, or delete {manifest} to have it made again"
+    manifest.unlink()
+    done(start_of(source, finished))
+    assert contents(finished) == contents(unbroken)
+
+
+@pytest.mark.parametrize("target", [None, 60])
+def test_a_shard_made_again_takes_its_later_rounds_along(source, unbroken, out, target):
+    for grown in (3, 5, None):
+        done(start_of(source, out, target=grown))
+    assert [manifest["unit"] for manifest in manifests(out)][:3] == ["00000-again1", "00000-again2", "00000"]
+    (out / "pairs" / "part-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"part-00000.parquet: is gone; .* delete .*/shards/00000.json to"):
+        done(start_of(source, out))
+    (out / "shards" / "00000.json").unlink()
+    done(start_of(source, out, target=target))
+    assert len(ids_in(out)) == (target or len(ids_in(unbroken))) and set(ids_in(out)) <= set(ids_in(unbroken))
+    assert contents(out) == contents(unbroken) or target is not None
+    assert_nothing_lost(out)
 
 
 # Signals

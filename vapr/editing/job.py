@@ -6,7 +6,6 @@ import os
 import re
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from vapr import __version__
 from vapr.cache import written_whole
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
-from vapr.editing.pair_rows import num_rows
+from vapr.editing.pair_rows import digest_of, num_rows
 from vapr.editing.scan import Truths, write_scan
 from vapr.editing.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
@@ -172,10 +171,42 @@ class Job:
         file = self.folder / SHARDS / f"{unit.name}.json"
         return _read_json(file) if file.exists() else None
 
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Say that a unit is finished, or what has become of it since."""
+        with written_whole(self.folder / SHARDS / f"{manifest['unit']}.json") as file:
+            file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+
     def manifests(self) -> list[dict[str, Any]]:
         """Of all finished units, by shard and round."""
         found = [_read_json(file) for file in (self.folder / SHARDS).glob("*.json")]
         return sorted(found, key=lambda manifest: (manifest["shard"], manifest["round"]))
+
+    def check_files(self) -> None:
+        """Read everything that finished units have written: it is as long in coming as a copy of the folder would be.
+
+        Raises:
+            UserError: naming the first file that is damaged, and the way out.
+        """
+        for manifest in self.manifests():
+            unit = Unit(manifest["shard"], manifest["round"])
+            for name in manifest["files"]:
+                problem = self._problem(unit, name) and self._problem(unit, name)  # a review may just have been at it
+                if problem:
+                    again = self.folder / SHARDS / f"{unit.name}.json"
+                    raise UserError(
+                        f"{self.folder / name}: {problem}; restore it, or delete {again} to have it made again"
+                    )
+
+    def _problem(self, unit: Unit, name: str) -> str | None:
+        manifest = self.manifest(unit)
+        try:
+            digest = digest_of(self.folder / name)
+        except FileNotFoundError:
+            return "is gone"
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        known = [manifest["files"][name], manifest.get("reviewed", {}).get(name)] if manifest else [digest]
+        return None if digest in known else "is not as it was written"
 
     def rejects(self, unit: Unit) -> list[dict[str, Any]]:
         """The rows of a finished unit that became no pair."""
@@ -195,10 +226,12 @@ class Job:
         Args:
             retry_failed: also what failed, and what was lost with it.
         """
-        rounds = Counter(int(manifest["shard"]) for manifest in self.manifests())
+        finished = {(manifest["shard"], manifest["round"]) for manifest in self.manifests()}
         todo = []
         for shard in range(self.num_shards):
-            done = rounds.get(shard, 0)
+            done = 0
+            while (shard, done) in finished:  # rounds after a gap, where somebody has deleted a manifest, do not count
+                done += 1
             if done == 0:
                 todo.append(Unit(shard, 0))
             else:

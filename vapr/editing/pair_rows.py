@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,26 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
 
 
-def write_table(path: Path, table: Any) -> str:
-    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256."""
+def write_table(path: Path, table: Any, announce: Callable[[str], object] = str) -> str:
+    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256.
+
+    Args:
+        path: of the file.
+        table: to be written.
+        announce: is told the sha256 before the file is there.
+    """
     with written_whole(path) as file:
         _pyarrow().parquet.write_table(table, file, compression="zstd")
         file.flush()
-        with Path(file.name).open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        digest = digest_of(Path(file.name))
+        announce(digest)
     return digest
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(path: Path) -> Any:

@@ -2,13 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vapr.cache import written_whole
-from vapr.editing.job import PAIRS, VERDICTS, Job
-from vapr.editing.pair_rows import read_table, write_table
+from vapr.editing.job import PAIRS, SHARDS, VERDICTS, Job
+from vapr.editing.pair_rows import digest_of, read_table, write_table
 from vapr.intervals import wilson
 from vapr.verdicts import read_verdicts
 
@@ -30,15 +29,25 @@ def take_verdicts(job: Job, file: Path) -> int:
         for id, verdict in verdicts.items():
             stream.write(json.dumps({"id": id, "verdict": verdict}, ensure_ascii=False).encode() + b"\n")
     job.verdicts = verdicts
-    return sum(_take_out(part, verdicts) for part in sorted((job.folder / PAIRS).glob("*.parquet")))
+    parts = [(manifest, name) for manifest in job.manifests() for name in manifest["files"] if name.startswith(PAIRS)]
+    return sum(_take_out(job, manifest, name) for manifest, name in parts)
 
 
-def _take_out(part: Path, verdicts: Mapping[str, str]) -> int:
+def _take_out(job: Job, manifest: dict[str, Any], name: str) -> int:
+    part = job.folder / name
+    for half in (*part.parent.glob(f"{part.name}.*"), *(job.folder / SHARDS).glob(f"{manifest['unit']}.json.*")):
+        half.unlink(missing_ok=True)  # of a review that was killed
     table = read_table(part)
-    kept = [verdicts.get(id) != "drop" for id in table.column("id").to_pylist()]
+    kept = [job.verdicts.get(id) != "drop" for id in table.column("id").to_pylist()]
     if all(kept):
         return 0
-    write_table(part, table.filter(kept))
+
+    def announce(digest: str) -> None:
+        # Before the part is replaced: whoever is killed in between leaves one that is as the manifest says, either way.
+        manifest["files"][name], manifest["reviewed"] = digest_of(part), {name: digest}
+        job.write_manifest(manifest)
+
+    write_table(part, table.filter(kept), announce)
     return len(kept) - sum(kept)
 
 

@@ -69,6 +69,7 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
     with stopped_at_once(lambda: _what_is_kept(start.folder)):
         _check_name(start.editor)
         job = open_job(start)
+        job.check_files()
         if start.verdicts is not None:
             take_verdicts(job, start.verdicts)
         units = job.units(retry_failed=start.retry_failed)

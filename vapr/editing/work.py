@@ -1,13 +1,11 @@
 """The loop of one worker: take a unit, edit it, write its files, note it as done; and again, until nothing is left."""
 
 import contextlib
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vapr.cache import written_whole
 from vapr.display import Display
 from vapr.editing.edit import Draft, Editor, Tokens, Told
 from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
@@ -85,16 +83,15 @@ def _edit_unit(
         if draft.status == "accepted" and job.verdicts.get(pair_id(draft, identity)) == "drop":
             draft.end("rejected", DROPPED)
     with _count_of_accepted(job, target):
-        if target is not None:
-            _cut_to(drafts, target - job.accepted)
         if not lease.held:
             return  # this process was taken for dead, and another one has the unit now
         remove_files(job, unit)
+        if target is not None:
+            _cut_to(drafts, target - job.accepted)
         files = _write_rows(job, identity, unit, drafts)
         seconds = time.monotonic() - began
         gpus = editor.llm.num_gpus if editor.llm is not None else 0
-        with written_whole(job.folder / SHARDS / f"{unit.name}.json") as file:
-            file.write(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
+        job.write_manifest(_manifest(unit, drafts, tokens, seconds, gpus, lease.times_taken, files))
 
 
 def _edit_again(
@@ -147,11 +144,16 @@ def _write_rows(job: Job, identity: Mapping[str, Any], unit: Unit, drafts: Seque
 
 
 def remove_files(job: Job, unit: Unit) -> None:
-    """Take away what a killed worker has left of a unit: parts that no manifest names, and halves of files."""
-    for folder, name in ((PAIRS, f"part-{unit.name}"), (REJECTS, f"part-{unit.name}"), (PLANS, f"part-{unit.name}"),
-                         (SHARDS, unit.name)):  # fmt: skip
-        for file in (job.folder / folder).glob(f"{name}.*"):
-            file.unlink(missing_ok=True)
+    """Take away what a killed worker has left of a unit: parts that no manifest names, and halves of files.
+
+    Where a deleted manifest has the shard made again, its later rounds go too, for they took up what this one had left;
+    manifests first.
+    """
+    for folder in (SHARDS, PAIRS, REJECTS, PLANS):
+        for file in (job.folder / folder).glob(f"*{unit.shard:05d}*"):
+            found = Unit.named(file.name.removeprefix("part-").partition(".")[0])
+            if found is not None and found.shard == unit.shard and found.round >= unit.round:
+                file.unlink(missing_ok=True)
 
 
 def remove_unfinished(job: Job) -> None:
@@ -167,7 +169,7 @@ def remove_unfinished(job: Job) -> None:
 def _manifest(
     unit: Unit, drafts: Sequence[Draft], tokens: Tokens, seconds: float, gpus: int, times_taken: int,
     files: Mapping[str, str],
-) -> bytes:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     by_category: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     polarities: dict[str, Counter[str]] = defaultdict(Counter)
@@ -182,7 +184,7 @@ def _manifest(
                 polarities[draft.turn.source][f"rejected_{said}"] += 1
     decided_by = Counter("model" if draft.plan.decided_by.startswith("model ") else "rules" for draft in drafts)
     statuses = Counter(draft.status for draft in drafts)
-    manifest = {
+    return {
         "unit": unit.name,
         "shard": unit.shard,
         "round": unit.round,
@@ -200,7 +202,6 @@ def _manifest(
         "times_taken": times_taken,
         "files": dict(files),
     }
-    return json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def _cut_to(drafts: Sequence[Draft], most: int) -> None:
