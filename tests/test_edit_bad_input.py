@@ -219,12 +219,24 @@ def test_columns_of_tables(folder, suffix):
         ("checks.length_ratio=[1.1, 1.2]", "checks.length_ratio must be two numbers around 1"),
         ("checks.wordnet=/nowhere", "checks.wordnet: /nowhere: no WordNet there"),
         ("checks.blind=true", "checks.blind: the rules editor has no language model to ask"),
+        ("checks.verifier=nowhere/model", "nowhere/model"),
+        ("checks.verifier=http://127.0.0.1:9", "server http://127.0.0.1:9: not reachable"),
         ("ask.attempts=0", "ask.attempts must be between 1 and 20, got 0"),
     ],
     ids=str,
 )
 def test_settings(folder, override, message):
     assert_refused(message, folder / "sft.jsonl", "--set", override)
+    assert edit(folder / "sft.jsonl") == (0, "")  # the mistake does not claim the folder
+    assert len(pairs_of(folder)) == 2
+
+
+def test_an_editor_that_cannot_be_asked_does_not_claim_the_folder(folder):
+    assert_refused("not reachable", folder / "sft.jsonl", "--editor", "http://127.0.0.1:9")
+    assert_refused("nowhere/model", folder / "sft.jsonl", "--editor", "nowhere/model")
+    assert edit(folder / "sft.jsonl", "--target", 1)[0] == 0
+    message = "holds a job of other settings: editor is rules, not a server"
+    assert_refused(message, folder / "sft.jsonl", "--editor", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ pytest_plugins = ["tests.edit_jobs"]
 @pytest.mark.parametrize(
     ("module", "name", "times", "redone"),
     [
-        ("vapr.editing.job", "os.link", 1, 0),  # before the folder is claimed
+        ("vapr.editing.claim", "os.link", 2, 0),  # before the folder is claimed
         ("vapr.editing.job", "take", 1, 0),  # after it
         ("vapr.editing.scan", "why_left_out", 20, 0),  # while the source is read
         ("vapr.editing.scan", "np.save", 1, 0),
@@ -56,7 +56,7 @@ pytest_plugins = ["tests.edit_jobs"]
         ("vapr.editing.work", "write_lines", 4, 1),  # between rejects and plans
         ("vapr.editing.work", "write_pairs", 2, 1),  # between plans and pairs
         ("vapr.editing.work", "_manifest", 2, 1),  # between pairs and manifest
-        ("vapr.editing.leases", "Lease._write_free", 3, 0),  # between manifest and the end of the lease
+        ("vapr.editing.leases", "Lease._write_free", 4, 0),  # between manifest and the end of the lease
         ("vapr.editing.run", "ledger", 1, 0),
     ],
 )

@@ -23,6 +23,7 @@ from tests.edit_jobs import (
     in_a_process,
     killed,
     manifests,
+    parse,
     start_of,
 )
 from vapr.editing import leases, work
@@ -52,6 +53,37 @@ def test_workers_on_one_folder_share_the_work(source, unbroken, count, out):
     assert [process.exitcode for process in processes] == [0] * count
     assert contents(start.folder) == contents(unbroken)
     assert_nothing_lost(start.folder)
+
+
+def test_workers_with_other_settings_begin_at_once_where_a_start_has_failed(source, unbroken, out):
+    with pytest.raises(UserError, match="checks.blind: the rules editor has no language model to ask"):
+        done(start_of(source, out, config=parse({"checks": {"blind": True}})))
+    assert {file.name for file in out.iterdir()} == {"job.json", "scan.json", "turns.npy", "truths.npy", "leases"}
+    start, barrier = start_of(source, out), FORK.Barrier(3)
+    processes = [in_a_process(run_after, barrier, start) for _ in range(3)]
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert contents(out) == contents(unbroken)
+
+
+def wait_with_an_open_job(start: Start, ready) -> None:
+    runs.open_job(start)
+    ready.set()
+    signal.pause()
+
+
+def test_a_folder_is_not_taken_from_a_living_process(source, unbroken, out):
+    """One that still loads its model: it has done nothing yet."""
+    ready = FORK.Event()
+    other = in_a_process(wait_with_an_open_job, start_of(source, out, config=parse({"seed": 5})), ready)
+    assert ready.wait(SECONDS)
+    with pytest.raises(UserError, match="holds a job of other settings: seed is 5, not 0"):
+        done(start_of(source, out))
+    other.kill()
+    other.join()
+    done(start_of(source, out))
+    assert contents(out) == contents(unbroken)
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +13,17 @@ import numpy as np
 
 from vapr import __version__
 from vapr.cache import written_whole
+from vapr.editing.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim, claim_folder, differences, read_json
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
 from vapr.editing.pair_rows import digest_of, num_rows
-from vapr.editing.scan import Truths, write_scan
+from vapr.editing.scan import SCAN, TURNS, Truths, write_scan
 from vapr.editing.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
 from vapr.verdicts import read_verdicts
 
-PAIRS, REJECTS, PLANS, SHARDS, LEASES = "pairs", "rejects", "plans", "shards", "leases"
+PAIRS, REJECTS, PLANS = "pairs", "rejects", "plans"
 VERDICTS = "verdicts.jsonl"
-HAVE_CHANGED = {
-    "source.digest": "the rows of the source have changed",
-    "prompts": "prompts or categories have changed",
-}
-"""What a hash does not say."""
-WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +68,17 @@ class Job:
             "config": {key: value for key, value in config.as_dict().items() if key != "engine"},
         }
         self.described = json.loads(json.dumps(described))
-        self._claim_folder()
-        self.scan = self._scan()
-        self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
-        self._turns = np.load(folder / "turns.npy", mmap_mode="r", allow_pickle=False)
-        self._truths = Truths(folder)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(claim_folder(folder, self.described))
+            self.scan = self._scan()
+            self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
+            self._turns = np.load(folder / TURNS, mmap_mode="r", allow_pickle=False)
+            self._truths = Truths(folder)
+            self._at_work = stack.pop_all()
 
-    def _claim_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            there = any(file.name != LEASES and not file.name.startswith(".") for file in self.folder.iterdir())
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made a folder ({error.strerror or error})") from None
-        if there and not (self.folder / "job.json").exists():
-            raise UserError(f"{self.folder}: holds files but no edit job; give a new folder with --out")
-        known = claim(self.folder / "job.json", self.described)
-        for key, ours, theirs in _differences(self.described, known):
-            if key in ("vapr", "source.path"):
-                continue  # the digest says whether the rows are the same
-            what = HAVE_CHANGED.get(key, f"{key} is {theirs}, not {ours}")
-            raise UserError(f"{self.folder}: holds a job of other settings: {what}; use them, or give another --out")
+    def close(self) -> None:
+        """Be at work in the folder no longer."""
+        self._at_work.close()
 
     def check_editor(self, editor: Mapping[str, Any]) -> None:
         """Note who edits, the first time; afterwards it must be the same.
@@ -102,21 +86,21 @@ class Job:
         Raises:
             UserError: naming what differs.
         """
-        known = claim(self.folder / "editor.json", dict(editor))
-        for key, ours, theirs in _differences(dict(editor), known):
+        known = claim(self.folder / EDITOR, dict(editor))
+        for key, ours, theirs in differences(dict(editor), known):
             if key not in ("engine", "num_gpus"):
                 raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
 
     @property
     def editor(self) -> dict[str, Any]:
         """Who edits, as :meth:`check_editor` noted it."""
-        return _read_json(self.folder / "editor.json")
+        return read_json(self.folder / EDITOR)
 
     # The source
 
     def _scan(self) -> dict[str, Any]:
         """Counts of the source and, in turns.npy, (row, answer) of every turn to edit. Made once."""
-        file = self.folder / "scan.json"
+        file = self.folder / SCAN
         while not file.exists():
             lease = take(self.folder / LEASES, "scan")
             if lease is None:
@@ -124,13 +108,8 @@ class Job:
                 continue
             with lease:
                 if not file.exists():
-                    try:
-                        write_scan(self.folder, self.data, self.config)
-                    except UserError:
-                        if not (self.folder / "turns.npy").exists():
-                            (self.folder / "job.json").unlink()  # nothing was begun: other settings may have the folder
-                        raise
-        return dict(_read_json(file))
+                    write_scan(self.folder, self.data, self.config)
+        return dict(read_json(file))
 
     @property
     def num_turns(self) -> int:
@@ -169,7 +148,7 @@ class Job:
     def manifest(self, unit: Unit) -> dict[str, Any] | None:
         """What is known of a finished unit; None if it is not finished."""
         file = self.folder / SHARDS / f"{unit.name}.json"
-        return _read_json(file) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Say that a unit is finished, or what has become of it since."""
@@ -178,7 +157,7 @@ class Job:
 
     def manifests(self) -> list[dict[str, Any]]:
         """Of all finished units, by shard and round."""
-        found = [_read_json(file) for file in (self.folder / SHARDS).glob("*.json")]
+        found = [read_json(file) for file in (self.folder / SHARDS).glob("*.json")]
         return sorted(found, key=lambda manifest: (manifest["shard"], manifest["round"]))
 
     def check_files(self) -> None:
@@ -263,41 +242,3 @@ class Job:
 
 RETRIED = ("failed", "over_target", "partner_lost")
 """What a later round goes through: of these it plans anew what had failed, with what was lost with it."""
-
-
-def claim(file: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Write a description if there is none yet, and return the one that is there. Of several processes one writes.
-
-    Raises:
-        UserError: if the file can be neither written nor read.
-    """
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        if not file.exists():
-            with written_whole(temporary) as stream:
-                stream.write(json.dumps(described, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return _read_json(file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
-
-
-def _differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        found = []
-        for name in dict.fromkeys([*ours, *theirs]):
-            found += _differences(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip(".").removeprefix("config."))
-        return found
-    return [] if ours == theirs else [(key, ours, theirs)]

@@ -90,6 +90,11 @@ def take(folder: Path, name: str) -> Lease | None:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
+def anyone(folder: Path, prefix: str) -> bool:
+    """Whether a living process holds a lease whose name begins so."""
+    return any(_living(file) for file in folder.glob(f"{prefix}*"))
+
+
 def _newest(folder: Path, name: str) -> tuple[int, Path | None]:
     found = [(int(file.suffix[1:]), file) for file in folder.glob(f"{name}.*") if file.suffix[1:].isdecimal()]
     return max(found, default=(0, None))

@@ -68,28 +68,32 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
     """
     with stopped_at_once(lambda: _what_is_kept(start.folder)):
         _check_name(start.editor)
-        job = open_job(start)
-        job.check_files()
-        if start.verdicts is not None:
-            take_verdicts(job, start.verdicts)
-        units = job.units(retry_failed=start.retry_failed)
-        if not units:
-            say(f"{start.folder}: nothing is left to do")
-        elif start.target is not None and job.accepted >= start.target:
-            say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
+        with contextlib.closing(open_job(start)) as job:
+            return _run(start, job, say)
+
+
+def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
+    job.check_files()
+    if start.verdicts is not None:
+        take_verdicts(job, start.verdicts)
+    units = job.units(retry_failed=start.retry_failed)
+    if not units:
+        say(f"{start.folder}: nothing is left to do")
+    elif start.target is not None and job.accepted >= start.target:
+        say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
+    else:
+        try:
+            _do(start, job, units)
+        except BaseException:
+            if (job.folder / "editor.json").exists():
+                finish(start, job)  # whatever has stopped it, ledger and card say how far it came
+            raise
+    if start.target is not None:
+        if job.accepted >= start.target:
+            remove_unfinished(job)
         else:
-            try:
-                _do(start, job, units)
-            except BaseException:
-                if (job.folder / "editor.json").exists():
-                    finish(start, job)  # whatever has stopped it, ledger and card say how far it came
-                raise
-        if start.target is not None:
-            if job.accepted >= start.target:
-                remove_unfinished(job)
-            else:
-                say(f"--target {start.target:,} was not reached: the source gave {job.accepted:,} accepted pairs")
-        return finish(start, job)
+            say(f"--target {start.target:,} was not reached: the source gave {job.accepted:,} accepted pairs")
+    return finish(start, job)
 
 
 def _check_name(editor: str) -> None:
@@ -238,8 +242,8 @@ def _one_of_several(start: Start, gpus: str | None, problems: Any, parent: int) 
     if gpus is not None and start.loaded_models:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
-        with stopped_at_once(str):
-            work_alone(start, open_job(start), quiet=True)
+        with stopped_at_once(str), contextlib.closing(open_job(start)) as job:
+            work_alone(start, job, quiet=True)
     except UserError as error:
         problems.put(str(error))
     except Stopped as stopped:
