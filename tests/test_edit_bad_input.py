@@ -1,6 +1,7 @@
 """What users, files, disks and servers do wrong to ``vapr edit``: each one line, or a counted row with file and line."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -156,6 +157,28 @@ def test_files(folder, name, content, message):
     assert_refused(message, folder / name)
     assert_refused(message, folder / name)  # and again: the folder is not spoilt
     assert edit(folder / "sft.jsonl") == (0, "")  # for others neither
+
+
+def test_a_table_without_rows(folder):
+    pytest.importorskip("datasets", reason="the datasets library is not installed")
+    whole = table(folder, "parquet")
+    rows = parquet.read_table(whole)
+    (folder / "tables").mkdir()
+    parquet.write_table(rows.slice(0, 0), folder / "tables" / "a.parquet")
+    assert_refused("a.parquet: no rows in it", folder / "tables" / "a.parquet")
+    shutil.copy(whole, folder / "tables" / "b.parquet")  # one of several may be empty
+    columns = "source.columns={question: ask, answer: reply.text, images: image}"
+    assert edit(folder / "tables", "--out", folder / "out", "--set", columns) == (0, "")
+    assert len(pairs_of(folder)) == 2
+
+
+@pytest.mark.parametrize("name", [b"g\xff.jsonl", b"g\xff/x.jsonl"], ids=["file", "folder"])
+def test_a_source_whose_name_is_no_text(folder, name):
+    file = folder / os.fsdecode(name)
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "sft.jsonl", file)
+    message = "the name of this file or of its folder is not UTF-8 text; rename it"
+    assert_refused(f"{folder}/{name.decode(errors='backslashreplace')}: {message}", file, "--out", folder / "out")
 
 
 def test_no_source(folder):
@@ -318,6 +341,40 @@ def test_damaged_jobs(folder):
         assert_refused(f"{file}: cannot be read", source)
         file.write_bytes(whole)
     assert edit(source) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["turns.npy", "truths.npy"])
+def test_a_damaged_array_is_made_again(folder, name):
+    source, file = folder / "sft.jsonl", folder / "out" / name
+    assert edit(source, "--target", 1)[0] == 0
+    whole, way_out = file.read_bytes(), f"delete {folder / 'out' / 'scan.json'} to have the source read again"
+    for damaged in (b"", whole[:50], whole[:-8], whole.replace(b"i8", b"f8"), whole.replace(b"(2, ", b"(3, "), None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert_refused(f"{file}: cannot be read (", source)
+        assert_refused(way_out, source)
+    (folder / "out" / "scan.json").unlink()
+    assert edit(source) == (0, "")
+    assert file.read_bytes() == whole and len(pairs_of(folder)) == 2
+
+
+@pytest.mark.parametrize("name", ["shards/00000.json", "scan.json", "editor.json"])
+@pytest.mark.parametrize("damaged", ["{}", "[]", '"text"', "null", "", "typed", "another"])
+def test_a_damaged_description(folder, name, damaged):
+    source, file = folder / "sft.jsonl", folder / "out" / name
+    assert edit(source)[0] == 0
+    before = pairs_of(folder)
+    whole = json.loads(file.read_text())
+    made = {
+        "typed": {key: [value] for key, value in whole.items()},
+        "another": {**whole, "name": 5, "rows": None, "shard": 5},
+    }
+    file.write_text(json.dumps(made[damaged]) if damaged in made else damaged)
+    assert_refused(f"{file}: ", source)
+    if name == "editor.json":
+        return  # who made the pairs is known to nobody else
+    file.unlink()
+    assert edit(source)[0] == 0
+    assert pairs_of(folder) == before
 
 
 def test_a_damaged_part(folder):

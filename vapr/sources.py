@@ -4,6 +4,7 @@ import contextlib
 import glob
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -156,10 +157,22 @@ def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, l
     else:
         files = _of_split((Path(file) for file in glob.glob(str(path))), source, split)
 
+    for file in files:
+        if not _is_utf8(file):
+            name = os.fsencode(file).decode(errors="backslashreplace")
+            raise UserError(f"{name}: the name of this file or of its folder is not UTF-8 text; rename it")
+
     def kind(file: Path) -> tuple[bool, Path]:
         return file.suffix in TABLES, path if path.is_dir() else file.parent
 
     return [(*key, list(group)) for key, group in itertools.groupby(files, key=kind)]
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        return bool(str(file.resolve()).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:

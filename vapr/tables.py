@@ -65,9 +65,11 @@ def open_table(files: list[Path]) -> Table:
     try:
         if parts:
             dataset = datasets.concatenate_datasets(parts)
+        elif not any(size for _, size in sizes):
+            dataset = datasets.Dataset.from_dict({})
         else:  # by content: the library itself would take a file of the same name and time for the same
             folder = str(user_cache() / "tables" / digest[:24])
-            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=folder)
+            dataset = datasets.Dataset.from_parquet([name for name, size in sizes if size], cache_dir=folder)
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{files[0]}: cannot be read as a table ({one_line(cause)})") from None

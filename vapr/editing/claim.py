@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from vapr.cache import written_whole
 from vapr.editing.leases import Lease, anyone, take
 from vapr.editing.scan import SCAN, TRUTHS, TURNS
-from vapr.errors import UserError
+from vapr.errors import UserError, one_line
 
 JOB, EDITOR, SHARDS, LEASES = "job.json", "editor.json", "shards", "leases"
 AT_WORK = "at-work"
 WAIT_SECONDS = 1.0
+ANY = pydantic.TypeAdapter(dict[str, Any])
+BEGIN_AGAIN = "begin again in a new folder"
 HAVE_CHANGED = {
     "source.digest": "the rows of the source have changed",
     "prompts": "prompts or categories have changed",
@@ -91,12 +95,27 @@ def _as_json(described: Mapping[str, Any]) -> bytes:
     return json.dumps(described, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """An object in a file. Raises UserError if it is damaged."""
+def read_json(file: Path, shape: pydantic.TypeAdapter[Any] = ANY, or_else: str = BEGIN_AGAIN) -> dict[str, Any]:
+    """An object in a file.
+
+    Args:
+        file: that vapr wrote.
+        shape: that it must have.
+        or_else: what can be done if it is damaged and cannot be restored.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        text = file.read_bytes()
+        shape.validate_json(text, strict=True)
+        return dict(json.loads(text))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        found = ": ".join([*map(str, problem["loc"]), problem["msg"]])
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
+        found = one_line(error)
+    raise UserError(f"{file}: cannot be read ({found}); restore it, or {or_else}")
 
 
 def differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:

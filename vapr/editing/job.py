@@ -5,11 +5,11 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pydantic
 
 from vapr import __version__
 from vapr.cache import written_whole
@@ -17,7 +17,7 @@ from vapr.editing.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim, clai
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
 from vapr.editing.pair_rows import digest_of, num_rows
-from vapr.editing.scan import SCAN, TURNS, Truths, write_scan
+from vapr.editing.scan import READ_AGAIN, SCAN, TURNS, Scan, Truths, read_array, write_scan
 from vapr.editing.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
 from vapr.verdicts import read_verdicts
@@ -42,6 +42,53 @@ class Unit:
         """The unit of that name; None if units are not called so."""
         match = re.fullmatch(r"(\d+)(?:-again(\d+))?", name)
         return cls(int(match[1]), int(match[2] or 0)) if match else None
+
+
+@dataclass
+class Manifest:
+    """What the manifest of a finished unit holds."""
+
+    unit: str
+    shard: int
+    round: int
+    turns: int
+    accepted: int
+    over_target: int
+    to_retry: int
+    reasons: dict[str, dict[str, int]]  # of each status
+    categories: dict[str, dict[str, int]]
+    polarity: dict[str, dict[str, int]]  # of each source
+    decided_by: dict[str, int]
+    tokens: dict[str, int]
+    seconds: float
+    num_gpus: int
+    times_taken: int
+    files: dict[str, str]  # sha256 of each
+    reviewed: dict[str, str] = field(default_factory=dict)  # sha256 of parts that a review may have left so
+
+
+@dataclass
+class EditedBy:
+    """What editor.json holds."""
+
+    name: str
+    revision: str | None
+    engine: str | None
+    prompt_hash: str
+    seed: int
+    temperature: float | None
+
+
+MANIFEST_SHAPE = pydantic.TypeAdapter(Manifest)
+EDITOR_SHAPE = pydantic.TypeAdapter(EditedBy)
+SCAN_SHAPE = pydantic.TypeAdapter(Scan)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    manifest = read_json(file, MANIFEST_SHAPE, "delete it to have its shard made again")
+    if not manifest["unit"] == file.stem == Unit(manifest["shard"], manifest["round"]).name:
+        raise UserError(f"{file}: is the manifest of {manifest['unit']}; give it back its name, or delete it")
+    return manifest
 
 
 class Job:
@@ -72,7 +119,7 @@ class Job:
             stack.enter_context(claim_folder(folder, self.described))
             self.scan = self._scan()
             self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
-            self._turns = np.load(folder / TURNS, mmap_mode="r", allow_pickle=False)
+            self._turns = read_array(folder / TURNS, (self.scan["eligible"], 2))
             self._truths = Truths(folder)
             self._at_work = stack.pop_all()
 
@@ -86,15 +133,15 @@ class Job:
         Raises:
             UserError: naming what differs.
         """
-        known = claim(self.folder / EDITOR, dict(editor))
-        for key, ours, theirs in differences(dict(editor), known):
+        claim(self.folder / EDITOR, dict(editor))
+        for key, ours, theirs in differences(dict(editor), self.editor):
             if key not in ("engine", "num_gpus"):
                 raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
 
     @property
     def editor(self) -> dict[str, Any]:
         """Who edits, as :meth:`check_editor` noted it."""
-        return read_json(self.folder / EDITOR)
+        return read_json(self.folder / EDITOR, EDITOR_SHAPE)
 
     # The source
 
@@ -109,7 +156,7 @@ class Job:
             with lease:
                 if not file.exists():
                     write_scan(self.folder, self.data, self.config)
-        return dict(read_json(file))
+        return read_json(file, SCAN_SHAPE, READ_AGAIN.format(file))
 
     @property
     def num_turns(self) -> int:
@@ -148,7 +195,7 @@ class Job:
     def manifest(self, unit: Unit) -> dict[str, Any] | None:
         """What is known of a finished unit; None if it is not finished."""
         file = self.folder / SHARDS / f"{unit.name}.json"
-        return read_json(file) if file.exists() else None
+        return _read_manifest(file) if file.exists() else None
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Say that a unit is finished, or what has become of it since."""
@@ -157,7 +204,7 @@ class Job:
 
     def manifests(self) -> list[dict[str, Any]]:
         """Of all finished units, by shard and round."""
-        found = [read_json(file) for file in (self.folder / SHARDS).glob("*.json")]
+        found = [_read_manifest(file) for file in (self.folder / SHARDS).glob("*.json")]
         return sorted(found, key=lambda manifest: (manifest["shard"], manifest["round"]))
 
     def check_files(self) -> None:
@@ -166,7 +213,10 @@ class Job:
         Raises:
             UserError: naming the first file that is damaged, and the way out.
         """
-        for manifest in self.manifests():
+        manifests = self.manifests()
+        if manifests:
+            _ = self.editor  # who has made them
+        for manifest in manifests:
             unit = Unit(manifest["shard"], manifest["round"])
             for name in manifest["files"]:
                 problem = self._problem(unit, name) and self._problem(unit, name)  # a review may just have been at it

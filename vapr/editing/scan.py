@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,23 @@ from vapr.cache import written_whole
 from vapr.display import Display
 from vapr.editing.config import EditConfig
 from vapr.editing.turns import InstructionData, Turn, answer_hash, why_left_out
-from vapr.errors import BadRow, UserError
+from vapr.errors import BadRow, UserError, one_line
 
 SCAN, TURNS, TRUTHS = "scan.json", "turns.npy", "truths.npy"
 SHOWN_BAD_ROWS = 1_000
+READ_AGAIN = "delete {} to have the source read again"
+
+
+@dataclass
+class Scan:
+    """What scan.json holds."""
+
+    rows: int
+    turns: int
+    eligible: int
+    filtered: dict[str, int]
+    bad_rows: int
+    first_bad_rows: list[str]
 
 
 def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
@@ -88,11 +102,33 @@ def _several(asked: np.ndarray, answered: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(both[counts[which] > 1].T)
 
 
+def read_array(file: Path, shape: tuple[int | None, int | None]) -> np.ndarray:
+    """An array of :func:`write_scan`, memory-mapped.
+
+    Args:
+        file: that holds it.
+        shape: that it must have; None: any length.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        sizes = zip(array.shape, shape, strict=False)
+        if array.ndim == 2 and array.dtype == np.int64 and all(wanted in (None, size) for size, wanted in sizes):
+            return array
+        found = f"{array.dtype} of shape {array.shape}"
+    except (OSError, ValueError, EOFError) as error:
+        found = one_line(error)
+    way_out = READ_AGAIN.format(file.with_name(SCAN))
+    raise UserError(f"{file}: cannot be read ({found}); restore it, or {way_out}")
+
+
 class Truths:
     """Answers that other rows of the source give to a turn's question about the same images, by their hashes."""
 
     def __init__(self, folder: Path) -> None:
-        self._asked, self._answered = np.load(folder / TRUTHS, allow_pickle=False)
+        self._asked, self._answered = read_array(folder / TRUTHS, (2, None))
 
     def of(self, turn: Turn) -> frozenset[int]:
         """Of all rows that ask so, the turn's own included; empty where all say the same."""
