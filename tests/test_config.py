@@ -1,9 +1,15 @@
 """The config: what is accepted, and one line for everything that is not."""
 
+import dataclasses
+from collections.abc import Iterator
+from typing import get_args
+
 import pytest
 import yaml
 
 from vapr.config import Config
+from vapr.config_file import parse_config
+from vapr.editing.config import EditConfig
 from vapr.errors import UserError
 
 MINIMAL = {"run_dir": "runs/x", "policy": {"model": "m"}, "data": {"train": "pairs.jsonl"}}
@@ -85,6 +91,50 @@ def test_mistakes_are_one_line(changes, message):
         Config.parse({**MINIMAL, **changes}, where="run.yaml")
     assert str(error.value).startswith("run.yaml: ")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": True}, "seed"),
+        ({"loss": {"kind": "sigmoid", "beta": True}}, "loss.beta"),
+        ({"loss": [{"kind": "sigmoid"}, {"kind": "sft", "weight": True}]}, "loss.1.weight"),
+        ({"data": {"train": {"path": "a", "weight": True}}}, "data.train.weight"),
+        ({"data": {"train": [{"path": "a"}, {"path": "b", "weight": True}]}}, "data.train.1.weight"),
+        ({"optim": {"betas": [False, 0.9]}}, "optim.betas.0"),
+        ({"policy": {"model": "m", "lora": {"rank": True}}}, "policy.lora.rank"),
+    ],
+    ids=str,
+)
+def test_yes_is_no_number(changes, key):
+    with pytest.raises(UserError, match=rf"^run.yaml: {key}: should be a number, got (True|False) \(YAML reads yes"):
+        Config.parse({**MINIMAL, **changes}, where="run.yaml")
+
+
+def number_keys(section: type) -> Iterator[tuple[str, ...]]:
+    """Every key of a config that takes a number, or numbers."""
+    for field in dataclasses.fields(section):
+        if inner := next(
+            (part for part in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(part)), None
+        ):
+            yield from ((field.name, *key) for key in number_keys(inner))
+        elif {int, float} & {field.type, *get_args(field.type)}:
+            yield (field.name,)
+
+
+@pytest.mark.parametrize("config", [Config, EditConfig], ids=lambda config: config.__name__)
+def test_no_key_for_a_number_takes_yes(config):
+    keys = list(number_keys(config))
+    assert ("seed",) in keys and len(keys) > 10
+    for *sections, key in keys:
+        data = {"train": {"path": "x"}, "eval": {"path": "x"}}
+        raw: dict = {"policy": {"model": "m"}, "run_dir": "x", "data": data} if config is Config else {}
+        node = raw
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = True
+        with pytest.raises(UserError, match=rf"{key}\b"):
+            parse_config(config, raw, "run.yaml")
 
 
 def test_off_without_quotes_is_off():

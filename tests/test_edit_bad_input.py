@@ -230,6 +230,10 @@ def test_columns_of_tables(folder, suffix):
     [
         ("sed=1", "unknown key 'sed'; did you mean 'seed'?"),
         ("seed=-1", "seed must be at least 0 and below 2^31, got -1"),
+        ("seed=yes", "seed: should be a number, got True (YAML reads yes, no, on and off so, too)"),
+        ("plan.turns_per_row=on", "plan.turns_per_row: should be a number, got True"),
+        ("ask.temperature=off", "ask.temperature: should be a number, got False"),
+        ("checks.length_ratio=[yes, 1.1]", "checks.length_ratio.0: should be a number, got True"),
         ("turns_per_shard=0", "turns_per_shard must be 1 to 1,000,000, got 0"),
         ("editor=rules", "the editor is given on the command line, with --editor"),
         ("source.columns={qestion: q}", "source.columns must be a mapping of question, answer, images"),

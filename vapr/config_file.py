@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -51,9 +52,25 @@ def parse_config(config: type[Parsed], raw: dict[str, Any], where: str) -> Parse
     if single_loss:
         raw = {**raw, "loss": [raw["loss"]]}
     try:
-        return pydantic.TypeAdapter(config).validate_python(raw)
+        parsed = pydantic.TypeAdapter(config).validate_python(raw)
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_first_problem(config, error.errors(), single_loss)}") from None
+    for key, value in _booleans_as_numbers(raw, parsed):
+        key = key.replace("loss.0.", "loss.") if single_loss else key
+        raise UserError(f"{where}: {key}: should be a number, got {value} (YAML reads yes, no, on and off so, too)")
+    return parsed
+
+
+def _booleans_as_numbers(raw: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, bool]]:
+    """Where a config says true or false and something else was made of it: pydantic takes them for 1 and 0."""
+    if isinstance(raw, bool) and not isinstance(parsed, bool):
+        yield key, raw
+    elif isinstance(raw, dict) and dataclasses.is_dataclass(parsed):
+        for name in raw:
+            yield from _booleans_as_numbers(raw[name], getattr(parsed, name), f"{key}.{name}".lstrip("."))
+    elif isinstance(raw, list | tuple) and isinstance(parsed, list | tuple):
+        for n, (given, made) in enumerate(zip(raw, parsed, strict=False)):
+            yield from _booleans_as_numbers(given, made, f"{key}.{n}")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
