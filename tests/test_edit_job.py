@@ -51,7 +51,7 @@ pytest_plugins = ["tests.edit_jobs"]
         ("vapr.editing.scan", "why_left_out", 20, 0),  # while the source is read
         ("vapr.editing.scan", "np.save", 1, 0),
         ("vapr.editing.scan", "np.save", 2, 0),
-        ("vapr.editing.job", "np.load", 1, 0),  # after the source was read
+        ("vapr.editing.scan", "np.load", 1, 0),  # after the source was read
         ("vapr.editing.edit", "Editor.edit", 2, 1),
         ("vapr.editing.work", "write_lines", 4, 1),  # between rejects and plans
         ("vapr.editing.work", "write_pairs", 2, 1),  # between plans and pairs
