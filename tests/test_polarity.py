@@ -36,6 +36,11 @@ No, the man is not wearing a helmet. | Yes, the man is wearing a helmet.
 No, he isn’t smiling. | Yes, he is smiling.
 No, they aren't. | Yes, they are.
 No, he cannot. | Yes, he can.
+Yes, the dog can be seen in the yard. | No, the dog cannot be seen in the yard.
+No – there is no dog in the yard. | Yes – there is a dog in the yard.
+No, there is no fruit on the table. | Yes, there is some fruit on the table.
+No, there is no pasta on the plate. | Yes, there is some pasta on the plate.
+No, there is no silverware. | Yes, there is some silverware.
 """
 LEFT_ALONE = """
 Yes, there are two people here.
@@ -100,6 +105,19 @@ No, not yet.
 No, not all of them are.
 No, nobody is there.
 No, he won't.
+Yes, the soda can says Coke.
+Yes, the soda can looks full.
+Yes, the can appears empty.
+Yes, the can contains beer.
+No, he isn't wearing a hat – he has a cap.
+No, he isn't wearing a hat — he has a cap.
+No, he isn't wearing a hat - he has a cap.
+No, he isn't wearing a hat (he wears a helmet).
+No, he isn't wearing a hat... he has a cap.
+No he isn't wearing a hat, he has a cap.
+No, he isn't wearing a hat as he has a cap.
+No, there is no toilet paper.
+No, there is no glasses on the table.
 """
 
 

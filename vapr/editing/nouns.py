@@ -24,6 +24,21 @@ GENERAL = frozenset((
     "thing", "object", "item", "something", "anything", "stuff", "entity", "artifact", "device", "utensil", "dish",
 ))  # fmt: skip
 """Words for things of several classes; the lists have those for things of one."""
+UNCOUNTED = frozenset((
+    "water", "snow", "rain", "ice", "sand", "mud", "dirt", "soil", "grass", "fog", "mist", "smoke", "lightning", "hair",
+    "fur", "rice", "bread", "milk", "coffee", "tea", "juice", "wine", "beer", "soda", "popcorn", "cereal", "butter",
+    "cheese", "meat", "bacon", "broccoli", "lettuce", "spinach", "corn", "ketchup", "mustard", "food", "furniture",
+    "luggage", "traffic", "jewelry", "jewellery", "graffiti", "text", "writing", "fruit", "pasta", "spaghetti",
+    "macaroni", "silverware", "cutlery", "tableware", "kitchenware", "stationery", "paper", "toilet paper", "cardboard",
+    "clothing", "apparel", "equipment", "gear", "money", "cash", "trash", "garbage", "litter", "rubbish", "waste",
+    "vegetation", "greenery", "foliage", "ivy", "hay", "wood", "metal", "plastic", "sugar", "salt", "pepper",
+    "flour", "honey", "oil", "cream", "whipped cream", "ice cream", "mayonnaise", "gravy", "jam", "jelly", "sauce",
+    "soup", "salad", "seafood", "sushi", "beef", "pork", "ham", "toast", "chocolate", "candy", "celery", "cabbage",
+    "cauliflower", "garlic", "parsley", "lemonade", "champagne", "espresso", "bottled water", "alcohol", "steam",
+    "dust", "gravel", "sunlight", "light", "electricity", "makeup", "music", "shrimp", "maize", "squash", "wildlife",
+    "livestock", "cattle", "poultry", "space", "room", "parking", "evidence", "damage", "action", "activity",
+))  # fmt: skip
+"""Of what there is "some", not "a": "some fruit", "some toilet paper"."""
 
 
 @functools.cache

@@ -2,14 +2,15 @@
 
 import re
 
-from vapr.editing.nouns import Nouns
+from vapr.editing.nouns import UNCOUNTED, Nouns
 from vapr.editing.operations import Operation, in_the_case_of
 from vapr.style import polarity, sentences
 
 YES_OR_NO = re.compile(r"[\s\"'“‘*_]*(yes|no)(?![\w-])", re.IGNORECASE)
 BARE = re.compile(r"[\s\"'“‘*_]*(?:yes|no)[\s.!\"'”’*_]*", re.IGNORECASE)
 NOT_ONE_CLAIM = re.compile(
-    r"\b(?:but|instead|rather|only|because|since|although|though|however|except|while|so)\b|[;:?]", re.I
+    r"\b(?:but|instead|rather|only|because|since|although|though|however|except|while|as|so)\b|[,;:?()–—…]|\s-+\s|--|\.\.",
+    re.I,
 )
 # "Not all", "not always", "not a dog or a cat" deny less than, or other than, what they seem to.
 NOT_PLAIN = re.compile(
@@ -24,20 +25,19 @@ NUMBERED = re.compile(
 )
 THERE = re.compile(r"\bthere (is|are|was|were)\b", re.IGNORECASE)
 QUANTITY = re.compile(r"\s+(a|an|some)(?=\s)", re.IGNORECASE)
-VERB = re.compile(
-    r"\b(is|are|was|were|(?:can|could|will|would|should)(?! (?:is|are|was|were|has|in|on|of|with|next|that)\b))"
-    r"(?=\s|\W*$)",
-    re.IGNORECASE,
-)  # "the trash can on the left is": a can
+VERB = re.compile(r"\b(is|are|was|were|can|could|will|would|should)(?=\s|\W*$)", re.IGNORECASE)
+# "Can" is a verb after "I" and before "be"; else it may be a can, as in "the trash can on the left is", or unclear.
+CAN_DO = re.compile(r"\b(?:I|you|we|he|she|it|they|one|that) $", re.IGNORECASE)
+A_CAN = re.compile(r"\s+(?:is|are|was|were|in|on|of|with|next)\b", re.IGNORECASE)
 NEGATED_VERB = re.compile(r"\b(is|are|was|were|could|would|should|can(?=not))( not|n['’]t|not)\b", re.IGNORECASE)
 INDEFINITE = re.compile(r"\W*(?:an?|some|no)\b", re.IGNORECASE)
-UNCOUNTED = frozenset((
-    "water", "snow", "rain", "ice", "sand", "mud", "dirt", "soil", "grass", "fog", "mist", "smoke", "lightning", "hair",
-    "fur", "rice", "bread", "milk", "coffee", "tea", "juice", "wine", "beer", "soda", "popcorn", "cereal", "butter",
-    "cheese", "meat", "bacon", "broccoli", "lettuce", "spinach", "corn", "ketchup", "mustard", "food", "furniture",
-    "luggage", "traffic", "jewelry", "jewellery", "graffiti", "text", "writing",
-))  # fmt: skip
 MAX_SUBJECT_WORDS = 6
+# What may stand after a noun that is the whole of a thing's name.
+ALONE = re.compile(
+    r"\W*$|\s+(?:in|on|at|near|by|behind|under|above|below|beside|inside|outside|around|with|of|to|next|for|from|here"
+    r"|there|that|who|which|visible|present|shown|seen|\w+ing)\b",
+    re.IGNORECASE,
+)
 STANDING = (["that"], ["there"])  # such a word alone is the subject: "that is not so", "there isn't"
 
 
@@ -53,7 +53,8 @@ def flip(answer: str, nouns: Nouns) -> list[Operation] | None:
     rest = answer[start.end() :]
     if NUMBERED.search(rest):  # "not two people" may be three
         return None
-    if len(sentences(answer)) != 1 or NOT_ONE_CLAIM.search(rest) or rest.count(",") > 1 or "\n" in rest.strip():
+    claim = rest.lstrip(" ,–—-*_\"'”’")
+    if len(sentences(answer)) != 1 or NOT_ONE_CLAIM.search(claim) or "\n" in rest.strip():
         return None
     if NOT_PLAIN.search(rest) or rest.isupper():
         return None
@@ -73,6 +74,10 @@ def _deny(answer: str, at: int) -> Operation | None:
             return None
         return Operation(there[1], f"{there[1]} {'not' if counted else 'no'}", start=there.start(1))
     verb = VERB.search(answer, at)
+    if verb and verb[1].lower() == "can" and A_CAN.match(answer, verb.end()):
+        verb = VERB.search(answer, verb.end())
+    elif verb and verb[1].lower() == "can":
+        verb = verb if CAN_DO.search(answer[: verb.start()]) or answer.startswith(" be ", verb.end()) else None
     if verb is None or not _plain_subject(answer[at : verb.start()]):
         return None
     denied = f"{verb[1]}not" if verb[1].lower() == "can" else f"{verb[1]} not"
@@ -99,14 +104,17 @@ def _affirm(answer: str, at: int, nouns: Nouns) -> Operation | None:
 
 def _some(thing: str, nouns: Nouns) -> str | None:
     """``a`` or ``some``, by the noun that the text begins with; None if nothing tells."""
-    first = re.match(r"[^\W\d_]+", thing)
     found = next(nouns.find(thing[:60]), None)
-    known = found is not None and found[0] == 0
-    noun = found[2] if found and known else first[0].lower() if first else ""
+    if found is None or found[0] != 0:  # no noun is known: what is not counted may still be
+        first = re.match(r"[^\W\d_]+", thing)
+        return "some" if first and first[0].lower() in UNCOUNTED and ALONE.match(thing, first.end()) else None
+    _, end, noun = found
+    if not ALONE.match(thing, end):  # "toilet paper" is no toilet
+        return None
     if noun in UNCOUNTED:
         return "some"
-    singular = found is not None and known and thing[: found[1]].lower() == found[2]
-    return "a" if singular else None  # else no noun, an adjective before it, or a plural
+    plural = noun.endswith("s") and not noun.endswith(("ss", "us"))  # "glasses" have no other singular
+    return "a" if thing[:end].lower() == noun and not plural else None
 
 
 def _plain_subject(text: str) -> bool:
