@@ -88,7 +88,7 @@ def test_closed_sets(category):
     sets = category.get("values") or []
     assert len({one["name"] for one in sets}) == len(sets)
     for one in sets:
-        assert set(one) <= {"name", "groups", "same", "by_noun", "by_source", *CONTEXTS}
+        assert set(one) <= {"name", "groups", "same", "by_noun", "by_source", "adjective", "said_of", *CONTEXTS}
         members = [member for group in one["groups"] for member in group]
         assert all(
             isinstance(member, str) for member in members

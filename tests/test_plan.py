@@ -15,8 +15,8 @@ CATEGORIES = load_categories()
 NOUNS = Nouns()
 
 
-def turn(question: str, answer: str, *, source: str = "coco", number: int = 0) -> Turn:
-    prompt = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},)
+def turn(question: str, answer: str, *, source: str = "coco", number: int = 0, prompt: tuple = ()) -> Turn:
+    prompt = prompt or ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},)
     return Turn(number, 0, f"rows.json:{number + 1}", f"row-{number}", source, None, (Path(f"{number}.png"),),
                 (f"{number}.png",), prompt, question, answer)  # fmt: skip
 

@@ -96,7 +96,9 @@ class ClosedSet(_Part):
 
     ``before`` and ``after`` (one of each must be found) and ``not_before`` and ``not_after`` (none may be) are patterns
     for the text beside a value; anchor them with ``$`` and ``^``. ``not_around`` are patterns that must not be found in
-    the value with the text on both sides: "an orange." is a fruit, "an orange hat" a colour.
+    the value with the text on both sides: "an orange." is a fruit, "an orange hat" a colour. Values of a set that is
+    ``adjective`` count only right before a known noun or at the end of a clause, those that are ``said_of`` classes of
+    nouns only where their subject is of one.
     """
 
     name: str
@@ -104,6 +106,8 @@ class ClosedSet(_Part):
     same: list[list[str]] = []
     by_noun: bool = False
     by_source: bool = False
+    adjective: bool = False
+    said_of: list[str] = []
     before: list[str] = []
     after: list[str] = []
     not_before: list[str] = []

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 from vapr.editing.categories import Categories, Category, Value
 from vapr.editing.checks import VAGUE
+from vapr.editing.doubt import adds_up, argued, told_before
 from vapr.editing.nouns import OTHER, Nouns
 from vapr.editing.operations import CannotEdit, Operation, apply, in_the_case_of, number
 from vapr.editing.polarity import YES_OR_NO, flip
+from vapr.editing.sense import is_adjective, is_name, said_of
 from vapr.editing.turns import Turn
 from vapr.style import polarity
 
@@ -22,6 +24,8 @@ NEEDS_MODEL = "needs a language model"
 NEITHER = "the answer says neither yes nor no"
 NO_CATEGORY = "no category fits"
 PARTNER_LOST = "the other half of its trade was refused"
+MAX_QUESTION = 8_000
+LONG_QUESTION = f"question longer than {MAX_QUESTION:,} characters"  # rules would take their time over it
 
 OR = re.compile(r"\bor\b", re.IGNORECASE)
 HOW = re.compile(r"\bhow $", re.IGNORECASE)  # "how big" does not say that it is
@@ -87,6 +91,8 @@ class Planner:
 
     def by_rules(self, turn: Turn, number: int) -> Plan:
         """The plan of one turn as far as rules decide it; a plan without category or reason waits for a label."""
+        if len(turn.question) > MAX_QUESTION:
+            return Plan(reason=LONG_QUESTION)
         first = None
         for category, rule in self.categories.by_rule(turn.question, turn.answer):
             offers = self.offers(turn, number, category)
@@ -139,8 +145,8 @@ class Planner:
         offers = []
         for value in category.find_values(turn.answer):
             options = _options(turn, value)
-            targets = _targets(turn, value, options)
-            if not targets or VAGUE.search(turn.answer[: value.start]) or _has_consequences(turn.answer, value):
+            targets = _targets(turn, value, options, category)
+            if not targets or self._in_doubt(turn, value, options):
                 continue
             noun = self._noun(turn, value) if value.set.by_noun else None
             market = self._market(turn, value, options, noun)
@@ -149,6 +155,19 @@ class Planner:
                 several = "|several" if category.min_edits > 1 else ""
                 offers.append(Trade(number, value, market + several, targets, noun))
         return offers if category.min_edits > 1 else self._asked_for(turn, offers)
+
+    def _in_doubt(self, turn: Turn, value: Value, options: set[str]) -> bool:
+        """Whether the value means something else in its place, or other words depend on it."""
+        answer, closed = turn.answer, value.set
+        return (
+            VAGUE.search(answer[: value.start]) is not None
+            or is_name(answer, value.start, value.text)
+            or (closed.adjective and not is_adjective(answer, value, self.nouns))
+            or (bool(closed.said_of) and not said_of(answer, turn.question, value, self.nouns))
+            or argued(answer, value)
+            or adds_up(turn, value, chosen_from=bool(options))
+            or told_before(turn, value, self.nouns)
+        )
 
     def _asked_for(self, turn: Turn, offers: list[Trade]) -> list[Trade]:
         """Of several values those that are said of a noun in the question, if any are."""
@@ -238,40 +257,34 @@ class Planner:
                 trade.target = rng.choice(sorted(trade.targets))
 
 
-CONSEQUENCE = re.compile(
-    r"\b(because|since|therefore|thus|hence|which means|so (that|the|it|they|he|she|we|you|people))\b", re.IGNORECASE
-)
-LISTED = re.compile(r"[^.!?\n]*:\s")
-
-
-def _has_consequences(answer: str, value: Value) -> bool:
-    """Whether the sentence argues from the value or lists what it counts: "red, so the cars wait", "two: a and b"."""
-    start = max(answer.rfind(mark, 0, value.start) for mark in ".!?\n") + 1
-    end = re.search(r"[.!?](\s|$)|\n", answer[value.end :])
-    sentence = answer[start : value.end + end.start()] if end else answer[start:]
-    counted = number(value.text) is not None and LISTED.match(answer, value.end) is not None
-    return counted or CONSEQUENCE.search(sentence) is not None
-
-
-def _targets(turn: Turn, value: Value, options: set[str]) -> frozenset[str]:
-    """Values that may take this one's place: of its group, and near-synonyms of none that the answer already names.
+def _targets(turn: Turn, value: Value, options: set[str], category: Category) -> frozenset[str]:
+    """Values that may take this one's place: of its group, and near-synonyms of none that the texts already name.
 
     What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
     not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong ("Which is
-    taller?" "The left one is shorter."), unless it asks for one of several.
+    taller?" "The left one is shorter."), or what it rules out be said ("Besides red, ..."), unless it asks for one of
+    several.
     """
     closed = value.set
-    given = {name for start, name in closed.named(turn.question) if not HOW.search(turn.question[:start])}
-    if not options and value.name in given:
-        return frozenset()
     taken = set(closed.near(value.name))
-    for start, name in closed.named(turn.answer):
-        if start != value.start:
+    if not options:
+        for start, name in _named(turn.question, category):
+            if not HOW.search(turn.question[:start]):
+                if closed.alike(value.name, name):
+                    return frozenset()
+                taken |= closed.near(name) | {name}
+    for start, name in _named(turn.answer, category):
+        if not value.start <= start < value.end:
             if closed.alike(value.name, name):
                 return frozenset()
             taken |= closed.near(name)
     group = options or {member.lower() for member in closed.groups[value.group]}
     return frozenset(group - taken)
+
+
+def _named(text: str, category: Category) -> set[tuple[int, str]]:
+    """Where a text names members of any of the category's sets: "wooden" gives "wood" away."""
+    return {found for closed in category.values for found in closed.named(text)}
 
 
 def _options(turn: Turn, value: Value) -> set[str]:

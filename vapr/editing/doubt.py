@@ -1,0 +1,126 @@
+"""Values that other words depend on: an argument, a sum, an earlier turn. With another value in their place, the texts
+themselves would tell that the answer is wrong."""
+
+import re
+from collections.abc import Iterator
+
+from vapr.editing.categories import Value
+from vapr.editing.nouns import Nouns
+from vapr.editing.operations import number
+from vapr.editing.sense import is_name
+from vapr.editing.turns import Turn
+
+ARGUMENT = re.compile(
+    r"\b(?:because|since|therefore|thus|hence|consequently|due to|considering|given that|although|though|despite"
+    r"|so (?:that|the|it|they|he|she|we|you|people)"
+    r"|as (?:it|the|they|there|this|he|she|if|though|we|you|people|a result)"
+    r"|(?:which|that) (?:means?|makes?|indicates?|suggests?|implies|allows?|shows?|is why|signals?|tells?|helps?)"
+    r"|(?:perfect|ideal|suitable|great|good|ready) (?:for|to)"
+    r"|meaning|indicating|suggesting|implying|signal+ing|signifying)\b"
+    r"|, (?:\w+ly )?(?:so|allowing|making|causing|giving|letting|forcing|requiring|helping|preventing|showing|revealing"
+    r"|ensuring|creating|adding|providing|contrasting|matching)\b",
+    re.IGNORECASE,
+)
+# After the value only: what is possible with it.
+POSSIBLE = re.compile(
+    r"\b(?:can|cannot|could|must|should|only|enough|too|(?:has|have|needs?) to|unable|able)\b|\bcan['’]t\b",
+    re.IGNORECASE,
+)
+NEXT_ARGUES = re.compile(
+    r"\s*(?:therefore|thus|hence|consequently|so|as a result|for this reason|because of (?:this|that)"
+    r"|(?:this|that|it|which)(?: is|['’]s) (?:why|because)"
+    r"|(?:this|that|it|which) (?:means|indicates|suggests|implies|allows|shows|makes|signals|signifies|helps))\b",
+    re.IGNORECASE,
+)
+END = re.compile(r"[.!?](?=\s|$)|\n")
+
+
+def _sentence(text: str, value: Value) -> tuple[int, int]:
+    """Where the sentence of a value begins and ends."""
+    start = max((mark.end() for mark in END.finditer(text, 0, value.start)), default=0)
+    end = END.search(text, value.end)
+    return start, end.end() if end else len(text)
+
+
+def argued(answer: str, value: Value) -> bool:
+    """Whether the sentence, or the next one, argues from the value: "red, so the cars wait"."""
+    start, end = _sentence(answer, value)
+    if ARGUMENT.search(answer[start:end]) or POSSIBLE.search(answer[value.end : end]):
+        return True
+    return NEXT_ARGUES.match(answer, end) is not None
+
+
+NUMBERS = re.compile(
+    r"(?<![\w$€£#.,-])(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen"
+    r"|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|dozen)(?![\w-])",
+    re.IGNORECASE,
+)
+SHARES = re.compile(
+    r"\b(?:both|pair|couple|half|trio|duo|twins|another|others?|each|either|neither|first|second|third|last|remaining"
+    r"|rest|total|altogether|of (?:which|whom|them|these|those))\b",
+    re.IGNORECASE,
+)
+LISTED = re.compile(
+    r"[:(–—]|\s-+\s|, (?:an?|the|his|her|including|namely|such as|like|with)\b"
+    r"|, (?!\w+ing\b|and\b|but\b|while\b|which\b).*\band\b|\bwith (?:an?|the)\b.*\band (?:an?|the)\b",
+    re.IGNORECASE,
+)
+SEVERAL = re.compile(
+    r"\b(?:an?|the)\b[^.!?\n]*\b(?:and|while|whereas) (?:an?|the)\b|(?:^|[.!?]\s+)An? .*[.!?]\s+An? ", re.IGNORECASE
+)
+
+
+def _numbers(text: str) -> Iterator[re.Match[str]]:
+    return (match for match in NUMBERS.finditer(text) if not is_name(text, match.start(), match[0]))
+
+
+def adds_up(turn: Turn, value: Value, *, chosen_from: bool) -> bool:
+    """Whether a number has to agree with others, or with a list of what it counts: "two people, a man and a woman".
+
+    Args:
+        chosen_from: the question names the number as one of several, and so no total.
+    """
+    answer = turn.answer
+    if number(value.text) is None:
+        return False
+    if sum(1 for _ in _numbers(answer)) > 1 or SHARES.search(answer) or answer.startswith(" of ", value.end):
+        return True
+    if not chosen_from and next(_numbers(turn.question), None):
+        return True
+    start, end = _sentence(answer, value)
+    return any((
+        LISTED.search(answer[value.end : end].rstrip(".")), SEVERAL.search(answer[end:]),
+        SEVERAL.search(answer[start : value.start]),
+    ))  # fmt: skip
+
+
+def told_before(turn: Turn, value: Value, nouns: Nouns) -> bool:
+    """Whether an earlier turn names the value, or a near-synonym, in a sentence about one of the same things."""
+    about = _nouns(f"{turn.question}\n{turn.answer}", nouns)
+    before: set[str] = set()
+    for text in _texts(turn.prompt[:-1]):
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+            if _named(value, sentence):
+                # "It is red." is about what was asked.
+                things = _nouns(sentence, nouns) or before
+                if not about or not things or about & things:
+                    return True
+        before = _nouns(text, nouns) if len(text) < 2_000 else set()
+    return False
+
+
+def _texts(messages: tuple) -> Iterator[str]:
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text":
+                yield part["text"]
+
+
+def _nouns(text: str, nouns: Nouns) -> set[str]:
+    return {noun for *_, noun in nouns.find(text)}
+
+
+def _named(value: Value, text: str) -> bool:
+    if (count := number(value.text)) is not None:
+        return any(number(match[0]) == count for match in NUMBERS.finditer(text))
+    return any(value.set.alike(value.name, name) for _, name in value.set.named(text))
