@@ -52,6 +52,10 @@ What color is the sign? | The sign is yellow, making it easy to see.
 What color are the leaves? | The leaves are orange, as it is autumn.
 What color is the sky? | Because it rains, the sky is gray.
 How big is the boat? | It is a small boat that can hold only two people.
+What color are the bananas? | The bananas are green; they have to ripen.
+What color are the bananas? | The bananas are yellow and ripe.
+How long is the train? | It is a long train with many cars.
+Where is the dog? | The dog is inside the car, behind the wheel. | inside
 How big are the waves? | The waves are huge, perfect for surfing.
 How big is the bed? | It is a large king-size bed.
 What is the bird doing? | The bird is standing on one leg.

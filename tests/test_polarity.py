@@ -117,6 +117,8 @@ No, he isn't wearing a hat... he has a cap.
 No he isn't wearing a hat, he has a cap.
 No, he isn't wearing a hat as he has a cap.
 No, there is no toilet paper.
+No, there is no sun.
+No, there is no SUV.
 No, there is no glasses on the table.
 """
 

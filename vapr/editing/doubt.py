@@ -15,7 +15,7 @@ ARGUMENT = re.compile(
     r"|so (?:that|the|it|they|he|she|we|you|people)"
     r"|as (?:it|the|they|there|this|he|she|if|though|we|you|people|a result)"
     r"|(?:which|that) (?:means?|makes?|indicates?|suggests?|implies|allows?|shows?|is why|signals?|tells?|helps?)"
-    r"|(?:perfect|ideal|suitable|great|good|ready) (?:for|to)"
+    r"|(?:perfect|ideal|suitable|great|good|ready) (?:for|to)|; (?:it|they|he|she|this|that)"
     r"|meaning|indicating|suggesting|implying|signal+ing|signifying)\b"
     r"|, (?:\w+ly )?(?:so|allowing|making|causing|giving|letting|forcing|requiring|helping|preventing|showing|revealing"
     r"|ensuring|creating|adding|providing|contrasting|matching)\b",
@@ -23,7 +23,7 @@ ARGUMENT = re.compile(
 )
 # After the value only: what is possible with it.
 POSSIBLE = re.compile(
-    r"\b(?:can|cannot|could|must|should|only|enough|too|(?:has|have|needs?) to|unable|able)\b|\bcan['’]t\b",
+    r"\b(?:can|cannot|could|must|should|only|enough|too|(?:un)?ripe|(?:has|have|needs?) to|unable|able)\b|\bcan['’]t\b",
     re.IGNORECASE,
 )
 NEXT_ARGUES = re.compile(

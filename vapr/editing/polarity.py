@@ -114,7 +114,7 @@ def _some(thing: str, nouns: Nouns) -> str | None:
     if noun in UNCOUNTED:
         return "some"
     plural = noun.endswith("s") and not noun.endswith(("ss", "us"))  # "glasses" have no other singular
-    return "a" if thing[:end].lower() == noun and not plural else None
+    return "a" if thing[:end].lower() == noun and not plural and noun not in ("sun", "sky", "suv") else None
 
 
 def _plain_subject(text: str) -> bool:
