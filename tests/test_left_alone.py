@@ -54,6 +54,13 @@ What color is the sky? | Because it rains, the sky is gray.
 How big is the boat? | It is a small boat that can hold only two people.
 What color are the bananas? | The bananas are green; they have to ripen.
 What color are the bananas? | The bananas are yellow and ripe.
+What color is the cup? | The cup is green, or maybe blue. | green
+What color is the light? | The light is red so traffic has stopped.
+What color is the light? | The green traffic light tells the cars to go.
+What color are the leaves? | The leaves are orange as autumn has come.
+What color is the wall? | The wall is blue like the sky.
+How big is the boat? | It is a small boat for two people.
+How big is the bus? | It is a large bus that seats many.
 How long is the train? | It is a long train with many cars.
 Where is the dog? | The dog is inside the car, behind the wheel. | inside
 How big are the waves? | The waves are huge, perfect for surfing.

@@ -241,10 +241,15 @@ class Category(_Part):
 
     def all_values(self, text: str) -> list[Value]:
         """Values of its closed sets in a text, set by set; they may overlap."""
+        return [value for closed in self._sets_in(text) for value in closed.find(text)]
+
+    def named(self, text: str) -> set[tuple[int, str]]:
+        """As :meth:`ClosedSet.named`, for all its sets: "wooden" gives "wood" away."""
+        return {found for closed in self._sets_in(text) for found in closed.named(text)}
+
+    def _sets_in(self, text: str) -> list[ClosedSet]:
         words = set(WORD.findall(text.lower()))
-        return [
-            value for closed in self.values if not words.isdisjoint(closed.first_words) for value in closed.find(text)
-        ]
+        return [closed for closed in self.values if not words.isdisjoint(closed.first_words)]
 
     def find_values(self, answer: str) -> list[Value]:
         """Values of its closed sets in an answer, in order; of overlapping ones the longest."""

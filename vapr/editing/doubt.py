@@ -15,15 +15,18 @@ ARGUMENT = re.compile(
     r"|so (?:that|the|it|they|he|she|we|you|people)"
     r"|as (?:it|the|they|there|this|he|she|if|though|we|you|people|a result)"
     r"|(?:which|that) (?:means?|makes?|indicates?|suggests?|implies|allows?|shows?|is why|signals?|tells?|helps?)"
-    r"|(?:perfect|ideal|suitable|great|good|ready) (?:for|to)|; (?:it|they|he|she|this|that)"
+    r"|(?:perfect|ideal|suitable|great|good|ready) (?:for|to)|; (?:it|they|this|that)"
     r"|meaning|indicating|suggesting|implying|signal+ing|signifying)\b"
     r"|, (?:\w+ly )?(?:so|allowing|making|causing|giving|letting|forcing|requiring|helping|preventing|showing|revealing"
     r"|ensuring|creating|adding|providing|contrasting|matching)\b",
     re.IGNORECASE,
 )
-# After the value only: what is possible with it.
-POSSIBLE = re.compile(
-    r"\b(?:can|cannot|could|must|should|only|enough|too|(?:un)?ripe|(?:has|have|needs?) to|unable|able)\b|\bcan['’]t\b",
+# After the value only: what it makes possible, what it comes from, what it is like.
+FITS = re.compile(
+    r"\b(?:can|cannot|could|must|should|(?:has|have|needs?) to|able|unable|so|only|enough|too|hardly|barely|easily"
+    r"|(?:un)?ripe|like|same|match\w*|blend\w*|tells?|telling|fits?|seats?|accommodat\w+"
+    r"|for (?:one|two|three|several|many)|holds? (?:up|one|two|several|many|a (?:few|lot))"
+    r"|as (?:\w+ ){1,3}(?:is|are|has|have))\b|\bcan['’]t\b",
     re.IGNORECASE,
 )
 NEXT_ARGUES = re.compile(
@@ -45,7 +48,7 @@ def _sentence(text: str, value: Value) -> tuple[int, int]:
 def argued(answer: str, value: Value) -> bool:
     """Whether the sentence, or the next one, argues from the value: "red, so the cars wait"."""
     start, end = _sentence(answer, value)
-    if ARGUMENT.search(answer[start:end]) or POSSIBLE.search(answer[value.end : end]):
+    if ARGUMENT.search(answer[start:end]) or FITS.search(answer[value.end : end]):
         return True
     return NEXT_ARGUES.match(answer, end) is not None
 

@@ -268,23 +268,18 @@ def _targets(turn: Turn, value: Value, options: set[str], category: Category) ->
     closed = value.set
     taken = set(closed.near(value.name))
     if not options:
-        for start, name in _named(turn.question, category):
+        for start, name in category.named(turn.question):
             if not HOW.search(turn.question[:start]):
                 if closed.alike(value.name, name):
                     return frozenset()
                 taken |= closed.near(name) | {name}
-    for start, name in _named(turn.answer, category):
+    for start, name in category.named(turn.answer):
         if not value.start <= start < value.end:
             if closed.alike(value.name, name):
                 return frozenset()
             taken |= closed.near(name)
     group = options or {member.lower() for member in closed.groups[value.group]}
     return frozenset(group - taken)
-
-
-def _named(text: str, category: Category) -> set[tuple[int, str]]:
-    """Where a text names members of any of the category's sets: "wooden" gives "wood" away."""
-    return {found for closed in category.values for found in closed.named(text)}
 
 
 def _options(turn: Turn, value: Value) -> set[str]:
