@@ -1,5 +1,7 @@
-"""Values that other words depend on: an argument, a sum, an earlier turn. With another value in their place, the texts
-themselves would tell that the answer is wrong."""
+"""Values that other words depend on: an argument, a sum, an earlier turn; and which others the words leave possible.
+
+Where the texts themselves tell that the answer is wrong, nobody has to look at the picture.
+"""
 
 import re
 from collections.abc import Iterator
@@ -127,3 +129,46 @@ def _named(value: Value, text: str) -> bool:
     if (count := number(value.text)) is not None:
         return any(number(match[0]) == count for match in NUMBERS.finditer(text))
     return any(value.set.alike(value.name, name) for _, name in value.set.named(text))
+
+
+OR = re.compile(r"\bor\b", re.IGNORECASE)
+HOW = re.compile(r"\bhow $", re.IGNORECASE)  # "how big" does not say that it is
+
+
+def replacements(
+    turn: Turn, value: Value, options: set[str], asked: set[tuple[int, str]], said: set[tuple[int, str]]
+) -> frozenset[str]:
+    """Values that may take this one's place: of its group, and near-synonyms of none that the texts already name.
+
+    What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
+    not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong ("Which is
+    taller?" "The left one is shorter."), or what it rules out be said ("Besides red, ..."), unless it asks for one of
+    several.
+
+    Args:
+        asked, said: where question and answer name members of any set of the category.
+    """
+    closed = value.set
+    taken = set(closed.near(value.name))
+    if not options:
+        for start, name in asked:
+            if not HOW.search(turn.question[:start]):
+                if closed.alike(value.name, name):
+                    return frozenset()
+                taken |= closed.near(name) | {name}
+    for start, name in said:
+        if not value.start <= start < value.end:
+            if closed.alike(value.name, name):
+                return frozenset()
+            taken |= closed.near(name)
+    group = options or {member.lower() for member in closed.groups[value.group]}
+    return frozenset(group - taken)
+
+
+def choices(turn: Turn, value: Value) -> set[str]:
+    """Values among which the question lets choose: red and blue in "Is it red or blue?"; empty if it does not."""
+    if not OR.search(turn.question):
+        return set()
+    closed = value.set
+    named = {name for _, name in closed.named(turn.question) if closed.members.get(name) == value.group}
+    return named if value.name in named and len(named) > 1 else set()

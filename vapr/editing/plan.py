@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vapr.editing.categories import Categories, Category, Value
 from vapr.editing.checks import VAGUE
-from vapr.editing.doubt import adds_up, argued, told_before
+from vapr.editing.doubt import adds_up, argued, choices, replacements, told_before
 from vapr.editing.nouns import OTHER, Nouns
 from vapr.editing.operations import CannotEdit, Operation, apply, in_the_case_of, number
 from vapr.editing.polarity import YES_OR_NO, flip
@@ -26,9 +26,6 @@ NO_CATEGORY = "no category fits"
 PARTNER_LOST = "the other half of its trade was refused"
 MAX_QUESTION = 8_000
 LONG_QUESTION = f"question longer than {MAX_QUESTION:,} characters"  # rules would take their time over it
-
-OR = re.compile(r"\bor\b", re.IGNORECASE)
-HOW = re.compile(r"\bhow $", re.IGNORECASE)  # "how big" does not say that it is
 
 
 @dataclass(eq=False, slots=True)
@@ -142,10 +139,14 @@ class Planner:
             return self._polarity_offers(turn, number, category)
         if polarity(turn.answer) is not None:
             return []  # "Yes, there are fewer" would contradict itself
-        offers = []
-        for value in category.find_values(turn.answer):
-            options = _options(turn, value)
-            targets = _targets(turn, value, options, category)
+        offers: list[Trade] = []
+        values = category.find_values(turn.answer)
+        if not values:
+            return offers
+        asked, said = category.named(turn.question), category.named(turn.answer)
+        for value in values:
+            options = choices(turn, value)
+            targets = replacements(turn, value, options, asked, said)
             if not targets or self._in_doubt(turn, value, options):
                 continue
             noun = self._noun(turn, value) if value.set.by_noun else None
@@ -255,40 +256,6 @@ class Planner:
             plan.trades = plan.offers[: _wanted(plan)]
             for trade in plan.trades:
                 trade.target = rng.choice(sorted(trade.targets))
-
-
-def _targets(turn: Turn, value: Value, options: set[str], category: Category) -> frozenset[str]:
-    """Values that may take this one's place: of its group, and near-synonyms of none that the texts already name.
-
-    What stands there twice cannot be changed in one place, and "the left one has dots, the left one stripes" or "it is
-    not blue, it is blue" would be wrong without a look at the image. Nor can what the question says be wrong ("Which is
-    taller?" "The left one is shorter."), or what it rules out be said ("Besides red, ..."), unless it asks for one of
-    several.
-    """
-    closed = value.set
-    taken = set(closed.near(value.name))
-    if not options:
-        for start, name in category.named(turn.question):
-            if not HOW.search(turn.question[:start]):
-                if closed.alike(value.name, name):
-                    return frozenset()
-                taken |= closed.near(name) | {name}
-    for start, name in category.named(turn.answer):
-        if not value.start <= start < value.end:
-            if closed.alike(value.name, name):
-                return frozenset()
-            taken |= closed.near(name)
-    group = options or {member.lower() for member in closed.groups[value.group]}
-    return frozenset(group - taken)
-
-
-def _options(turn: Turn, value: Value) -> set[str]:
-    """Values among which the question lets choose: red and blue in "Is it red or blue?"; empty if it does not."""
-    if not OR.search(turn.question):
-        return set()
-    closed = value.set
-    named = {name for _, name in closed.named(turn.question) if closed.members.get(name) == value.group}
-    return named if value.name in named and len(named) > 1 else set()
 
 
 def _wanted(plan: Plan) -> int:
