@@ -70,43 +70,45 @@ Besides red, what other color is on the flag? | Red
 What color is the car that isn't red? | It is a red car.
 What is the wooden table made of? | The table is made of wood.
 What is the book doing? | The book is lying on the table.
-Where is the book? | The book is lying on the table.
-What is next to the plate? | A bottle is standing next to the plate.
-Where are the laptops? | They are sitting on the desk.
-Describe it. | The man's bag is lying on the floor.
+Tell me about it. | The book is lying on the table.
+Tell me about it. | A bottle is standing next to the plate. | standing
+Tell me about the laptops. | They are sitting on the desk.
+Tell me about it. | The man's bag is lying on the floor.
 What is the engine doing? | The engine is walking.
-Describe it. | The water is running down the wall.
-Describe it. | A fence is running along the road.
+Tell me about it. | The boys' bag is lying on the floor.
+What is the man doing? | The gadget is lying on the table.
+Tell me about it. | The water is running down the wall.
+Tell me about it. | A fence is running along the road.
 What is the man doing? | The man is throwing a frisbee to his dog.
-What is the man doing? | He is peeling an orange for his son.
-What happened to the fruit? | The orange has been peeled.
+Tell me about it. | He is peeling an orange for his son.
+Tell me about it. | The orange has been peeled.
 What is the ring made of? | The ring is made of silver.
-What is on the cake? | The cake is topped with cream.
-What does the woman look like? | The woman has a tan.
-Who is the man? | This is J. K. Green.
-Who is the woman? | Betty White is on the stage.
-Who is the man? | He is Professor Green.
-Who plays the guitar? | The guitar is played by Jack Black.
-What animal is it? | It is a blue whale.
-What does the man do? | He checked his watch.
-What do the people do? | The people have gathered in the square.
-When was he hurt? | He was hurt during the fall.
-How does she look? | She looks a little sad.
-What is in the glass? | There is a little water in the glass.
-What is hurt? | He points at his big toe.
-What is hurt? | She holds up her little finger.
-What does he hold? | He holds the right tool.
-Does it fit? | It is the right size.
+Tell me about it. | The cake is topped with cream.
+Tell me about it. | The woman has a tan.
+Tell me about it. | This is J. K. Green.
+Tell me about it. | Betty White is on the stage.
+Tell me about it. | He is Professor Green.
+Tell me about it. | The guitar is played by Jack Black.
+Tell me about it. | It is a blue whale.
+Tell me about it. | He checked his watch.
+Tell me about it. | The people have gathered in the square.
+Tell me about it. | He was hurt during the fall.
+Tell me about it. | She looks a little sad.
+Tell me about it. | There is a little milk in the glass.
+Tell me about it. | He points at his big toe.
+Tell me about it. | She holds up her little finger.
+Tell me about it. | He holds the right tool.
+Tell me about it. | It is the right size.
 Where is it? | It is in the right place.
-What is in the glass? | The glass holds the right amount of water.
+Tell me about it. | The glass holds the right amount of water.
 Where is the cat? | Right in front of the house. | Right
 Where is the cat? | Right under the table. | Right
 Where is the cat? | Right by the door.
 Where is the cat? | Right there.
 Where is the cat? | Right next to the dog. | Right
 Where is the cat? | Right behind the dog. | Right
-What does he do? | He shouts at the top of his lungs.
-Which bird is yellow? | The third bird from the left is yellow.
+Tell me about it. | He shouts at the top of his lungs.
+Tell me about it. | The third bird from the left is yellow. | left
 """
 
 # question | answer | the value that may be traded
@@ -137,6 +139,10 @@ What are the children doing? | Sitting | Sitting
 What are the women doing? | They are walking along the river. | walking
 What is the woman doing? | She is pulling a suitcase across the square. | pulling
 What is the boy doing? | The boy is throwing a ball. | throwing
+What are they doing? | They are walking. | walking
+Tell me about the bench. | He is sitting on the bench. | sitting
+Tell me about it. | This is a bench with a man sitting on it. | sitting
+Tell me about it. | The photo shows a man who is sitting on a bench. | sitting
 Where is the lamp? | On the left. | left
 Where is the lamp? | Right | Right
 Where is the lamp? | The lamp is on the right side of the bed. | right
@@ -155,6 +161,7 @@ def lines(table: str) -> list[str]:
 
 
 def planned(question: str, answer: str, *earlier: str) -> Plan:
+    """The plan of an answer after earlier questions and answers."""
     said = [*earlier, question]
     prompt = tuple({"role": ("user", "assistant")[n % 2], "content": [{"type": "text", "text": text}]}
                    for n, text in enumerate(said))  # fmt: skip
@@ -212,6 +219,12 @@ def test_of_a_choice_the_other_one_does():
 )
 def test_what_an_earlier_turn_has_said(earlier, question, answer, left_alone):
     assert (planned(question, answer, "What is there?", earlier).offers == []) == left_alone
+
+
+def test_an_earlier_word_is_about_what_was_asked():
+    now = ("What color is the car?", "The car is red.")
+    assert planned(*now, "What color is the car in the picture?", "Red").offers == []
+    assert planned(*now, "What color is the hat?", "Red").offers
 
 
 def test_a_very_long_question_is_left_out_at_once():
