@@ -153,6 +153,9 @@ What season is it? | It is in the fall. | fall
 What room is this? | It is a kitchen. | kitchen
 Is the car red or blue? | The car is red. | red
 Are there two or three dogs? | There are two dogs. | two
+How many dogs are in image 12? | There are two dogs. | two
+How many dogs are on page 3 of the book? | There are two dogs. | two
+How many dogs are there? (7) | There are two dogs. | two
 """
 
 

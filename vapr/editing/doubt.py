@@ -75,8 +75,17 @@ SEVERAL = re.compile(
 )
 
 
+NUMBERED = re.compile(
+    r"\b(?:page|picture|image|photo|figure|frame|panel|row|column|line|number|level|floor|platform|gate|route|lane|track"
+    r"|player|room|seat|shelf|step) $",
+    re.IGNORECASE,
+)  # "page 3" counts nothing
+
+
 def _numbers(text: str) -> Iterator[re.Match[str]]:
-    return (match for match in NUMBERS.finditer(text) if not is_name(text, match.start(), match[0]))
+    for match in NUMBERS.finditer(text):
+        if not is_name(text, match.start(), match[0]) and not NUMBERED.search(text[: match.start()]):
+            yield match
 
 
 def adds_up(turn: Turn, value: Value, *, chosen_from: bool) -> bool:
@@ -90,8 +99,9 @@ def adds_up(turn: Turn, value: Value, *, chosen_from: bool) -> bool:
         return False
     if sum(1 for _ in _numbers(answer)) > 1 or SHARES.search(answer) or answer.startswith(" of ", value.end):
         return True
-    if not chosen_from and next(_numbers(turn.question), None):
-        return True
+    asked = turn.question
+    if not chosen_from and any(re.match(r"\s+[^\W\d_]", asked[match.end() :]) for match in _numbers(asked)):
+        return True  # "of the three cups"
     start, end = _sentence(answer, value)
     return any((
         LISTED.search(answer[value.end : end].rstrip(".")), SEVERAL.search(answer[end:]),
