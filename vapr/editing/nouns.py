@@ -95,6 +95,7 @@ class Nouns:
                     break
             at += 1
 
+    @functools.lru_cache(maxsize=100_000)  # noqa: B019 - one lexicon lives as long as the job
     def known(self, phrase: str) -> str | None:
         """The lexicon's singular of a noun; None if it is not there."""
         return next((form for form in (phrase.lower(), singular(phrase)) if form in self._classes), None)
