@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def test_one_door_per_heavy_dependency(package, doors):
         if any(name.split(".")[0] == package for name in imports(path))
     }
     assert all(any(user.startswith(door) for door in doors) for user in users), users
+
+
+def test_training_starts_without_what_only_data_editing_and_audit_need():
+    """Machines with a GPU often hold torch and transformers and little else."""
+    missing = ("datasets", "datasketch", "deepspeed", "inflect", "openai", "pyarrow", "pydantic", "rapidfuzz", "sklearn", "trl", "vllm")  # fmt: skip
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import vapr.trainer, vapr.prepare, vapr.pages.run_report"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_kernels_never_import_the_trainer():

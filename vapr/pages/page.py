@@ -1,6 +1,7 @@
 """What the pages share: style, frame, pictures as text, marked differences, writing whole or not at all."""
 
 import base64
+import difflib
 import hashlib
 import html
 import io
@@ -8,7 +9,6 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from rapidfuzz.distance import Levenshtein, MatchingBlock
 
 from vapr.cache import written_whole
 
@@ -106,7 +106,7 @@ details ul { margin:8px 0 0; padding-left:20px; overflow-wrap:anywhere; }
 """
 
 MAX_THUMBNAIL_SIDE = 360
-MAX_COMPARED = 4_000_000
+MAX_COMPARED = 1_000_000
 """Product of the word counts up to which a difference is searched word by word (time grows with it)."""
 
 
@@ -164,20 +164,16 @@ def marked_words(chosen: str, rejected: str) -> tuple[Marked, Marked]:
     words = _words(chosen), _words(rejected)
     bare = [[word.rstrip() for word in side] for side in words]
     if len(bare[0]) * len(bare[1]) <= MAX_COMPARED:
-        alike = Levenshtein.editops(*bare).as_matching_blocks()  # the last one is empty and stands at both ends
+        # From 200 words on, frequent ones alone make no match: else it would take half a minute over a text that loops.
+        codes = difflib.SequenceMatcher(None, bare[0], bare[1]).get_opcodes()
     else:
-        alike = [MatchingBlock(len(bare[0]), len(bare[1]), 0)]
-    ends, codes = (0, 0), []
-    for block in alike:
-        codes.append((True, ends[0], block.a, ends[1], block.b))
-        ends = block.a + block.size, block.b + block.size
-        codes.append((False, block.a, ends[0], block.b, ends[1]))
+        codes = [("replace", 0, len(bare[0]), 0, len(bare[1]))]
     shown: tuple[Marked, Marked] = ([], [])
-    for differ, *bounds in codes:
+    for kind, *bounds in codes:
         for side in (0, 1):
             text = "".join(words[side][bounds[2 * side] : bounds[2 * side + 1]])
             core = text.rstrip()
-            if differ and core:
+            if kind != "equal" and core:
                 shown[side].extend([(core, True), (text[len(core) :], False)])
             else:
                 shown[side].append((text, False))
