@@ -123,12 +123,13 @@ def image_list(images: Any) -> list[Any]:
 
 def whole_text(value: str, key: str) -> str:
     """The text, if it can be written as UTF-8. Raises BadRow."""
-    if not _encodable(value):
+    if not encodable(value):
         raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)")
     return value
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether the text can be written as UTF-8: it holds no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -294,9 +295,9 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
     if image.startswith(("http://", "https://", "file://", "s3://", "data:")):
         raise BadRow(f"image {image!r:.60} is a URL; save it to a file first, or give its bytes in parquet")
-    if not _encodable(image):
-        raise BadRow(f"image {image!r:.60}: the name is not UTF-8; rename the file")
     path = root / image
+    if not encodable(str(path)):
+        raise BadRow(f"image {image!r:.60}: its path is not UTF-8; rename the file or its folder")
     try:
         outside = confined and not path.resolve().is_relative_to(root.resolve())
         found = path.is_file()

@@ -16,6 +16,7 @@ from vapr.config import SourceConfig
 from vapr.errors import BadRow, UserError
 from vapr.formats import FORMAT_NAMES, detect, map_columns
 from vapr.pairs import Pairs, PairSet, source_name
+from vapr.preference_pair import encodable
 from vapr.rows import SUFFIXES as TEXTS
 from vapr.rows import Rows, open_rows
 from vapr.tables import TABLES, open_hub, open_saved, open_table
@@ -158,7 +159,7 @@ def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, l
         files = _of_split((Path(file) for file in glob.glob(str(path))), source, split)
 
     for file in files:
-        if not _is_utf8(file):
+        if not encodable(str(file.resolve())):
             name = os.fsencode(file).decode(errors="backslashreplace")
             raise UserError(f"{name}: the name of this file or of its folder is not UTF-8 text; rename it")
 
@@ -166,13 +167,6 @@ def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, l
         return file.suffix in TABLES, path if path.is_dir() else file.parent
 
     return [(*key, list(group)) for key, group in itertools.groupby(files, key=kind)]
-
-
-def _is_utf8(file: Path) -> bool:
-    try:
-        return bool(str(file.resolve()).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:

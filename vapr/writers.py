@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from vapr.errors import BadRow
 from vapr.formats import PLACEHOLDER, Row, origin_of
-from vapr.preference_pair import Message, PreferencePair
+from vapr.preference_pair import Message, PreferencePair, encodable
 
 WriterName = Literal["vapr", "trl", "llava", "llama-factory", "ms-swift", "povid", "rlaif-v"]
 WRITER_NAMES: tuple[str, ...] = get_args(WriterName)
@@ -171,7 +171,7 @@ def _like(ours: Any, value: Any) -> bool:
         return False
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return encodable(value)
 
 
 def _same_images(pair: PreferencePair, name: str) -> None:

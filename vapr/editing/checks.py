@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vapr.editing.agreement import number
 from vapr.editing.categories import Category
 from vapr.editing.config import CheckConfig
 from vapr.editing.lookalikes import plain, unexpected
 from vapr.editing.nouns import Nouns, singular
-from vapr.editing.operations import number, spliced
+from vapr.editing.operations import spliced
 from vapr.editing.polarity import NEGATION
 from vapr.preference_pair import Edit
 from vapr.style import edit_distance, num_words, polarity, sentences, style_vector, words

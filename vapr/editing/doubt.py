@@ -6,9 +6,9 @@ Where the texts themselves tell that the answer is wrong, nobody has to look at 
 import re
 from collections.abc import Iterator
 
+from vapr.editing.agreement import SMALL, TENS, number
 from vapr.editing.categories import Value
 from vapr.editing.nouns import Nouns
-from vapr.editing.operations import number
 from vapr.editing.sense import is_name
 from vapr.editing.turns import Turn
 
@@ -56,9 +56,7 @@ def argued(answer: str, value: Value) -> bool:
 
 
 NUMBERS = re.compile(
-    r"(?<![\w$€£#.,-])(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen"
-    r"|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|dozen)(?![\w-])",
-    re.IGNORECASE,
+    rf"(?<![\w$€£#.,-])(?:\d+|{'|'.join([*SMALL[1:], *TENS, 'hundred', 'dozen'])})(?![\w-])", re.IGNORECASE
 )
 SHARES = re.compile(
     r"\b(?:both|pair|couple|half|trio|duo|twins|another|others?|each|either|neither|first|second|third|last|remaining"

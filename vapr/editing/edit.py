@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vapr.editing import prompts
+from vapr.editing.agreement import CannotEdit
 from vapr.editing.categories import Categories, Category
 from vapr.editing.checks import Verdict, check_pair
 from vapr.editing.config import EditConfig
 from vapr.editing.llm import LanguageModel, Reply, Request
 from vapr.editing.nouns import Nouns
-from vapr.editing.operations import CannotEdit, apply, changed_spans
+from vapr.editing.operations import apply, changed_spans
 from vapr.editing.plan import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
 from vapr.editing.turns import Turn, answer_hash, bare
 from vapr.errors import UserError

@@ -1,5 +1,6 @@
 """What editing asks of a language model, and the proof at start-up that its replies follow a schema."""
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Sequence
@@ -88,11 +89,10 @@ def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
         from vapr.editing.offline import OfflineModel
 
         llm = OfflineModel(model, engine)
-    try:
+    with contextlib.ExitStack() as unless_proven:
+        unless_proven.callback(llm.close)
         prove_structured_output(llm)
-    except BaseException:
-        llm.close()
-        raise
+        unless_proven.pop_all()
     return llm
 
 

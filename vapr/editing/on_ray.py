@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vapr.display import Display
-from vapr.editing.job import WAIT_SECONDS, Job, Unit
+from vapr.editing.claim import WAIT_SECONDS
+from vapr.editing.job import Job, Unit
 from vapr.editing.run import Start, open_editor, open_job
 from vapr.editing.run import identity as identity_of
 from vapr.editing.work import do_unit

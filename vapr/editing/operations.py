@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vapr.editing.agreement import CannotEdit, agree, in_the_case_of
-from vapr.editing.agreement import number as number  # planning and checks have it from here
 from vapr.preference_pair import Edit
 
 

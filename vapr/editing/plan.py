@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vapr.editing.agreement import CannotEdit, in_the_case_of, number
 from vapr.editing.categories import Categories, Category, Value
 from vapr.editing.checks import VAGUE
 from vapr.editing.doubt import adds_up, argued, choices, replacements, told_before
 from vapr.editing.nouns import OTHER, Nouns
-from vapr.editing.operations import CannotEdit, Operation, apply, in_the_case_of, number
+from vapr.editing.operations import Operation, apply
 from vapr.editing.polarity import YES_OR_NO, flip
 from vapr.editing.sense import is_adjective, is_name, said_of
 from vapr.editing.turns import Turn

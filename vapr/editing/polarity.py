@@ -2,8 +2,9 @@
 
 import re
 
+from vapr.editing.agreement import in_the_case_of
 from vapr.editing.nouns import UNCOUNTED, Nouns
-from vapr.editing.operations import Operation, in_the_case_of
+from vapr.editing.operations import Operation
 from vapr.style import polarity, sentences
 
 YES_OR_NO = re.compile(r"[\s\"'“‘*_]*(yes|no)(?![\w-])", re.IGNORECASE)

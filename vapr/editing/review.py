@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vapr.cache import written_whole
-from vapr.editing.job import PAIRS, SHARDS, VERDICTS, Job
+from vapr.editing.claim import SHARDS
+from vapr.editing.job import PAIRS, VERDICTS, Job
 from vapr.editing.pair_rows import digest_of, read_table, write_table
 from vapr.intervals import wilson
 from vapr.verdicts import read_verdicts

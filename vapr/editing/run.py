@@ -17,9 +17,10 @@ from vapr.cache import written_whole
 from vapr.display import Display
 from vapr.editing.card import write_card
 from vapr.editing.categories import load_categories
+from vapr.editing.claim import EDITOR, SHARDS
 from vapr.editing.config import EditConfig
 from vapr.editing.edit import Editor
-from vapr.editing.job import SHARDS, Job, Unit
+from vapr.editing.job import Job, Unit
 from vapr.editing.ledger import ledger
 from vapr.editing.llm import LanguageModel, open_llm
 from vapr.editing.prompts import prompt_hash
@@ -85,7 +86,7 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         try:
             _do(start, job, units)
         except BaseException:
-            if (job.folder / "editor.json").exists():
+            if (job.folder / EDITOR).exists():
                 finish(start, job)  # whatever has stopped it, ledger and card say how far it came
             raise
     if start.target is not None:

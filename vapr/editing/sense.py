@@ -3,9 +3,9 @@
 import itertools
 import re
 
+from vapr.editing.agreement import number
 from vapr.editing.categories import Value
 from vapr.editing.nouns import UNCOUNTED, Nouns
-from vapr.editing.operations import number
 
 STARTS_SENTENCE = re.compile(
     r"(?:^|[:\n]|(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)[.!?])[\s\W]*$"

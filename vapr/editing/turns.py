@@ -136,8 +136,6 @@ class InstructionData:
         row = {key: value for key, value in row.items() if value is not None}
         named = image_list(images_of(row))
         images = tuple(image_source(image, root, confined) for image in named)
-        for image in images:
-            whole_text(str(image) if isinstance(image, Path) else "", "image")
         messages = conversation(row)
         check_roles([*messages, *([] if messages[-1]["role"] == "user" else [{"role": "user"}])])
         parts = sum(part["type"] == "image" for message in messages for part in message["content"])

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vapr.display import Display
+from vapr.editing.claim import LEASES, SHARDS, WAIT_SECONDS
 from vapr.editing.edit import Draft, Editor, Tokens, Told
-from vapr.editing.job import LEASES, PAIRS, PLANS, REJECTS, RETRIED, SHARDS, WAIT_SECONDS, Job, Unit
+from vapr.editing.job import PAIRS, PLANS, REJECTS, RETRIED, Job, Unit
 from vapr.editing.leases import Lease, take
 from vapr.editing.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
 from vapr.editing.set_aside import take_up
