@@ -13,15 +13,15 @@ import peft
 import safetensors
 import torch
 import transformers
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from vapr import attention
+from vapr import attention, fused
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
-from vapr.fused import fuse, kernels_run
 from vapr.last_layer import trim_last_layer
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
@@ -33,6 +33,9 @@ FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
     "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, "visual", "visual.merger"),
     "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, "visual", "visual.merger"),
 }
+TRANSFORMERS = ">=5.17,<5.25"
+"""Versions whose modules and pixels were tested, as in pyproject.toml."""
+
 BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
 
@@ -49,6 +52,7 @@ class Policy:
     kernels: bool  # whether layers, head and loss run fused Triton kernels
     dtype: torch.dtype
     vision_trained: bool  # whether tower or projector change
+    left_unfused: tuple[str, ...] = ()  # classes whose modules compute something else than the kernels
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +66,15 @@ class Policy:
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, in a fixed order; tied weights appear once."""
         return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+
+    @property
+    def operations(self) -> str:
+        """What its layers, head and loss run on, for people."""
+        if not self.kernels:
+            return "PyTorch's operations"
+        if not self.left_unfused:
+            return "fused kernels"
+        return f"fused kernels except in {', '.join(self.left_unfused)} (the kernels compute something else)"
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
@@ -111,21 +124,36 @@ def load_policy(
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(config.lora is None and name in trained)
     adapters = _add_lora(base, config, trained) if config.lora else None
+    torch.nn.Module.to(base, device)
     layers = base.model.language_model.layers
-    fused = kernels == "auto" and kernels_run(device, dtype)
-    if fused:
-        fuse(base, layers)
+    kernels_run = kernels == "auto" and fused.kernels_run(device, dtype)
+    left_unfused: tuple[str, ...] = ()
+    if kernels_run:
+        positions = _rotary_positions(model_config.model_type, torch.arange(fused.ROWS, device=device).expand(3, -1))
+        tables = base.model.language_model.rotary_emb(torch.empty(0, device=device, dtype=dtype), positions)
+        left_unfused = fused.fuse(base, layers, tables)
     trim_last_layer(layers[-1])
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.nn.Module.to(base, device).train()
+    base.train()
     folder = Path(str(cached_file(config.model, "config.json"))).parent
     vision_trained = config.train.projector or config.train.vision_tower
-    return Policy(base, adapters, folder, model_config.model_type, backend, fused, dtype, vision_trained)
+    return Policy(
+        base, adapters, folder, model_config.model_type, backend, kernels_run, dtype, vision_trained, left_unfused
+    )
 
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
-    """The model's transformers config, refused if its architecture cannot be packed exactly."""
+    """The model's transformers config, refused if its architecture cannot be packed exactly.
+
+    Raises:
+        UserError: for that, for a folder that is no model, and for a version of transformers that was never tested.
+    """
+    if not SpecifierSet(TRANSFORMERS).contains(transformers.__version__):
+        raise UserError(
+            f"transformers {transformers.__version__} is installed, but vapr is tested with {TRANSFORMERS}; "
+            f"install one of those: pip install 'transformers{TRANSFORMERS}'"
+        )
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -220,25 +248,38 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
         features: what :func:`image_features` gives for its images, if known already.
     """
     model = policy.base.model
-    embeds = model.get_input_embeddings()(batch.input_ids)  # (T, D)
+    embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
     if batch.images:
         features = image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
-    position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
-    options: dict[str, Any] = {}
-    if policy.kernels:  # attention rotates while it gathers keys
-        cos, sin = model.language_model.rotary_emb(embeds[None], position_ids)
-        options["rotary"] = cos[0], sin[0]
     out = model.language_model(
         inputs_embeds=embeds[None],
-        position_ids=position_ids,
+        position_ids=_rotary_positions(policy.family, batch.position_ids),
         use_cache=False,
         segments=batch.attention,
         backend=policy.attention_backend,
         predicting=batch.predicting,
-        **options,
     )
     return out.last_hidden_state[0]
+
+
+def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
+    """Embeddings of tokens, (T, D), whose gradient does not lose what many equal tokens add up to.
+
+    On a CPU nn.Embedding adds gradients in the dtype of its weight, where a sum of ones stops at 256 in bf16, and
+    index_select adds in fp32. On a GPU nn.Embedding adds in fp32 and in a fixed order, and index_select in neither.
+    """
+    if embedding.weight.is_cuda:
+        return embedding(input_ids)
+    embeds = embedding.weight.index_select(0, input_ids)
+    if embedding.padding_idx is not None:  # nn.Embedding gives it no gradient
+        embeds = torch.where((input_ids == embedding.padding_idx)[:, None], embeds.detach(), embeds)
+    return embeds
+
+
+def _rotary_positions(family: str, position_ids: Tensor) -> Tensor:
+    """Positions (3, T) as the family's language model takes them: three axes, or for LLaVA one."""
+    return position_ids[:1] if family == "llava" else position_ids[:, None]
 
 
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:

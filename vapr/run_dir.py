@@ -111,6 +111,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "model_folder": str(policy.folder),
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
+        "left_unfused": policy.left_unfused,
     }
 
 
