@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.workloads import Subject
 from vapr import trainer
+from vapr.attention import VISION_TOWER
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig
 from vapr.engine import Engine
 from vapr.loader import PairLoader, Step
@@ -223,6 +224,9 @@ def _dpo_trainer(subject: Subject, pairs: list[PreferencePair], pairs_per_step: 
         dataloader_num_workers=8 if on_gpu else 0, dataloader_pin_memory=on_gpu, disable_tqdm=True,
     )  # fmt: skip
     model = subject.model()
+    if on_gpu and hasattr(model.model, "visual"):
+        # What flash-attn would give it: transformers' SDPA path calls the tower's attention window by window.
+        model.model.visual.config._attn_implementation = VISION_TOWER
     lora = _trl_freeze(model, policy)
     processor = trl_processor(subject.new_processor(), subject.folder)
     out = trl.DPOTrainer(

@@ -12,7 +12,15 @@ import traceback
 
 from bench import microbench
 
-OPERATIONS = ("linear_logps", "add_rms_norm", "swiglu", "rotary", "gather_keys_values", "preference_loss")
+OPERATIONS = (
+    "linear_logps",
+    "add_rms_norm",
+    "swiglu",
+    "rotary",
+    "gather_keys_values",
+    "preference_loss",
+    "lora_linear",
+)
 
 
 def main() -> None:

@@ -123,6 +123,7 @@ def parse_options() -> argparse.Namespace:
     known = [name for name in SHAPES if name.startswith("small-") != on_gpu]
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=None, help=f"default: {' '.join(known)}")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=None)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, e.g. trl 'vapr shared cached'")
     parser.add_argument("--rounds", type=int, default=None, help="timed steps of every arm")
     parser.add_argument("--pairs-per-step", type=int, default=12 if on_gpu else 4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads() if on_gpu else 2)
@@ -149,15 +150,14 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
         for share in {share for _, share, _ in vapr_arms(case.workload)}
     }  # fmt: skip
     first = new_policy(case.subject, config)
-    arms, absent = build_arms(case, pairs, packed, first, options.pairs_per_step)
+    arms, absent = build_arms(case, pairs, packed, first, options)
     rows = [
         record("train_step", **case.about, data="as shipped", arm=arm, absent=reason) for arm, reason in absent.items()
     ]
     rows += time_arms(arms, case, ceiling, options)
-    shared = arms["vapr shared cached"]
-    assert isinstance(shared, VaprArm)
-    breakdown(shared, case)
-    if first[0].kernels:  # what the fused kernels are worth
+    if isinstance(shared := arms.get("vapr shared cached"), VaprArm):
+        breakdown(shared, case)
+    if first[0].kernels and KERNELS_OFF in (options.arms or [KERNELS_OFF]):  # what the fused kernels are worth
         del arms, shared, first  # one 7B policy at a time
         free_memory()
         plain = VaprArm(
@@ -197,7 +197,7 @@ def vapr_arms(workload: Workload) -> list[tuple[str, str, bool]]:
 
 
 def build_arms(
-    case: Case, pairs: list, packed: dict[str, list[Step]], first: tuple[Policy, Engine], pairs_per_step: int
+    case: Case, pairs: list, packed: dict[str, list[Step]], first: tuple[Policy, Engine], options: argparse.Namespace
 ) -> tuple[dict[str, TrlArm | VaprArm], dict[str, str]]:
     """Every arm by name, TRL's first, and why others are absent. All start from the same weights."""
     arms: dict[str, TrlArm | VaprArm] = {}
@@ -207,6 +207,8 @@ def build_arms(
     if not on_gpu:  # on a GPU Triton runs, and TRL scores completion tokens only by itself
         kinds |= {"trl compact": (True, False), "trl compact cached": (True, True)}
     for name, (compact, cached) in kinds.items():
+        if name not in (options.arms or kinds):
+            continue
         if missing := [package for package in ("trl", "datasets") if version(package) is None]:
             absent[name] = f"{missing[0]} is not installed"
             continue
@@ -214,14 +216,16 @@ def build_arms(
         shared = arms.get("trl") if on_gpu else None
         try:
             arms[name] = TrlArm(
-                case.subject, pairs, pairs_per_step, first[0], compact=compact, cached=cached, trained=shared
+                case.subject, pairs, options.pairs_per_step, first[0], compact=compact, cached=cached, trained=shared
             )  # fmt: skip
         except FAILURES as error:  # a peer that breaks costs its own rows only
             traceback.print_exc()
             absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for name, share, cached in vapr_arms(case.workload):
+        if name not in (options.arms or [name]):
+            continue
         arms[name] = VaprArm(
-            case.subject, pairs, pairs_per_step, share=share, cached=cached, trained=first if on_gpu else None,
+            case.subject, pairs, options.pairs_per_step, share=share, cached=cached, trained=first if on_gpu else None,
             workers=case.pools[name], packed=packed[share],
         )  # fmt: skip
     return arms, absent

@@ -2,6 +2,7 @@
 
     python scripts/gpu_smoke.py                      # on a GPU: real widths, bf16
     TRITON_INTERPRET=1 python scripts/gpu_smoke.py   # without one: small sizes in fp32, for typing mistakes
+    python scripts/gpu_smoke.py tower "step of"      # only the checks in whose names one of these words stands
 
 Prints one line a check, the tracebacks at the end, and a last line that counts. A broken CUDA context (an illegal
 address, a failed device assertion) breaks every later call of its process, so the script then starts itself again at
@@ -112,6 +113,7 @@ def layer_kernels() -> None:
     kernels.test_swiglu(DEVICE)
     kernels.test_add_rms_norm(3584, DEVICE)
     kernels.test_gather_keys_values(DEVICE)
+    kernels.test_lora_linear(DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         from_tests("test_gpu").check_gather_determinism(DEVICE, dtype)
 
@@ -300,6 +302,8 @@ def context_lives() -> bool:
 def main() -> int:
     saved = FOLDER / "state.json"
     state = json.loads(saved.read_text()) if saved.exists() else {"next": 0, "failed": [], "began": time.time()}
+    if wanted := sys.argv[1:]:
+        CHECKS[:] = [(name, function) for name, function in CHECKS if any(word in name for word in wanted)]
     run_checks(state)
     for name, trace in state["failed"]:
         print(f"-- {name}\n{trace}")

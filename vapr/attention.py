@@ -161,6 +161,22 @@ def _language_model_attention(
     return segment_attention(q, k, v, segments, scale=scaling, backend=backend, rotary=rotary)[None], None
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float) -> Tensor:
+    """Full attention inside each of several sequences laid end to end, on a GPU in half precision.
+
+    Args:
+        q, k, v: shape (T, H, E).
+        cu_seqlens: int32, where the sequences begin and the last one ends.
+        longest: tokens of the longest sequence.
+        scale: factor of the scores.
+
+    Returns:
+        Shape (T, H, E).
+    """
+    backend = "flash-attn" if _flash_attn() else "varlen"
+    return _varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, causal=False, backend=backend)
+
+
 def _vision_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -170,16 +186,12 @@ def _vision_attention(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
     max_length_q: int,
-    max_length_k: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Qwen's tower: full attention inside images or windows."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    backend = "flash-attn" if _flash_attn() else "varlen"
-    bounds = (cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k))
-    return _varlen(q, k, v, *bounds, scale=scaling, causal=False, backend=backend)[None], None
+    return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), scale=scaling)[None], None
 
 
 LANGUAGE_MODEL = "vapr_segments"

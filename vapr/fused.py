@@ -46,12 +46,12 @@ def fuse(base: nn.Module, layers: nn.ModuleList, tables: tuple[Tensor, Tensor]) 
     """
     norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
     mlps = [module for module in base.modules() if _is_gated_mlp(module)]
-    left = _fuse_kinds(norms, lambda norm: (norm, types.MethodType(_norm, norm)), _try_norm)
-    left += _fuse_kinds(mlps, lambda mlp: (mlp.act_fn, _Gate), _try_mlp)
+    left = fuse_kinds(norms, lambda norm: (norm, types.MethodType(_norm, norm)), _try_norm)
+    left += fuse_kinds(mlps, lambda mlp: (mlp.act_fn, _Gate), _try_mlp)
     attention: Any = layers[0].self_attn
     config = attention.config  # of all layers
     implementation, config._attn_implementation = config._attn_implementation, ATTENTION_IN_TRIALS
-    left += _fuse_kinds(layers, _fused_attention, lambda layer: _try_layer(layer, tables))
+    left += fuse_kinds(layers, _fused_attention, lambda layer: _try_layer(layer, tables))
     config._attn_implementation = implementation
     return tuple(dict.fromkeys(left))
 
@@ -66,7 +66,7 @@ def _fused_attention(layer: Any) -> tuple[nn.Module, Callable[..., Any]]:
     return attention, types.MethodType(_attend(type(attention).forward), attention)
 
 
-def _fuse_kinds(
+def fuse_kinds(
     modules: Iterable[nn.Module],
     fused: Callable[[Any], tuple[nn.Module, Callable[..., Any]]],
     attempt: Callable[[Any], list[Tensor]],
@@ -111,7 +111,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     return (*parts, *((name, parameter.shape) for name, parameter in module.named_parameters()))
 
 
-def _random(width: int, like: Tensor) -> Tensor:
+def random_rows(width: int, like: Tensor) -> Tensor:
     """The same input each time, (1, ROWS, width), from a generator of its own."""
     drawn = torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(SEED))
     return drawn.to(like.device, like.dtype)
@@ -126,7 +126,7 @@ def _agree(got: Tensor, own: Tensor) -> bool:
 
 def _try_norm(norm: Any) -> list[Tensor]:
     """Rows from very small, where epsilon counts, to large."""
-    x = _random(len(norm.weight), norm.weight)
+    x = random_rows(len(norm.weight), norm.weight)
     scale = torch.logspace(-3, 2, ROWS).to(x.device, x.dtype)
     return [norm(x * scale[:, None])]
 
@@ -134,14 +134,14 @@ def _try_norm(norm: Any) -> list[Tensor]:
 def _try_mlp(mlp: Any) -> list[Tensor]:
     """Gates of about 2, where activations that look alike around 0 differ."""
     weight = mlp.down_proj.weight
-    x = _random(mlp.gate_proj.in_features, weight)
+    x = random_rows(mlp.gate_proj.in_features, weight)
     return [mlp(x * (2 / mlp.gate_proj(x).float().std()).to(x.dtype))]
 
 
 def _try_layer(layer: Any, tables: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Queries and keys as attention is to see them, and what the layer makes of what attention returns."""
     seen: list[Tensor] = []
-    x = _random(layer.self_attn.q_proj.in_features, tables[0])
+    x = random_rows(layer.self_attn.q_proj.in_features, tables[0])
     out = layer(x, attention_mask=None, position_embeddings=tables, segments=seen)
     return [*seen, out]
 

@@ -3,12 +3,12 @@
 import contextlib
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import peft
 import safetensors
 import torch
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from vapr import attention, fused
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
+from vapr.fused_tower import fuse_tower
 from vapr.last_layer import trim_last_layer
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
+from vapr_kernels import lora_linear
 from vapr_kernels.gather_rows import gather_rows
 
 FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
@@ -35,6 +38,9 @@ FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
 }
 TRANSFORMERS = ">=5.17,<5.25"
 """Versions whose modules and pixels were tested, as in pyproject.toml."""
+
+# Pixels that come from a worker process are read-only, and only read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
@@ -132,6 +138,8 @@ def load_policy(
         positions = _rotary_positions(model_config.model_type, torch.arange(fused.ROWS, device=device).expand(3, -1))
         tables = base.model.language_model.rotary_emb(torch.empty(0, device=device, dtype=dtype), positions)
         left_unfused = fused.fuse(base, layers, tables)
+        if backend != "sdpa" and tower == "visual":
+            left_unfused += tuple(fuse_tower(base.model.visual))
     trim_last_layer(layers[-1])
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -235,7 +243,20 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     # Adapters in the compute dtype: their fp32 master copy lives in the optimizer.
-    return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+    adapters = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    for layer in layers:
+        layer.forward = types.MethodType(_adapted, layer)
+    return adapters
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """Forward of a linear layer with vapr's own adapter, without peft's passes over the output."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    (name,) = layer.active_adapters
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[name])
 
 
 def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
@@ -284,13 +305,42 @@ def _rotary_positions(family: str, position_ids: Tensor) -> Tensor:
 
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
     """Features of images laid end to end, (sum of their tokens, D). The tower runs once."""
-    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
-    options = {}
-    if images[0].grid_thw is not None:
-        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=policy.device)
+    model = policy.base.model
     with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
-        out = policy.base.model.get_image_features(pixels.to(policy.device, policy.dtype), **options)
-        return torch.cat(list(out.pooler_output))
+        pixels = _pixels(images, policy.device).to(policy.dtype)
+        if policy.family == "llava":
+            return torch.cat(list(model.get_image_features(pixels).pooler_output))
+        return model.visual(pixels, **_tower_layout(model.visual, images, policy.device)).pooler_output
+
+
+def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
+    """Pixels of images laid end to end on the device, in fp32. Each goes there by itself: joining and casting them on
+    the host first takes three times as long as the transfer."""
+    first = images[0].pixel_values
+    pixels = torch.empty(sum(len(image.pixel_values) for image in images), *first.shape[1:], device=device)
+    start = 0
+    for image in images:
+        pixels[start : start + len(image.pixel_values)] = torch.from_numpy(image.pixel_values)
+        start += len(image.pixel_values)
+    return pixels
+
+
+def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
+    """Sizes of images for Qwen's tower, and what it derives from them: positions, windows, bounds of its attention.
+
+    Computed on the host, where the sizes are; the tower itself would wait for the device at each of them.
+    """
+    grid = torch.tensor([image.grid_thw for image in images])  # (images, 3)
+    bounds = get_vision_cu_seqlens(grid)
+    positions = get_vision_position_ids(grid, tower.spatial_merge_size)
+    layout = {"grid_thw": grid, "position_ids": positions, "cu_seqlens": bounds}
+    longest = {"max_seqlen": int(bounds.diff().max())}
+    if hasattr(tower, "window_size"):
+        sizes = (tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        layout["window_index"], windows = get_vision_window_index(grid, *sizes)
+        layout["cu_window_seqlens"] = windows
+        longest["max_window_seqlen"] = int(windows.diff().max())
+    return {name: value.to(device) for name, value in layout.items()} | longest
 
 
 @contextlib.contextmanager

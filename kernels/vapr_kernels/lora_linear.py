@@ -48,8 +48,9 @@ class _LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]
-        dx, da, db = lora_linear_bwd(dout, *ctx.saved_tensors, ctx.scale, with_dx=ctx.needs_input_grad[0])
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, down, weight, a, b = ctx.saved_tensors
+        dx, da, db = lora_linear_bwd(dout, x, down, weight, a, b, ctx.scale, with_dx=ctx.needs_input_grad[0])
         return dx, None, None, da, db, None
 
 
