@@ -7,6 +7,7 @@
 # Rows, logs and the summary go to one archive, $OUT/gpu.tar.gz (OUT is bench/results/gpu by default), packed again after
 # every part, so that a run cut short leaves what it had. Missing pure Python packages are taken from .whl/, a folder of
 # wheels that scripts/fill_wheels.sh makes on a machine with a network. Failures and the table of results come last.
+# On a copy of the working tree without its history, name the commit for the rows: COMMIT=$(git rev-parse --short=12 HEAD).
 # Exits 1 if a part fails, 2 where it cannot begin.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
