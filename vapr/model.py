@@ -301,6 +301,8 @@ def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
 def frozen(policy: Policy) -> Iterator[None]:
     """Evaluation: no gradients, no checkpointing."""
     policy.base.eval()
-    with torch.no_grad():
-        yield
-    policy.base.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.base.train()
