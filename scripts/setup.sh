@@ -18,7 +18,7 @@ made_from="$(cat pyproject.toml scripts/setup.sh | cksum) $PWD"
 is_made() { # is_made FOLDER PART...: whether one of the parts is installed there
     local folder=$1 part
     shift
-    "$folder/bin/python" -c "" 2> /dev/null || return 1
+    [ ! -e "$folder/interrupted" ] && "$folder/bin/python" -c "" 2> /dev/null || return 1
     for part in "$@"; do
         grep -qxF "$part $made_from" "$folder/installed" 2> /dev/null && return
     done

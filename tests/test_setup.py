@@ -94,6 +94,13 @@ def test_an_installation_that_was_killed_is_made_anew(clone):
     assert clone.setup("demo")[1] == []
 
 
+def test_an_addition_that_was_killed_does_not_leave_the_demo_half_made(clone):
+    clone.setup("demo")
+    clone.fault.write_text("killed")
+    assert clone.setup("dev")[0].returncode == -9
+    assert_made_anew(*clone.setup("demo"))
+
+
 def test_an_installation_that_failed_goes_on_where_it_was(clone):
     clone.fault.write_text("no network")
     done, _ = clone.setup("demo")
