@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that spin for a core slow all of them
@@ -37,6 +38,10 @@ pytest.register_assert_rewrite("tests.edit_jobs", "tests.edit_command")
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "numpy"))
 
 
 @pytest.fixture(autouse=True)

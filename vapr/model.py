@@ -142,7 +142,8 @@ def load_policy(
             left_unfused += tuple(fuse_tower(base.model.visual))
     trim_last_layer(layers[-1])
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
+        (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
     base.train()
     folder = Path(str(cached_file(config.model, "config.json"))).parent
     vision_trained = config.train.projector or config.train.vision_tower
@@ -243,7 +244,9 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     # Adapters in the compute dtype: their fp32 master copy lives in the optimizer.
-    adapters = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # peft 0.21 asks for what transformers renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapters = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
     layers: list[Any] = [module for module in base.modules() if isinstance(module, peft.tuners.lora.Linear)]
     for layer in layers:
         layer.forward = types.MethodType(_adapted, layer)
