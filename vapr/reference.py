@@ -23,6 +23,7 @@ from vapr.cache import files_hash, user_cache
 from vapr.errors import UserError
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen
+from vapr.model_folder import ADAPTER_FILES
 from vapr.packing import PackedBatch, pack
 from vapr.processor import TokenPath
 from vapr.shards import KEY_BYTES, Index, Shard, write_shard
@@ -260,7 +261,7 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
         UserError: if it cannot be made.
     """
     described = {
-        "weights": weights_hash(policy.folder, root),
+        "weights": weights_hash(policy, root),
         "dtype": str(policy.dtype),
         "device": policy.device.type,
         "attention": policy.attention_backend,
@@ -276,7 +277,9 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
     return folder, salt
 
 
-def weights_hash(folder: Path, root: Path) -> str:
-    """sha256 over config and weights of a model folder; remembered in ``root/weights.json``."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+def weights_hash(policy: Policy, root: Path) -> str:
+    """sha256 over config and weights, an adapter's merged into them included; remembered in ``root/weights.json``."""
+    files = [policy.folder / "config.json", *sorted(policy.folder.glob("*.safetensors"))]
+    if policy.source.adapter is not None:
+        files += [policy.source.adapter / name for name in ADAPTER_FILES]
     return files_hash(files, root / "weights.json")

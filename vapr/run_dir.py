@@ -1,5 +1,6 @@
 """The run's folder: who may write to it, what a resumed run must agree with, what describes it."""
 
+import difflib
 import fcntl
 import importlib.metadata
 import os
@@ -22,6 +23,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 
+START = "policy"
+"""Folder of the merged policy, in a run with LoRA that began from an adapter."""
+
 
 _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 # A lock is the trainer's, not its workers', who would keep it when the trainer is killed.
@@ -37,6 +41,10 @@ class RunDir:
 
     def __init__(self, config: Config, *, resume: bool) -> None:
         self.path = Path(config.run_dir)
+        if resume and not self.path.exists():
+            raise UserError(
+                f"run_dir: {self.path} does not exist, so there is nothing to resume; {_runs_beside(self.path)}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -80,6 +88,11 @@ class RunDir:
         return self.path / "final"
 
     @property
+    def start(self) -> Path:
+        """Where the policy of a run with LoRA that began from an adapter is kept, merged."""
+        return self.path / START
+
+    @property
     def finished(self) -> bool:
         return self.final.is_dir()
 
@@ -109,9 +122,19 @@ def environment(policy: Policy) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "model_folder": str(policy.folder),
+        "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
     }
+
+
+def _runs_beside(path: Path) -> str:
+    """Name the runs in the same folder, the nearest name first, or the way out."""
+    folders = [file.parent for name in ("metrics.jsonl", "config.yaml") for file in path.parent.glob(f"*/{name}")]
+    runs = sorted(set(folders), key=lambda run: (-difflib.SequenceMatcher(None, path.name, run.name).ratio(), run))
+    if not runs:
+        return f"there is no run in {path.parent} either; start it without --resume"
+    return f"runs beside it: {', '.join(map(str, runs[:5]))}" + (f" and {len(runs) - 5} more" if len(runs) > 5 else "")
 
 
 def _difference(saved: Path, config: Config) -> str | None:
