@@ -318,3 +318,28 @@ def test_a_stale_start_is_not_kept(sft, tiny, run_config, tmp_path, monkeypatch)
     other = write_adapter(tiny(FAMILY), tmp_path / "other", scale=0.1)
     trainer.train(run_config(other, lora=True))
     assert (tmp_path / "run" / "policy" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+def test_an_adapter_written_again_during_the_run_is_noticed(sft, tiny, run_config, tmp_path, monkeypatch, lora):
+    shutil.copytree(sft, tmp_path / "sft")
+    config = run_config(tmp_path / "sft", lora=lora)
+    real = trainer.Engine.step
+
+    def crash(engine):
+        if engine.num_updates == 3:
+            raise RuntimeError
+        real(engine)
+
+    monkeypatch.setattr(trainer.Engine, "step", crash)
+    with pytest.raises(RuntimeError):
+        trainer.train(config)
+    monkeypatch.undo()
+    write_adapter(tiny(FAMILY), tmp_path / "sft", scale=0.1)
+    with pytest.raises(UserError, match=r"policy.model: the weights of .*sft changed since .*run was started; restore"):
+        trainer.train(config, resume=True)
+    if lora:  # the run keeps its base
+        export(Path(config.run_dir), tmp_path / "out")
+    else:
+        with pytest.raises(UserError, match=r"the weights of .*sft changed since it was started; restore them"):
+            export(Path(config.run_dir), tmp_path / "out")

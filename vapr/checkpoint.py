@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapr.cache import written_whole
+from vapr.cache import give_ordinary_permissions, written_whole
 from vapr.config import CheckpointConfig
 from vapr.engine import Engine
 from vapr.errors import UserError, one_line
@@ -226,8 +226,8 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _finish(path: Path) -> None:
-    """Give a written file the permissions that the umask asks for (safetensors' are private), and sync it."""
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the folder was made with the same umask
+    """Make a written file last, and readable by whom the umask allows."""
+    give_ordinary_permissions(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -21,7 +21,8 @@ from vapr.model import Policy, frozen, load_policy
 from vapr.model_card import write_model_card
 from vapr.model_folder import read_adapter_config
 from vapr.packing import PackedBatch
-from vapr.run_dir import START
+from vapr.reference import reference_root, weights_hash
+from vapr.run_dir import START, weights_at_start
 from vapr.workers import open_workers
 
 NUM_PAIRS = 8
@@ -111,9 +112,14 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
 
 def _rebuild(config: Config, trained: Trained) -> Policy:
     """Load the policy as its run loaded it, and put the trained weights in, in fp32."""
-    policy = load_policy(_start(config, trained), kernels="off")
+    start = _start(config, trained)
+    policy = load_policy(start, kernels="off")
     if policy.adapters is None and trained.step is None:
         return policy  # final/ itself
+    if not Path(start.model).is_relative_to(trained.run):
+        now = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        if weights_at_start(trained.run) not in (None, now):
+            raise UserError(f"{trained.run}: the weights of {start.model} changed since it was started; restore them")
     try:
         weights = _weights(trained.folder)
         for name, parameter in policy.trained_parameters().items():

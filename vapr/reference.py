@@ -46,7 +46,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, cache_dir: str | None, share: str = "pair") -> None:
-        root = Path(cache_dir) if cache_dir else user_cache() / "reference"
+        root = reference_root(cache_dir)
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
@@ -248,6 +248,11 @@ def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float
     return float(((torch.cat(alone) - together).abs() / (1 + together.abs())).max())
 
 
+def reference_root(cache_dir: str | None) -> Path:
+    """The folder of all reference caches that ``reference.cache_dir`` means."""
+    return Path(cache_dir) if cache_dir else user_cache() / "reference"
+
+
 def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> tuple[Path, bytes]:
     """The cache folder of whatever a policy's frozen weights determine, and what tells it from others.
 
@@ -277,9 +282,14 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
     return folder, salt
 
 
-def weights_hash(policy: Policy, root: Path) -> str:
-    """sha256 over config and weights, an adapter's merged into them included; remembered in ``root/weights.json``."""
-    files = [policy.folder / "config.json", *sorted(policy.folder.glob("*.safetensors"))]
+def weights_hash(policy: Policy, root: Path, *, config: bool = True) -> str:
+    """sha256 over the files of weights, of an adapter merged into them, and of the model's config.
+
+    ``config=False`` leaves the config out, which may change without any effect. Files are read once: their hashes are
+    remembered in ``root/weights.json``.
+    """
+    files = [policy.folder / "config.json"] if config else []
+    files += sorted(policy.folder.glob("*.safetensors"))
     if policy.source.adapter is not None:
         files += [policy.source.adapter / name for name in ADAPTER_FILES]
     return files_hash(files, root / "weights.json")

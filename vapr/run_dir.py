@@ -3,6 +3,7 @@
 import difflib
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import weakref
@@ -16,6 +17,7 @@ from vapr import checkpoint
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model import Policy
+from vapr.reference import reference_root, weights_hash
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
@@ -97,12 +99,30 @@ class RunDir:
         return self.final.is_dir()
 
     def describe(self, config: Config, policy: Policy) -> None:
-        """Write config.yaml (resolved) and environment.json."""
+        """Write config.yaml (resolved) and environment.json.
+
+        Raises:
+            UserError: if a run is there that began with other weights; what it has trained would not fit these.
+        """
+        weights = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        if self.holds_run and weights_at_start(self.path) not in (None, weights):
+            raise UserError(
+                f"policy.model: the weights of {config.policy.model} changed since {self.path} was started; restore "
+                "them, or give another run_dir"
+            )
         text = yaml.safe_dump(config.as_dict(), sort_keys=False)
         temporary = self.path / "config.yaml.tmp"
         temporary.write_text(text)
         temporary.replace(self.path / "config.yaml")
-        checkpoint.write_json(self.path / "environment.json", environment(policy))
+        checkpoint.write_json(self.path / "environment.json", {**environment(policy), "weights": weights})
+
+
+def weights_at_start(run: Path) -> str | None:
+    """The hash of the weights that a run began with; None if it is not known."""
+    try:
+        return str(json.loads((run / "environment.json").read_text())["weights"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def environment(policy: Policy) -> dict[str, Any]:
