@@ -335,9 +335,11 @@ def audit(
 @click.option("--adapter", is_flag=True, help="Write the PEFT adapter instead of merged weights.")
 @click.option(
     "--checkpoint", "which", default="last", show_default=True, metavar="last|best|STEP",
-    help="Which checkpoint: the newest, the one with the best held-out figure, or a name such as step-000100.",
+    help="The newest checkpoint, the one with the best held-out figure, or one by name such as step-000100.",
 )  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights. [default: policy.dtype]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the written weights. [default: policy.dtype]"
+)
 @one_line_errors
 def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -> None:
     """Write the model of RUN as a Hugging Face folder: merged weights, or its adapter.

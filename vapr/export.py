@@ -57,7 +57,10 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; give a new folder with --out")
-    run_dir = run.parent.parent if checkpoint.is_checkpoint(run) else run
+    run_dir = run
+    if checkpoint.is_checkpoint(run) and not (run / "config.yaml").is_file():
+        run = run.resolve()
+        run_dir = run.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run}: no run (no config.yaml in {run_dir}); give the folder of a run or of a checkpoint")
     config = Config.load(run_dir / "config.yaml")
@@ -65,11 +68,14 @@ def export(
     if adapter and config.policy.lora is None:
         raise UserError(f"{run_dir}: trained without LoRA, so there is no adapter; leave --adapter out")
     wanted: torch.dtype = getattr(torch, dtype or config.policy.dtype)
-    policy = _converted(_rebuild(config, trained), wanted, adapter=adapter)
-    if adapter:
-        _name_base(policy, trained, say)
-    else:
-        policy = _merged(policy, config, trained, say)
+    try:
+        policy = _converted(_rebuild(config, trained, wanted), wanted, adapter=adapter)
+        if adapter:
+            _name_base(policy, trained, say)
+        else:
+            policy = _merged(policy, config, trained, say)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{run}: its policy does not fit the GPU; CUDA_VISIBLE_DEVICES= exports on the CPU") from None
     with checkpoint.new_folder(out) as temporary:
         if adapter:
             checkpoint.save_adapter(policy, temporary)
@@ -82,7 +88,7 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
     """Find the weights that are asked for, and say which they are."""
     final = run_dir / "final"
     there = checkpoint.list_checkpoints(run_dir)
-    if checkpoint.is_checkpoint(run):
+    if run != run_dir:
         if which != "last":
             raise UserError(f"--checkpoint {which}: {run} is a checkpoint already; give the run's folder")
         if run not in there:
@@ -110,8 +116,8 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
     return Trained(run_dir, final, None)
 
 
-def _rebuild(config: Config, trained: Trained) -> Policy:
-    """Load the policy as its run loaded it, and put the trained weights in, in fp32."""
+def _rebuild(config: Config, trained: Trained, wanted: torch.dtype) -> Policy:
+    """Load the policy as its run loaded it, and put the trained weights in: those of adapters in fp32."""
     start = _start(config, trained)
     policy = load_policy(start, kernels="off")
     if policy.adapters is None and trained.step is None:
@@ -120,12 +126,13 @@ def _rebuild(config: Config, trained: Trained) -> Policy:
         now = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
         if weights_at_start(trained.run) not in (None, now):
             raise UserError(f"{trained.run}: the weights of {start.model} changed since it was started; restore them")
+    dtype = wanted if policy.adapters is None else torch.float32
     try:
         weights = _weights(trained.folder)
         for name, parameter in policy.trained_parameters().items():
             if weights[name].shape != parameter.shape:
                 raise ValueError(f"'{name}' has another shape")
-            parameter.data = weights[name].to(parameter.device, torch.float32)
+            parameter.data = weights[name].to(parameter.device, dtype)
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{trained.folder}: its weights cannot be used ({one_line(error)})") from None
     return policy

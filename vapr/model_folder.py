@@ -6,9 +6,10 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from vapr.cache import user_cache
 from vapr.errors import UserError, one_line
@@ -70,11 +71,14 @@ def find_model(model: str, base: str | None = None) -> ModelSource:
     return ModelSource(str(_linked(folder, adapter)), adapter, base)
 
 
-def read_adapter_config(folder: Path) -> dict[str, str]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read ``adapter_config.json``. Raises UserError if it is no JSON object."""
-    file = folder / "adapter_config.json"
+    return {"base_model_name_or_path": None, "peft_type": None, **_read_json(folder / "adapter_config.json")}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return {"base_model_name_or_path": "", "peft_type": "", **json.loads(file.read_text(encoding="utf-8"))}
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
 
@@ -135,7 +139,7 @@ def _linked(base: Path, adapter: Path) -> Path:
     replaced: set[str] = set()
     if "tokenizer_config.json" in own:  # files of two tokenizers must not mix
         replaced |= set(TOKENIZER_FILES)
-        if "chat_template" in json.loads((adapter / "tokenizer_config.json").read_text(encoding="utf-8")):
+        if "chat_template" in _read_json(adapter / "tokenizer_config.json"):
             replaced |= set(TEMPLATE_FILES)
     if not own.keys().isdisjoint(TEMPLATE_FILES):
         replaced |= set(TEMPLATE_FILES)
