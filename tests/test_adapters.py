@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import oracles
 from tests.runs import final_bytes, metrics
 from vapr import survey, trainer
+from vapr.adapters import merge_layers
 from vapr.blind import Scorer
 from vapr.checkpoint import save_start
 from vapr.config import Config, PolicyConfig
@@ -343,3 +344,37 @@ def test_an_adapter_written_again_during_the_run_is_noticed(sft, tiny, run_confi
     else:
         with pytest.raises(UserError, match=r"the weights of .*sft changed since it was started; restore them"):
             export(Path(config.run_dir), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("rms", "error", "unchanged"), [(3.8e-6, 0.96, 0.96), (3.8e-5, 0.63, 0.62), (3.8e-4, 0.09, 0.10)]
+)
+def test_what_rounding_takes_of_adapters_of_known_size(rms, error, unchanged):
+    """The table of docs/export.md: weights of rms 0.02 in bf16."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
+            self.linear.weight.data.normal_(0, 0.02)
+            self.config: dict = {}
+            self.get_input_embeddings = self.get_output_embeddings = lambda: self.linear
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Layer()
+        before = model.linear.weight.data.double()
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=["linear"]))
+        factors = [w.data for name, w in adapted.named_parameters() if "lora_" in name]
+        for factor in factors:
+            factor.normal_(0, (rms / 4) ** 0.5)
+        delta = factors[1].double() @ factors[0].double()
+        report = merge_layers(adapted, dtype)
+        merged = model.linear.weight.data.double()
+        true = float((merged - before - delta).norm() / delta.norm())
+        assert report.relative_error == pytest.approx(true, rel=1e-2)
+        assert report.unchanged == pytest.approx(float((merged == before).double().mean()))
+        if dtype == torch.bfloat16:
+            assert report.relative_error == pytest.approx(error, abs=0.01)
+            assert report.unchanged == pytest.approx(unchanged, abs=0.01)
+        else:
+            assert report.relative_error < 1e-3 and report.unchanged < 0.01
