@@ -99,6 +99,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
+    """Whether the name is a whole checkpoint's."""
     return re.fullmatch(r"step-\d{6,}", folder.name) is not None
 
 
