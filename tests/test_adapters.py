@@ -378,3 +378,26 @@ def test_what_rounding_takes_of_adapters_of_known_size(rms, error, unchanged):
             assert report.unchanged == pytest.approx(unchanged, abs=0.01)
         else:
             assert report.relative_error < 1e-3 and report.unchanged < 0.01
+
+
+OLD_NAMES = {"llava": "language_model.model.", "qwen2_vl": "model.", "qwen2_5_vl": "model."}
+
+
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_adapters_of_every_family_and_age(family, tiny, tmp_path, names):
+    """transformers 4.52 renamed the modules: adapters saved before it have other names for the same layers."""
+    base = tiny(family)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=r".*layers.*\.(q_proj|down_proj)")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        applied = peft.PeftModel.from_pretrained(oracles.load_model(base, family), str(adapter))
+        expected = applied(input_ids=ids).logits
+        weights = load_file(adapter / "adapter_model.safetensors")
+        assert any(".model.language_model." in name for name in weights)
+        if names == "old":
+            weights = {n.replace("model.language_model.", OLD_NAMES[family]): w for n, w in weights.items()}
+            save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+        policy = load_policy(PolicyConfig(model=str(adapter), dtype="float32"), CPU)
+        save_start(policy, tmp_path / "merged")
+        merged = oracles.load_model(tmp_path / "merged", family)(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

@@ -26,6 +26,10 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base's weights, in ways that loading may not repeat exactly."""
 
 
+NAMES_BEFORE_4_52 = {r"^model\.(?!language_model\.|visual\.)": "model.language_model.", r"^visual\.": "model.visual."}
+"""Qwen's module names in adapters saved before transformers 4.52, to today's: PEFT knows LLaVA's old names alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """What merging did, over all merged layers."""
@@ -68,7 +72,8 @@ def merge_adapter(base: transformers.PreTrainedModel, folder: Path, dtype: torch
                 raise UserError(f"{where} changes single parameters (target_parameters); merge it with PEFT")
             config.inference_mode = True
             adapted = peft.PeftModel(base, config)
-            result = adapted.load_adapter(str(folder), "default", torch_device=str(base.device))
+            names = NAMES_BEFORE_4_52 if base.config.model_type.startswith("qwen2") else None
+            result = adapted.load_adapter(str(folder), "default", torch_device=str(base.device), key_mapping=names)
             if strange := sorted([*result.unexpected_keys, *result.missing_keys]):
                 raise UserError(f"{where} does not fit its base: {len(strange)} weights without a place, {strange[0]}")
             report = merge_layers(adapted, dtype)
