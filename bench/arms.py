@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.workloads import Subject
 from vapr import trainer
+from vapr.attention import VISION_TOWER
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig
 from vapr.engine import Engine
 from vapr.loader import PairLoader, Step
@@ -22,7 +23,7 @@ from vapr.packing import PackedBatch
 from vapr.preference_pair import PreferencePair
 from vapr.processor import Processor
 from vapr.reference import Reference
-from vapr.workers import Workers, default_workers
+from vapr.workers import Workers
 
 LR = 1e-3
 """Large, so that a few updates move the loss far enough to compare the arms by it."""
@@ -50,45 +51,38 @@ class VaprArm:
         share: ``packing.share``.
         cached: the reference is in the cache; else computed in the step.
         trained: policy and engine to go on with, so that several arms need one model on a GPU.
+        workers: data processes. They have to be started before the GPU is touched: forking a process that holds a CUDA
+            context takes long. Without them the arm tokenises in its own process.
+        packed: every step's packs, if known already.
     """
 
     def __init__(
         self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, *, share: str, cached: bool,
-        trained: tuple[Policy, Engine] | None = None,
+        trained: tuple[Policy, Engine] | None = None, workers: Workers | None = None, packed: list[Step] | None = None,
     ) -> None:  # fmt: skip
         self.config = vapr_config(subject, share, pairs_per_step)
         self.policy, self.engine = trained or new_policy(subject, self.config)
-        self._subject, self._pairs = subject, pairs
-        self._workers: Workers | None = None
+        self._subject, self._pairs, self._workers, self._packed = subject, pairs, workers, packed
         self.num_steps = len(pairs) // pairs_per_step
         cache = str(subject.folder / "references")
         self.reference = (Reference if cached else OnlineReference)(self.policy, cache, share)
-        self._batches: list[Step] | None = None
         if cached:
-            for step in self._loader().steps(0, self.num_steps):
+            for step in self.prebuild():
                 for batch in step.batches:
                     self.reference.logps(batch.to(self.policy.device))
         self.losses: list[float] = []
 
-    def _loader(self) -> PairLoader:
-        if self._workers is not None:
-            self._workers.close()
-        self._workers = Workers(self._subject.new_processor(), count=default_workers())
-        pairs_per_step = self.config.optim.pairs_per_step
-        return PairLoader(
-            self._pairs, self._workers, self.config.packing, pairs_per_step=pairs_per_step, shuffle=False
-        )  # fmt: skip
-
     def prebuild(self) -> list[Step]:
         """Every step's packs."""
-        if self._batches is None:
-            self._batches = list(self._loader().steps(0, self.num_steps))
-        return self._batches
+        if self._packed is None:
+            self._packed = packed_steps(self._subject, self._pairs, self.config)
+        return self._packed
 
-    def start(self, *, prebuilt: bool) -> None:
-        """Go back to the first row."""
+    def start(self, *, prebuilt: bool, workers: Workers | None = None) -> None:
+        """Go back to the first row; ``workers`` take the place of the arm's own."""
+        workers = workers or self._workers or Workers(self._subject.new_processor())
         self.steps: Iterator[Step] = (
-            iter(self.prebuild()) if prebuilt else self._loader().steps(0, self.num_steps)
+            iter(self.prebuild()) if prebuilt else steps_of(self._pairs, workers, self.config)
         )  # fmt: skip
 
     def __call__(self) -> None:
@@ -96,6 +90,20 @@ class VaprArm:
         values, _ = trainer.train_step(self.config, self.policy, self.engine, self.reference, step)
         self.engine.step()
         self.losses.append(values["loss"])
+
+
+def steps_of(pairs: list[PreferencePair], workers: Workers, config: Config) -> Iterator[Step]:
+    """The packs of one step after another, in the order of the rows."""
+    pairs_per_step = config.optim.pairs_per_step
+    loader = PairLoader(pairs, workers, config.packing, pairs_per_step=pairs_per_step, shuffle=False)
+    return loader.steps(0, len(pairs) // pairs_per_step)
+
+
+def packed_steps(
+    subject: Subject, pairs: list[PreferencePair], config: Config, workers: Workers | None = None
+) -> list[Step]:
+    """All steps of the rows, packed ahead of time."""
+    return list(steps_of(pairs, workers or Workers(subject.new_processor()), config))
 
 
 def vapr_config(subject: Subject, share: str, pairs_per_step: int) -> Config:
@@ -125,44 +133,50 @@ class TrlArm:
         policy: vapr's, before its first update: TRL gets the same adapters, or the same trained parameters.
         compact: score completion tokens only, which TRL does on Triton devices alone.
         cached: reference log-probs are handed over by the collator.
+        trained: an arm whose trainer to go on with, so that several arms need one model on a GPU.
     """
 
     def __init__(
         self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, policy: Policy, *,
-        compact: bool, cached: bool,
+        compact: bool, cached: bool, trained: "TrlArm | None" = None,
     ) -> None:  # fmt: skip
-        self._compact = compact
+        self._compact, self._cached = compact, cached
         # Unpacked, unshared pairs of a 7B model without checkpointing: more than four do not fit beside each other.
         micro_pairs = min(pairs_per_step, TRL_MICRO_PAIRS) if subject.device.type == "cuda" else pairs_per_step
         assert pairs_per_step % micro_pairs == 0
         self._micro_batches = pairs_per_step // micro_pairs
-        self.trainer = _dpo_trainer(subject, pairs, micro_pairs, policy)
-        self.trainer.create_optimizer()
-        accelerator = self.trainer.accelerator
-        self._model, self._optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
-        self._model.train()
-        self.trainer.current_gradient_accumulation_steps = self._micro_batches
+        if trained is None:
+            self.trainer = _dpo_trainer(subject, pairs, micro_pairs, policy)
+            self.trainer.create_optimizer()
+            accelerator = self.trainer.accelerator
+            self._model, self._optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+            self._model.train()
+            self.trainer.current_gradient_accumulation_steps = self._micro_batches
+        else:
+            self.trainer, self._model, self._optimizer = trained.trainer, trained._model, trained._optimizer
+        self._collator = _Collator(self.trainer.data_collator.collator)
         if cached:
-            self._inject_reference()
+            self._collator.reference = self._reference_of_all_rows()
         self.losses: list[float] = []
 
-    def _inject_reference(self) -> None:
-        """Compute every row's reference now, and let the collator add it to each batch."""
+    def _reference_of_all_rows(self) -> dict[str, tuple[float, float]]:
+        """What the collator adds to each batch: the reference's log-probs of every row, computed now."""
         known: dict[str, tuple[float, float]] = {}
         for batch in self.trainer.get_train_dataloader():
             ids = batch.pop("ids")
             chosen, rejected = self.trainer.compute_ref_log_probs(self._model, self.trainer._prepare_inputs(batch))
             known.update(zip(ids, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
-        self.trainer.data_collator.reference = known
-        self.trainer.precompute_ref_logps = True
+        return known
 
     def start(self, *, prebuilt: bool) -> None:
         """Go back to the first row."""
+        self.trainer.data_collator = self._collator
         loader = self.trainer.get_train_dataloader()
         self.steps = iter(list(loader)) if prebuilt else iter(loader)
 
     def __call__(self) -> None:
         loss = 0.0
+        self.trainer.precompute_ref_logps = self._cached  # another arm may have the same trainer
         for _ in range(self._micro_batches):
             batch = dict(next(self.steps))
             batch.pop("ids")
@@ -183,12 +197,12 @@ class _Collator:
     """TRL's vision collator; keeps the rows' ids and adds their reference log-probs, if known."""
 
     def __init__(self, collator: Any) -> None:
-        self._collator = collator
+        self.collator = collator
         self.reference: dict[str, tuple[float, float]] = {}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [example.pop("id") for example in examples]
-        batch = dict(self._collator(examples))
+        batch = dict(self.collator(examples))
         batch["ids"] = ids
         if self.reference:
             values = torch.tensor([self.reference[name] for name in ids])
@@ -210,6 +224,9 @@ def _dpo_trainer(subject: Subject, pairs: list[PreferencePair], pairs_per_step: 
         dataloader_num_workers=8 if on_gpu else 0, dataloader_pin_memory=on_gpu, disable_tqdm=True,
     )  # fmt: skip
     model = subject.model()
+    if on_gpu and hasattr(model.model, "visual"):
+        # What flash-attn would give it: transformers' SDPA path calls the tower's attention window by window.
+        model.model.visual.config._attn_implementation = VISION_TOWER
     lora = _trl_freeze(model, policy)
     processor = trl_processor(subject.new_processor(), subject.folder)
     out = trl.DPOTrainer(

@@ -162,7 +162,8 @@ def main(op: Op, arguments: list[str] | None = None) -> list[Row]:
                 check = number == options.rows[0]
                 rows += run_case(op, case, sizes.shapes[shape], computes, absent, ceilings, device, options, check)
     show(op, rows)
-    draw(op, rows, options.plot)
+    if not options.no_plot:
+        draw(op, rows, options.plot)
     if broken := sorted({row["provider"] for row in rows if row["provider"].startswith("vapr") and "absent" in row}):
         sys.exit(f"bench.{op.name}: {', '.join(broken)} did not run; the table says why")
     return rows
@@ -177,6 +178,7 @@ def parse_options(op: Op, sizes: Sizes, arguments: list[str] | None) -> argparse
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="where the plots go; default: beside the rows")
+    parser.add_argument("--no-plot", action="store_true", help="rows and table only")
     options = parser.parse_args(arguments)
     for what, known in (("shapes", sizes.shapes), ("providers", op.providers)):
         for name in getattr(options, what) or ():

@@ -215,12 +215,15 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, ``-dirty`` if tracked or new files differ from it; COMMIT where git cannot tell."""
+    """COMMIT where it is set (a copy of the working tree may come with an older git folder), else the checked-out
+    commit, ``-dirty`` if tracked or new files differ from it."""
+    if named := os.environ.get("COMMIT"):
+        return named
     # A row just appended to bench/results must not make the next one dirty.
     status = _git("status", "--porcelain", "--", ".", ":!bench/results")
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None or status is None:
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return head + ("-dirty" if status else "")
 
 

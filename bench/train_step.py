@@ -11,32 +11,53 @@ import gc
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
+from bench.arms import TrlArm, VaprArm, new_policy, packed_steps, vapr_config
+from bench.microbench import FAILURES
 from bench.record import Timing, matmul_flops, measure, record, synchronize, version
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
 from vapr.engine import Engine
+from vapr.loader import Step
 from vapr.logps import completion_logps, per_completion
 from vapr.loss import sigmoid_loss
 from vapr.metrics import useful_flops
 from vapr.model import Policy, hidden_states, image_features
+from vapr.workers import Workers, default_workers
 from vapr_kernels import gather_rows, linear_logps
 
 WARMUP = 2
+KERNELS_OFF = "vapr shared cached, kernels off"
 AGREEMENT = 1e-3
 """Largest accepted difference of a step's loss between TRL and vapr. Step by step, so it covers the updates too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model and workload, with the data processes of each arm."""
+
+    subject: Subject
+    workload: Workload
+    about: dict[str, Any]  # what its rows say was measured
+    pools: dict[str, Workers]  # by arm; "packing" packs ahead of time, "breakdown" feeds the timing by parts
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
 
 
 def main() -> None:
@@ -45,17 +66,44 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    ceiling = matmul_flops(device)
-    disagreements = []
-    for model in options.models:
-        for name in options.workloads:
-            with tempfile.TemporaryDirectory() as folder:
-                subject = Subject(SHAPES[model], Path(folder), device, lora=not options.full)
-                disagreements += run_case(subject, WORKLOADS[name], describe(subject, model, name), ceiling, options)
-            gc.collect()  # trainers hold themselves in cycles
-            torch.cuda.empty_cache()
-    if disagreements:
-        raise SystemExit("the arms did not do the same work: " + "; ".join(disagreements))
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        # All at once: the data processes are to be forked before the GPU is touched.
+        cases = [
+            open_case(model, name, Path(folder) / f"{model}-{name}", device, options)
+            for model in options.models
+            for name in options.workloads
+        ]
+        ceiling = matmul_flops(device)
+        for case in cases:
+            try:
+                problems += run_case(case, ceiling, options)
+            except FAILURES as error:  # the cases after it count as much
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                record("train_step", **case.about, data="as shipped", arm="all", absent=reason)
+                problems.append(f"{case.about['model']} {case.about['workload']} ended in {type(error).__name__}")
+            case.close()
+            free_memory()
+    if problems:
+        raise SystemExit("; ".join(problems))
+
+
+def open_case(model: str, workload: str, folder: Path, device: torch.device, options: argparse.Namespace) -> Case:
+    folder.mkdir()
+    subject = Subject(SHAPES[model], folder, device, lora=not options.full)
+    arms = [name for name, _, _ in vapr_arms(WORKLOADS[workload])]
+    pools = {
+        name: Workers(subject.new_processor(), count=default_workers())
+        for name in (*arms, KERNELS_OFF, "packing", "breakdown")
+    }
+    return Case(subject, WORKLOADS[workload], describe(subject, model, workload), pools)
+
+
+def free_memory() -> None:
+    gc.collect()  # trainers hold themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe(subject: Subject, model: str, workload: str) -> dict[str, Any]:
@@ -75,6 +123,7 @@ def parse_options() -> argparse.Namespace:
     known = [name for name in SHAPES if name.startswith("small-") != on_gpu]
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=None, help=f"default: {' '.join(known)}")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=None)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, e.g. trl 'vapr shared cached'")
     parser.add_argument("--rounds", type=int, default=None, help="timed steps of every arm")
     parser.add_argument("--pairs-per-step", type=int, default=12 if on_gpu else 4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads() if on_gpu else 2)
@@ -91,55 +140,94 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def run_case(
-    subject: Subject, workload: Workload, case: dict[str, Any], ceiling: dict[str, Any], options: argparse.Namespace
-) -> list[str]:
+def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """Build the arms, time them as shipped and with batches prebuilt, record and show; returns disagreements."""
-    pairs = subject.pairs(workload, options.pairs_per_step * (WARMUP + options.rounds))
-    arms, absent = build_arms(subject, workload, pairs, options.pairs_per_step)
-    rows = [record("train_step", **case, data="as shipped", arm=arm, absent=reason) for arm, reason in absent.items()]
+    pairs = case.subject.pairs(case.workload, options.pairs_per_step * (WARMUP + options.rounds))
+    config = vapr_config(case.subject, "pair", options.pairs_per_step)
+    packed = {
+        share: packed_steps(case.subject, pairs, vapr_config(case.subject, share, options.pairs_per_step),
+                            case.pools["packing"])
+        for share in {share for _, share, _ in vapr_arms(case.workload)}
+    }  # fmt: skip
+    first = new_policy(case.subject, config)
+    arms, absent = build_arms(case, pairs, packed, first, options)
+    rows = [
+        record("train_step", **case.about, data="as shipped", arm=arm, absent=reason) for arm, reason in absent.items()
+    ]
+    rows += time_arms(arms, case, ceiling, options)
+    if isinstance(shared := arms.get("vapr shared cached"), VaprArm):
+        breakdown(shared, case)
+    if first[0].kernels and KERNELS_OFF in (options.arms or [KERNELS_OFF]):  # what the fused kernels are worth
+        del arms, shared, first  # one 7B policy at a time
+        free_memory()
+        plain = VaprArm(
+            case.subject, pairs, options.pairs_per_step, share="pair", cached=True, packed=packed["pair"],
+            trained=new_policy(case.subject, config, kernels="off"), workers=case.pools[KERNELS_OFF],
+        )  # fmt: skip
+        rows += time_arms({KERNELS_OFF: plain}, case, ceiling, options)
+    show(rows, case.about)
+    name = f"{case.about['model']} {case.about['workload']}"
+    return [f"{name}: {row['arm']} did other work than TRL" for row in rows if row.get("agrees") is False]
+
+
+def time_arms(
+    arms: dict[str, TrlArm | VaprArm], case: Case, ceiling: dict[str, Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of interleaved arms, as shipped and (unless --quick) with batches prebuilt."""
+    rows = []
     for prebuilt in (False,) if options.quick else (False, True):
         for arm in arms.values():
             arm.start(prebuilt=prebuilt)
         rounds = max(2, options.rounds // 2) if prebuilt else options.rounds
-        timings = measure(arms, rounds=rounds, warmup=WARMUP, device=subject.device)
-        data = "prebuilt" if prebuilt else "as shipped"
-        rows += record_arms(arms, timings, {**case, "data": data}, ceiling, options.pairs_per_step)
-    show(rows, case)
-    breakdown(arms["vapr shared cached"], case)
-    return [f"{case['model']} {case['workload']}: {row['arm']}" for row in rows if row.get("agrees") is False]
+        timings = measure(arms, rounds=rounds, warmup=WARMUP, device=case.subject.device)
+        about = {**case.about, "data": "prebuilt" if prebuilt else "as shipped"}
+        rows += record_arms(arms, timings, about, ceiling, options.pairs_per_step)
+    return rows
+
+
+def vapr_arms(workload: Workload) -> list[tuple[str, str, bool]]:
+    """(name, ``packing.share``, whether the reference is cached) of every arm of vapr's."""
+    shares = {"none": "unshared", "pair": "shared", "image": "image-shared"}
+    kinds = [("none", False), ("pair", False), ("pair", True)]
+    if workload.pairs_per_image > 1:
+        kinds += [("image", False), ("image", True)]
+    return [
+        (f"vapr {shares[share]} {'cached' if cached else 'online'}", share, cached) for share, cached in kinds
+    ]  # fmt: skip
 
 
 def build_arms(
-    subject: Subject, workload: Workload, pairs: list, pairs_per_step: int
+    case: Case, pairs: list, packed: dict[str, list[Step]], first: tuple[Policy, Engine], options: argparse.Namespace
 ) -> tuple[dict[str, TrlArm | VaprArm], dict[str, str]]:
     """Every arm by name, TRL's first, and why others are absent. All start from the same weights."""
-    config = vapr_config(subject, "pair", pairs_per_step)
-    first = new_policy(subject, config)
     arms: dict[str, TrlArm | VaprArm] = {}
     absent: dict[str, str] = {}
-    on_gpu = subject.device.type == "cuda"
+    on_gpu = case.subject.device.type == "cuda"
     kinds = {"trl": (False, False), "trl cached": (False, True)}
     if not on_gpu:  # on a GPU Triton runs, and TRL scores completion tokens only by itself
         kinds |= {"trl compact": (True, False), "trl compact cached": (True, True)}
     for name, (compact, cached) in kinds.items():
+        if name not in (options.arms or kinds):
+            continue
         if missing := [package for package in ("trl", "datasets") if version(package) is None]:
             absent[name] = f"{missing[0]} is not installed"
             continue
-        arms[name] = TrlArm(subject, pairs, pairs_per_step, first[0], compact=compact, cached=cached)
-    # On a CPU every arm has a model of its own, so that their losses can be compared; on a GPU one must do.
-    trained = first if on_gpu else None
-    shares = {"none": "unshared", "pair": "shared", "image": "image-shared"}
-    for share, cached in (("none", False), ("pair", False), ("pair", True), ("image", False), ("image", True)):
-        if share == "image" and workload.pairs_per_image == 1:
+        # On a CPU every arm has a model of its own, so that their losses can be compared; on a GPU one must do.
+        shared = arms.get("trl") if on_gpu else None
+        try:
+            arms[name] = TrlArm(
+                case.subject, pairs, options.pairs_per_step, first[0], compact=compact, cached=cached, trained=shared
+            )  # fmt: skip
+        except FAILURES as error:  # a peer that breaks costs its own rows only
+            traceback.print_exc()
+            absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for name, share, cached in vapr_arms(case.workload):
+        if name not in (options.arms or [name]):
             continue
-        name = f"vapr {shares[share]} {'cached' if cached else 'online'}"
-        arms[name] = VaprArm(subject, pairs, pairs_per_step, share=share, cached=cached, trained=trained)
-    if first[0].kernels:  # what the fused kernels are worth
-        plain = new_policy(subject, config, kernels="off")
-        arms["vapr shared cached, kernels off"] = VaprArm(
-            subject, pairs, pairs_per_step, share="pair", cached=True, trained=plain
-        )
+        arms[name] = VaprArm(
+            case.subject, pairs, options.pairs_per_step, share=share, cached=cached, trained=first if on_gpu else None,
+            workers=case.pools[name], packed=packed[share],
+        )  # fmt: skip
     return arms, absent
 
 
@@ -184,14 +272,20 @@ def agreement(arms: dict[str, TrlArm | VaprArm], name: str, case: dict[str, Any]
     return {"loss_gap": gap, "agrees": gap <= AGREEMENT if comparable else None}
 
 
-def breakdown(arm: VaprArm, case: dict[str, Any], repeats: int = 3) -> None:
+def breakdown(arm: VaprArm, case: Case, repeats: int = 3) -> None:
     """Seconds of each part of a step: the median of a few steps, timed one part at a time."""
     device = arm.policy.device
-    arm.start(prebuilt=False)
+    arm.start(prebuilt=False, workers=case.pools["breakdown"])
     samples = [_parts_of_a_step(arm, device) for _ in range(min(repeats + 1, arm.num_steps))]
     medians = {part: sorted(s[part] for s in samples[1:])[len(samples[1:]) // 2] for part in samples[0]}
-    record("train_step_breakdown", **case, arm="vapr shared cached", **{f"seconds_{k}": v for k, v in medians.items()})
-    table = Table(title=f"{case['model']} {case['workload']}: where a step's time goes", title_justify="left")
+    record(
+        "train_step_breakdown",
+        **case.about,
+        arm="vapr shared cached",
+        **{f"seconds_{k}": v for k, v in medians.items()},
+    )
+    about = case.about
+    table = Table(title=f"{about['model']} {about['workload']}: where a step's time goes", title_justify="left")
     table.add_column("part")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")

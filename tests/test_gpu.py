@@ -1,9 +1,10 @@
 """What only a GPU can show: the varlen backend, bf16, real vocabulary and widths. Skipped without CUDA.
 
-Every check is a plain function of a device and a backend; tests/test_bench.py runs some of them on the CPU, so that
-a typing mistake shows there too.
+Every check is a plain function of a device. scripts/gpu_smoke.py takes each once, and tests/test_gpu_smoke.py runs that
+script on the CPU, so that a typing mistake shows there too.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
 from tests.runs import losses
 from vapr import attention, trainer
 from vapr.config import (
+    CheckpointConfig,
     Config,
     DataConfig,
     FeaturesConfig,
@@ -23,6 +26,7 @@ from vapr.config import (
     PackingConfig,
     PolicyConfig,
     ReferenceConfig,
+    TrainConfig,
 )
 from vapr.engine import Engine
 from vapr.loader import PairLoader
@@ -238,21 +242,30 @@ def test_packed_bf16_is_as_good_as_separate_sequences_at_7b_widths(model, tmp_pa
     check_packing_error(shrink(SHAPES[model], 2, 3), tmp_path, CUDA, torch.bfloat16, num_pairs=8)
 
 
-def test_vision_tower_attention_against_sdpa(tmp_path):
-    """Windows and full attention through the varlen call, against transformers' own SDPA path."""
-    subject = Subject(shrink(SHAPES["qwen2.5-vl-7b"], 2, 4), tmp_path, CUDA)
-    policy = subject.policy()
-    assert policy.base.model.visual.config._attn_implementation == attention.VISION_TOWER
+def check_vision_tower(model: str, folder: Path, device: torch.device) -> None:
+    """Windows and full attention as the policy runs them, against transformers' own SDPA path, in bf16.
+
+    The truth is fp32 with the same (rounded) weights.
+    """
+    subject = Subject(shrink(SHAPES[model], 2, 4), folder, device)
+    policy = subject.policy(torch.bfloat16)
+    vision = policy.base.model.visual.config
+    assert (vision._attn_implementation == attention.VISION_TOWER) == (device.type == "cuda")
     pairs = [subject.processor.tokenize_pair(pair) for pair in subject.pairs(WORKLOADS["answers"], 3)]
-    batch = pack(pairs).to(CUDA)
+    images = pack(pairs).to(device).images
     with torch.no_grad():
-        got = image_features(policy, batch.images)
-        policy.base.model.visual.config._attn_implementation = "sdpa"
-        same_dtype = image_features(policy, batch.images)
+        got = image_features(policy, images)
+        vision._attn_implementation = "sdpa"
+        same_dtype = image_features(policy, images)
         exact = subject.policy(torch.float32)
         exact.base.load_state_dict({name: value.float() for name, value in policy.base.state_dict().items()})
-        truth = image_features(exact, batch)
+        truth = image_features(exact, images)
+    assert got.shape == (sum(image.num_tokens for image in images), subject.shape.text["hidden_size"])
     assert relative_error(got, truth) <= 2 * relative_error(same_dtype, truth)
+
+
+def test_vision_tower_attention_against_sdpa(tmp_path):
+    check_vision_tower("qwen2.5-vl-7b", tmp_path, CUDA)
 
 
 def check_training_step(
@@ -337,3 +350,46 @@ def check_whole_runs(folder: Path, rows: list[dict], images: Path, cache: Path, 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_whole_runs(tiny, photo_rows, photo_root, tmp_path, dtype, tolerance):
     check_whole_runs(tiny("qwen2_5_vl"), photo_rows[:16], photo_root, tmp_path, dtype, tolerance)
+
+
+def check_resume(folder: Path, rows: list[dict], images: Path, cache: Path, dtype: str) -> None:
+    """A run that goes on from its first checkpoint has the losses of the unbroken one, vision tower trained."""
+    write_pairs(cache / "pairs.jsonl", rows)
+    config = Config(
+        run_dir=str(cache / "run"),
+        policy=PolicyConfig(model=str(folder), dtype=dtype, train=TrainConfig(vision_tower=True)),
+        data=DataConfig(train=str(cache / "pairs.jsonl"), image_root=str(images), workers=2),
+        optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, pairs_per_step=8, epochs=2),
+        reference=ReferenceConfig(cache_dir=str(cache / "reference")),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    trainer.train(config)
+    unbroken = losses(config)
+    for folder in ("checkpoints/step-000004", "final"):  # as if it had been stopped right after step 2
+        shutil.rmtree(cache / "run" / folder)
+    trainer.train(config, resume=True)
+    tolerance = 1e-6 if dtype == "float32" else 2e-2  # FlashAttention's backward adds in no fixed order
+    assert len(unbroken) == 4 and losses(config) == pytest.approx(unbroken, rel=tolerance)
+
+
+def test_a_resumed_run(tiny, photo_rows, photo_root, tmp_path):
+    check_resume(tiny("qwen2_5_vl"), photo_rows[:16], photo_root, tmp_path, "bfloat16")
+
+
+def check_trl_arm(folder: Path, device: torch.device) -> None:
+    """TRL's DPOTrainer, as the benchmark calls it, has vapr's loss in the first two steps."""
+    subject = Subject(shrink(SHAPES["small-qwen2.5-vl"], 2, 2), folder, device)
+    pairs = subject.pairs(WORKLOADS["answers"], 8)
+    config = vapr_config(subject, "pair", 4)
+    first = new_policy(subject, config)
+    peer = TrlArm(subject, pairs, 4, first[0], compact=False, cached=True)
+    arm = VaprArm(subject, pairs, 4, share="pair", cached=True, trained=first)
+    for each in (peer, arm):
+        each.start(prebuilt=False)
+        each(), each()
+    assert arm.losses == pytest.approx(peer.losses, abs=1e-3 if device.type == "cpu" else 3e-2)
+
+
+def test_trl_takes_the_steps_that_vapr_takes(tmp_path):
+    pytest.importorskip("trl")
+    check_trl_arm(tmp_path, CUDA)

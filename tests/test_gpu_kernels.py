@@ -8,7 +8,7 @@ import torch
 from bench.linear_logps import OP, chunked_truth
 from bench.microbench import run
 from vapr.config import LossConfig
-from vapr_kernels import linear_logps, naive, preference_loss, swiglu
+from vapr_kernels import linear_logps, lora_linear, naive, preference_loss, swiglu
 from vapr_kernels.add_rms_norm import add_rms_norm
 from vapr_kernels.gather_keys_values import gather_keys_values
 from vapr_kernels.gather_rows import RowIndex
@@ -111,12 +111,13 @@ def test_the_host_never_waits(trained, device):
 
 
 def assert_close_to_fp64(kernel, twin, *inputs):
-    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    exact = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
     outs, truths = kernel(*inputs), twin(*exact)
     outs, truths = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (outs, truths))
     douts = [torch.randn_like(out) for out in outs]
-    got = torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], douts)
-    true = torch.autograd.grad(truths, [x for x in exact if x.requires_grad], [d.double() for d in douts])
+    leaves, true_leaves = ([x for x in all if torch.is_tensor(x) and x.requires_grad] for all in (inputs, exact))
+    got = torch.autograd.grad(outs, leaves, douts)
+    true = torch.autograd.grad(truths, true_leaves, [d.double() for d in douts])
     for g, t in zip([*outs, *got], [*truths, *true], strict=True):
         assert (g.double() - t).norm() <= 4e-3 * t.norm()
 
@@ -152,3 +153,11 @@ def test_gather_keys_values(device):
         k,
         v,
     )
+
+
+def test_lora_linear(device):
+    sizes = on_device(device, tokens=3001, hidden=3584, width=18_944)
+    tokens, hidden, width = sizes.values()
+    weight = torch.randn(width, hidden, device=device, dtype=BF16) / hidden**0.5
+    x, a, b = leaf(device, tokens, hidden), leaf(device, 8, hidden), leaf(device, width, 8)
+    assert_close_to_fp64(lora_linear, naive.lora_linear, x, weight, None, a, b, 2.0)

@@ -165,7 +165,9 @@ def test_accuracy(mode, dtype, trained, regime, request):
     else:
         mode = {"pytorch": "auto", "pytorch recompute": "recompute"}.get(mode, mode)
         logps = linear_logps(x, head, labels, mode=mode)
-    assert ((logps - truth).abs() <= 1e-5 + 1e-7 * truth.abs()).all()
+    # On a GPU fp32 sums round at every product: two units in the last place of a logit of that size.
+    relative = 2**-22 if x.is_cuda and dtype is torch.float32 else 1e-7
+    assert ((logps - truth).abs() <= 1e-5 + relative * truth.abs()).all()
     got = torch.autograd.grad(logps.sum(), leaves)
     true = torch.autograd.grad(truth.sum(), [leaf for leaf in exact if leaf.requires_grad])
     # dhead of bf16 inputs is a product of two rounded factors, and rounded

@@ -3,17 +3,22 @@
 import copy
 import dataclasses
 import shutil
+import tomllib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from vapr import model as model_module
 from vapr.attention import choose_backend
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
 from vapr.errors import UserError
 from vapr.logps import token_logps
-from vapr.model import load_model_config, load_policy
+from vapr.model import TRANSFORMERS, hidden_states, load_model_config, load_policy
 from vapr.packing import pack
 from vapr.processor import Processor
 from vapr_kernels import launch
@@ -44,6 +49,24 @@ def test_models_that_cannot_be_packed_are_refused(config, message, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         load_model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.25.0.dev0", "5.25.0", "6.0.0"])
+def test_a_version_of_transformers_that_was_never_tested_is_refused(version, tiny, monkeypatch):
+    monkeypatch.setattr(model_module.transformers, "__version__", version)
+    with pytest.raises(UserError, match=f"transformers {version} is installed, .* pip install 'transformers>=5.17,<5.25'"):  # fmt: skip
+        load_policy(PolicyConfig(model=str(tiny("llava")), dtype="float32"), CPU)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.24.0", "5.24.3"])
+def test_versions_of_transformers_that_are_taken(version, tiny, monkeypatch):
+    monkeypatch.setattr(model_module.transformers, "__version__", version)
+    assert load_model_config(str(tiny("llava"))).model_type == "llava"
+
+
+def test_the_package_asks_for_the_versions_that_are_taken():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert f"transformers{TRANSFORMERS}" in project["dependencies"]
 
 
 def test_a_model_with_missing_weights_is_refused(tiny, tmp_path):
@@ -171,12 +194,12 @@ def test_a_copy_of_the_model_is_its_own(kernels, tiny, photo_pairs, monkeypatch)
 def test_kernels_that_cannot_run_are_not_used(tiny, monkeypatch):
     """On a CPU transformers' layers stay as they are; under the interpreter they are fused, unless switched off."""
     config = PolicyConfig(model=str(tiny("llava")), dtype="float32")
-    silu = lambda policy: type(policy.base.model.language_model.layers[0].mlp.act_fn).__name__
-    assert not load_policy(config, CPU).kernels and silu(load_policy(config, CPU)) != "_Silu"
+    is_fused = lambda policy: "forward" in vars(policy.base.model.language_model.layers[0].mlp.act_fn)
+    assert not load_policy(config, CPU).kernels and not is_fused(load_policy(config, CPU))
     monkeypatch.setattr(launch, "interpret", launch.installed)
-    assert load_policy(config, CPU).kernels is launch.installed
+    assert load_policy(config, CPU).kernels is is_fused(load_policy(config, CPU)) is launch.installed
     off = load_policy(config, CPU, kernels="off")
-    assert not off.kernels and silu(off) != "_Silu"
+    assert not off.kernels and not is_fused(off)
 
 
 def test_dropout_is_switched_off(tiny, tmp_path):
@@ -195,3 +218,47 @@ def test_backends():
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) in ("varlen", "flash-attn")
     with pytest.raises(UserError, match="varlen needs a CUDA device and dtype bfloat16"):
         choose_backend("varlen", CPU, torch.bfloat16)
+
+
+def in_bf16(count: int) -> float:
+    return torch.tensor(float(count), dtype=torch.bfloat16).item()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_gradients_of_what_occurs_often_add_up_in_bf16(family, tiny, photo_pairs, monkeypatch):
+    """A gradient of 1 at each of n places is n, for tokens and for image features; sums in bf16 stop at 256."""
+    folder = str(tiny(family))
+    policy = load_policy(PolicyConfig(model=folder, dtype="bfloat16", train=TrainConfig(projector=True)), CPU)
+    pair = Processor(folder, policy.base.config, "pil").tokenize_pair(photo_pairs[0])
+    batch = pack([pair] * 300, share="none")
+    assert len(batch.images) == 1
+    language_model = policy.base.model.language_model
+    monkeypatch.setattr(language_model, "forward", lambda inputs_embeds, **_: SimpleNamespace(last_hidden_state=inputs_embeds))  # fmt: skip
+    features = torch.zeros(pair.paths[0].images[0].num_tokens, language_model.config.hidden_size, dtype=torch.bfloat16)
+    features.requires_grad_()
+    hidden_states(policy, batch, features).sum().backward()
+    text = torch.ones(batch.num_tokens, dtype=torch.bool)
+    text[batch.image_tokens] = False
+    counts = Counter(batch.input_ids[text].tolist())
+    assert max(counts.values()) > 2000
+    gradient = policy.base.get_input_embeddings().weight.grad
+    assert all(set(row.tolist()) == {in_bf16(counts[token])} for token, row in enumerate(gradient))
+    assert set(features.grad.flatten().tolist()) == {in_bf16(600)}
+
+
+def test_the_embedding_gradient_of_4000_equal_tokens():
+    gradients = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(1)
+        embedding = torch.nn.Embedding(9, 5, padding_idx=2, dtype=dtype)
+        model_module._embed(embedding, torch.tensor([3] * 4000 + [2, 7])).sum().backward()
+        gradients[dtype] = embedding.weight.grad
+    assert gradients[torch.bfloat16][3].tolist() == [4000.0] * 5
+    assert torch.equal(gradients[torch.bfloat16].double(), gradients[torch.float64])
+    assert gradients[torch.float64][2].tolist() == [0.0] * 5  # the padding's, as in nn.Embedding
+
+
+def test_the_gradient_of_4000_equal_patches():
+    convolution = torch.nn.Conv3d(3, 5, (2, 2, 2), dtype=torch.bfloat16)
+    model_module._patches_by_matmul(convolution, torch.ones(4000, 3, 2, 2, 2, dtype=torch.bfloat16)).sum().backward()
+    assert set(convolution.bias.grad.tolist()) == set(convolution.weight.grad.flatten().tolist()) == {4000.0}

@@ -79,11 +79,10 @@ def segment_attention(
         k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
     else:
         k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
-    # varlen_attn of torch 2.11 knows no grouped key heads; nor does SDPA's memory-efficient kernel, the one for fp32.
-    knows_groups = {"flash-attn": True, "varlen": "enable_gqa" in _varlen_options(), "sdpa": not q.is_cuda}
-    if k.shape[1] != q.shape[1] and not knows_groups[backend]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if backend == "sdpa":
+        if q.is_cuda and k.shape[1] != q.shape[1]:
+            # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale, causal=True)
     bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.lengths_q), max(segments.lengths_k))
     return _varlen(q, k, v, *bounds, scale=scale, causal=True, backend=backend)
@@ -102,8 +101,12 @@ def _varlen(
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         options["is_causal"] = causal
-    if k.shape[1] != q.shape[1]:
-        options["enable_gqa"] = True
+    if k.shape[1] != q.shape[1] and "enable_gqa" in _varlen_options():
+        options["enable_gqa"] = True  # torch 2.11 has no such option: its FlashAttention always takes grouped heads
+    if cu_k is cu_q:
+        # For one tensor in both places newer versions of PyTorch may take cuDNN, whose results are not those of
+        # FlashAttention and whose causal masks start at the first key.
+        cu_k = cu_k.view_as(cu_k)
     out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
     assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp was asked for
     return out
@@ -158,6 +161,22 @@ def _language_model_attention(
     return segment_attention(q, k, v, segments, scale=scaling, backend=backend, rotary=rotary)[None], None
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float) -> Tensor:
+    """Full attention inside each of several sequences laid end to end, on a GPU in half precision.
+
+    Args:
+        q, k, v: shape (T, H, E).
+        cu_seqlens: int32, where the sequences begin and the last one ends.
+        longest: tokens of the longest sequence.
+        scale: factor of the scores.
+
+    Returns:
+        Shape (T, H, E).
+    """
+    backend = "flash-attn" if _flash_attn() else "varlen"
+    return _varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, causal=False, backend=backend)
+
+
 def _vision_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -167,16 +186,12 @@ def _vision_attention(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
     max_length_q: int,
-    max_length_k: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Qwen's tower: full attention inside images or windows."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    backend = "flash-attn" if _flash_attn() else "varlen"
-    bounds = (cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k))
-    return _varlen(q, k, v, *bounds, scale=scaling, causal=False, backend=backend)[None], None
+    return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), scale=scaling)[None], None
 
 
 LANGUAGE_MODEL = "vapr_segments"

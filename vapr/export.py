@@ -175,7 +175,12 @@ def _merged(policy: Policy, config: Config, trained: Trained, say: Callable[[str
     if policy.adapters is None:
         return policy
     pairs = _some_pairs(config, trained, say)
+    masters = {name: parameter.data for name, parameter in policy.trained_parameters().items()}
+    for parameter in policy.trained_parameters().values():
+        parameter.data = parameter.data.to(policy.dtype)  # as the run computed with them
     before = _logps(policy, pairs)
+    for name, parameter in policy.trained_parameters().items():
+        parameter.data = masters[name]
     say(f"merged {merge_layers(policy.adapters, policy.dtype)}")
     policy = dataclasses.replace(policy, adapters=None)
     if pairs:

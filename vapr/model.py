@@ -3,30 +3,33 @@
 import contextlib
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import peft
 import safetensors
 import torch
 import transformers
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from vapr import attention
+from vapr import attention, fused
 from vapr.adapters import merge_adapter
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
-from vapr.fused import fuse, kernels_run
+from vapr.fused_tower import fuse_tower
 from vapr.last_layer import trim_last_layer
 from vapr.model_folder import ModelSource, find_model, is_path
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
+from vapr_kernels import lora_linear
 from vapr_kernels.gather_rows import gather_rows
 
 FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
@@ -35,6 +38,12 @@ FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
     "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, "visual", "visual.merger"),
     "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, "visual", "visual.merger"),
 }
+TRANSFORMERS = ">=5.17,<5.25"
+"""Versions whose modules and pixels were tested, as in pyproject.toml."""
+
+# Pixels that come from a worker process are read-only, and only read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
 BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
 
@@ -53,6 +62,7 @@ class Policy:
     kernels: bool  # whether layers, head and loss run fused Triton kernels
     dtype: torch.dtype
     vision_trained: bool  # whether tower or projector change
+    left_unfused: tuple[str, ...] = ()  # classes whose modules compute something else than the kernels
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +76,15 @@ class Policy:
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, in a fixed order; tied weights appear once."""
         return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+
+    @property
+    def operations(self) -> str:
+        """What its layers, head and loss run on, for people."""
+        if not self.kernels:
+            return "PyTorch's operations"
+        if not self.left_unfused:
+            return "fused kernels"
+        return f"fused kernels except in {', '.join(self.left_unfused)} (the kernels compute something else)"
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
@@ -107,18 +126,26 @@ def load_policy(
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(config.lora is None and name in trained)
     adapters = _add_lora(base, config, trained) if config.lora else None
+    torch.nn.Module.to(base, device)
     layers = base.model.language_model.layers
-    fused = kernels == "auto" and kernels_run(device, dtype)
-    if fused:
-        fuse(base, layers)
+    kernels_run = kernels == "auto" and fused.kernels_run(device, dtype)
+    left_unfused: tuple[str, ...] = ()
+    if kernels_run:
+        positions = _rotary_positions(model_config.model_type, torch.arange(fused.ROWS, device=device).expand(3, -1))
+        tables = base.model.language_model.rotary_emb(torch.empty(0, device=device, dtype=dtype), positions)
+        left_unfused = fused.fuse(base, layers, tables)
+        if backend != "sdpa" and tower == "visual":
+            left_unfused += tuple(fuse_tower(base.model.visual))
     trim_last_layer(layers[-1])
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.nn.Module.to(base, device).train()
+    base.train()
     folder = Path(str(cached_file(source.model, "config.json"))).parent
     vision_trained = config.train.projector or config.train.vision_tower
     family = model_config.model_type
-    return Policy(base, adapters, folder, source, merged, family, backend, fused, dtype, vision_trained)
+    return Policy(
+        base, adapters, folder, source, merged, family, backend, kernels_run, dtype, vision_trained, left_unfused
+    )
 
 
 def _load_weights(
@@ -143,7 +170,16 @@ def _load_weights(
 
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
-    """The model's transformers config, refused if its architecture cannot be packed exactly."""
+    """The model's transformers config, refused if its architecture cannot be packed exactly.
+
+    Raises:
+        UserError: for that, for a folder that is no model, and for a version of transformers that was never tested.
+    """
+    if not SpecifierSet(TRANSFORMERS).contains(transformers.__version__):
+        raise UserError(
+            f"transformers {transformers.__version__} is installed, but vapr is tested with {TRANSFORMERS}; "
+            f"install one of those: pip install 'transformers{TRANSFORMERS}'"
+        )
     if is_path(model) and not Path(model).is_dir():
         raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -225,7 +261,20 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     # Adapters in the compute dtype: their fp32 master copy lives in the optimizer.
-    return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+    adapters = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    for layer in layers:
+        layer.forward = types.MethodType(_adapted, layer)
+    return adapters
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """Forward of a linear layer with vapr's own adapter, without peft's passes over the output."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    (name,) = layer.active_adapters
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[name])
 
 
 def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
@@ -238,42 +287,86 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
         features: what :func:`image_features` gives for its images, if known already.
     """
     model = policy.base.model
-    embeds = model.get_input_embeddings()(batch.input_ids)  # (T, D)
+    embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
     if batch.images:
         features = image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
-    position_ids = batch.position_ids[:, None] if policy.family != "llava" else batch.position_ids[:1]
-    options: dict[str, Any] = {}
-    if policy.kernels:  # attention rotates while it gathers keys
-        cos, sin = model.language_model.rotary_emb(embeds[None], position_ids)
-        options["rotary"] = cos[0], sin[0]
     out = model.language_model(
         inputs_embeds=embeds[None],
-        position_ids=position_ids,
+        position_ids=_rotary_positions(policy.family, batch.position_ids),
         use_cache=False,
         segments=batch.attention,
         backend=policy.attention_backend,
         predicting=batch.predicting,
-        **options,
     )
     return out.last_hidden_state[0]
 
 
+def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
+    """Embeddings of tokens, (T, D), whose gradient does not lose what many equal tokens add up to.
+
+    On a CPU nn.Embedding adds gradients in the dtype of its weight, where a sum of ones stops at 256 in bf16, and
+    index_select adds in fp32. On a GPU nn.Embedding adds in fp32 and in a fixed order, and index_select in neither.
+    """
+    if embedding.weight.is_cuda:
+        return embedding(input_ids)
+    embeds = embedding.weight.index_select(0, input_ids)
+    if embedding.padding_idx is not None:  # nn.Embedding gives it no gradient
+        embeds = torch.where((input_ids == embedding.padding_idx)[:, None], embeds.detach(), embeds)
+    return embeds
+
+
+def _rotary_positions(family: str, position_ids: Tensor) -> Tensor:
+    """Positions (3, T) as the family's language model takes them: three axes, or for LLaVA one."""
+    return position_ids[:1] if family == "llava" else position_ids[:, None]
+
+
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
     """Features of images laid end to end, (sum of their tokens, D). The tower runs once."""
-    pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
-    options = {}
-    if images[0].grid_thw is not None:
-        options["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=policy.device)
+    model = policy.base.model
     with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
-        out = policy.base.model.get_image_features(pixels.to(policy.device, policy.dtype), **options)
-        return torch.cat(list(out.pooler_output))
+        pixels = _pixels(images, policy.device).to(policy.dtype)
+        if policy.family == "llava":
+            return torch.cat(list(model.get_image_features(pixels).pooler_output))
+        return model.visual(pixels, **_tower_layout(model.visual, images, policy.device)).pooler_output
+
+
+def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
+    """Pixels of images laid end to end on the device, in fp32. Each goes there by itself: joining and casting them on
+    the host first takes three times as long as the transfer."""
+    first = images[0].pixel_values
+    pixels = torch.empty(sum(len(image.pixel_values) for image in images), *first.shape[1:], device=device)
+    start = 0
+    for image in images:
+        pixels[start : start + len(image.pixel_values)] = torch.from_numpy(image.pixel_values)
+        start += len(image.pixel_values)
+    return pixels
+
+
+def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
+    """Sizes of images for Qwen's tower, and what it derives from them: positions, windows, bounds of its attention.
+
+    Computed on the host, where the sizes are; the tower itself would wait for the device at each of them.
+    """
+    grid = torch.tensor([image.grid_thw for image in images])  # (images, 3)
+    bounds = get_vision_cu_seqlens(grid)
+    positions = get_vision_position_ids(grid, tower.spatial_merge_size)
+    layout = {"grid_thw": grid, "position_ids": positions, "cu_seqlens": bounds}
+    longest = {"max_seqlen": int(bounds.diff().max())}
+    if hasattr(tower, "window_size"):
+        sizes = (tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        layout["window_index"], windows = get_vision_window_index(grid, *sizes)
+        layout["cu_window_seqlens"] = windows
+        longest["max_window_seqlen"] = int(windows.diff().max())
+    return {name: value.to(device) for name, value in layout.items()} | longest
 
 
 @contextlib.contextmanager
 def frozen(policy: Policy) -> Iterator[None]:
     """Evaluation: no gradients, no checkpointing."""
     policy.base.eval()
-    with torch.no_grad():
-        yield
-    policy.base.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.base.train()

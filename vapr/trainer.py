@@ -357,10 +357,8 @@ def _say_what_runs(
     eval_pairs = f", {held_out.pairs_per_epoch:,} held out" if held_out is not None else ""
     size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
-    kernels = "fused kernels" if policy.kernels else "PyTorch's operations"
-    print(
-        f"runs on    {policy.device}, attention {policy.attention_backend}, {kernels}, images by {loader.image_backend}"
-    )
+    runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
+    print(f"runs on    {runs_on}, images by {loader.image_backend}")
     print(
         f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
     )

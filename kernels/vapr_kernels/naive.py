@@ -64,6 +64,11 @@ def _accumulate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``x W^T + bias + scale (x A^T) B^T``, as peft computes it."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b) * scale
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, shape (T, I), rounded once."""
     return (F.silu(gate.to(_accumulate(gate))) * up.to(_accumulate(gate))).to(gate.dtype)
