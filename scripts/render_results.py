@@ -17,7 +17,8 @@ from typing import Any
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 HEADLINE_ARMS = (
-    "trl", "trl compact", "trl compact cached", "vapr shared online", "vapr shared cached", "vapr image-shared cached",
+    "trl", "trl cached", "trl compact", "trl compact cached",
+    "vapr shared online", "vapr shared cached", "vapr image-shared cached",
 )  # fmt: skip
 ABOUT_THE_RUN = ("bench", "run", "time", "commit", "device", "threads", "versions")
 
@@ -93,7 +94,8 @@ def train_step_tables(rows: list[Row]) -> list[str]:
     """One table for each device, tuning and way of feeding; a line a case, a column an arm."""
     cases = newest_run(rows, ("device", "tuning", "data", "model", "workload"))
     tables = []
-    for device, tuning, data in dict.fromkeys(key[:3] for key in cases):
+    groups = dict.fromkeys(key[:3] for key in cases)
+    for device, tuning, data in sorted(groups, key=lambda group: group[0].startswith("CPU")):  # GPUs first
         chosen = {key[3:]: group for key, group in cases.items() if key[:3] == (device, tuning, data)}
         title = f"**Training steps, pairs per second** ({device}, {tuning}, data {data}; in brackets: times TRL)"
         named = {(model, workload.replace("_", " ")): group for (model, workload), group in chosen.items()}
