@@ -67,6 +67,12 @@ def test_train_resume_export(run_yaml, tmp_path):
     assert exported.returncode == 0, exported.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen2_vl"
     assert_one_line_error(vapr("export", str(tmp_path / "run"), "--out", str(tmp_path / "out")), "already exists")
+    full = vapr(
+        "export", str(tmp_path / "run"), "--out", str(tmp_path / "f"), "--dtype", "float32", "--checkpoint", "last"
+    )
+    assert full.returncode == 0 and "rounded once to float32" in full.stdout, full.stderr
+    lost = vapr("train", str(run_yaml), "--resume", "--set", f"run_dir={tmp_path}/rum")
+    assert_one_line_error(lost, f"rum does not exist, so there is nothing to resume; runs beside it: {tmp_path}/run")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_a_run_that_never_took_a_step_can_be_started_again(run_yaml, tmp_path):
 
 
 def test_export_of_what_is_no_run(tmp_path):
-    assert_one_line_error(vapr("export", str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
+    assert_one_line_error(vapr("export", str(tmp_path), "--out", str(tmp_path / "out")), "no run (no config.yaml in")
 
 
 def test_a_config_that_is_not_there():

@@ -20,6 +20,7 @@ from tests.runs import final_bytes, losses, metrics
 from vapr import checkpoint, loader, trainer
 from vapr.config import Config
 from vapr.errors import UserError
+from vapr.export import export
 from vapr.pairs import write_pairs
 
 LOGGED = {
@@ -57,13 +58,13 @@ def test_exported_weights_are_base_plus_adapter(make_config, tmp_path):
 
     config = make_config()
     final = trainer.train(config)
-    checkpoint.export(Path(config.run_dir), tmp_path / "merged")
+    export(Path(config.run_dir), tmp_path / "merged")
     merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     base = transformers.AutoModelForImageTextToText.from_pretrained(config.policy.model)
     adapted = peft.PeftModel.from_pretrained(base, str(final))
     ids = torch.arange(5, 40)[None]
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    checkpoint.export(Path(config.run_dir), tmp_path / "adapter", adapter=True)
+    export(Path(config.run_dir), tmp_path / "adapter", adapter=True)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == final_bytes(config)[
         "adapter_model.safetensors"
     ]
@@ -533,6 +534,7 @@ def test_an_evaluation_lost_between_checkpoint_and_line_is_made_up(make_config, 
 
 def test_run_dir_rules(make_config, capsys, tmp_path):
     config = make_config()
+    Path(config.run_dir).mkdir()
     trainer.train(config, resume=True)
     assert "no checkpoint yet; starting from the beginning" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a run; continue it with --resume"):

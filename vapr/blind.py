@@ -1,6 +1,7 @@
 """What a reference model prefers with the image and without: how much of it the text alone explains."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vapr.intervals import MIN_GROUPS, bootstrap, percent
 from vapr.loader import fill_packs
 from vapr.logps import completion_sums
 from vapr.model import load_model_config, load_policy
+from vapr.model_folder import find_model
 from vapr.packing import pack
 from vapr.pair_table import PairTable
 from vapr.pairs import Pairs
@@ -40,12 +42,15 @@ class Scorer:
 
     def __init__(self, model: str) -> None:
         try:
-            processor = Processor(model, load_model_config(model))
+            folder = find_model(model).model
+            processor = Processor(folder, load_model_config(folder))
             self._workers = Workers(processor, None, default_workers())  # before anything is put on a GPU
             dtype: Any = "bfloat16" if torch.cuda.is_available() else "float32"
             self._policy = load_policy(PolicyConfig(model=model, dtype=dtype))
         except UserError as error:
             raise UserError(str(error).replace("policy.model:", "--model", 1)) from None
+        if self._policy.merged is not None:
+            print(f"merged     {self._policy.merged}", file=sys.stderr)
         self._reference = Reference(self._policy, None)
 
     def __enter__(self) -> "Scorer":

@@ -49,6 +49,11 @@ def files_hash(files: list[Path], memory_file: Path) -> str:
     return digest.hexdigest()
 
 
+def give_ordinary_permissions(file: Path) -> None:
+    """Give a file the permissions that the umask asked for when its folder was made; safetensors' files are private."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name complete or not at all; the folder is made if need be.

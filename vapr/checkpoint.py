@@ -1,4 +1,4 @@
-"""Save, resume and export: safetensors and JSON, whole or not at all.
+"""Save and resume: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
 ``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
@@ -14,33 +14,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapr.cache import written_whole
-from vapr.config import Config
+from vapr.cache import give_ordinary_permissions, written_whole
+from vapr.config import CheckpointConfig
 from vapr.engine import Engine
-from vapr.errors import UserError
-from vapr.model import FAMILIES, Policy, load_model_config
+from vapr.errors import UserError, one_line
+from vapr.model import Policy
+from vapr.model_folder import copy_processor_files
 
-PROCESSOR_FILES = (
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-)  # fmt: skip
+LOWER_IS_BETTER = ("eval/loss",)
 
 
-def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and delete all but the ``keep`` newest.
+def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
+    """Write a checkpoint and delete those that ``keep`` does not ask for.
 
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
         engine: whose weights and optimizer state are saved.
         state: JSON data to get back from :func:`load`.
+        keep: how many of the newest stay, and whether the best does.
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -59,15 +56,64 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
         shutil.rmtree(folder)
     temporary.rename(folder)
     _sync_folder(folder.parent)
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    delete_old(run_dir, keep)
     return folder
+
+
+def delete_old(run_dir: Path, keep: CheckpointConfig) -> None:
+    """Delete all checkpoints but the ``keep.keep`` newest and, with ``keep.best``, the best."""
+    best = best_checkpoint(run_dir, keep.best_metric) if keep.best else None
+    for old in list_checkpoints(run_dir)[: -keep.keep]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old)
+
+
+def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, float] | None:
+    """Find the checkpoint whose held-out figure in metrics.jsonl is best, of equal ones the first; None: none has one.
+
+    Only checkpoints that are still there count.
+    """
+    figures = {step: values[metric] for step, values in evaluations(run_dir).items() if values.get(metric) is not None}
+    folders = list_checkpoints(run_dir)
+    scored = [(folder, figures[step]) for folder in folders if (step := step_of(folder)) in figures]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return max(scored, key=lambda entry: sign * entry[1], default=None)
+
+
+def evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Read the held-out figures of a run: step -> ``eval/...`` -> value."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            if '"eval/loss"' in line:
+                with contextlib.suppress(ValueError):  # the half-written last line of a killed run
+                    entry = json.loads(line)
+                    found[entry["step"]] = entry
+    return found
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if re.fullmatch(r"step-\d{6,}", f.name)), key=lambda f: int(f.name[5:]))
+    return sorted((f for f in folders if is_checkpoint(f)), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the name is a whole checkpoint's."""
+    return re.fullmatch(r"step-\d{6,}", folder.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps done when the checkpoint was written."""
+    return int(folder.name[5:])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what was saved beside a checkpoint's weights. Raises UserError if it is damaged."""
+    try:
+        return dict(json.loads((folder / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'state.json'}: cannot be read ({one_line(error)})") from None
 
 
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -96,69 +142,41 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
 
 def save_final(policy: Policy, folder: Path) -> None:
     """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    if policy.adapters is not None:
-        with _as_os_error(temporary):
-            policy.adapters.save_pretrained(str(temporary))
-        readme = temporary / "README.md"  # PEFT's empty model card
-        readme.unlink(missing_ok=True)
-        settings = json.loads((temporary / "adapter_config.json").read_text())
-        settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
-        write_json(temporary / "adapter_config.json", settings)
-    else:
-        with _as_os_error(temporary):
-            policy.base.save_pretrained(temporary)
-    copy_processor_files(policy.folder, temporary)
-    _publish(temporary, folder)
+    with new_folder(folder) as temporary:
+        if policy.adapters is not None:
+            save_adapter(policy, temporary)
+        else:
+            save_model(policy, temporary)
 
 
-def export(run_dir: Path, out: Path, *, adapter: bool = False) -> None:
-    """Write a finished run as a Hugging Face folder: merged weights, or with ``adapter`` the PEFT adapter.
-
-    Raises:
-        UserError: if the run has no final model, or ``out`` holds something already.
-    """
-    final = run_dir / "final"
-    if not final.is_dir():
-        newest = list_checkpoints(run_dir)
-        hint = (
-            f"its newest checkpoint is {newest[-1].name}; finish it with vapr train --resume"
-            if newest
-            else "train first"
-        )
-        raise UserError(f"{run_dir}: no finished run in it (no final/ folder); {hint}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; give a new folder with --out")
-    is_adapter = (final / "adapter_config.json").is_file()
-    if adapter and not is_adapter:
-        raise UserError(f"{run_dir}: trained without LoRA, so there is no adapter; leave --adapter out")
-    temporary = out.with_name(out.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    if is_adapter and not adapter:
-        _merge(run_dir, final, temporary)
-    else:
-        shutil.copytree(final, temporary)
-    _publish(temporary, out)
+def save_start(policy: Policy, folder: Path) -> None:
+    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
+    with new_folder(folder) as temporary:
+        save_model(policy, temporary)
 
 
-def _merge(run_dir: Path, final: Path, temporary: Path) -> None:
-    dtype = getattr(torch, Config.load(run_dir / "config.yaml").policy.dtype)
-    source = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model_class, _, _ = FAMILIES[load_model_config(source).model_type]
-    base = model_class.from_pretrained(source, dtype=dtype)
-    merged = peft.PeftModel.from_pretrained(base, str(final)).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(temporary)
-    copy_processor_files(final, temporary)
+def save_model(policy: Policy, folder: Path) -> None:
+    """Write the weights below the adapters, and processor files, as a Hugging Face folder."""
+    weights = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in policy.base.state_dict().items()
+        if ".lora_" not in name
+    }
+    with _as_os_error(folder):
+        policy.base.save_pretrained(folder, state_dict=weights)
+    copy_processor_files(policy.folder, folder)
 
 
-def copy_processor_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, image processor and chat template as they are."""
-    for name in PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the PEFT adapter, and processor files."""
+    assert policy.adapters is not None
+    with _as_os_error(folder):
+        policy.adapters.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
+    write_json(folder / "adapter_config.json", settings)
+    copy_processor_files(policy.folder, folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -167,10 +185,17 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into that appears as ``folder``, with ordinary permissions, when it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
     for file in temporary.rglob("*"):
         if file.is_file():
-            _sync(file)
+            _finish(file)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -180,7 +205,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with _as_os_error(path):
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    _sync(path)
+    _finish(path)
 
 
 @contextlib.contextmanager
@@ -201,7 +226,9 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Make a written file last, and readable by whom the umask allows."""
+    give_ordinary_permissions(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

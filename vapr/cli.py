@@ -333,12 +333,22 @@ def audit(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--adapter", is_flag=True, help="Write the PEFT adapter instead of merged weights.")
+@click.option(
+    "--checkpoint", "which", default="last", show_default=True, metavar="last|best|STEP",
+    help="The newest checkpoint, the one with the best held-out figure, or one by name such as step-000100.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the written weights. [default: policy.dtype]"
+)
 @one_line_errors
-def export(run: Path, out: Path, adapter: bool) -> None:
-    """Write the model of a finished RUN as a Hugging Face folder: merged weights, or its adapter."""
-    from vapr import checkpoint
+def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -> None:
+    """Write the model of RUN as a Hugging Face folder: merged weights, or its adapter.
 
-    checkpoint.export(run, out, adapter=adapter)
+    RUN is a run's folder, finished or not, or one of its checkpoints.
+    """
+    from vapr.export import export
+
+    export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
     click.echo(f"wrote {out}")
 
 

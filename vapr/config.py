@@ -64,7 +64,9 @@ class PolicyConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     model: str
-    """Hub id or local folder."""
+    """Hub id or local folder, of a model or of a PEFT adapter (LoRA), which is then merged into its base."""
+    base: str | None = None
+    """Base of an adapter, if it is not what the adapter itself names; hub id or local folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
     base_weights: Literal["bfloat16"] = "bfloat16"
@@ -322,6 +324,12 @@ class CheckpointConfig:
     """Steps between two checkpoints (and evaluations); the last step is always saved."""
     keep: int = 3
     """Newest checkpoints that are kept; older ones are deleted."""
+    best: bool = False
+    """Also keep the checkpoint with the best held-out figure (``data.eval``)."""
+    best_metric: Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen"] = (
+        "eval/loss"
+    )
+    """The figure that decides which is best: the smallest loss, or the largest of the others."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "checkpoint.every", "at least 1", self.every)
@@ -360,6 +368,8 @@ class Config:
             raise ValueError("loss: token_weights must be the same in every term")
         if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
+        if self.checkpoint.best and self.data.eval is None:
+            raise ValueError("checkpoint.best: held-out pairs decide which is best, and data.eval names none")
         if self.features.cache and (self.policy.train.projector or self.policy.train.vision_tower):
             raise ValueError("features.cache: the features change when policy.train names projector or vision_tower")
 

@@ -21,10 +21,12 @@ from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from vapr import attention, fused
+from vapr.adapters import merge_adapter
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
 from vapr.fused_tower import fuse_tower
 from vapr.last_layer import trim_last_layer
+from vapr.model_folder import ModelSource, find_model, is_path
 from vapr.packing import PackedBatch
 from vapr.processor import ProcessedImage
 from vapr_kernels import lora_linear
@@ -53,6 +55,8 @@ class Policy:
     base: transformers.PreTrainedModel  # its linear layers hold the adapters, if there are any
     adapters: peft.PeftModel | None
     folder: Path  # where config and weights were read from
+    source: ModelSource
+    merged: str | None  # which adapter was merged into these weights, and what rounding took; None: there is none
     family: str
     attention_backend: str
     kernels: bool  # whether layers, head and loss run fused Triton kernels
@@ -99,23 +103,15 @@ def load_policy(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a log has no use for bars
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model_config = load_model_config(config.model)
+    source = find_model(config.model, config.base)
+    model_config = load_model_config(source.model)
     dtype = getattr(torch, config.dtype)
     backend = attention.choose_backend(config.attention, device, dtype)
     model_class, tower, projector = FAMILIES[model_config.model_type]
-    # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
-    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    loaded: Any
-    try:
-        loaded = model_class.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        raise UserError(f"policy.model: {config.model} does not load ({' '.join(str(error).split())})") from None
-    base: transformers.PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
-        raise UserError(f"policy.model: {config.model} lacks weights or has wrong shapes, first {absent[0]}")
+    base = _load_weights(model_class, source, config.model, dtype)
+    merged = None
+    if source.adapter is not None:
+        merged = f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
     if getattr(base.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"policy.model: {config.model} has an LM head with a bias, which vapr does not support")
     _use_attention(base, backend, tower)
@@ -145,11 +141,33 @@ def load_policy(
         newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
         (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
     base.train()
-    folder = Path(str(cached_file(config.model, "config.json"))).parent
+    folder = Path(str(cached_file(source.model, "config.json"))).parent
     vision_trained = config.train.projector or config.train.vision_tower
+    family = model_config.model_type
     return Policy(
-        base, adapters, folder, model_config.model_type, backend, kernels_run, dtype, vision_trained, left_unfused
+        base, adapters, folder, source, merged, family, backend, kernels_run, dtype, vision_trained, left_unfused
     )
+
+
+def _load_weights(
+    model_class: type[transformers.PreTrainedModel], source: ModelSource, name: str, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    """Load the base's weights, all of them; those that an adapter will change keep the dtype of their file."""
+    # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
+    place = str(Path(source.model).resolve()) if Path(source.model).is_dir() else source.model
+    loaded: Any
+    try:
+        loaded = model_class.from_pretrained(
+            place, dtype="auto" if source.adapter is not None else dtype, attn_implementation="sdpa",
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+        raise UserError(f"policy.model: {name} does not load ({' '.join(str(error).split())})") from None
+    base: transformers.PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
+        raise UserError(f"policy.model: {name} lacks weights or has wrong shapes, first {absent[0]}")
+    return base
 
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
@@ -163,7 +181,7 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
             f"transformers {transformers.__version__} is installed, but vapr is tested with {TRANSFORMERS}; "
             f"install one of those: pip install 'transformers{TRANSFORMERS}'"
         )
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+    if is_path(model) and not Path(model).is_dir():
         raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")

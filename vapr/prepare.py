@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vapr.cache import files_hash, user_cache, written_whole
-from vapr.checkpoint import PROCESSOR_FILES
 from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import UserError
 from vapr.features import Features, announce
 from vapr.loader import PairLoader, open_loader
 from vapr.model import Policy, image_features, load_policy
+from vapr.model_folder import PROCESSOR_FILES
 from vapr.packing import PackedBatch
 from vapr.pairs import Pairs
 from vapr.reference import Reference
@@ -46,6 +46,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
         if config.data.eval is not None:
             loaders["eval"] = open_loader(config, "eval", workers, say)
         policy = load_policy(config.policy, kernels=config.kernels)
+        if policy.merged is not None:
+            say(f"merged     {policy.merged}")
         reference = _new_reference(config, policy, say)
         features = open_features(config, policy, loaders["train"], say)
         skipped: dict[str, str] = {}

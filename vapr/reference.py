@@ -23,6 +23,7 @@ from vapr.cache import files_hash, user_cache
 from vapr.errors import UserError
 from vapr.logps import completion_sums, per_completion, token_logps
 from vapr.model import Policy, frozen
+from vapr.model_folder import ADAPTER_FILES
 from vapr.packing import PackedBatch, pack
 from vapr.processor import TokenPath
 from vapr.shards import KEY_BYTES, Index, Shard, write_shard
@@ -45,7 +46,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, cache_dir: str | None, share: str = "pair") -> None:
-        root = Path(cache_dir) if cache_dir else user_cache() / "reference"
+        root = reference_root(cache_dir)
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
@@ -247,6 +248,11 @@ def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float
     return float(((torch.cat(alone) - together).abs() / (1 + together.abs())).max())
 
 
+def reference_root(cache_dir: str | None) -> Path:
+    """The folder of all reference caches that ``reference.cache_dir`` means."""
+    return Path(cache_dir) if cache_dir else user_cache() / "reference"
+
+
 def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> tuple[Path, bytes]:
     """The cache folder of whatever a policy's frozen weights determine, and what tells it from others.
 
@@ -260,7 +266,7 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
         UserError: if it cannot be made.
     """
     described = {
-        "weights": weights_hash(policy.folder, root),
+        "weights": weights_hash(policy, root),
         "dtype": str(policy.dtype),
         "device": policy.device.type,
         "attention": policy.attention_backend,
@@ -276,7 +282,14 @@ def folder_of_policy(policy: Policy, root: Path, key: str, *, version: int) -> t
     return folder, salt
 
 
-def weights_hash(folder: Path, root: Path) -> str:
-    """sha256 over config and weights of a model folder; remembered in ``root/weights.json``."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+def weights_hash(policy: Policy, root: Path, *, config: bool = True) -> str:
+    """sha256 over the files of weights, of an adapter merged into them, and of the model's config.
+
+    ``config=False`` leaves the config out, which may change without any effect. Files are read once: their hashes are
+    remembered in ``root/weights.json``.
+    """
+    files = [policy.folder / "config.json"] if config else []
+    files += sorted(policy.folder.glob("*.safetensors"))
+    if policy.source.adapter is not None:
+        files += [policy.source.adapter / name for name in ADAPTER_FILES]
     return files_hash(files, root / "weights.json")

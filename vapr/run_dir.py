@@ -1,7 +1,9 @@
 """The run's folder: who may write to it, what a resumed run must agree with, what describes it."""
 
+import difflib
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import weakref
@@ -15,12 +17,16 @@ from vapr import checkpoint
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model import Policy
+from vapr.reference import reference_root, weights_hash
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
     "packing.max_tokens", "policy.gradient_checkpointing",
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
+
+START = "policy"
+"""Folder of the merged policy, in a run with LoRA that began from an adapter."""
 
 
 _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
@@ -37,6 +43,10 @@ class RunDir:
 
     def __init__(self, config: Config, *, resume: bool) -> None:
         self.path = Path(config.run_dir)
+        if resume and not self.path.exists():
+            raise UserError(
+                f"run_dir: {self.path} does not exist, so there is nothing to resume; {_runs_beside(self.path)}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -80,16 +90,39 @@ class RunDir:
         return self.path / "final"
 
     @property
+    def start(self) -> Path:
+        """Where the policy of a run with LoRA that began from an adapter is kept, merged."""
+        return self.path / START
+
+    @property
     def finished(self) -> bool:
         return self.final.is_dir()
 
     def describe(self, config: Config, policy: Policy) -> None:
-        """Write config.yaml (resolved) and environment.json."""
+        """Write config.yaml (resolved) and environment.json.
+
+        Raises:
+            UserError: if a run is there that began with other weights; what it has trained would not fit these.
+        """
+        weights = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        if self.holds_run and weights_at_start(self.path) not in (None, weights):
+            raise UserError(
+                f"policy.model: the weights of {config.policy.model} changed since {self.path} was started; restore "
+                "them, or give another run_dir"
+            )
         text = yaml.safe_dump(config.as_dict(), sort_keys=False)
         temporary = self.path / "config.yaml.tmp"
         temporary.write_text(text)
         temporary.replace(self.path / "config.yaml")
-        checkpoint.write_json(self.path / "environment.json", environment(policy))
+        checkpoint.write_json(self.path / "environment.json", {**environment(policy), "weights": weights})
+
+
+def weights_at_start(run: Path) -> str | None:
+    """The hash of the weights that a run began with; None if it is not known."""
+    try:
+        return str(json.loads((run / "environment.json").read_text())["weights"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def environment(policy: Policy) -> dict[str, Any]:
@@ -109,10 +142,20 @@ def environment(policy: Policy) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "model_folder": str(policy.folder),
+        "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
         "left_unfused": policy.left_unfused,
     }
+
+
+def _runs_beside(path: Path) -> str:
+    """Name the runs in the same folder, the nearest name first, or the way out."""
+    folders = [file.parent for name in ("metrics.jsonl", "config.yaml") for file in path.parent.glob(f"*/{name}")]
+    runs = sorted(set(folders), key=lambda run: (-difflib.SequenceMatcher(None, path.name, run.name).ratio(), run))
+    if not runs:
+        return f"there is no run in {path.parent} either; start it without --resume"
+    return f"runs beside it: {', '.join(map(str, runs[:5]))}" + (f" and {len(runs) - 5} more" if len(runs) > 5 else "")
 
 
 def _difference(saved: Path, config: Config) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
 
     extremes = Extremes()
     start, num_pairs = _resume(run, engine, loader, extremes) if resume else (0, 0)
+    _keep_start(policy, run, begins=start == 0)
     log = MetricsLog(run.path, start if resume else None)
     display = Display("train", num_steps, done=start)
     with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
@@ -94,7 +96,7 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
                     training.evaluate()
                     training.report()
     checkpoint.save_final(policy, run.final)
-    _say_what_was_done(run, loader, held_out, reference)
+    _say_what_was_done(config, run, loader, held_out, reference)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,9 +166,10 @@ class _Training:
             "skipped": self.loader.skipped,
             "data": self.loader.digest,
             "extremes": self.extremes.state(),
+            "num_steps": self.num_steps,
         }
         self.saved = self.done
-        return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint.keep)
+        return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint)
 
     def evaluate(self) -> None:
         """Score the held-out pairs, unless that was done at this step."""
@@ -176,6 +179,7 @@ class _Training:
             )
             if values:
                 self.log.write(self.done, values)
+            checkpoint.delete_old(self.run.path, self.config.checkpoint)
         self.began = time.monotonic()
 
     def report(self, *notes: str) -> None:
@@ -311,6 +315,18 @@ def _resume(run: RunDir, engine: Engine, loader: PairLoader, extremes: Extremes)
     return state["step"], state["num_pairs"]
 
 
+def _keep_start(policy: Policy, run: RunDir, *, begins: bool) -> None:
+    """Keep a merged policy in the run's folder, where the adapters trained on it find their base."""
+    if begins and run.start.is_dir():
+        shutil.rmtree(run.start)  # of a run that never took a step
+    if policy.merged is None or policy.adapters is None:
+        return
+    if not run.start.is_dir():
+        checkpoint.save_start(policy, run.start)
+    policy.adapters.peft_config["default"].base_model_name_or_path = str(run.start.resolve())
+    print(f"base       {run.start} holds the merged policy, which the run's adapter needs", flush=True)
+
+
 def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path) -> None:
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
@@ -346,19 +362,23 @@ def _say_what_runs(
     print(
         f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
     )
+    if policy.merged is not None:
+        print(f"merged     {policy.merged}")
     losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 
 
 def _say_what_was_done(
-    run: RunDir, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
+    config: Config, run: RunDir, loader: PairLoader, held_out: PairLoader | None, reference: Reference | None
 ) -> None:
     if reference is not None:
         counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
         print(f"reference  {counted} ({reference.folder})")
     if num_skipped := _list_skipped(run, loader, held_out):
         print(f"skipped    {num_skipped} pairs, listed with reasons in {run.path / 'skipped.json'}")
+    if config.checkpoint.best and (best := checkpoint.best_checkpoint(run.path, config.checkpoint.best_metric)):
+        print(f"best       {best[0].name}, {config.checkpoint.best_metric} {best[1]:.4g}")
     print(f"report     {run.path / 'report.html'}")
     print(f"final      {run.final}")
 

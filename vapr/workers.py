@@ -27,6 +27,7 @@ import torch
 from vapr.config import Config, TokenWeights
 from vapr.errors import UserError
 from vapr.model import load_model_config
+from vapr.model_folder import find_model
 from vapr.preference_pair import PreferencePair
 from vapr.processor import ProcessedImage, Processor, TokenizedPair
 
@@ -239,7 +240,8 @@ def _receive(pipe: Connection) -> Any:
 
 def open_workers(config: Config) -> Workers:
     """The model's processor, and the processes that run it. No weights are loaded."""
-    processor = Processor(config.policy.model, load_model_config(config.policy.model), config.data.image_backend)
+    model = find_model(config.policy.model, config.policy.base).model
+    processor = Processor(model, load_model_config(model), config.data.image_backend)
     count = default_workers() if config.data.workers is None else config.data.workers
     return Workers(processor, config.token_weights, count)
 

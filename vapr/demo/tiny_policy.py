@@ -11,6 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from vapr.cache import give_ordinary_permissions
+
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
@@ -72,6 +74,7 @@ def build_tiny_policy(
         tokenizer.chat_template = QWEN_TEMPLATE
         tokenizer.save_pretrained(folder)
         transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
+    give_ordinary_permissions(folder / "model.safetensors")
     return folder
 
 
