@@ -118,8 +118,8 @@ def test_a_part_of_a_killed_worker_does_not_outlive_a_rerun_that_accepts_nothing
     assert [file.name for file in (start.folder / "pairs").iterdir()] == ["part-00000.parquet"]
     edit = Editor.edit
 
-    def refuses(editor, turns, seed, on_turn):
-        drafts, tokens = edit(editor, turns, seed, on_turn)
+    def refuses(editor, *arguments):
+        drafts, tokens = edit(editor, *arguments)
         for draft in drafts:
             draft.end("rejected", "not this time")
         return drafts, tokens

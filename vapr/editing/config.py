@@ -144,6 +144,10 @@ class CheckConfig:
         check(self.short_answer_words >= 0, "checks.short_answer_words", "at least 0", self.short_answer_words)
 
 
+SAMPLING = ("seed", "max_tokens", "temperature")
+"""What a request says of the sampling, and ``engine.omit`` can leave out."""
+FIXED = ("model", "messages", "response_format")
+"""What ``engine.extra_body`` cannot replace."""
 CONNECTIONS = 1000
 """The openai package opens no more at once."""
 
@@ -174,6 +178,11 @@ class EngineConfig:
     """Environment variable that holds the key. Server only."""
     model: str | None = None
     """The model's name at the server; null: the only one that it lists. Server only."""
+    omit: list[Literal["seed", "max_tokens", "temperature"]] = dataclasses.field(default_factory=list)
+    """Parameters that are not sent, for a server that refuses them. Server only."""
+    extra_body: dict[str, Any] | None = None
+    """More keys of every request, as the server knows them: {chat_template_kwargs: {enable_thinking: false}}. Server
+    only."""
 
     def __post_init__(self) -> None:
         check(self.tensor_parallel >= 1, "engine.tensor_parallel", "at least 1", self.tensor_parallel)
@@ -185,6 +194,8 @@ class EngineConfig:
         check(self.timeout_seconds > 0, "engine.timeout_seconds", "> 0", self.timeout_seconds)
         check(self.tries >= 1, "engine.tries", "at least 1", self.tries)
         check(self.model != "", "engine.model", "a name or null", repr(self.model))
+        for key in self.extra_body or ():
+            check(key not in FIXED, "engine.extra_body", f"keys other than {', '.join(FIXED)}", f"'{key}'")
 
 
 @dataclass(frozen=True, kw_only=True)

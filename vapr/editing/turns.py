@@ -51,13 +51,23 @@ class Turn:
 
     def digests(self) -> tuple[str, int]:
         """The digest, and a number that stands for images and question alone."""
-        content = hashlib.sha256()
-        for name in self.image_names:
-            content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
+        content = self._shown()
         asked = content.copy()
         asked.update(self.question.encode(errors="surrogatepass"))
         content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
         return content.hexdigest(), int(asked.hexdigest()[:15], 16)
+
+    def identity(self, rejected: str) -> int:
+        """A number that stands for images, prompt and rejected answer: two pairs of the same number say the same."""
+        content = self._shown()
+        content.update(repr((self.prompt, rejected)).encode(errors="surrogatepass"))
+        return int(content.hexdigest()[:15], 16)
+
+    def _shown(self) -> "hashlib._Hash":
+        content = hashlib.sha256()
+        for name in self.image_names:
+            content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
+        return content
 
 
 def bare(answer: str) -> str:
