@@ -352,7 +352,9 @@ def test_refusals_of_everything_end_it_too(serve, status, way_out):
 
 def test_an_error_in_place_of_the_list_of_models(serve):
     server = serve()
-    server._http.RequestHandlerClass.do_GET = lambda handler: handler._reply({"error": {"message": "no such deployment"}})
+    server._http.RequestHandlerClass.do_GET = lambda handler: handler._reply(
+        {"error": {"message": "no such deployment"}}
+    )
     with pytest.raises(UserError, match="when asked for its models: no such deployment; is this"):
         ServerModel(server.url, EngineConfig())
 
@@ -425,7 +427,10 @@ def test_what_a_url_hides(serve):
         ({"max_model_len": 0}, "engine.max_model_len must be at least 1, got 0"),
         ({"model": ""}, "engine.model must be a name or null, got ''"),
         ({"omit": ["top_p"]}, "omit.0: "),
-        ({"extra_body": {"messages": []}}, "engine.extra_body must be keys other than model, messages, response_format"),
+        (
+            {"extra_body": {"messages": []}},
+            "engine.extra_body must be keys other than model, messages, response_format",
+        ),
         ({"tires": 3}, "unknown key 'tires'; did you mean 'tries'?"),
     ],
     ids=str,

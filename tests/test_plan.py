@@ -246,7 +246,9 @@ def test_the_next_category_by_rule_comes_before_those_by_value():
 
 
 def test_with_a_model_too_what_finds_no_partner_is_tried_in_the_next_category():
-    plans = planned((CAPTION, "A red car stands above the river."), ("What color is the bus?", "It is blue."), model="m")
+    plans = planned(
+        (CAPTION, "A red car stands above the river."), ("What color is the bus?", "It is blue."), model="m"
+    )
     assert targets(plans) == ["blue", "red"] and not any(plan.ask for plan in plans)
 
 

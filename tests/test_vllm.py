@@ -85,8 +85,7 @@ def test_the_same_seed_gives_the_same_text(llm):
 def test_prompts_that_do_not_fit_into_one_step_at_the_default_temperature(llm):
     """vLLM would split the one that is in the way over two steps, and the CPU's generators cannot take a draw back."""
     requests = [
-        ask_for(f"{caption} {n} " * 60, temperature=AskConfig().temperature)
-        for n, caption in enumerate(CAPTIONS * 2)
+        ask_for(f"{caption} {n} " * 60, temperature=AskConfig().temperature) for n, caption in enumerate(CAPTIONS * 2)
     ]
     replies = llm.ask(requests)
     assert sum(reply.prompt_tokens - reply.cached_tokens for reply in replies) > 4096
@@ -179,7 +178,9 @@ def test_an_engine_that_stops_is_one_line(small_llm, tmp_path, processes):
     )  # fmt: skip
     lines = [line for line in result.stderr.splitlines() if not line.startswith(("edit ", "read source "))]
     assert (result.returncode, result.stdout, len(lines)) == (2, "", 1), result.stderr
-    assert lines[0].startswith(f"Error: {small_llm.name}: vLLM stopped (RuntimeError: CPU Generator does not use offset)")
+    assert lines[0].startswith(
+        f"Error: {small_llm.name}: vLLM stopped (RuntimeError: CPU Generator does not use offset)"
+    )
     assert "finished shards are kept; the same command goes on from there" in lines[0]
     log = next(tmp_path.glob("vapr-engine-*.log"))
     assert str(log) in lines[0] and "Dumping" in log.read_text()

@@ -23,6 +23,9 @@ class SourceConfig:
     """Of rows that are neither LLaVA's nor vapr's: {question: q, answer: a, images: img}; ``a.b.0`` goes down."""
     image_root: str | None = None
     """Images must lie inside this folder. Without it, relative paths start at the data file's folder."""
+    format: Literal["auto", "llava", "messages", "prompt"] = "auto"
+    """Shape of the rows: ``llava`` (``conversations``), ``messages``, or ``prompt`` (a prompt or question beside an
+    answer); ``auto`` takes of these the first that a row has."""
     split: str = "train"
     """Of a hub data set or a folder of its shards."""
     subset: str | None = None
@@ -222,6 +225,18 @@ class EditConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every key resolved."""
         return dataclasses.asdict(self)
+
+    def with_source(self, **given: Any) -> "EditConfig":
+        """The config with those keys of ``source`` that are given on the command line; None is not given.
+
+        Raises:
+            UserError: if a column is mapped that rows do not have.
+        """
+        changes = {key: value for key, value in given.items() if value is not None}
+        try:
+            return dataclasses.replace(self, source=dataclasses.replace(self.source, **changes))
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: tuple[str, ...] = ()) -> "EditConfig":

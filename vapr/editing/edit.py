@@ -26,6 +26,7 @@ Told = Callable[[int, str], None]
 """Is told how many turns more are through, and in words what is going on."""
 
 SAME_PAIR = "another pair has the same images, prompt and rejected answer"
+TRUE_HERE = "another row gives the edited answer as the truth of this image"
 LABEL_TOKENS = 64
 TRUTH_TOKENS = 64
 
@@ -285,7 +286,7 @@ class Editor:
             if draft.status == "open" and draft.rejected is not None:
                 known = answers[draft.turn.images, draft.turn.question]
                 if bare(draft.rejected) in known or answer_hash(draft.rejected) in draft.turn.truths:
-                    draft.end("rejected", "another row gives the edited answer as the truth of this image")
+                    draft.end("rejected", TRUE_HERE)
                 else:
                     draft.verdicts.append(Verdict("duplicate", True))
 

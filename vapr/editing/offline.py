@@ -123,7 +123,9 @@ class OfflineModel:
         try:
             yield
         except (*FAULTS, VLLMError) as error:
-            raise UserError(f"{describe(self._log.cause(error))}; all that vLLM said is in {self._log.keep()}") from None
+            raise UserError(
+                f"{describe(self._log.cause(error))}; all that vLLM said is in {self._log.keep()}"
+            ) from None
 
     def _enqueue(self, request: Request) -> str | None:
         """Queue a request, or say in one line why it cannot be answered."""
@@ -189,9 +191,11 @@ def _identify(model: str) -> tuple[str, str, dict[str, str]]:
         raise UserError(f"{model}: no such folder")
     try:
         config = Path(str(cached_file(model, "config.json")))
+        commit = config.parent.name  # .../snapshots/<commit>/config.json
+        # Here, where the terminal shows how far it is: vLLM would do it where nothing is seen.
+        snapshot_download(model, revision=commit, allow_patterns=[f"*{ending}" for ending in MODEL_FILES])
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no such folder, and no model of the hub to be had ({one_line(error)})") from None
-    commit = config.parent.name  # .../snapshots/<commit>/config.json
     return model, commit, {"model": model, "revision": commit, "tokenizer_revision": commit}
 
 

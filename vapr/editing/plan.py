@@ -156,7 +156,7 @@ class Planner:
 
     def _others(
         self, turn: Turn, number: int, tried: set[str], rules: Iterator[tuple[Category, str]]
-    ) -> Iterator[Plan]:  # fmt: skip
+    ) -> Iterator[Plan]:
         """Plans of what else a turn could trade: by the rules that are left, then by any value in its answer."""
         for category, rule in rules:
             tried.add(category.name)
@@ -172,8 +172,7 @@ class Planner:
         if polarity(turn.answer) is not None:
             return []  # "Yes, there are fewer" would contradict itself
         offers: list[Trade] = []
-        values = category.find_values(turn.answer)
-        if not values:
+        if not (values := category.find_values(turn.answer)):
             return offers
         asked, said = category.named(turn.question), category.named(turn.answer)
         for value in values:
@@ -182,8 +181,7 @@ class Planner:
             if not targets or self._in_doubt(turn, value, options):
                 continue
             noun = self._noun(turn, value) if value.set.by_noun else None
-            market = self._market(turn, value, options, noun)
-            if market is not None:
+            if (market := self._market(turn, value, options, noun)) is not None:
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
                 offers.append(Trade(number, value, market + several, targets, noun))

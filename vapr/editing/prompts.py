@@ -77,9 +77,7 @@ def edit_schema(category: Category) -> dict[str, Any]:
     text = {"type": "string"}
     if category.mode == "rewrite":
         return _object({"rewritten": text, "why_wrong": text})
-    operation = _object(
-        {"find": text, "replace": text, "category": {"enum": [category.name]}, "why_wrong": text}
-    )
+    operation = _object({"find": text, "replace": text, "category": {"enum": [category.name]}, "why_wrong": text})
     edits = {"type": "array", "items": operation, "minItems": category.min_edits, "maxItems": category.max_edits}
     return _object({"edits": edits})
 

@@ -47,7 +47,11 @@ class Published:
 
 
 def write_identities(path: Path, drafts: Sequence[Draft]) -> str | None:
-    """Write the identities of drafts that are pairs now or by a larger target; the file's sha256, None if it has none."""
+    """Write the identities of drafts that are pairs now or by a larger target.
+
+    Returns:
+        The file's sha256; None where there are none, and no file.
+    """
     identities = [
         draft.turn.identity(draft.rejected)
         for draft in drafts

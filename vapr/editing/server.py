@@ -240,9 +240,9 @@ def _nothing_said(message: dict[str, Any]) -> str:
     for key in THOUGHTS:
         if isinstance(thought := message.get(key), str) and thought.strip():
             return (
-                f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not think, "
-                "for instance with engine.extra_body={chat_template_kwargs: {enable_thinking: false}}, or without its "
-                "reasoning parser"
+                f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not "
+                "think, for instance with engine.extra_body={chat_template_kwargs: {enable_thinking: false}}, or "
+                "without its reasoning parser"
             )
     return "an empty reply"
 
