@@ -29,6 +29,8 @@ WAYS_OUT = {
     "HTTP": "the server's log, then --retry-failed",
     "no answer within": "a higher engine.timeout_seconds, then --retry-failed",
     "broken connection": "--retry-failed",
+    "image cannot be read": "--image-root, the folder that image paths start at",
+    "row cannot be read": "see the lines above",
     "no image": "filters.no_image=false keeps them",
     "coordinates in the answer": "filters.coordinates=false keeps them",
     "the letter of an option": "filters.letters=false keeps them",

@@ -37,10 +37,12 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
     with stopped_at_once(lambda: "a trial keeps nothing"):
         data = InstructionData(start.source, start.config.source)
         numbers = sorted(random.Random(start.config.seed).sample(range(len(data)), min(limit, len(data))))
-        turns, left_out = _read(data, numbers, start, say)
+        turns, left_out, unreadable = _read(data, numbers, start)
         if not turns:
-            reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
-            raise UserError(f"{start.source}: nothing to edit in {len(numbers):,} rows: {reasons}; a higher --limit")
+            why = unreadable or [f"{count:,} x {reason}" for reason, count in left_out.most_common()]
+            raise UserError(f"{start.source}: nothing to edit in {len(numbers):,} rows: {'; '.join(why)}")
+        for line in unreadable:
+            say(line)
         with open_editor(start) as editor, Display("edit", len(turns), unit="answer") as display:
             drafts, _ = editor.edit(
                 turns, "trial", lambda count, what: display.advance(what, count) if count else display.note(what)
@@ -55,13 +57,13 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
         }
 
 
-def _read(
-    data: InstructionData, numbers: list[int], start: Start, say: Callable[[str], None]
-) -> tuple[list[Turn], Counter[str]]:
+def _read(data: InstructionData, numbers: list[int], start: Start) -> tuple[list[Turn], Counter[str], list[str]]:
+    """The turns to edit, what is left out and how often, and what a user has to know of unreadable rows."""
     turns: list[Turn] = []
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
     bad_images: list[str] = []
+    bad_rows: list[str] = []
     for number in numbers:
         try:
             for turn, reason in to_edit(data.turns(number), start.config):
@@ -75,12 +77,12 @@ def _read(
         except BadImage as error:
             bad_images.append(str(error))
         except BadRow as error:
-            left_out["row cannot be read"] += 1
-            say(str(error))
+            bad_rows.append(str(error))
+    unreadable = [f"{len(bad_rows):,} rows cannot be read; the first: {bad_rows[0]}"] if bad_rows else []
     if problem := unreadable_images(len(numbers), len(bad_images), next(iter(bad_images), None)):
-        left_out["image cannot be read"] = len(bad_images)
-        say(problem)
-    return turns, left_out
+        unreadable.insert(0, problem)
+    left_out += Counter({"row cannot be read": len(bad_rows), "image cannot be read": len(bad_images)})
+    return turns, left_out, unreadable
 
 
 def _shown(draft: Draft) -> dict[str, Any]:
