@@ -73,6 +73,7 @@ Yes, there is some. | No, there is none.
 Yes, that is a can. | No, that is not a can.
 No, that isn't what it does. | Yes, that is what it does.
 No, I'm not. | Yes, I am.
+No, there's not. | Yes, there is.
 Yes, there are some on the table. | No, there are none on the table.
 No, there are none. | Yes, there are some.
 No, there are none in the yard. | Yes, there are some in the yard.

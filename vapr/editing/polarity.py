@@ -48,7 +48,7 @@ LAST_NEGATED = re.compile(
     re.IGNORECASE,
 )
 AFFIRMED = {"ca": "can", "wo": "will"}
-LAST_JOINED = re.compile(r"\b(?:it|that|he|she|they|we|you|I)(['’](s|re|m) not)(?=\W*$)", re.IGNORECASE)
+LAST_JOINED = re.compile(r"\b(?:there|it|that|he|she|they|we|you|I)(['’](s|re|m) not)(?=\W*$)", re.IGNORECASE)
 JOINED = {"s": " is", "re": " are", "m": " am"}
 HELPED = re.compile(rf"{VERB.pattern}|\b(?:must|may|might|shall|do|does|did|has|have|had|to)\b", re.IGNORECASE)
 STRONGLY = re.compile(r"\b(?:at all|whatsoever)\b", re.IGNORECASE)
