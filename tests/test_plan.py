@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from vapr.editing.categories import Categories, Category, ClosedSet, load_categories
+from vapr.editing.config import EditConfig
+from vapr.editing.edit import Editor
+from vapr.editing.llm import Reply
 from vapr.editing.nouns import Nouns
 from vapr.editing.plan import NO_CATEGORY, NO_PARTNER, PARTNER_LOST, Plan, Planner, Trade, match, release
 from vapr.editing.turns import Turn
@@ -262,6 +265,23 @@ def test_what_rules_can_turn_trades_among_itself_before_what_is_the_models():
     plans = planned(*[hard] * 3, *[("Is it?", "Yes")] * 2, *[("Is it?", "No")] * 4, model="m")
     assert sum(bool(plan.trades) for plan in plans) == 8  # no place stays empty: two of the hard ones trade, too
     assert [plan.trades != [] for plan in plans[3:]] == [True] * 6 and balanced(plans)
+
+
+class Silent:
+    """A language model that says nothing of use."""
+
+    name, revision, engine, num_gpus = "silent", "1", "test", 0
+
+    def ask(self, requests, on_reply=lambda: None):
+        return [Reply(None, "an empty reply")] * len(requests)
+
+
+def test_what_rules_can_turn_does_not_fall_with_what_the_model_cannot():
+    answers = ["Yes, there is."] * 20 + ["No, there is not."] * 20 + ["Yes, both of them are dogs, and they sleep."] * 20
+    turns = [turn(f"Is it? {n}", answer, number=n) for n, answer in enumerate(answers)]
+    drafts, _ = Editor(EditConfig(), CATEGORIES, Silent()).edit(turns, "s")
+    assert [draft.status for draft in drafts] == ["accepted"] * 40 + ["rejected"] * 20
+    assert {draft.reason for draft in drafts[40:]} == {NO_PARTNER}
 
 
 def test_releasing_a_trade_takes_it_from_both():
