@@ -277,7 +277,9 @@ class Silent:
 
 
 def test_what_rules_can_turn_does_not_fall_with_what_the_model_cannot():
-    answers = ["Yes, there is."] * 20 + ["No, there is not."] * 20 + ["Yes, both of them are dogs, and they sleep."] * 20
+    answers = (
+        ["Yes, there is."] * 20 + ["No, there is not."] * 20 + ["Yes, both of them are dogs, and they sleep."] * 20
+    )
     turns = [turn(f"Is it? {n}", answer, number=n) for n, answer in enumerate(answers)]
     drafts, _ = Editor(EditConfig(), CATEGORIES, Silent()).edit(turns, "s")
     assert [draft.status for draft in drafts] == ["accepted"] * 40 + ["rejected"] * 20

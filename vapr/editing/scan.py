@@ -81,7 +81,9 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
     if not digests:
         reasons = [f"{count:,} x {reason}" for reason, count in left_out.most_common()]
         if problem := unreadable_images(len(data), bad_images, first_bad_image):
-            raise UserError(f"{data.path}: {problem}; no answer to edit in the others: {', '.join(reasons)}")
+            raise UserError(
+                f"{data.path}: {problem}; no answer to edit in the others: {', '.join(reasons)}; see filters"
+            )
         raise UserError(f"{data.path}: no answer to edit in it: {', '.join(reasons)}; see filters")
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
