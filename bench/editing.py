@@ -73,7 +73,7 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
     from vapr.editing.run import Start, open_editor
 
     source = write_rows(folder / "open.jsonl", open_rows(options.turns, images))
-    settings = ("ask.attempts=1", "ask.temperature=0", "ask.max_tokens=128", "engine.max_model_len=2048")
+    settings = ("ask.attempts=1", "ask.max_tokens=128", "engine.max_model_len=2048")
     config = EditConfig.load(None, settings)
     start = Start(source=str(source), folder=folder, editor=options.model, config=config)
     with open_editor(start) as editor:

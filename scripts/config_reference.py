@@ -24,7 +24,14 @@ from vapr.editing.config import EditConfig  # noqa: E402
 
 CONFIGS: dict[str, Any] = {"run": Config, "edit": EditConfig}
 BEGIN, END = "<!-- config:begin -->", "<!-- config:end -->"
-WORDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+WORDS: dict[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+    Any: "anything",
+}
 
 
 def main() -> int:

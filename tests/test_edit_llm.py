@@ -22,12 +22,15 @@ ASKED = [
 ]
 """What no rule can edit."""
 TRADED = [("Is there a dog?", "Yes"), ("Is there a boat?", "No")]
-SETTINGS = ("ask.temperature=0", "ask.attempts=2", "ask.max_tokens=200", "engine.max_model_len=2048")
+ATTEMPTS = EditConfig().ask.attempts
 
 
 @pytest.fixture(scope="module")
 def job(small_llm, tmp_path_factory):
-    """``job(name)`` -> folder of a finished job, and its ledger; each one has vLLM started anew."""
+    """``job(name, *settings)`` -> folder of a finished job, and its ledger; each one has vLLM started anew.
+
+    Without settings: with those that a user has who gives none.
+    """
     if not small_llm.name.startswith("smollm2"):
         pytest.skip("SmolLM2 cannot be had here (see the warning); a random model makes no edits")
     folder = tmp_path_factory.mktemp("edit")
@@ -39,9 +42,9 @@ def job(small_llm, tmp_path_factory):
     (folder / "rows.json").write_text(json.dumps(rows))
     done = {}
 
-    def make(name):
+    def make(name, *settings):
         if name not in done:
-            config = EditConfig.load(None, SETTINGS)
+            config = EditConfig.load(None, settings)
             start = Start(source=str(folder / "rows.json"), folder=folder / name, editor=str(small_llm), config=config)
             done[name] = (folder / name, run(start, print))
         return done[name]
@@ -90,7 +93,7 @@ def test_a_pair_says_where_it_is_from(job, small_llm):
             assert made["editor"] == small_llm.name
             assert re.fullmatch("[0-9a-f]{64}", made["revision"])
             assert made["engine"].startswith(f"vllm {vllm.__version__}")
-            assert 1 <= made["attempts"] <= 2
+            assert 1 <= made["attempts"] <= ATTEMPTS
             edits = json.loads(made["raw"])["edits"]
             assert {edit["category"] for edit in edits} == {pair["category"]}
             assert [edit["why_wrong"] for edit in edits] == made["why_wrong"]
@@ -109,12 +112,12 @@ def test_what_failed_is_kept_with_the_reply(job):
     lines = [json.loads(line) for line in (folder / "rejects" / "part-00000.jsonl").read_text().splitlines()]
     assert len(lines) == len(ASKED) + len(TRADED) - ledger["accepted"]
     for line in lines:
-        assert (line["status"], line["attempts"]) == ("failed", 2)
-        assert line["reason"] and len(line["refused"]) == 1
+        assert (line["status"], line["attempts"]) == ("failed", ATTEMPTS)
+        assert line["reason"] and len(line["refused"]) == ATTEMPTS - 1
         assert line["answer"] in dict(ASKED).values()
 
 
 def test_at_temperature_0_a_second_run_writes_the_same_bytes(job):
-    (first, _), (second, _) = job("first"), job("second")
+    (first, _), (second, _) = (job(name, "ask.temperature=0", "ask.attempts=2") for name in ("one", "two"))
     for part in ("pairs/part-00000.parquet", "rejects/part-00000.jsonl", "plans/part-00000.jsonl", "editor.json"):
         assert (first / part).read_bytes() == (second / part).read_bytes(), part

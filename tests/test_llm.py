@@ -87,6 +87,30 @@ def test_the_answer_and_what_was_sent(serve):
     assert llm.engine == f"openai-compatible server at {server.url}"
 
 
+def test_what_is_sent_can_be_changed(serve):
+    server = serve()
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}, "max_completion_tokens": 300}
+    llm, _ = opened(server, omit=["max_tokens", "temperature"], extra_body=thinking)
+    assert llm.ask([ask_for("two cats")]) == [echo("two cats")]
+    assert {key: value for key, value in server.chats[0].items() if key not in ("messages", "response_format")} == {
+        "model": "fake",
+        "seed": 7,
+        **thinking,
+    }
+
+
+@pytest.mark.parametrize("refused", ["max_tokens", "temperature", "seed"])
+def test_a_server_that_refuses_a_parameter_opens_without_it(serve, refused):
+    words = f"Unsupported parameter: '{refused}' is not supported with this model."
+    server = serve(lambda number, body: failing(400, words) if refused in body else obedient(body))
+    with pytest.raises(UserError) as caught:
+        open_llm(server.url, EngineConfig())
+    assert f"failed: HTTP 400: {words}; engine.omit=[{refused}] leaves it out" in str(caught.value)
+    config = parse_config(EngineConfig, {"omit": [refused], "extra_body": {"top_p": 0.9}}, "edit.yaml")
+    assert open_llm(server.url, config).name == "fake"
+    assert server.chats[-1]["top_p"] == 0.9
+
+
 def test_images_travel_as_they_are(serve):
     parts = [
         {"type": "text", "text": "What is it?"},
@@ -226,6 +250,12 @@ def test_a_broken_connection_is_tried_again(serve):
 # What is one row's problem
 
 
+NOT_THINK = (
+    "have the server not think, for instance with engine.extra_body={chat_template_kwargs: {enable_thinking: false}}, or "
+    "without its reasoning parser"
+)
+
+
 def others_are_fine(llm: ServerModel) -> str:
     """The problem of the row that says 'bad' among others."""
     replies = llm.ask([ask_for(text) for text in ("a", "bad", "b", "c")])
@@ -267,6 +297,12 @@ def dropped():
         (completion("", finish="content_filter"), "refused by the server's content filter or by the model"),
         (completion(None, refusal="I cannot"), "refused by the server's content filter or by the model"),
         (completion(None), "an empty reply"),
+        ({"error": {"message": "model is\nloading", "code": 503}}, "an error in place of an answer after 2 tries: model is loading"),
+        ({"error": "out of quota", "choices": None}, "an error in place of an answer after 2 tries: out of quota"),
+        ({"error": {"code": 7}}, "an error in place of an answer after 2 tries: {'code': 7}"),
+        (completion(None, reasoning_content='{"echo":\n"b"}'), f"an empty reply: all of it is in reasoning_content ('{{\"echo\": \"b\"}}'); {NOT_THINK}"),
+        (completion("", reasoning="Let me see"), f"an empty reply: all of it is in reasoning ('Let me see'); {NOT_THINK}"),
+        ({"choices": [{"message": {"role": "assistant"}, "finish_reason": "stop"}]}, "an empty reply"),
         (completion(" \n"), "an empty reply"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -312,6 +348,15 @@ def test_refusals_of_everything_end_it_too(serve, status, way_out):
     with pytest.raises(UserError, match=rf"^server {server.url}: HTTP {status}: no; .*{re.escape(way_out)}"):
         llm.ask([ask_for("a")])
     assert slept == []
+
+
+def test_an_error_in_place_of_the_list_of_models(serve):
+    server = serve()
+    server._http.RequestHandlerClass.do_GET = lambda handler: handler._reply(
+        {"error": {"message": "no such deployment"}}
+    )
+    with pytest.raises(UserError, match="when asked for its models: no such deployment; is this"):
+        ServerModel(server.url, EngineConfig())
 
 
 def test_no_server_at_all():
@@ -381,6 +426,11 @@ def test_what_a_url_hides(serve):
         ({"tensor_parallel": 0}, "engine.tensor_parallel must be at least 1, got 0"),
         ({"max_model_len": 0}, "engine.max_model_len must be at least 1, got 0"),
         ({"model": ""}, "engine.model must be a name or null, got ''"),
+        ({"omit": ["top_p"]}, "omit.0: "),
+        (
+            {"extra_body": {"messages": []}},
+            "engine.extra_body must be keys other than model, messages, response_format",
+        ),
         ({"tires": 3}, "unknown key 'tires'; did you mean 'tries'?"),
     ],
     ids=str,

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from vapr.editing.categories import Categories, Category, ClosedSet, load_categories
+from vapr.editing.config import EditConfig
+from vapr.editing.edit import Editor
+from vapr.editing.llm import Reply
 from vapr.editing.nouns import Nouns
 from vapr.editing.plan import NO_CATEGORY, NO_PARTNER, PARTNER_LOST, Plan, Planner, Trade, match, release
 from vapr.editing.turns import Turn
@@ -223,6 +226,64 @@ def test_captions_that_find_too_few_leave_and_the_others_trade_anew():
     )  # fmt: skip
     assert [len(plan.trades) for plan in plans] == [2, 2, 0, 2, 2]
     assert plans[2].reason == NO_PARTNER and balanced(plans)
+
+
+def test_what_finds_no_partner_is_tried_in_the_next_category():
+    plans = planned(
+        (CAPTION, "A red car stands above the river."),  # no caption trades with it
+        ("What color is the bus?", "The bus is blue."),
+        ("What color is the hat?", "The hat is green."),  # a hat is no vehicle
+    )
+    assert [[trade.target for trade in plan.trades] for plan in plans] == [["blue"], ["red"], []]
+    assert (plans[0].category.name, plans[0].decided_by, plans[0].reason) == ("attribute", "value:colours", None)
+    assert (plans[2].category.name, plans[2].reason) == ("attribute", NO_PARTNER)
+    assert balanced(plans)
+
+
+def test_the_next_category_by_rule_comes_before_those_by_value():
+    question = "How many dogs are there, and what color are they?"
+    plans = planned((question, "Two brown dogs."), ("What color is the cat?", "A white cat."))
+    assert [plan.decided_by for plan in plans] == ["attribute:asks-colour"] * 2
+    alone = planned((question, "Two brown dogs."))[0]
+    assert (alone.category.name, alone.reason) == ("count", NO_PARTNER)  # what it was tried in first
+
+
+def test_with_a_model_too_what_finds_no_partner_is_tried_in_the_next_category():
+    plans = planned(
+        (CAPTION, "A red car stands above the river."), ("What color is the bus?", "It is blue."), model="m"
+    )
+    assert targets(plans) == ["blue", "red"] and not any(plan.ask for plan in plans)
+
+
+def test_what_rules_can_turn_trades_among_itself_before_what_is_the_models():
+    hard = ("Is it a dog?", "Yes, both of them are dogs, and they sleep.")
+    rows = [hard] * 20 + [("Is it?", "Yes")] * 20 + [("Is it?", "No")] * 20 + [hard] * 20
+    for seed in "abc":
+        plans = planned(*rows, model="m", seed=seed)
+        assert [bool(plan.trades) for plan in plans] == [False] * 20 + [True] * 40 + [False] * 20
+        assert not any(plans[trade.partner.turn].ask for plan in plans for trade in plan.trades)
+    plans = planned(*[hard] * 3, *[("Is it?", "Yes")] * 2, *[("Is it?", "No")] * 4, model="m")
+    assert sum(bool(plan.trades) for plan in plans) == 8  # no place stays empty: two of the hard ones trade, too
+    assert [plan.trades != [] for plan in plans[3:]] == [True] * 6 and balanced(plans)
+
+
+class Silent:
+    """A language model that says nothing of use."""
+
+    name, revision, engine, num_gpus = "silent", "1", "test", 0
+
+    def ask(self, requests, on_reply=lambda: None):
+        return [Reply(None, "an empty reply")] * len(requests)
+
+
+def test_what_rules_can_turn_does_not_fall_with_what_the_model_cannot():
+    answers = (
+        ["Yes, there is."] * 20 + ["No, there is not."] * 20 + ["Yes, both of them are dogs, and they sleep."] * 20
+    )
+    turns = [turn(f"Is it? {n}", answer, number=n) for n, answer in enumerate(answers)]
+    drafts, _ = Editor(EditConfig(), CATEGORIES, Silent()).edit(turns, "s")
+    assert [draft.status for draft in drafts] == ["accepted"] * 40 + ["rejected"] * 20
+    assert {draft.reason for draft in drafts[40:]} == {NO_PARTNER}
 
 
 def test_releasing_a_trade_takes_it_from_both():

@@ -41,6 +41,44 @@ No – there is no dog in the yard. | Yes – there is a dog in the yard.
 No, there is no fruit on the table. | Yes, there is some fruit on the table.
 No, there is no pasta on the plate. | Yes, there is some pasta on the plate.
 No, there is no silverware. | Yes, there is some silverware.
+Yes, there is. | No, there is not.
+Yes there is | No there is not
+Yes, there are. | No, there are not.
+Yes, there was! | No, there was not!
+No, there is not. | Yes, there is.
+No, there isn't. | Yes, there is.
+No, there isn’t. | Yes, there is.
+No, there are not. | Yes, there are.
+No, there aren't. | Yes, there are.
+No, there weren't. | Yes, there were.
+No there is not. | Yes there is.
+Yes, it is. | No, it is not.
+No, it's not. | Yes, it is.
+No, they're not. | Yes, they are.
+Yes, it does. | No, it does not.
+Yes, they do. | No, they do not.
+Yes, he did. | No, he did not.
+Yes, she has. | No, she has not.
+Yes, the man does. | No, the man does not.
+Yes, I can. | No, I cannot.
+No, it doesn't. | Yes, it does.
+No, they do not. | Yes, they do.
+No, I can't. | Yes, I can.
+No, he won't. | Yes, he will.
+Yes, there's a dog in the yard. | No, there's no dog in the yard.
+No, there's no dog. | Yes, there's a dog.
+No, there's no traffic. | Yes, there's some traffic.
+Yes, there are some. | No, there are none.
+Yes, there is some. | No, there is none.
+Yes, that is a can. | No, that is not a can.
+No, that isn't what it does. | Yes, that is what it does.
+No, I'm not. | Yes, I am.
+No, there's not. | Yes, there is.
+Yes, there are some on the table. | No, there are none on the table.
+No, there are none. | Yes, there are some.
+No, there are none in the yard. | Yes, there are some in the yard.
+No, there is not a dog in the yard. | Yes, there is a dog in the yard.
+No, there are not dogs in the yard. | Yes, there are dogs in the yard.
 """
 LEFT_ALONE = """
 Yes, there are two people here.
@@ -79,8 +117,25 @@ Yes, there is probably a dog.
 Yes, the cat is still sleeping.
 Yes, it is not raining.
 Yes, there is the dog.
-Yes, it does.
 YES, THERE IS A DOG.
+YES, THERE IS.
+Yes, there are two.
+Yes, there is one.
+Yes, there is not.
+Yes, there is indeed.
+Yes, there's some on the plate.
+Yes, he must have.
+Yes, it has to be.
+Yes, what he says is.
+Yes, somebody does.
+Yes, the dog has a collar.
+No, the dog does not have a collar.
+No, there is no dog at all.
+No, there is not at all.
+No, there isn't a single dog.
+No, there is not much traffic.
+No, there isn't any.
+No, there isn't one.
 No, but there is a cat.
 No, there is a cat instead.
 No, the sky is cloudy.
@@ -104,7 +159,6 @@ No, she is not smiling nor laughing.
 No, not yet.
 No, not all of them are.
 No, nobody is there.
-No, he won't.
 Yes, the soda can says Coke.
 Yes, the soda can looks full.
 Yes, the can appears empty.

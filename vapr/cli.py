@@ -241,6 +241,17 @@ def view(
 )
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file; docs/edit.md lists its keys.")
 @set_option
+@click.option(
+    "--format",
+    "name",
+    type=click.Choice(["auto", "llava", "messages", "prompt"]),
+    help="Shape of the rows. [default: auto]",
+)
+@click.option("--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. answer=caption.")
+@click.option("--image-root", help="Folder the images must lie in.")
+@click.option("--split", help="Split of a hub data set. [default: train]")
+@click.option("--subset", help="Subset of a hub data set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Try about so many rows and show them; nothing is written.")
 @click.option("--target", type=click.IntRange(min=1), help="Stop at so many accepted pairs.")
 @click.option("--retry-failed", is_flag=True, help="Ask again for what failed in an earlier start.")
 @click.option(
@@ -252,8 +263,9 @@ def view(
 @json_option
 @one_line_errors
 def edit(
-    source: str, out: Path, editor: str, config: Path | None, overrides: tuple[str, ...], target: int | None,
-    retry_failed: bool, workers: int, ray: bool, verdicts: Path | None, gpu_price: float | None,
+    source: str, out: Path, editor: str, config: Path | None, overrides: tuple[str, ...], name: str | None,
+    columns: tuple[str, ...], image_root: str | None, split: str | None, subset: str | None, limit: int | None,
+    target: int | None, retry_failed: bool, workers: int, ray: bool, verdicts: Path | None, gpu_price: float | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Make preference pairs of instruction data: the rejected answer is the true one with one targeted error.
@@ -261,18 +273,29 @@ def edit(
     SOURCE is a file, folder, glob or hub id of questions with true answers about images. Pairs go to OUT/pairs; vapr
     train, audit and view take OUT. The same command goes on where a stopped one ended.
     """
+    from vapr.editing import summary, trial
     from vapr.editing.config import EditConfig
-    from vapr.editing.run import Start, run, show
+    from vapr.editing.run import Start, run
 
+    settings = EditConfig.load(config, overrides).with_source(
+        format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset
+    )
     start = Start(
-        source=source, folder=out, editor=editor, config=EditConfig.load(config, overrides), target=target,
-        retry_failed=retry_failed, workers=workers, ray=ray, price_per_gpu_hour=gpu_price, verdicts=verdicts,
+        source=source, folder=out, editor=editor, config=settings, target=target, retry_failed=retry_failed,
+        workers=workers, ray=ray, price_per_gpu_hour=gpu_price, verdicts=verdicts,
     )  # fmt: skip
     try:
+        if limit is not None:
+            tried = trial.trial(start, limit, partial(click.echo, err=True))
+            click.echo(json.dumps(tried, indent=2) if as_json else trial.show(tried, start, click.style))
+            return
         result = run(start, partial(click.echo, err=True))
     except Stopped as stopped:
         _say_stopped(stopped)
-    click.echo(json.dumps(result, indent=2) if as_json else f"{show(result)}\nwrote       {out}")
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        click.echo(f"{summary.show(result)}\nwrote       {out}\n{summary.next_commands(result, out)}")
 
 
 @main.command()

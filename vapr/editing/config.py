@@ -23,6 +23,9 @@ class SourceConfig:
     """Of rows that are neither LLaVA's nor vapr's: {question: q, answer: a, images: img}; ``a.b.0`` goes down."""
     image_root: str | None = None
     """Images must lie inside this folder. Without it, relative paths start at the data file's folder."""
+    format: Literal["auto", "llava", "messages", "prompt"] = "auto"
+    """Shape of the rows: ``llava`` (``conversations``), ``messages``, or ``prompt`` (a prompt or question beside an
+    answer); ``auto`` takes of these the first that a row has."""
     split: str = "train"
     """Of a hub data set or a folder of its shards."""
     subset: str | None = None
@@ -144,6 +147,10 @@ class CheckConfig:
         check(self.short_answer_words >= 0, "checks.short_answer_words", "at least 0", self.short_answer_words)
 
 
+SAMPLING = ("seed", "max_tokens", "temperature")
+"""What a request says of the sampling, and ``engine.omit`` can leave out."""
+FIXED = ("model", "messages", "response_format")
+"""What ``engine.extra_body`` cannot replace."""
 CONNECTIONS = 1000
 """The openai package opens no more at once."""
 
@@ -174,6 +181,11 @@ class EngineConfig:
     """Environment variable that holds the key. Server only."""
     model: str | None = None
     """The model's name at the server; null: the only one that it lists. Server only."""
+    omit: list[Literal["seed", "max_tokens", "temperature"]] = dataclasses.field(default_factory=list)
+    """Parameters that are not sent, for a server that refuses them. Server only."""
+    extra_body: dict[str, Any] | None = None
+    """More keys of every request, as the server knows them: {chat_template_kwargs: {enable_thinking: false}}. Server
+    only."""
 
     def __post_init__(self) -> None:
         check(self.tensor_parallel >= 1, "engine.tensor_parallel", "at least 1", self.tensor_parallel)
@@ -185,6 +197,8 @@ class EngineConfig:
         check(self.timeout_seconds > 0, "engine.timeout_seconds", "> 0", self.timeout_seconds)
         check(self.tries >= 1, "engine.tries", "at least 1", self.tries)
         check(self.model != "", "engine.model", "a name or null", repr(self.model))
+        for key in self.extra_body or ():
+            check(key not in FIXED, "engine.extra_body", f"keys other than {', '.join(FIXED)}", f"'{key}'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +225,18 @@ class EditConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every key resolved."""
         return dataclasses.asdict(self)
+
+    def with_source(self, **given: Any) -> "EditConfig":
+        """The config with those keys of ``source`` that are given on the command line; None is not given.
+
+        Raises:
+            UserError: if a column is mapped that rows do not have.
+        """
+        changes = {key: value for key, value in given.items() if value is not None}
+        try:
+            return dataclasses.replace(self, source=dataclasses.replace(self.source, **changes))
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: tuple[str, ...] = ()) -> "EditConfig":

@@ -2,8 +2,9 @@
 
 import hashlib
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from vapr.preference_pair import Edit
 Told = Callable[[int, str], None]
 """Is told how many turns more are through, and in words what is going on."""
 
+SAME_PAIR = "another pair has the same images, prompt and rejected answer"
+TRUE_HERE = "another row gives the edited answer as the truth of this image"
 LABEL_TOKENS = 64
 TRUTH_TOKENS = 64
 
@@ -87,14 +90,16 @@ class Editor:
         self.planner = Planner(categories, self.nouns, llm.name if llm else None, config.plan.balance)
 
     def edit(
-        self, turns: Sequence[Turn], seed: str, told: Told = lambda count, what: None
-    ) -> tuple[list[Draft], Tokens]:
+        self, turns: Sequence[Turn], seed: str, told: Told = lambda count, what: None,
+        published: Callable[[], AbstractSet[int]] = frozenset,
+    ) -> tuple[list[Draft], Tokens]:  # fmt: skip
         """A draft for each turn, in their order, each accepted, rejected or failed.
 
         Args:
             turns: of one shard.
             seed: names the shard; with the job's seed it decides trades and the model's sampling.
             told: of the progress.
+            published: gives the identities of pairs that are written already; no draft becomes one of them again.
         """
         tokens = Tokens()
         drafts = [Draft(turn) for turn in turns]
@@ -108,6 +113,8 @@ class Editor:
         self._blind_check(drafts, seed, tokens, told)
         self._verify(drafts, seed, tokens, told)
         self._settle(drafts)
+        while self._end_repeated(drafts, published()):
+            self._settle(drafts)
         for draft in drafts:
             if draft.status == "open":
                 draft.status = "accepted"
@@ -279,9 +286,25 @@ class Editor:
             if draft.status == "open" and draft.rejected is not None:
                 known = answers[draft.turn.images, draft.turn.question]
                 if bare(draft.rejected) in known or answer_hash(draft.rejected) in draft.turn.truths:
-                    draft.end("rejected", "another row gives the edited answer as the truth of this image")
+                    draft.end("rejected", TRUE_HERE)
                 else:
                     draft.verdicts.append(Verdict("duplicate", True))
+
+    @staticmethod
+    def _end_repeated(drafts: Sequence[Draft], published: AbstractSet[int]) -> bool:
+        """Refuse what would be a pair that there is already; whether there was any."""
+        times = Counter((draft.turn.images, draft.turn.question) for draft in drafts)
+        known, ended = set(published), False
+        for draft in drafts:
+            asked_again = draft.turn.truths or times[draft.turn.images, draft.turn.question] > 1
+            if draft.status != "open" or draft.rejected is None or not asked_again:
+                continue
+            identity = draft.turn.identity(draft.rejected)
+            if identity in known:
+                draft.end("rejected", SAME_PAIR)
+                ended = True
+            known.add(identity)
+        return ended
 
     def _blind_check(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
         if not self.config.checks.blind or self.llm is None:

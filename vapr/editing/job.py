@@ -17,6 +17,7 @@ from vapr.editing.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim, clai
 from vapr.editing.config import EditConfig
 from vapr.editing.leases import take
 from vapr.editing.pair_rows import digest_of, num_rows
+from vapr.editing.published import Published
 from vapr.editing.scan import READ_AGAIN, SCAN, TURNS, Scan, Truths, read_array, write_scan
 from vapr.editing.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
@@ -108,6 +109,7 @@ class Job:
         self.folder = folder
         self.config = config
         self.data = InstructionData(source, config.source)
+        self.published = Published(folder)
         described = {
             "vapr": __version__,
             "source": {"path": source, "digest": self.data.digest, "rows": len(self.data)},

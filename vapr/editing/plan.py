@@ -6,7 +6,7 @@ When two rows trade values, each value is as often chosen as rejected, so that n
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vapr.editing.agreement import CannotEdit, in_the_case_of, number
@@ -53,6 +53,17 @@ class Plan:
     trades: list[Trade] = field(default_factory=list)  # what is
     ask: bool = False  # the language model writes the edit
     reason: str | None = None  # why nothing is done
+    others: Iterator["Plan"] = field(default_factory=lambda: iter(()))  # further categories, if this finds no partner
+    first: tuple[Category | None, str] | None = None  # category and decided_by, once another category is tried
+
+    def try_another(self) -> bool:
+        """Become the plan of the next category that the turn fits; False if there is none."""
+        other = next(self.others, None)
+        if other is None:
+            return False
+        self.first = self.first or (self.category, self.decided_by)
+        self.category, self.decided_by, self.offers = other.category, other.decided_by, other.offers
+        return True
 
     @property
     def must_begin(self) -> str | None:
@@ -92,10 +103,13 @@ class Planner:
         if len(turn.question) > MAX_QUESTION:
             return Plan(reason=LONG_QUESTION)
         first = None
-        for category, rule in self.categories.by_rule(turn.question, turn.answer):
+        rules = self.categories.by_rule(turn.question, turn.answer)
+        for category, rule in rules:
             offers = self.offers(turn, number, category)
             if offers or self.model is not None:
-                return self._plan(category, rule, offers)
+                plan = self._plan(category, rule, offers)
+                plan.others = self._others(turn, number, {category.name}, rules)
+                return plan
             first = first or Plan(category, rule, reason=NEEDS_MODEL)
         if first is not None:
             return first
@@ -107,7 +121,9 @@ class Planner:
         if name is None:
             return Plan(decided_by=decided_by, reason=NO_CATEGORY)
         category = self.categories[name]
-        return self._plan(category, decided_by, self.offers(turn, number, category))
+        plan = self._plan(category, decided_by, self.offers(turn, number, category))
+        plan.others = self._others(turn, number, {name}, iter(()))
+        return plan
 
     def _plan(self, category: Category, decided_by: str, offers: list[Trade]) -> Plan:
         plan = Plan(category, decided_by, offers)
@@ -124,15 +140,30 @@ class Planner:
 
     def _by_value(self, turn: Turn, number: int) -> Plan:
         """Where no rule fits and no model is there to ask: a category one of whose values the answer holds."""
-        possible = []
-        for category in self.categories.all:
-            single = category.min_edits == 1 and "polarity" not in category.checks
-            if single and (offers := self.offers(turn, number, category)):
-                possible.append((category, offers))
+        possible = list(self._with_values(turn, number))
         if not possible:
             return Plan(reason=NO_CATEGORY)
-        category, offers = random.Random(turn.digest()).choice(possible)
-        return Plan(category, f"value:{offers[0].value.set.name}", offers)
+        first = random.Random(turn.digest()).choice(possible)
+        first.others = (plan for plan in possible if plan is not first)
+        return first
+
+    def _with_values(self, turn: Turn, number: int, tried: Collection[str] = ()) -> Iterator[Plan]:
+        """Plans of one trade in the categories, but for those tried, one of whose values the answer holds."""
+        for category in self.categories.all:
+            single = category.min_edits == 1 and "polarity" not in category.checks and category.name not in tried
+            if single and (offers := self.offers(turn, number, category)):
+                yield Plan(category, f"value:{offers[0].value.set.name}", offers)
+
+    def _others(
+        self, turn: Turn, number: int, tried: set[str], rules: Iterator[tuple[Category, str]]
+    ) -> Iterator[Plan]:
+        """Plans of what else a turn could trade: by the rules that are left, then by any value in its answer."""
+        for category, rule in rules:
+            tried.add(category.name)
+            offers = self.offers(turn, number, category)
+            if len(offers) >= category.min_edits:
+                yield Plan(category, rule, offers)
+        yield from self._with_values(turn, number, tried)
 
     def offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
         """What an answer could trade in a category: values that stand in it once, with what they belong to."""
@@ -141,8 +172,7 @@ class Planner:
         if polarity(turn.answer) is not None:
             return []  # "Yes, there are fewer" would contradict itself
         offers: list[Trade] = []
-        values = category.find_values(turn.answer)
-        if not values:
+        if not (values := category.find_values(turn.answer)):
             return offers
         asked, said = category.named(turn.question), category.named(turn.answer)
         for value in values:
@@ -151,8 +181,7 @@ class Planner:
             if not targets or self._in_doubt(turn, value, options):
                 continue
             noun = self._noun(turn, value) if value.set.by_noun else None
-            market = self._market(turn, value, options, noun)
-            if market is not None:
+            if (market := self._market(turn, value, options, noun)) is not None:
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
                 offers.append(Trade(number, value, market + several, targets, noun))
@@ -242,12 +271,21 @@ class Planner:
         if self.balance == "uniform":
             self._uniform(plans, rng)
             return
-        open_plans = [plan for plan in plans if plan.offers and not plan.reason]
-        _trade_singles([plan for plan in open_plans if _wanted(plan) == 1], rng)
-        _trade_several([plan for plan in open_plans if _wanted(plan) > 1], rng)
+        left = [plan for plan in plans if plan.offers and not plan.reason]
+        moved = True
+        while moved:
+            singles = [plan for plan in left if _wanted(plan) == 1]
+            # Those that the model writes last: what rules can do does not fall with what the model cannot.
+            _trade_singles([plan for plan in singles if not plan.ask], rng)
+            if any(plan.ask for plan in singles):
+                _trade_singles([plan for plan in singles if not plan.trades], rng)
+            _trade_several([plan for plan in left if _wanted(plan) > 1], rng)
+            left = [plan for plan in left if not plan.trades]
+            moved = [plan for plan in left if plan.try_another()] != []
         for plan in plans:
             if plan.offers and not plan.trades and not plan.reason:
                 plan.reason = NO_PARTNER
+                plan.category, plan.decided_by = plan.first or (plan.category, plan.decided_by)
 
     @staticmethod
     def _uniform(plans: Sequence[Plan], rng: random.Random) -> None:

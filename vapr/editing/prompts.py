@@ -7,16 +7,16 @@ whatever the server promised: what an answer says cannot change what a reply may
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vapr.editing.categories import Categories, Category
 from vapr.editing.operations import Operation
 from vapr.editing.turns import Turn
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 """Part of the prompt hash; raise it with the wording."""
 
 NONE = "none"
@@ -33,11 +33,14 @@ class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+WhyWrong = Annotated[str, Field(max_length=200)]  # small models go round in circles here
+
+
 class _Edit(_Reply):
-    find: str
+    find: Annotated[str, Field(min_length=1)]
     replace: str
     category: str
-    why_wrong: str
+    why_wrong: WhyWrong
 
 
 class _Edits(_Reply):
@@ -46,7 +49,7 @@ class _Edits(_Reply):
 
 class _Rewrite(_Reply):
     rewritten: str
-    why_wrong: str
+    why_wrong: WhyWrong
 
 
 class _Label(_Reply):
@@ -66,16 +69,15 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def edit_schema(category: Category) -> dict[str, Any]:
-    """JSON schema of a reply with edits, or with a whole rewritten answer."""
+    """JSON schema of a reply with edits, or with a whole rewritten answer.
+
+    Its texts have no bounds: xgrammar (0.2.8) allows no escape in a text with ``minLength`` or ``maxLength``, and so no
+    quotation mark. :func:`read_edits` and :func:`read_rewrite` hold replies to them.
+    """
     text = {"type": "string"}
-    # Small models go round in circles here. No limit elsewhere: each takes xgrammar a second and more to compile.
-    why_wrong = {"type": "string", "maxLength": 200}
     if category.mode == "rewrite":
-        return _object({"rewritten": text, "why_wrong": why_wrong})
-    operation = _object({
-        "find": {**text, "minLength": 1}, "replace": text, "category": {"enum": [category.name]},
-        "why_wrong": why_wrong,
-    })  # fmt: skip
+        return _object({"rewritten": text, "why_wrong": text})
+    operation = _object({"find": text, "replace": text, "category": {"enum": [category.name]}, "why_wrong": text})
     edits = {"type": "array", "items": operation, "minItems": category.min_edits, "maxItems": category.max_edits}
     return _object({"edits": edits})
 

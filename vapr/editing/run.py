@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vapr.editing.ledger import ledger
 from vapr.editing.llm import LanguageModel, open_llm
 from vapr.editing.prompts import prompt_hash
 from vapr.editing.review import take_verdicts
+from vapr.editing.scan import unreadable
 from vapr.editing.work import remove_unfinished, work
 from vapr.errors import UserError
 from vapr.interrupts import Stopped, stopped_at_once
@@ -61,7 +62,7 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
 
     Args:
         start: what is to be done.
-        say: is told in a line where there is nothing to do, or less than was asked for.
+        say: is told in a line of rows that cannot be read, and where there is nothing to do or less than was asked for.
 
     Raises:
         UserError: for everything the user can mend, see :class:`vapr.editing.job.Job`.
@@ -74,6 +75,8 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
+    for line in unreadable(job.scan):
+        say(line)
     job.check_files()
     if start.verdicts is not None:
         take_verdicts(job, start.verdicts)
@@ -249,41 +252,3 @@ def _one_of_several(start: Start, gpus: str | None, problems: Any, parent: int) 
         problems.put(str(error))
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
-
-
-def show(result: Mapping[str, Any]) -> str:
-    """The ledger as text."""
-    source, turns, tokens = result["source"], result["turns"], result["tokens"]
-    lines = [f"{'source':<12}{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit"]
-    if source["bad_rows"]:
-        lines.append(f"{'unreadable':<12}{source['bad_rows']:,} rows (scan.json names the first)")
-    lines += [f"{'left out':<12}{count:,} x {reason}" for reason, count in source["filtered"].items()]
-    lines.append(f"{'done':<12}{turns['done']:,} of {turns['total']:,} answers")
-    lines.append(f"{'accepted':<12}{result['accepted']:,} pairs")
-    for name, counts in result["categories"].items():
-        if counts["turns"]:
-            lines.append(
-                f"{'':<12}{name:<14}{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
-            )
-    for kind in ("rejected", "failed"):
-        lines += [f"{kind:<12}{count:,} x {reason}" for reason, count in result[kind].items()]
-    if result["over_target"]:
-        lines.append(f"{'set aside':<12}{result['over_target']:,} over the target; a larger one takes them up again")
-    for name, counts in result["polarity"].items():
-        lines.append(
-            f"{'yes / no':<12}{counts['rejected_yes']:,} rejected yes, {counts['rejected_no']:,} rejected no ({name})"
-        )
-    if tokens["prompt"]:
-        lines.append(
-            f"{'tokens':<12}{tokens['prompt']:,} prompt ({tokens['cached']:,} cached), "
-            f"{tokens['generated']:,} generated"
-        )
-    if result["accepted_per_second"] is not None:
-        lines.append(f"{'speed':<12}{result['accepted_per_second']:,} accepted pairs a second of work")
-    if turns["left"] and result["rest"]["seconds"] is not None:
-        rest = result["rest"]
-        cost = f", cost {rest['cost']:,}" if rest["cost"] is not None else ""
-        lines.append(f"{'rest':<12}{rest['seconds']:,} s of work, {rest['gpu_hours']:,} GPU-hours{cost}")
-    if result["shards"]["redone"]:
-        lines.append(f"{'redone':<12}{result['shards']['redone']:,} shards that a killed worker had begun")
-    return "\n".join(lines)

@@ -3,15 +3,17 @@
 import json
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vapr.cache import written_whole
 from vapr.display import Display
 from vapr.editing.config import EditConfig
-from vapr.editing.turns import InstructionData, Turn, answer_hash, why_left_out
+from vapr.editing.turns import BadImage, InstructionData, Turn, answer_hash, to_edit
 from vapr.errors import BadRow, UserError, one_line
 
 SCAN, TURNS, TRUTHS = "scan.json", "turns.npy", "truths.npy"
@@ -29,6 +31,8 @@ class Scan:
     filtered: dict[str, int]
     bad_rows: int
     first_bad_rows: list[str]
+    bad_images: int = 0  # of the bad rows, those whose images cannot be read
+    first_bad_image: str | None = None
 
 
 def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
@@ -41,6 +45,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
         half.unlink(missing_ok=True)  # of a scan that was killed
     left_out: Counter[str] = Counter()
     bad_rows: list[str] = []
+    bad_images, first_bad_image = 0, None
     # The only things that grow with the source: 24 bytes a turn that is edited, 16 bytes any turn.
     places, digests = array("q"), array("q")
     asked, answered = array("q"), array("q")
@@ -53,29 +58,33 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                 turns = data.turns(row)
             except BadRow as error:
                 num_bad += 1
+                if isinstance(error, BadImage):
+                    bad_images += 1
+                    first_bad_image = first_bad_image or str(error)
                 if len(bad_rows) < SHOWN_BAD_ROWS:
                     bad_rows.append(str(error))
                 continue
             num_turns += len(turns)
-            kept = 0
-            for turn in turns:
+            for turn, reason in to_edit(turns, config):
                 digest, question = turn.digests()
                 asked.append(question)  # of those left alone, too: what they say is true all the same
                 answered.append(answer_hash(turn.answer))
-                reason = why_left_out(turn, config.filters)
-                if reason is None and config.plan.turns_per_row is not None and kept == config.plan.turns_per_row:
-                    reason = "beyond plan.turns_per_row"
                 if reason is not None:
                     left_out[reason] += 1
                     continue
-                kept += 1
                 places.extend((row, turn.number))
                 digests.append(int(digest[:15], 16))
+    if num_bad == len(data) and bad_images == num_bad:
+        raise UserError(f"{data.path}: {unreadable_images(len(data), bad_images, first_bad_image)}")
     if num_bad == len(data):
         raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
     if not digests:
-        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
-        raise UserError(f"{data.path}: no answer to edit in it: {reasons}; see filters")
+        reasons = [f"{count:,} x {reason}" for reason, count in left_out.most_common()]
+        if problem := unreadable_images(len(data), bad_images, first_bad_image):
+            raise UserError(
+                f"{data.path}: {problem}; no answer to edit in the others: {', '.join(reasons)}; see filters"
+            )
+        raise UserError(f"{data.path}: no answer to edit in it: {', '.join(reasons)}; see filters")
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
         left_out["duplicate of an earlier answer"] = len(digests) - len(first)
@@ -87,10 +96,29 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
         np.save(file, truths, allow_pickle=False)
     counts = {
         "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
-        "bad_rows": num_bad, "first_bad_rows": bad_rows,
+        "bad_rows": num_bad, "first_bad_rows": bad_rows, "bad_images": bad_images, "first_bad_image": first_bad_image,
     }  # fmt: skip
     with written_whole(folder / SCAN) as file:
         file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def unreadable_images(rows: int, bad_images: int, first: str | None) -> str | None:
+    """How many rows have images that cannot be read, the first of them and why, and the way out; None if all can."""
+    if not bad_images:
+        return None
+    return (
+        f"the images of {bad_images:,} of {rows:,} rows cannot be read; the first: {first}; --image-root names the "
+        "folder that image paths start at"
+    )
+
+
+def unreadable(scan: Mapping[str, Any]) -> list[str]:
+    """What a user has to know of a source before anything is done with it, in lines."""
+    problem = unreadable_images(scan["rows"], scan["bad_images"], scan["first_bad_image"])
+    lines = [problem] if problem else []
+    if others := scan["bad_rows"] - scan["bad_images"]:
+        lines.append(f"{others:,} of {scan['rows']:,} rows cannot be read; scan.json says why, row by row")
+    return lines
 
 
 def _several(asked: np.ndarray, answered: np.ndarray) -> np.ndarray:

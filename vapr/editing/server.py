@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from vapr.editing.config import EngineConfig
+from vapr.editing.config import SAMPLING, EngineConfig
 from vapr.editing.llm import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError
 
@@ -101,14 +101,14 @@ class ServerModel:
                 if status in REFUSED:
                     raise UserError(f"server {self._shown}: {problem}{details}; {self._way_out(status)}") from None
                 if status not in TRY_AGAIN and status < 500:
-                    return Reply(None, problem + details)
+                    return Reply(None, problem + details + _refused_parameter(details))
                 retry_after = _retry_after(error.response.headers)
             except (TimeoutError, self._openai.APITimeoutError):
                 problem, reachable = f"no answer within {self._settings.timeout_seconds:g} s", False
             except self._openai.APIConnectionError:
                 problem, reachable = "broken connection", False
             except _UnusableAnswer as error:
-                problem = str(error)
+                problem, details = str(error), self._named(error.said)
         if not reachable and not await self._is_there(client):
             raise UserError(
                 f"server {self._shown} is not reachable any more; finished shards are kept, run the same command again"
@@ -118,14 +118,16 @@ class ServerModel:
     async def _send(self, client: Any, request: Request) -> Any:
         """The body of the answer, parsed. One timeout for all of it: a server may also send a byte now and then."""
         schema = {"name": "reply", "schema": request.schema, "strict": True}
+        sampling = {"seed": request.seed, "max_tokens": request.max_tokens, "temperature": request.temperature}
+        for name in self._settings.omit:
+            del sampling[name]
         async with asyncio.timeout(self._settings.timeout_seconds):
             response = await client.chat.completions.with_raw_response.create(
                 model=self.name,
                 messages=list(request.messages),
                 response_format={"type": "json_schema", "json_schema": schema},
-                seed=request.seed,
-                max_tokens=request.max_tokens,
-                temperature=request.temperature,
+                extra_body=self._settings.extra_body,
+                **sampling,
             )
         return _parse_body(response)
 
@@ -144,13 +146,15 @@ class ServerModel:
                 cause = self._redacted(str(error.__cause__ or error))
                 problem = f"not reachable ({cause}); check the URL, and that the server is running"
             except _UnusableAnswer as error:
-                problem = f"{error} when asked for its models; is this an OpenAI-compatible server?"
+                said = self._named(error.said)
+                problem = f"{error} when asked for its models{said}; is this an OpenAI-compatible server?"
         raise UserError(f"server {self._shown}: {problem}")
 
     async def _models(self, client: Any) -> list[dict[str, Any]]:
         async with asyncio.timeout(self._settings.timeout_seconds):
             response = await client.models.with_raw_response.list()
         body = _parse_body(response)
+        _check_sound(body)
         models = body.get("data") if isinstance(body, dict) else None
         if not isinstance(models, list) or not all(isinstance(m, dict) and m.get("id") for m in models):
             raise _UnusableAnswer("it sent no list of models")
@@ -192,7 +196,10 @@ class ServerModel:
     def _said(self, error: Any) -> str:
         """A refusing server's own words, if it sent any."""
         message = error.body.get("message") if isinstance(error.body, dict) else None
-        return f": {self._redacted(str(message))}" if message else ""
+        return self._named(message)
+
+    def _named(self, words: object) -> str:
+        return f": {self._redacted(str(words))}" if words else ""
 
     def _redacted(self, text: str) -> str:
         """In one line and without the key, which some servers repeat."""
@@ -201,14 +208,51 @@ class ServerModel:
 
 
 class _UnusableAnswer(Exception):
-    """HTTP 200, but not what was asked for. Proxies do that, so the request is sent again."""
+    """HTTP 200, but not what was asked for. Proxies do that, so the request is sent again.
+
+    Attributes:
+        said: the server's own words, if it sent any.
+    """
+
+    def __init__(self, problem: str, said: object = None) -> None:
+        super().__init__(problem)
+        self.said = said
+
+
+def _check_sound(body: Any) -> None:
+    """Raise _UnusableAnswer for an error that comes with HTTP 200, as gateways send it."""
+    if isinstance(body, dict) and (error := body.get("error")):
+        said = (error.get("message") or error) if isinstance(error, dict) else error
+        raise _UnusableAnswer("an error in place of an answer", said)
+
+
+def _refused_parameter(details: str) -> str:
+    """The way out where a server names a parameter that it does not take."""
+    named = [name for name in SAMPLING if re.search(rf"\b{name}\b", details)]
+    return f"; engine.omit=[{named[0]}] leaves it out, engine.extra_body sends what is wanted instead" if named else ""
+
+
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Where servers put what a model says before its answer."""
+
+
+def _nothing_said(message: dict[str, Any]) -> str:
+    for key in THOUGHTS:
+        if isinstance(thought := message.get(key), str) and thought.strip():
+            return (
+                f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not "
+                "think, for instance with engine.extra_body={chat_template_kwargs: {enable_thinking: false}}, or "
+                "without its reasoning parser"
+            )
+    return "an empty reply"
 
 
 def _read_reply(body: Any, request: Request) -> Reply:
+    _check_sound(body)
     try:
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
-        text = message["content"]
+        text = message.get("content")
         usage = body.get("usage") or {}
         prompt, generated = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
@@ -220,7 +264,7 @@ def _read_reply(body: Any, request: Request) -> Reply:
     elif finish == "content_filter" or message.get("refusal"):
         problem = "refused by the server's content filter or by the model"
     elif not isinstance(text, str) or not text.strip():
-        problem = "an empty reply"
+        problem = _nothing_said(message)
     return Reply(text if problem is None else None, problem, prompt, cached, generated)
 
 

@@ -5,12 +5,12 @@ import itertools
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vapr.editing.config import FilterConfig, SourceConfig
+from vapr.editing.config import EditConfig, FilterConfig, SourceConfig
 from vapr.errors import BadRow, UserError
 from vapr.formats import images_of, map_columns, with_image_parts
 from vapr.preference_pair import (
@@ -51,13 +51,23 @@ class Turn:
 
     def digests(self) -> tuple[str, int]:
         """The digest, and a number that stands for images and question alone."""
-        content = hashlib.sha256()
-        for name in self.image_names:
-            content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
+        content = self._shown()
         asked = content.copy()
         asked.update(self.question.encode(errors="surrogatepass"))
         content.update(repr((self.prompt, self.answer)).encode(errors="surrogatepass"))
         return content.hexdigest(), int(asked.hexdigest()[:15], 16)
+
+    def identity(self, rejected: str) -> int:
+        """A number that stands for images, prompt and rejected answer: two pairs of the same number say the same."""
+        content = self._shown()
+        content.update(repr((self.prompt, rejected)).encode(errors="surrogatepass"))
+        return int(content.hexdigest()[:15], 16)
+
+    def _shown(self) -> "hashlib._Hash":
+        content = hashlib.sha256()
+        for name in self.image_names:
+            content.update(name if isinstance(name, bytes) else f"{name}\0".encode(errors="surrogateescape"))
+        return content
 
 
 def bare(answer: str) -> str:
@@ -68,6 +78,10 @@ def bare(answer: str) -> str:
 def answer_hash(answer: str) -> int:
     """A number that stands for the bare answer."""
     return int(hashlib.sha256(bare(answer).encode(errors="surrogatepass")).hexdigest()[:15], 16)
+
+
+class BadImage(BadRow):
+    """A row one of whose images cannot be had: all of them, often, where the folder of the images is another."""
 
 
 class InstructionData:
@@ -124,7 +138,7 @@ class InstructionData:
                 root, confined = Path(self._config.image_root), True
             return list(self._read(rows[row], number, where, root, confined))
         except BadRow as error:
-            raise BadRow(f"{where}: {error}") from None
+            raise type(error)(f"{where}: {error}") from None
 
     def _read(self, row: Any, number: int, where: str, root: Path, confined: bool) -> Iterator[Turn]:
         if columns := self._config.columns:
@@ -135,8 +149,8 @@ class InstructionData:
             raise BadRow(f"a row must be an object, got {row!r:.60}")
         row = {key: value for key, value in row.items() if value is not None}
         named = image_list(images_of(row))
-        images = tuple(image_source(image, root, confined) for image in named)
-        messages = conversation(row)
+        images = tuple(_image(image, root, confined) for image in named)
+        messages = conversation(row, self._config.format)
         check_roles([*messages, *([] if messages[-1]["role"] == "user" else [{"role": "user"}])])
         parts = sum(part["type"] == "image" for message in messages for part in message["content"])
         if parts == 0:
@@ -192,29 +206,43 @@ class InstructionData:
         return self._config.licence
 
 
-CONVERSATIONS = ("conversations", "messages")
+def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
+    try:
+        return image_source(image, root, confined)
+    except BadRow as error:
+        raise BadImage(str(error)) from None
+
+
+CONVERSATIONS = {"conversations": "llava", "messages": "messages"}
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWERS = ("chosen", "answer", "completion", "response", "output")
 
 
-def conversation(row: Mapping[str, Any]) -> list[Message]:
+def conversation(row: Mapping[str, Any], format: str = "auto") -> list[Message]:
     """The row's messages, the answers included.
 
+    Args:
+        row: of the source.
+        format: which of its keys hold them, as ``source.format`` says.
+
     Raises:
-        BadRow: if no known key holds them.
+        BadRow: if none of these keys does.
     """
-    for key in CONVERSATIONS:
-        if key in row:
+    for key, shape in CONVERSATIONS.items():
+        if key in row and format in ("auto", shape):
             messages = messages_from(with_image_parts(row[key], key), key, "user")
             system = row.get("system")
             if isinstance(system, str) and system:
                 messages = [*messages_from(system, "system", "system"), *messages]
             return messages
-    questions = [key for key in QUESTIONS if key in row]
+    questions = [key for key in QUESTIONS if key in row and format in ("auto", "prompt")]
     answers = [key for key in ANSWERS if key in row]
     if not questions or not answers:
+        wanted = {"llava": "conversations", "messages": "messages", "prompt": "prompt and answer"}.get(
+            format, "conversations, messages, or prompt and answer"
+        )
         raise BadRow(
-            f"no conversations, messages, or prompt and answer; this row has {', '.join(map(str, row)) or 'nothing'} "
+            f"no {wanted}; this row has {', '.join(map(str, row)) or 'nothing'} "
             "(source.columns can map other names: {question: q, answer: a, images: img})"
         )
     prompt = messages_from(with_image_parts(row[questions[0]], questions[0]), questions[0], "user")
@@ -232,6 +260,17 @@ COORDINATES = re.compile(
 POINT = re.compile(r"[\[(]\s*0?\.\d+\s*,\s*0?\.\d+\s*[\])]")
 LETTER = re.compile(r"\s*(?:(?:the )?(?:answer|option)(?: is)?:? )?\(?[A-H]\)?[.:]?\s*", re.IGNORECASE)
 OPTIONS = re.compile(r"(?:^|[\s(])A[.):]\s.*(?:^|[\s(])B[.):]\s|option'?s? letter|correct (?:option|choice)", re.DOTALL)
+
+
+def to_edit(turns: Sequence[Turn], config: EditConfig) -> Iterator[tuple[Turn, str | None]]:
+    """The turns of a row, each with the reason why it is not edited; None if it is."""
+    kept = 0
+    for turn in turns:
+        reason = why_left_out(turn, config.filters)
+        if reason is None and config.plan.turns_per_row is not None and kept == config.plan.turns_per_row:
+            reason = "beyond plan.turns_per_row"
+        kept += reason is None
+        yield turn, reason
 
 
 def why_left_out(turn: Turn, filters: FilterConfig) -> str | None:

@@ -12,6 +12,7 @@ from vapr.editing.edit import Draft, Editor, Tokens, Told
 from vapr.editing.job import PAIRS, PLANS, REJECTS, RETRIED, Job, Unit
 from vapr.editing.leases import Lease, take
 from vapr.editing.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
+from vapr.editing.published import IDENTITIES, write_identities
 from vapr.editing.set_aside import take_up
 from vapr.errors import reason_kind
 from vapr.style import polarity
@@ -77,7 +78,7 @@ def _edit_unit(
     """Edit the turns of one unit and write its pairs, rejects and plans, and last the manifest that says it is done."""
     began = time.monotonic()
     if unit.round == 0:
-        drafts, tokens = editor.edit(job.turns_of(unit.shard), unit.name, told)
+        drafts, tokens = editor.edit(job.turns_of(unit.shard), unit.name, told, job.published.read)
     else:
         drafts, tokens = _edit_again(job, editor, unit, told, retry_failed)
     for draft in drafts:
@@ -110,7 +111,7 @@ def _edit_again(
     for row in rows:
         (left if row["status"] in kept or row.get("as_it_was") else again).append(row)
     turns = job.turns_at([(row["row"], row["turn"]) for row in (*again, *left)])
-    drafts, tokens = editor.edit(turns[: len(again)], unit.name, told) if again else ([], Tokens())
+    drafts, tokens = editor.edit(turns[: len(again)], unit.name, told, job.published.read) if again else ([], Tokens())
     drafts += take_up(left, turns[len(again) :], editor.categories, len(again))
     told(len(left), "")
     return drafts, tokens
@@ -141,6 +142,9 @@ def _write_rows(job: Job, identity: Mapping[str, Any], unit: Unit, drafts: Seque
     if rows:
         name = f"{PAIRS}/part-{unit.name}.parquet"
         files[name] = write_pairs(job.folder / name, rows)
+    name = f"{IDENTITIES}/part-{unit.name}.npy"
+    if digest := write_identities(job.folder / name, drafts):
+        files[name] = digest
     return files
 
 
@@ -150,7 +154,7 @@ def remove_files(job: Job, unit: Unit) -> None:
     Where a deleted manifest has the shard made again, its later rounds go too, for they took up what this one had left;
     manifests first.
     """
-    for folder in (SHARDS, PAIRS, REJECTS, PLANS):
+    for folder in (SHARDS, PAIRS, REJECTS, PLANS, IDENTITIES):
         for file in (job.folder / folder).glob(f"*{unit.shard:05d}*"):
             found = Unit.named(file.name.removeprefix("part-").partition(".")[0])
             if found is not None and found.shard == unit.shard and found.round >= unit.round:
