@@ -79,7 +79,7 @@ code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
 .tall { margin:0 0 14px; }
 .tall h3, .curves h3 { font-size:.95rem; margin:0 0 4px; font-weight:600; overflow-wrap:anywhere; }
-.gates td:first-child { width:6.6em; } .gates .soft { font-size:.86rem; }
+.gates td:first-child { width:9.4em; } .gates .soft { font-size:.86rem; }
 .pill { display:inline-block; border-radius:9px; padding:0 9px; font-size:.82rem; font-weight:600; white-space:nowrap;
   color:var(--card); background:var(--soft); }
 .pill.pass { background:var(--good); } .pill.warn { background:var(--rejected); } .pill.fail { background:var(--bad); }
