@@ -406,7 +406,7 @@ def test_a_small_set_does_not_pass_by_chance(picture_folder):
     assert named["rejected longer"]["status"] == named["mean length gap"]["status"] == "too small to tell"
     result = {"sets": {"set": one}, "failed": []}
     assert verdict(result) == "no gate fails; too small to tell in 3 gates"
-    big = audited(picture_folder, [row(n, *texts[10 + n % 2], images=[f"a/{n % 60}.png"]) for n in range(120)])
+    big = audited(picture_folder, [row(n, *texts[10 + n % 2], images=[f"a/{n // 2}.png"]) for n in range(120)])
     assert gates(big)["yes is chosen"] == "pass"
 
 
