@@ -89,7 +89,7 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
 
     try:
         trainer.train(run_config, resume=resume)
-    except trainer.TrainingStopped as stopped:
+    except Stopped as stopped:
         _say_stopped(stopped)
 
 
@@ -131,7 +131,10 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     run_config = Config.load(config, overrides)
     from vapr import prepare
 
-    result = prepare.prepare(run_config, partial(click.echo, err=as_json))
+    try:
+        result = prepare.prepare(run_config, partial(click.echo, err=as_json))
+    except Stopped as stopped:
+        _say_stopped(stopped)
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -353,11 +356,10 @@ def export(run: Path, out: Path, adapter: bool) -> None:
 def demo(out: Path, seed: int) -> None:
     """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
     from vapr.demo.run import run_demo
-    from vapr.trainer import TrainingStopped
 
     try:
         run_demo(out, seed)
-    except TrainingStopped as stopped:
+    except Stopped as stopped:
         _say_stopped(stopped)
 
 

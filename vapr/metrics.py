@@ -58,7 +58,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / "metrics.jsonl"
-        self.evaluated: set[int] = set()  # steps that have their evaluation
+        self.evaluated: dict[int, float] = {}  # held-out loss by step
         if resume_step is not None and self._path.exists():
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -69,6 +69,7 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
+        self._note_evaluation(step, clean)
         for name, value in clean.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
@@ -79,6 +80,11 @@ class MetricsLog:
         self._file.close()
         self._board.close()
 
+    def _note_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        if "eval/loss" in values:
+            loss = values["eval/loss"]
+            self.evaluated[step] = math.inf if loss is None else loss
+
     def _cut_off(self, step: int) -> None:
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -87,13 +93,40 @@ class MetricsLog:
                 if entry["step"] > step:
                     continue
                 kept.append(line)
-                if "eval/loss" in entry:
-                    self.evaluated.add(entry["step"])
+                self._note_evaluation(entry["step"], entry)
             except (ValueError, KeyError):
                 continue  # the half-written last line of a killed run
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
+    """Speed and memory of a whole step: waiting for data, forward, backward, update."""
+    peak = peak_flops(policy.device)
+    return {
+        "pairs_per_second": step.num_pairs / seconds,
+        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
+        "peak_memory_mib": peak_memory_mib(policy.device),
+    }
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """The figures of a training step in one line."""
+    return (
+        f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
+        f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+    )
+
+
+def held_out_in_words(step: int, evaluated: dict[int, float], values: dict[str, Any]) -> str:
+    """The figures of an evaluation in one line; ``evaluated`` holds the held-out loss of every step that has one."""
+    best = min(evaluated, key=lambda one: (evaluated[one], one))
+    return (
+        f"step {step:,} held out: loss {values['eval/loss']:.4f} acc {values['eval/rewards/accuracies']:.2f} "
+        f"margin {values['eval/rewards/margins']:+.3f}; "
+        + ("the lowest loss so far" if best == step else f"lowest loss {evaluated[best]:.4f} at step {best:,}")
+    )
 
 
 def useful_flops(policy: Policy, step: Step) -> float:
