@@ -93,3 +93,12 @@ def at(config: dict[str, Any], *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A config by dotted keys, ``loss.0.beta`` included."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(n): item for n, item in enumerate(value)}
+    if isinstance(value, dict) and value:
+        return {key: one for name, item in value.items() for key, one in flat(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

@@ -93,7 +93,7 @@ svg .whisker { fill:none; stroke:var(--ink); stroke-width:1.6; }
 .tall .answer { border-left:4px solid var(--colour); padding:2px 0 2px 12px; overflow-wrap:anywhere;
   white-space:pre-line; font-size:.92rem; margin:0 0 8px; min-width:0; }
 .plain { margin:0; padding:0; list-style:none; overflow-wrap:anywhere; }
-@media (max-width:760px) { .folds tr:first-child { display:none; } .folds tr, .folds td { display:block; }
+@media screen and (max-width:760px) { .folds tr:first-child { display:none; } .folds tr, .folds td { display:block; }
   .folds tr { border-bottom:1px solid var(--line); padding:6px 0; } .folds td { border:0; padding:1px 0; }
   .folds td:first-child { font-weight:600; } .folds td:not(:first-child)::before { content:attr(data-of) ": ";
   color:var(--soft); } }
@@ -102,7 +102,7 @@ summary { cursor:pointer; overflow-wrap:anywhere; }
 details ul { margin:8px 0 0; padding-left:20px; overflow-wrap:anywhere; }
 @media print { .pill { border:1px solid; background:none !important; color:var(--ink); }
   mark { text-decoration:underline; } .box, .card, .pair, .curves > *, tr { break-inside:avoid; }
-  main { max-width:none; } h2, h3 { break-after:avoid; } }
+  main { max-width:none; } body { background:none; } h2, h3 { break-after:avoid; } }
 @media (max-width:640px) { main { padding:20px 14px 44px; } .box, .card { padding:14px; }
   .pair { flex-direction:column; gap:10px; } .pair .pictures { flex:none; } .pair img:only-child { max-height:260px; }
   .cards.narrow { grid-template-columns:repeat(2, minmax(0, 1fr)); gap:10px; }
