@@ -1,8 +1,9 @@
-"""What is logged: metrics.jsonl, tensorboard, and the figures in them."""
+"""What is logged: metrics.jsonl, the trackers, and the figures in them."""
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vapr.loader import Step
 from vapr.model import Policy
+from vapr.trackers import Tracker
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
@@ -47,22 +49,22 @@ class Totals:
 
 
 class MetricsLog:
-    """Appends one JSON object a line to metrics.jsonl and writes the numbers to tensorboard.
+    """Appends one JSON object a line to metrics.jsonl and sends the numbers to the trackers.
 
     Args:
         run_dir: the run's folder.
         resume_step: objects after this step are cut off; None starts a new file.
+        trackers: see :mod:`vapr.trackers`; closed with the log.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+        self._sent: set[tuple[int, bool]] = set()  # what was cut off, and a tracker may have: step, whether evaluation
         self._path = run_dir / "metrics.jsonl"
         self.evaluated: dict[int, float] = {}  # held-out loss by step
         if resume_step is not None and self._path.exists():
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         # JSON knows no NaN: a number that is none becomes null.
@@ -70,15 +72,17 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
         self._note_evaluation(step, clean)
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        known = {name: value for name, value in clean.items() if value is not None}
+        for tracker in self._trackers:
+            if tracker.cuts_off or (step, "eval/loss" in values) not in self._sent:
+                tracker.write(step, known)
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _note_evaluation(self, step: int, values: dict[str, Any]) -> None:
         if "eval/loss" in values:
@@ -91,6 +95,7 @@ class MetricsLog:
             try:
                 entry = json.loads(line)
                 if entry["step"] > step:
+                    self._sent.add((entry["step"], "eval/loss" in entry))
                     continue
                 kept.append(line)
                 self._note_evaluation(entry["step"], entry)

@@ -29,6 +29,7 @@ from vapr.pages.run_report import write_run_report
 from vapr.prepare import open_features, open_reference, shared_image_features
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
+from vapr.trackers import check_installed, open_trackers
 from vapr.workers import open_workers
 from vapr_kernels import naive, preference_loss
 
@@ -57,6 +58,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
 
 def _train(config: Config, run: RunDir, *, resume: bool) -> None:
+    check_installed(config.trackers)
     with open_workers(config) as workers:
         loader = open_loader(config, "train", workers)
         held_out = open_loader(config, "eval", workers) if config.data.eval else None
@@ -75,7 +77,8 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
 
     extremes = Extremes()
     start, num_pairs = _resume(run, engine, loader, extremes) if resume else (0, 0)
-    log = MetricsLog(run.path, start if resume else None)
+    since = start if resume else None
+    log = MetricsLog(run.path, since, open_trackers(config, run.path, since))
     display = Display("train", num_steps, done=start)
     with contextlib.closing(log), contextlib.closing(display), Interrupts(display.say) as interrupts:
         training = _Training(
