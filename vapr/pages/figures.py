@@ -45,6 +45,7 @@ def figures_of(config: dict[str, Any]) -> list[Figure]:
 
 
 def signed(value: float) -> str:
+    """A readable number with its sign."""
     return f"+{readable(value)}" if value > 0 else readable(value)
 
 
@@ -89,6 +90,7 @@ def mapping(text: str | None) -> dict[str, Any]:
 
 
 def at(config: dict[str, Any], *keys: str) -> Any:
+    """What stands under nested keys; None where there is nothing."""
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
