@@ -10,11 +10,13 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from tests import oracles
 from tests.pair_sets import THINGS, audited, colour_rows, gates, opened, row, swapped, uniform
 from vapr.audit import audit
+from vapr.audit_text import verdict
 from vapr.duplicates import near_duplicates, repeated
 from vapr.gates import judge
 from vapr.intervals import bootstrap, percent, relative_gap, wilson
@@ -172,9 +174,32 @@ def test_independent_pairs_get_wilsons_interval():
     assert found == pytest.approx([100 * x for x in wilson(0.65, 400)], abs=0.05)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.95, 0.97])
+def test_intervals_cover_near_one_where_pairs_of_an_image_agree(share):
+    """20 images of 20 pairs, drawn from a beta-binomial distribution with a correlation of 0.6 within an image: nearly all
+    images are all right, and the few that are not decide how much is seen of the correlation."""
+    num_draws, images, pairs, correlation = 2_000, 20, 20, 0.6
+    generator = np.random.default_rng(0)
+    concentration = (1 - correlation) / correlation
+    right = generator.binomial(
+        pairs, generator.beta(share * concentration, (1 - share) * concentration, (num_draws, images))
+    )
+    groups = np.repeat(np.arange(images), pairs)
+    covered = 0
+    for draw in right:
+        low, high = percent((np.tile(np.arange(pairs), images) < np.repeat(draw, pairs)).astype(float), groups)[
+            "interval"
+        ]
+        covered += low <= 100 * share <= high
+    assert covered >= 0.93 * num_draws
+
+
 def test_all_alike_is_not_certain():
     low, high = percent(np.ones(40), np.repeat(np.arange(4), 10))["interval"]
-    assert high == pytest.approx(100) and low == pytest.approx(100 * wilson(1.0, 4)[0]) and low < 60
+    quantile = scipy.stats.t.ppf(0.975, 3)
+    assert high == pytest.approx(100) and low == pytest.approx(100 * wilson(1.0, 4, quantile)[0]) and low < 60
+    assert percent(np.ones(40), np.zeros(40))["interval"][0] < 1  # one image says nothing about others
+    assert percent(np.ones(40), np.arange(40))["interval"] == pytest.approx([100 * x for x in wilson(1.0, 40)])
     assert percent(np.array([]), np.array([])) == {"value": None, "interval": None, "pairs": 0}
 
 
@@ -199,11 +224,15 @@ def test_few_images_are_no_length_gap(picture_folder):
 
 
 def test_groups_that_agree_to_the_last_digit_vary_by_nothing():
-    """One of three in every group: 60 groups that say the same are worth 60, whatever a third is in binary."""
+    """One of three in every group, whatever a third is in binary: worth more than 60 pairs and fewer than 180."""
     groups = np.repeat(np.arange(60), 3)
-    for third in (np.tile([1.0, 0, 0], 60), np.tile([0, 0.1 + 0.2, 0.7], 60) / 1.0):
-        low, high = wilson(float(third.mean()), 60)
-        assert percent(third, groups)["interval"] == pytest.approx([100 * low, 100 * high])
+    ones, thirds = (
+        percent(v, groups)["interval"] for v in (np.tile([1.0, 0, 0], 60), np.tile([0, 0.1 + 0.2, 0.7], 60))
+    )
+    assert thirds == pytest.approx(ones)
+    quantile = scipy.stats.t.ppf(0.975, 59)
+    wide, narrow = (wilson(1 / 3, number, quantile) for number in (60, 180))
+    assert 100 * (narrow[1] - narrow[0]) < ones[1] - ones[0] < 100 * (wide[1] - wide[0])
 
 
 def test_pairs_that_share_any_image_stay_in_one_fold(picture_folder):
@@ -361,9 +390,51 @@ def test_a_small_set_does_not_fail_by_chance(picture_folder):
     assert gates(one)["n-gram probe"] == "not measured"
 
 
+def test_a_small_set_does_not_pass_by_chance(picture_folder):
+    """Half of ten pairs is 50 %, and the interval from 24 to 76: no evidence of balance."""
+    texts = [("It is red.", "It is red now."), ("It is blue now.", "It is blue.")] * 5 + [
+        ("Yes.", "No."),
+        ("No.", "Yes."),
+    ] * 5
+    one = audited(picture_folder, [row(n, *pair, images=[f"a/{n}.png"]) for n, pair in enumerate(texts)])
+    named = {gate["name"]: gate for gate in one["gates"]}
+    assert named["yes is chosen"]["value"] == 50 and named["yes is chosen"]["status"] == "too small to tell"
+    assert (
+        named["yes is chosen"]["why"]
+        == "the interval reaches from 23.7 to 76.3; more pairs, of more images, would tell"
+    )
+    assert named["rejected longer"]["status"] == named["mean length gap"]["status"] == "too small to tell"
+    result = {"sets": {"set": one}, "failed": []}
+    assert verdict(result) == "no gate fails; too small to tell in 3 gates"
+    big = audited(picture_folder, [row(n, *texts[10 + n % 2], images=[f"a/{n // 2}.png"]) for n in range(120)])
+    assert gates(big)["yes is chosen"] == "pass"
+
+
+@pytest.mark.parametrize(("value", "interval", "status"), [(50, [41, 59], "pass"), (50, [37, 63], "too small to tell"), (50, [15, 85], "too small to tell"), (55, [51, 59], "warn"), (60, [53, 67], "fail")])  # fmt: skip
+def test_the_balance_gates(picture_folder, value, interval, status):
+    one = audited(picture_folder, [row(n, "Yes.", "No.", images=["a/0.png"]) for n in range(60)])
+    one["overall"]["length"]["rejected_longer"] |= {"value": value, "interval": interval}
+    one["overall"]["polarity"]["yes_chosen"] |= {"value": value, "interval": interval}
+    assert {gates({"gates": judge(one)})[name] for name in ("rejected longer", "yes is chosen")} == {status}
+
+
+def test_a_source_too_small_to_tell_leaves_the_verdict_to_the_set(picture_folder):
+    rows = [row(n, *(("Yes.", "No."), ("No.", "Yes."))[n % 2], source="large") for n in range(120)]
+    rows += [row(120 + n, *(("Yes.", "No."), ("No.", "Yes."))[n % 2], source="small") for n in range(4)]
+    one = audited(picture_folder, rows)
+    assert one["sources"]["small"]["polarity"]["yes_chosen"]["value"] == 50
+    assert gates(one)["yes is chosen"] == "pass"
+
+
 @pytest.mark.parametrize(
     ("accuracy", "interval", "status"),
-    [(72, [70.5, 74], "fail"), (72, [69, 75], "warn"), (61, [60.5, 62], "warn"), (58, [50, 66], "pass")],
+    [
+        (72, [70.5, 74], "fail"),
+        (72, [69, 75], "warn"),
+        (61, [60.5, 62], "warn"),
+        (58, [50, 66], "pass"),
+        (52, [33, 71], "too small to tell"),
+    ],
 )
 def test_the_ngram_gate(picture_folder, accuracy, interval, status):
     one = audited(picture_folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
@@ -372,7 +443,7 @@ def test_the_ngram_gate(picture_folder, accuracy, interval, status):
     assert gate["status"] == status
 
 
-@pytest.mark.parametrize(("value", "interval", "status"), [(20, [16, 24], "pass"), (12, [8, 16], "warn"), (12, [9, 14], "fail"), (None, None, "not measured")])  # fmt: skip
+@pytest.mark.parametrize(("value", "interval", "status"), [(20, [16, 24], "pass"), (20, [4, 36], "too small to tell"), (12, [8, 16], "warn"), (12, [9, 14], "fail"), (None, None, "not measured")])  # fmt: skip
 def test_the_image_gate(picture_folder, value, interval, status):
     one = audited(picture_folder, [row(n, "It is red.", "It is blue.") for n in range(60)])
     one["model"] = {"gap": {"value": value, "interval": interval}, "why": "too few"}

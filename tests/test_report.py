@@ -1,5 +1,6 @@
 """report.html of a run: every extreme shown, nothing from a file taken for HTML, readable in a real browser."""
 
+import html
 import json
 import math
 import os
@@ -15,6 +16,8 @@ import yaml
 from PIL import Image
 
 from vapr.errors import UserError
+from vapr.pages.chart import MINUS, readable
+from vapr.pages.figures import reward_beta
 from vapr.pages.page import thumbnail
 from vapr.pages.run_report import ShownPair, write_run_report
 
@@ -149,39 +152,106 @@ def test_skipped_pairs_are_counted_by_reason(tmp_path):
     assert "skipped.json cannot be read." in write_run_report(run, []).read_text()
 
 
+def cells(page: str) -> list[list[str]]:
+    """Rows of the page's first table."""
+    table = re.search(r"<table.*?</table>", page, re.DOTALL)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", one)] for one in rows]
+
+
 def test_the_headline_agrees_with_the_metrics(tmp_path):
+    """Rewards over beta, not a difference of log-probs, which are those of other pairs at the end than at the start."""
     rows = [
         row(
             n,
             **{
                 "rewards/accuracies": 0.25 if n <= 50 else 0.75,
                 "rewards/margins": n / 64,
+                "rewards/chosen": -0.02,
+                "rewards/rejected": -0.3,
+                "logps/chosen": -100.0 + 50 * (n > 50),
                 "pairs_per_second": float(n),
             },
         )
         for n in range(1, 101)
     ]
-    rows.insert(60, {"step": 60, "eval/loss": 0.5, "eval/rewards/accuracies": 0.625})
-    run = make_run(tmp_path, rows, tail='{"step": 101, "loss": 0.1, "rewa')
-    text = Parser(write_run_report(run, [PAIR]).read_text()).text
+    held_out = {
+        "eval/loss": 0.5,
+        "eval/rewards/accuracies": 0.625,
+        "eval/rewards/margins": 1.0,
+        "eval/rewards/chosen": 0.01,
+    }
+    rows.insert(60, {"step": 60, **held_out})
+    rows.append({"step": 100, **held_out, "eval/loss": 0.6, "eval/rewards/accuracies": 0.6})
+    run = make_run(tmp_path / "my-run", rows, tail='{"step": 101, "loss": 0.1, "rewa')
+    page = write_run_report(run, [PAIR]).read_text()
+    text = Parser(page).text
     for fact in (
-        "75% of the pairs",
-        "20 steps in 25%",
-        "Margin1.562",
+        "my-run: vapr run",
+        "some/model · full fine-tuning · loss sigmoid (beta 0.1)",
+        "first 20 steps chosen had the larger reward in 25% of the pairs, in the last 20 steps in 75%",
+        "log-prob of chosen was lower by 0.2 than the reference's, that of rejected lower by 3.",
+        "lowest at step 60 and has risen since",
         "100 of 500",
         "200 pairs",
-        "held out: 62.5%",
         "Pairs/s50.5",
-        "full fine-tuning",
         "Saved by sharing40%",
         "saved 40.0%",
-        "loss sigmoid (beta 0.1)",
         "Without any value: mfu.",
         "kind: sigmoid",
         "torchvisionnone",
     ):
         assert fact in text, fact
+    assert "<h1>my-run</h1>" in page
+    assert cells(page) == [
+        ["", "training, last 20 steps", "held out, step 100", "held out, step 60, the lowest loss"],
+        ["accuracy", "75.0%", "60.0%", "62.5%"],
+        ["margin", "1.414", "1", "1"],
+        ["loss", readable(sum(0.7 / n for n in range(81, 101)) / 20), "0.6", "0.5"],
+        ["chosen log-prob minus reference", f"{MINUS}0.2", "+0.1", "+0.1"],
+        ["rejected log-prob minus reference", f"{MINUS}3", "none", "none"],
+    ]
     assert "100 of 800" in Parser(write_run_report(run, [], num_steps=800).read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        (
+            [{"kind": "sft", "weight": 0.1}, {"kind": "ipo", "beta": 0.5}],
+            0.5,
+        ),  # rewards are those of the first that prefers
+        ([{"kind": "simpo", "beta": 2.0}], None),  # length-normalised log-probs, without a reference
+        ([{"kind": "sft"}], None),
+        ({"beta": 0.2}, 0.2),
+        (None, None),
+    ],
+)
+def test_only_rewards_against_a_reference_are_changes_of_log_probs(tmp_path, loss, beta):
+    assert reward_beta({"loss": loss}) == beta
+    page = write_run_report(make_run(tmp_path, [row(1), row(2)], config={**CONFIG, "loss": loss}), []).read_text()
+    assert ("minus reference" in page) == ("than the reference's" in page) == (beta is not None)
+
+
+def test_a_run_whose_best_is_its_last_says_so(tmp_path):
+    rows = [row(1), {"step": 1, "eval/loss": 0.6}, row(2), {"step": 2, "eval/loss": 0.5}]
+    page = write_run_report(make_run(tmp_path, rows), []).read_text()
+    assert cells(page)[0] == ["", "training, last step", "held out, step 2, the lowest loss"]
+    assert "lowest at the last evaluation" in page
+
+
+def test_axes_are_named_and_legends_are_drawn(tmp_path):
+    """Browsers print no backgrounds: what tells the lines apart must be drawn or written."""
+    page = write_run_report(
+        make_run(tmp_path, [row(1), row(2), {"step": 2, "eval/logps/chosen": -3.0}]), []
+    ).read_text()
+    charts = re.findall(r'<svg viewBox="0 0 340.*?</svg>', page)
+    assert charts and all(re.search(r'<text class="axis"[^>]*>step</text>', chart) for chart in charts)
+    legends = re.findall(r'<p class="legend">(.*?)</p>', page)
+    assert len(legends) == len(charts)
+    for entry in (entry for legend in legends for entry in legend.split("</span>")[:-1]):
+        assert re.search(r'<svg class="swatch [a-z-]+".*<(line|circle) .*</svg>[a-zA-Z]', entry), entry
+    assert not re.search(r"\.legend[^{]*\{[^}]*background", page)
 
 
 def test_held_out_values_are_marks_of_their_own(tmp_path):

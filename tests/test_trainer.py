@@ -17,10 +17,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.runs import final_bytes, losses, metrics
-from vapr import checkpoint, loader, trainer
+from vapr import checkpoint, loader, prepare, trainer
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.export import export
+from vapr.interrupts import Stopped
 from vapr.pairs import write_pairs
 
 LOGGED = {
@@ -172,6 +173,61 @@ def test_sigterm_checkpoints_and_leaves(make_config, tmp_path):
     assert f"SIGTERM: stopped after writing {saved}; continue with --resume" in output
 
 
+@pytest.fixture
+def held_out(photo_rows, photo_root, tmp_path) -> dict:
+    """A data section with six held-out pairs."""
+    write_pairs(tmp_path / "held_out.jsonl", photo_rows[24:30])
+    return {
+        "train": str(tmp_path / "pairs.jsonl"),
+        "eval": str(tmp_path / "held_out.jsonl"),
+        "image_root": str(photo_root),
+    }
+
+
+def test_ctrl_c_while_held_out_pairs_are_scored_ends_the_scoring(make_config, held_out, monkeypatch, capsys):
+    config, unbroken = make_config("interrupted", data=held_out), make_config("unbroken", data=held_out)
+    trainer.train(unbroken)
+    capsys.readouterr()
+    note = trainer.Display.note
+
+    def interrupted(display, line):
+        note(display, line)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Display, "note", interrupted)
+    with pytest.raises(
+        trainer.TrainingStopped, match=r"SIGINT: stopped after writing .*step-000002; continue"
+    ) as stopped:
+        trainer.train(dataclasses.replace(config, packing=dataclasses.replace(config.packing, max_tokens=300)))
+    assert stopped.value.exit_code == 130
+    assert capsys.readouterr().err.count("SIGINT: finishing this step, then a checkpoint follows; Ctrl-C again") == 1
+    assert [entry["step"] for entry in metrics(config)] == [1, 2]
+    monkeypatch.setattr(trainer.Display, "note", note)
+    trainer.train(config, resume=True)
+    assert [(entry["step"], "loss" in entry) for entry in metrics(config)] == [
+        (e["step"], "loss" in e) for e in metrics(unbroken)
+    ]
+
+
+def test_ctrl_c_while_reference_values_are_computed_keeps_them(make_config, monkeypatch, capsys):
+    config = make_config(lora=False)
+    counts = prepare._counts
+
+    def interrupted(*caches):
+        os.kill(os.getpid(), signal.SIGINT)
+        return counts(*caches)
+
+    monkeypatch.setattr(prepare, "_counts", interrupted)
+    with pytest.raises(Stopped, match="SIGINT: what was computed so far is kept; the same command goes on") as stopped:
+        trainer.train(config)
+    assert stopped.value.exit_code == 130
+    monkeypatch.setattr(prepare, "_counts", counts)
+    capsys.readouterr()
+    trainer.train(config)
+    computed = re.search(r"found in the cache, (\d+) computed", capsys.readouterr().out)
+    assert int(computed[1]) == 48 - 16  # 24 pairs, of which a step of 8 was kept
+
+
 def test_reference_cache_changes_nothing_and_is_reused(make_config, capsys):
     cold, warm = make_config("cold", lora=False), make_config("warm", lora=False)
     trainer.train(cold)
@@ -261,14 +317,18 @@ def test_losses_without_a_reference_compute_none(make_config, capsys):
     assert "reference " not in capsys.readouterr().out
 
 
-def test_held_out_pairs_are_scored(make_config, photo_rows, tmp_path, photo_root):
-    held_out = tmp_path / "held_out.jsonl"
-    write_pairs(held_out, photo_rows[24:40])
-    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(held_out), "image_root": str(photo_root)}
-    config = make_config(lora=False, data=data)
+def test_held_out_pairs_are_scored(make_config, held_out, capsys):
+    config = make_config(lora=False, data=held_out)
     trainer.train(config)
     scored = [entry for entry in metrics(config) if "loss" not in entry]
     assert [entry["step"] for entry in scored] == [2, 4, 6]
+    said = [line for line in capsys.readouterr().err.splitlines() if " held out: " in line]
+    best = min(scored, key=lambda entry: entry["eval/loss"])
+    assert len(said) == 3
+    for line, entry in zip(said, scored, strict=True):
+        facts = f"loss {entry['eval/loss']:.4f} acc {entry['eval/rewards/accuracies']:.2f} margin {entry['eval/rewards/margins']:+.3f}; "
+        assert line.startswith(f"step {entry['step']} held out: {facts}")
+    assert said[-1].endswith("the lowest loss so far" if best is scored[-1] else f"at step {best['step']}")
     names = (
         "loss",
         "rewards/chosen",

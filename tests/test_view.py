@@ -16,6 +16,7 @@ from tests.test_cli import assert_one_line_error, vapr
 from tests.test_report import chromium, needs_chromium
 from vapr import view
 from vapr.errors import UserError
+from vapr.intervals import wilson
 from vapr.pages.review import marked
 from vapr.pairs import write_pairs
 from vapr.sources import read_pairs
@@ -398,10 +399,8 @@ def test_without_storage_the_page_says_so(ten):
 
 @needs_chromium
 def test_the_estimate_on_the_page_weighs_categories(tmp_path):
-    """Of 300 and 100 pairs 10 each are judged: 10 of 10 and 5 of 10 kept. By hand: 0.75 * 1 + 0.25 * 0.5 = 87.5 %, and
-    1 / (0.75^2 / 10 + 0.25^2 / 10) = 16 decisions count, so the interval is that of 14 out of 16."""
-    from scipy.stats import binomtest
-
+    """Of 300 and 100 pairs 10 each are judged: 10 of 10 and 5 of 10 kept. By hand: 0.75 * 1 + 0.25 * 0.5 = 87.5 %. That is
+    worth 1 / (0.75^2 / n + 0.25^2 / m) decisions, where n = 10 * 299 / 290 and m = 10 * 99 / 90: the sets are finite."""
     rows = [row(n, "a" if n < 300 else "b") for n in range(400)]
     page, _ = build(tmp_path, rows, sample=80)
     result = in_browser(page, """
@@ -410,11 +409,40 @@ def test_the_estimate_on_the_page_weighs_categories(tmp_path):
       judge('b', 'kkkkkddddd'); await wait(50);
       return { part, headline: text('headline'), rows: [...page.querySelectorAll('#estimates tr')].map((line) => [...line.children].map((cell) => cell.textContent)) };
     """)  # fmt: skip
-    bounds = [binomtest(k, n).proportion_ci(method="wilson") for k, n in ((14, 16), (10, 10), (5, 10))]
-    shown = [f"{100 * bound.low:.1f} to {100 * bound.high:.1f} %" for bound in bounds]
+    n, m = 10 * 299 / 290, 10 * 99 / 90
+    bounds = [wilson(*case) for case in ((0.875, 1 / (0.75**2 / n + 0.25**2 / m)), (1.0, n), (0.5, m))]
+    shown = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in bounds]
     assert result["headline"] == f"15 kept, 5 dropped, 0 unsure, 60 open · truly wrong 87.5 % ({shown[0]}): below the target so far"  # fmt: skip
     assert result["rows"][1:] == [["a", "300", "10", "0", "40", "100.0 %", shown[1]], ["b", "100", "5", "5", "20", "50.0 %", shown[2]]]  # fmt: skip
     assert "it speaks for 75.0 % of the set" in result["part"]
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("kkkkkkkkkk", "truly wrong 100.0 % (100.0 to 100.0 %): meets the target"),
+        ("kkkkkkkkkd", "truly wrong 90.0 % (90.0 to 90.0 %): misses the target"),
+        (
+            "kkkkkkkkks",
+            "truly wrong 100.0 % (93.6 to 100.0 %): meets the target",
+        ),  # one of the four counts is unsure: 3 * 3 / 1 / 0.4^2 decisions
+    ],
+)
+def test_a_finite_set_fully_judged_asks_for_nothing_more(ten, keys, said):
+    script = f"for (const name of '{keys}') key(name); el('estimate').open = true; await wait(50); return {{ headline: text('headline'), estimates: text('estimates') }}"
+    result = in_browser(ten, script)
+    assert result["headline"].endswith(said) and "more" not in result["headline"]
+    assert ("every pair is decided" in result["estimates"]) == ("s" not in keys)
+
+
+@needs_chromium
+def test_a_sample_fully_judged_does_not_ask_for_what_it_has_not(tmp_path):
+    page, _ = build(tmp_path, [row(n, "one") for n in range(400)], sample=30)
+    asked = "const said = []; for (let n = 0; n < 30; n += 1) { key('k'); said.push(text('headline')); } return said;"
+    said = in_browser(page, asked)
+    assert re.search(r"about \d+ more decisions like these, of which this page has 5$", said[24])
+    assert re.search(r": on target, but not certain: a sample of about \d+ more pairs would tell$", said[-1])
 
 
 @needs_chromium
@@ -428,7 +456,7 @@ def test_intervals_are_wilsons(tmp_path):
     page.write_text(f"<script>{script} window.Estimate = Estimate</script>")
     result = in_browser(page, f"""return {{
       bounds: {json.dumps(cases)}.map(([k, n]) => win.Estimate.wilson(k / n, n)),
-      words: {json.dumps(shares)}.map(([share, n]) => win.Estimate.inWords(share, n)) }}""")  # fmt: skip
+      words: {json.dumps(shares)}.map(([share, number]) => win.Estimate.inWords({{ share, number }})) }}""")  # fmt: skip
     for (k, n), bound in zip(cases, result["bounds"], strict=True):
         expected = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
         assert bound == pytest.approx([expected.low, expected.high], abs=1e-12)
@@ -522,6 +550,41 @@ def test_the_page_does_not_scroll_sideways(wide, width):
     for across, high, left, right in result["buttons"]:
         assert left >= 0 and right <= width and high >= 38 and across >= 38
         assert width > 720 or high >= 44
+
+
+LONG = "There is a wooden bench with a red back to the left of the entrance, and two people in dark coats walk by. " * 6
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("changes", "pictures"),
+    [
+        ({}, [(640, 480)]),
+        ({"prompt": LONG, "chosen": f"{LONG}It is red.{LONG}", "rejected": f"{LONG}It is blue.{LONG}"}, [(480, 640)]),
+        ({"category": "c" * 60, "chosen": LONG, "rejected": f"No. {LONG}"}, [(640, 480), (200, 900), (640, 480)]),
+        ({"prompt": [{"role": "user", "content": LONG}, {"role": "assistant", "content": LONG}, {"role": "user", "content": "And now?"}]}, []),
+    ],
+    ids=["short", "long", "several pictures", "turns"],
+)  # fmt: skip
+def test_a_phone_shows_both_answers_without_scrolling(tmp_path, changes, pictures):
+    for n, size in enumerate(pictures):
+        Image.new("RGB", size, "teal").save(tmp_path / f"{n}.png")
+    rows = [row(n, **{"images": [f"{m}.png" for m in range(len(pictures))], **EXTRAS, **changes}) for n in range(3)]
+    page, _ = build(tmp_path, rows)
+    result = in_browser(page, """
+      const box = (one) => { const { top, bottom } = one.getClientRects()[0]; return [top, bottom]; }; // of a text its first line
+      key('u'); key('k'); await Promise.all([...page.querySelectorAll('#pictures img')].map((one) => one.decode()));
+      const answers = [...page.querySelectorAll('.answer')].map((one) => [...box(one), ...box(one.querySelector('mark') ?? one)]);
+      return { answers, bar: box(page.querySelector('.bottom')), scroll: win.scrollY, width: page.documentElement.scrollWidth, pictures: el('pictures').getBoundingClientRect().height,
+        keep: text('keep'), drop: text('drop'), status: text('status') };
+    """, width=375, height=667)  # fmt: skip
+    assert result["scroll"] == 0 and result["width"] <= 375 and len(result["answers"]) == 2
+    for top, bottom, mark_top, mark_bottom in result["answers"]:
+        assert 0 <= top < bottom <= result["bar"][0] and bottom - top >= 40
+        assert top <= mark_top + 1 and mark_bottom - 1 <= bottom
+    assert result["bar"][1] <= 667 and (not pictures or result["pictures"] >= 100)
+    assert "rejected is wrong" in result["keep"] and "rejected could be true" in result["drop"]
+    assert result["status"].endswith(": rejected is wrong.")
 
 
 @needs_chromium

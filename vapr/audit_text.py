@@ -1,5 +1,6 @@
 """The audit's figures in words and rows, for the terminal and the page."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vapr.gates import TOO_SMALL
+
 Result = Mapping[str, Any]
 
-COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "not measured": "dim"}
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", TOO_SMALL: "cyan", "not measured": "dim"}
 SHOWN_NGRAMS = 8
 
 PART_COLUMNS = ("", "pairs", "rejected longer", "length gap", "distance", "surface", "n-grams", "yes chosen")
@@ -54,8 +57,10 @@ def verdict(result: Result) -> str:
     sets = result["sets"]
     failing = {name: [gate["name"] for gate in one["gates"] if gate["status"] == "fail"] for name, one in sets.items()}
     failing = {name: gates for name, gates in failing.items() if gates}
-    count = sum(gate["status"] == "warn" for one in sets.values() for gate in one["gates"])
-    warnings = f"; {count} warning{'s' if count > 1 else ''}" if count else ""
+    statuses = Counter(gate["status"] for one in sets.values() for gate in one["gates"])
+    warnings = f"; {count} warning{'s' if count > 1 else ''}" if (count := statuses["warn"]) else ""
+    if count := statuses[TOO_SMALL]:
+        warnings += f"; too small to tell in {count} gate{'s' if count > 1 else ''}"
     if not failing:
         return f"{'no gate fails' if len(sets) == 1 else f'none of the {len(sets)} sets fails a gate'}{warnings}"
     if len(sets) == 1:

@@ -89,7 +89,7 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
 
     try:
         trainer.train(run_config, resume=resume)
-    except trainer.TrainingStopped as stopped:
+    except Stopped as stopped:
         _say_stopped(stopped)
 
 
@@ -131,7 +131,10 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     run_config = Config.load(config, overrides)
     from vapr import prepare
 
-    result = prepare.prepare(run_config, partial(click.echo, err=as_json))
+    try:
+        result = prepare.prepare(run_config, partial(click.echo, err=as_json))
+    except Stopped as stopped:
+        _say_stopped(stopped)
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -353,6 +356,31 @@ def audit(
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write a page (.html) with the curves overlaid.")
+@json_option
+@one_line_errors
+def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Show the held-out figures of several run folders side by side, and what differs in their configs."""
+    if out is not None and out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    from vapr import compare
+
+    opened = compare.read_runs(runs)
+    result = compare.compare(opened)
+    if out is not None:
+        from vapr.pages.compare import write_compare_page
+
+        write_compare_page(out, opened, result)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=str))
+        return
+    compare.show(opened, result)
+    if out is not None:
+        click.echo(f"wrote {out}")
+
+
+@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--adapter", is_flag=True, help="Write the PEFT adapter instead of merged weights.")
@@ -386,11 +414,10 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
 def demo(out: Path, seed: int) -> None:
     """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
     from vapr.demo.run import run_demo
-    from vapr.trainer import TrainingStopped
 
     try:
         run_demo(out, seed)
-    except TrainingStopped as stopped:
+    except Stopped as stopped:
         _say_stopped(stopped)
 
 

@@ -15,6 +15,9 @@ STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
 def check(holds: bool, key: str, rule: str, value: object) -> None:
     if not holds:
         raise ValueError(f"{key} must be {rule}, got {value}")
@@ -358,10 +361,13 @@ class Config:
     """``auto``: fused Triton kernels where they run (a GPU, triton installed); ``off``: PyTorch's operations."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``."""
 
     def __post_init__(self) -> None:
         check(bool(self.run_dir), "run_dir", "a folder", repr(self.run_dir))
         check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63", self.seed)
+        check(len(set(self.trackers)) == len(self.trackers), "trackers", "names without repetition", self.trackers)
         if not self.loss:
             raise ValueError("loss: give one loss, or a list of at least one")
         if any(term.token_weights != self.token_weights for term in self.loss):

@@ -1,11 +1,15 @@
 """How a command ends before it is done: by a signal, or for a reason that is no mistake of the config."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+END = b"\0"  # no signal has this number
 
 
 class Stopped(Exception):
@@ -21,17 +25,48 @@ class TrainingStopped(Stopped):
 
 
 class Interrupts:
-    """SIGTERM and the first Ctrl-C let the step finish and be checkpointed; the second Ctrl-C stops at once."""
+    """SIGTERM and the first Ctrl-C let the step finish and be checkpointed; the second Ctrl-C stops at once.
+
+    The first one is answered at once, even in the middle of a long backward pass: Python's own handlers would wait for
+    its end, so a thread reads what the interpreter writes for each signal (``signal.set_wakeup_fd``).
+
+    Args:
+        say: shows a line; called from that thread.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Interrupts":
-        self.received: signal.Signals | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT) if _in_main_thread() else ()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before: dict[signal.Signals, Any] = {}
+        if _in_main_thread():
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            self._answering = threading.Thread(target=self._answer, args=(reader,), daemon=True)
+            self._answering.start()
+            self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._writer, END)
+        self._answering.join()
+        os.close(self._writer)
+
+    def _answer(self, reader: int) -> None:
+        answered = False
+        while (byte := os.read(reader, 1)) != END:
+            if byte[0] in self._before and not answered:
+                answered = True
+                name = signal.Signals(byte[0]).name
+                self._say(f"{name}: finishing this step, then a checkpoint follows; Ctrl-C again ends now")
+        os.close(reader)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:

@@ -13,30 +13,52 @@ MIN_GROUPS = 20
 """Below, what varies from group to group cannot be told, and a cross-validated number is one about the split."""
 
 
+PRIOR = 0.1
+"""Weight of the guess that all pairs of an image agree, against the sum of share (1 - share) over the images: about
+that of one more image where nine in ten pairs are right. It counts where few images show any failure at all."""
+
+
 def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | int | None]:
     """Mean of values in [0, 1] as ``value`` in percent, its 95 % ``interval`` [low, high], and ``pairs``.
 
-    Wilson's interval with the effective number of pairs: that of independent pairs whose mean varies as much as this
-    one does from group to group (cluster-robust variance; Kish's design effect). Where nothing varies it is the number
-    of groups. Never more than the number of pairs. Both are None for no values.
+    Wilson's interval at the effective number of pairs, with Student's t for the number of groups (E. L. Korn and
+    B. I. Graubard, Survey Methodology 24 (1998) 193; N. Dean and M. Pagano, J. Surv. Stat. Methodol. 3 (2015) 484).
+    The effective number is the number of pairs over Kish's design effect, whose correlation within groups is drawn
+    towards 1 by :data:`PRIOR`: the plain estimate is far too small where nearly all pairs agree. Where every group
+    holds one pair, the interval is Wilson's own. Both are None for no values.
     """
     count = len(values)
     if count == 0:
         return {"value": None, "interval": None, "pairs": 0}
     share = float(np.mean(values))
-    variance = _variance_of_ratio(values, np.ones(count), groups)
-    num_groups = len(np.unique(groups))
-    effective = float(num_groups)
-    if num_groups > 1 and variance > 1e-9 / count**2:  # else nothing varies but the last digit
-        effective = min(share * (1 - share) / variance, count)
-    low, high = wilson(share, effective)
+    _, sizes = np.unique(groups, return_counts=True)
+    if len(sizes) == count:
+        low, high = wilson(share, count)
+    else:
+        from scipy.stats import t
+
+        low, high = wilson(share, _effective_number(values, groups, sizes), float(t.ppf(0.975, max(len(sizes) - 1, 1))))
     return {"value": 100 * share, "interval": [100 * low, 100 * high], "pairs": count}
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share among ``count`` independent trials."""
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    reach = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+def _effective_number(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> float:
+    """Number of independent pairs whose mean varies as much as that of ``values``; between groups and pairs."""
+    count, num_groups, share = len(values), len(sizes), float(np.mean(values))
+    largest_effect = float((sizes**2).sum()) / count  # where pairs of a group are always equal
+    spread = share * (1 - share)
+    within = 0.0
+    if spread > 0:
+        effect = _variance_of_ratio(values, np.ones(count), groups) * count / spread
+        within = min(max((effect - 1) / (largest_effect - 1), 0.0), 1.0)
+    spread *= num_groups
+    correlation = (within * spread + PRIOR) / (spread + PRIOR)
+    return count / (1 + (largest_effect - 1) * correlation)
+
+
+def wilson(share: float, count: float, quantile: float = Z) -> tuple[float, float]:
+    """Wilson's score interval of a share among ``count`` independent trials; 95 % unless ``quantile`` says else."""
+    centre = (share + quantile**2 / (2 * count)) / (1 + quantile**2 / count)
+    reach = quantile / (1 + quantile**2 / count) * math.sqrt(share * (1 - share) / count + quantile**2 / (4 * count**2))
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 

@@ -1,8 +1,9 @@
-"""What is logged: metrics.jsonl, tensorboard, and the figures in them."""
+"""What is logged: metrics.jsonl, the trackers, and the figures in them."""
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vapr.loader import Step
 from vapr.model import Policy
+from vapr.trackers import Tracker
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
@@ -47,37 +49,45 @@ class Totals:
 
 
 class MetricsLog:
-    """Appends one JSON object a line to metrics.jsonl and writes the numbers to tensorboard.
+    """Appends one JSON object a line to metrics.jsonl and sends the numbers to the trackers.
 
     Args:
         run_dir: the run's folder.
         resume_step: objects after this step are cut off; None starts a new file.
+        trackers: see :mod:`vapr.trackers`; closed with the log.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+        self._sent: set[tuple[int, bool]] = set()  # what was cut off, and a tracker may have: step, whether evaluation
         self._path = run_dir / "metrics.jsonl"
-        self.evaluated: set[int] = set()  # steps that have their evaluation
+        self.evaluated: dict[int, float] = {}  # held-out loss by step
         if resume_step is not None and self._path.exists():
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         # JSON knows no NaN: a number that is none becomes null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        self._note_evaluation(step, clean)
+        known = {name: value for name, value in clean.items() if value is not None}
+        for tracker in self._trackers:
+            if tracker.cuts_off or (step, "eval/loss" in values) not in self._sent:
+                tracker.write(step, known)
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _note_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        if "eval/loss" in values:
+            loss = values["eval/loss"]
+            self.evaluated[step] = math.inf if loss is None else loss
 
     def _cut_off(self, step: int) -> None:
         kept = []
@@ -85,15 +95,43 @@ class MetricsLog:
             try:
                 entry = json.loads(line)
                 if entry["step"] > step:
+                    self._sent.add((entry["step"], "eval/loss" in entry))
                     continue
                 kept.append(line)
-                if "eval/loss" in entry:
-                    self.evaluated.add(entry["step"])
+                self._note_evaluation(entry["step"], entry)
             except (ValueError, KeyError):
                 continue  # the half-written last line of a killed run
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
+    """Speed and memory of a whole step: waiting for data, forward, backward, update."""
+    peak = peak_flops(policy.device)
+    return {
+        "pairs_per_second": step.num_pairs / seconds,
+        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
+        "peak_memory_mib": peak_memory_mib(policy.device),
+    }
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """The figures of a training step in one line."""
+    return (
+        f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
+        f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+    )
+
+
+def held_out_in_words(step: int, evaluated: dict[int, float], values: dict[str, Any]) -> str:
+    """The figures of an evaluation in one line; ``evaluated`` holds the held-out loss of every step that has one."""
+    best = min(evaluated, key=lambda one: (evaluated[one], one))
+    return (
+        f"step {step:,} held out: loss {values['eval/loss']:.4f} acc {values['eval/rewards/accuracies']:.2f} "
+        f"margin {values['eval/rewards/margins']:+.3f}; "
+        + ("the lowest loss so far" if best == step else f"lowest loss {evaluated[best]:.4f} at step {best:,}")
+    )
 
 
 def useful_flops(policy: Policy, step: Step) -> float:

@@ -15,6 +15,7 @@ from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import UserError
 from vapr.features import Features, announce
+from vapr.interrupts import stopped_at_once
 from vapr.loader import PairLoader, open_loader
 from vapr.model import Policy, image_features, load_policy
 from vapr.model_folder import PROCESSOR_FILES
@@ -126,13 +127,17 @@ def _rows_to_fill(config: Config, loader: PairLoader, trained_on: bool) -> tuple
 def _fill(
     policy: Policy, reference: Reference | None, features: Features | None, loader: PairLoader, stop: int, label: str
 ) -> None:
-    """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute."""
+    """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute.
+
+    Raises:
+        Stopped: after a signal; what was computed is saved first.
+    """
     caches = [cache for cache in (reference, features) if cache is not None]
     name = f"prepared-{_processor_and_order(policy, loader)}.json"
     done, skipped, images = _prepared_before(caches, name, loader, stop)
     loader.skipped.update(skipped)
     saved = time.monotonic()
-    with Display(f"prepare {label}", stop, done=done) as display:
+    with stopped_at_once(lambda: _kept(caches)), Display(f"prepare {label}", stop, done=done) as display:
         if done:
             display.say(f"{done:,} of {stop:,} steps were prepared before")
         for number, step in enumerate(loader.steps(done, stop), start=done + 1):
@@ -155,6 +160,12 @@ def _fill(
                     cache.flush()
                     with written_whole(cache.folder / name) as file:
                         file.write(json.dumps({**note, "shards": cache.shards}).encode())
+
+
+def _kept(caches: list[Reference | Features]) -> str:
+    for cache in caches:
+        cache.flush()
+    return "what was computed so far is kept; the same command goes on"
 
 
 def _processor_and_order(policy: Policy, loader: PairLoader) -> str:

@@ -21,7 +21,7 @@ from vapr.reference import reference_root, weights_hash
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
-    "packing.max_tokens", "policy.gradient_checkpointing",
+    "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 

@@ -23,13 +23,14 @@ from vapr.features import Features
 from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.loader import PairLoader, Step, open_loader
 from vapr.logps import token_logps
-from vapr.metrics import MetricsLog, Totals, peak_flops, peak_memory_mib, useful_flops
+from vapr.metrics import MetricsLog, Totals, held_out_in_words, in_words, speed
 from vapr.model import Policy, frozen, load_policy
 from vapr.packing import PackedBatch
 from vapr.pages.run_report import write_run_report
 from vapr.prepare import open_features, open_reference, shared_image_features
 from vapr.reference import Reference, first_margin
 from vapr.run_dir import RunDir
+from vapr.trackers import check_installed, open_trackers
 from vapr.workers import open_workers
 from vapr_kernels import naive, preference_loss
 
@@ -58,6 +59,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
 
 def _train(config: Config, run: RunDir, *, resume: bool) -> None:
+    check_installed(config.trackers)
     with open_workers(config) as workers:
         loader = open_loader(config, "train", workers)
         held_out = open_loader(config, "eval", workers) if config.data.eval else None
@@ -77,15 +79,16 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
     extremes = Extremes()
     start, num_pairs = _resume(run, engine, loader, extremes) if resume else (0, 0)
     _keep_start(policy, run, begins=start == 0)
-    log = MetricsLog(run.path, start if resume else None)
+    since = start if resume else None
+    log = MetricsLog(run.path, since, open_trackers(config, run.path, since))
     display = Display("train", num_steps, done=start)
-    with contextlib.closing(log), contextlib.closing(display), Interrupts() as interrupts:
+    with contextlib.closing(log), contextlib.closing(display), Interrupts(display.say) as interrupts:
         training = _Training(
             config, run, policy, engine, loader, held_out, reference, features, log, display, extremes, num_steps,
             start, start, num_pairs,
         )  # fmt: skip
         if start and training.is_due:
-            training.evaluate()  # the run may have ended between the checkpoint and its evaluation
+            training.evaluate(interrupts)  # the run may have ended between the checkpoint and its evaluation
         with training.saved_on_mistakes():
             for step in loader.steps(start, num_steps):
                 training.take(step)
@@ -93,7 +96,7 @@ def _train_on(config: Config, run: RunDir, loader: PairLoader, held_out: PairLoa
                     saved = training.save()
                     if interrupts.received and training.done < num_steps:
                         raise interrupts.stopped(saved)
-                    training.evaluate()
+                    training.evaluate(interrupts)
                     training.report()
     checkpoint.save_final(policy, run.final)
     _say_what_was_done(config, run, loader, held_out, reference)
@@ -142,9 +145,9 @@ class _Training:
         self.done += 1
         self.num_pairs += step.num_pairs
         self.extremes.add((self.done - 1) // self.loader.steps_per_epoch, self.done, margins)
-        values |= _speed(self.policy, step, time.monotonic() - self.began)
+        values |= speed(self.policy, step, time.monotonic() - self.began)
         self.log.write(self.done, values)
-        self.display.advance(_summary(values))
+        self.display.advance(in_words(values))
         for cache in (self.reference, self.features):
             if cache is not None and cache.messages:
                 self.display.say("; ".join(cache.messages))
@@ -171,14 +174,19 @@ class _Training:
         self.saved = self.done
         return checkpoint.save(self.run.path, self.done, self.engine, state, self.config.checkpoint)
 
-    def evaluate(self) -> None:
-        """Score the held-out pairs, unless that was done at this step."""
+    def evaluate(self, interrupts: Interrupts) -> None:
+        """Score the held-out pairs and print what came out, unless that was done at this step."""
+
+        def note(line: str) -> None:
+            if interrupts.received:  # a resumed run scores them again
+                raise interrupts.stopped(checkpoint.list_checkpoints(self.run.path)[-1])
+            self.display.note(line)
+
         if self.held_out is not None and self.done not in self.log.evaluated:
-            values = evaluate(
-                self.config, self.policy, self.reference, self.held_out, self.display.note, features=self.features
-            )
+            values = evaluate(self.config, self.policy, self.reference, self.held_out, note, features=self.features)
             if values:
                 self.log.write(self.done, values)
+                self.display.say(held_out_in_words(self.done, self.log.evaluated, values))
             checkpoint.delete_old(self.run.path, self.config.checkpoint)
         self.began = time.monotonic()
 
@@ -237,16 +245,6 @@ def train_step(
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
     return values, list(zip((pair.number for pair in step.pairs), torch.cat(margins).tolist(), strict=True))
-
-
-def _speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
-    """Of a whole step: waiting for data, forward, backward, update."""
-    peak = peak_flops(policy.device)
-    return {
-        "pairs_per_second": step.num_pairs / seconds,
-        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
-        "peak_memory_mib": peak_memory_mib(policy.device),
-    }
 
 
 def score(
@@ -338,13 +336,6 @@ def _stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir
         f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
         f"checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
         + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    )
-
-
-def _summary(values: dict[str, Any]) -> str:
-    return (
-        f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
-        f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vapr.pages.chart import Series, line_chart
+from vapr.pages.chart import Series, line_chart, swatch
 from vapr.pages.curves import read_metrics
 from vapr.pages.page import page, write_page
 
@@ -80,7 +80,7 @@ def _categories(result: dict[str, Any]) -> str:
             )
     return (
         '<h2>By kind of question</h2><div class="box bars"><p class="legend">'
-        '<b style="background:var(--before)"></b>after sft<b style="background:var(--after)"></b>after DPO</p>'
+        f"<span>{swatch('before', 'bar')}after sft</span> <span>{swatch('after', 'bar')}after DPO</span></p>"
         f'<svg viewBox="0 0 {width} {len(rows) * height}" role="img" aria-label="accuracy by kind of question">'
         f"{''.join(bars)}</svg></div>"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from vapr.audit_text import estimate, part_rows, summary, verdict
 from vapr.gates import IMAGE_GAP, NGRAM_LIMIT, NGRAM_WARNING, SURFACE_LIMIT
 from vapr.pages.bars import Bar, Limit, bar_chart, histogram
-from vapr.pages.page import page, word_diff, write_page
+from vapr.pages.page import folding_table, page, word_diff, write_page
 from vapr.pair_table import SAYS
 
 Result = Mapping[str, Any]
@@ -157,7 +157,7 @@ def _style(one: Result) -> str:
     ]
     if not rows:
         return '<p class="soft">Chosen and rejected have the same style, feature by feature.</p>'
-    return _cards(("", "chosen", "rejected", "more in chosen", "more in rejected"), rows)
+    return folding_table(("", "chosen", "rejected", "more in chosen", "more in rejected"), rows)
 
 
 def _polarity(one: Result) -> str:
@@ -179,23 +179,7 @@ def _parts(parts: Mapping[str, Result]) -> str:
     if not parts:
         return ""
     heads, rows = part_rows(parts)
-    return _cards(heads, rows)
-
-
-def _cards(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose rows turn into blocks where the screen is narrow; every cell then names its column."""
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-of="{html.escape(of)}">{html.escape(text)}</td>'
-            for of, text in zip(heads, row, strict=True)
-            if text or not of
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="figures folds"><tr>{head}</tr>{body}</table>'
+    return folding_table(heads, rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -250,7 +234,7 @@ def _figures(sets: Mapping[str, Result]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     heads = ["", *(sets if len(sets) > 1 else ["value"])]
-    return f'<div class="box tall">{_cards(heads, rows)}</div>'
+    return f'<div class="box tall">{folding_table(heads, rows)}</div>'
 
 
 def _read(result: Result) -> str:

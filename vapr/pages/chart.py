@@ -4,9 +4,9 @@ import html
 import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-WIDTH, HEIGHT = 340, 186
+WIDTH, HEIGHT = 340, 200
 TOP, BASE, RIGHT = 10, 160, 322  # of the plotted area
 MAX_POINTS = 400
 HUGE = 1e300  # beyond it, differences overflow
@@ -39,7 +39,9 @@ class _Axes(NamedTuple):
         return BASE - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (BASE - TOP)
 
 
-def line_chart(series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False, x_name: str = "step"
+) -> str:
     """One SVG with every series.
 
     Args:
@@ -47,6 +49,7 @@ def line_chart(series: Sequence[Series], *, label: str, include: tuple[float, ..
         label: what a screen reader says.
         include: values that the vertical axis must reach.
         smooth: draw lines thin, and a thick running mean over them.
+        x_name: what the horizontal axis counts.
 
     Returns:
         The SVG, or an empty string if there is no value at all.
@@ -68,8 +71,19 @@ def line_chart(series: Sequence[Series], *, label: str, include: tuple[float, ..
     )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
-        f"{_grid(axes, ticks, labels)}{_steps_axis(axes, min(xs), max(xs))}{drawn}</svg>"
+        f"{_grid(axes, ticks, labels)}{_steps_axis(axes, min(xs), max(xs))}"
+        f'<text class="axis" x="{(left + RIGHT) / 2:.1f}" y="{HEIGHT - 6}">{html.escape(x_name)}</text>{drawn}</svg>'
     )
+
+
+def swatch(colour: str, kind: Literal["line", "mark", "bar"] = "line") -> str:
+    """The legend's sample of a line, a dot or a bar. It is drawn, because browsers print no backgrounds."""
+    shape = {
+        "line": '<line class="mean" x1="0" x2="26" y1="5" y2="5"/>',
+        "mark": '<circle class="mark" cx="13" cy="5" r="4"/>',
+        "bar": '<rect class="dot" x="13" y="0" width="13" height="10" rx="2"/>',
+    }[kind]
+    return f'<svg class="swatch {html.escape(colour)}" viewBox="0 0 26 10" aria-hidden="true">{shape}</svg>'
 
 
 def readable(value: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vapr.pages.chart import Point, Series, line_chart, readable
+from vapr.pages.chart import Point, Series, line_chart, readable, swatch
 
 Rows = list[dict[str, Any]]
 
@@ -138,16 +138,20 @@ def _legend(series: Sequence[Series]) -> str:
     for one in series:
         known = [y for _, y in one.points if y is not None]
         if known:
-            swatch = ' class="mark"' if one.marks else ""
-            entries.append(
-                f'<span class="{one.colour}"><b{swatch}></b>{html.escape(one.name)} {readable(known[-1])}</span> '
-            )
+            sample = swatch(one.colour, "mark" if one.marks else "line")
+            entries.append(f"<span>{sample}{html.escape(one.name)} {readable(known[-1])}</span> ")
     return f'<p class="legend">{"".join(entries)}</p>'
 
 
 def _shared(training: Rows) -> str:
     tokens, saved = (sum(column(training, key)) for key in ("tokens", "tokens_saved"))
     return f" Over the whole run sharing saved {saved / max(1, tokens + saved):.1%} of the plain layout's tokens."
+
+
+def best_evaluation(evaluation: Rows) -> dict[str, Any] | None:
+    """The evaluation with the lowest held-out loss, the first of equal ones; None if there is none."""
+    scored = [row for row in evaluation if number(row.get("eval/loss")) is not None]
+    return min(scored, key=lambda row: (row["eval/loss"], row["step"]), default=None)
 
 
 def number(value: Any) -> float | None:

@@ -6,6 +6,7 @@ import hashlib
 import html
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,7 +18,7 @@ CSS = """
   --before:#9aa7b8; --after:#1f6feb; --held-out:#8a3ffc; --chosen:#1f6feb; --rejected:#c2570c; --good:#1a7f4b;
   --bad:#b3261e; --code:#eaeef3; --chosen-mark:#cfe2ff; --rejected-mark:#ffdcc2;
   --font:system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e4e9f0; --soft:#9eabba; --line:#2f3947; --card:#182029;
+@media screen and (prefers-color-scheme: dark) { :root { --ink:#e4e9f0; --soft:#9eabba; --line:#2f3947; --card:#182029;
   --page:#0f151c; --before:#7d8b9d; --after:#5b9dff; --held-out:#c39bff; --chosen:#5b9dff; --rejected:#f0883e;
   --good:#4cc38a; --bad:#ff8a80; --code:#26303c; --chosen-mark:#1d447c; --rejected-mark:#6b3410; } }
 * { box-sizing:border-box; }
@@ -39,6 +40,8 @@ svg .rule { stroke:var(--line); } svg .zero { stroke:var(--soft); }
 svg .step { fill:none; stroke:var(--colour); stroke-width:1; opacity:.38; }
 svg .mean { fill:none; stroke:var(--colour); stroke-width:2; stroke-linejoin:round; }
 svg .dot { fill:var(--colour); } svg .mark { fill:var(--colour); stroke:var(--card); }
+.rejected .mean { stroke-dasharray:6 3; }
+.rejected .mark { fill:var(--card); stroke:var(--colour); stroke-width:2; }
 .before { --colour:var(--before); } .after { --colour:var(--after); } .held-out { --colour:var(--held-out); }
 .chosen { --colour:var(--chosen); } .rejected { --colour:var(--rejected); }
 .bars { max-width:720px; }
@@ -50,10 +53,8 @@ svg .dot { fill:var(--colour); } svg .mark { fill:var(--colour); stroke:var(--ca
 .legend { margin:0 0 8px; font-size:.9rem; }
 .curves .legend { margin:0 0 6px; color:var(--ink); }
 .legend span { margin-right:14px; white-space:nowrap; }
-.legend b { display:inline-block; width:12px; height:12px; border-radius:3px; margin:0 6px 0 14px; }
-.legend b:first-child { margin-left:0; }
-.legend span b { margin:0 5px 0 0; width:14px; height:4px; vertical-align:middle; background:var(--colour); }
-.legend span b.mark { width:8px; height:8px; border-radius:50%; }
+svg.swatch { display:inline-block; width:26px; height:10px; margin-right:5px; }
+svg .axis { text-anchor:middle; fill:var(--soft); }
 .grid { display:grid; gap:12px; grid-template-columns:repeat(auto-fill, minmax(280px, 1fr)); }
 .item { display:flex; gap:12px; padding:12px; font-size:.9rem; line-height:1.4; }
 .item img { width:96px; height:96px; border-radius:6px; flex:none; }
@@ -79,7 +80,7 @@ code { padding:1px 5px; overflow-wrap:anywhere; }
 pre { margin:0; padding:14px 16px; border-radius:8px; overflow-x:auto; line-height:1.45; }
 .tall { margin:0 0 14px; }
 .tall h3, .curves h3 { font-size:.95rem; margin:0 0 4px; font-weight:600; overflow-wrap:anywhere; }
-.gates td:first-child { width:6.6em; } .gates .soft { font-size:.86rem; }
+.gates td:first-child { width:9.4em; } .gates .soft { font-size:.86rem; }
 .pill { display:inline-block; border-radius:9px; padding:0 9px; font-size:.82rem; font-weight:600; white-space:nowrap;
   color:var(--card); background:var(--soft); }
 .pill.pass { background:var(--good); } .pill.warn { background:var(--rejected); } .pill.fail { background:var(--bad); }
@@ -92,13 +93,16 @@ svg .whisker { fill:none; stroke:var(--ink); stroke-width:1.6; }
 .tall .answer { border-left:4px solid var(--colour); padding:2px 0 2px 12px; overflow-wrap:anywhere;
   white-space:pre-line; font-size:.92rem; margin:0 0 8px; min-width:0; }
 .plain { margin:0; padding:0; list-style:none; overflow-wrap:anywhere; }
-@media (max-width:760px) { .folds tr:first-child { display:none; } .folds tr, .folds td { display:block; }
+@media screen and (max-width:760px) { .folds tr:first-child { display:none; } .folds tr, .folds td { display:block; }
   .folds tr { border-bottom:1px solid var(--line); padding:6px 0; } .folds td { border:0; padding:1px 0; }
   .folds td:first-child { font-weight:600; } .folds td:not(:first-child)::before { content:attr(data-of) ": ";
   color:var(--soft); } }
 details { margin:8px 0 0; font-size:.9rem; }
 summary { cursor:pointer; overflow-wrap:anywhere; }
 details ul { margin:8px 0 0; padding-left:20px; overflow-wrap:anywhere; }
+@media print { .pill { border:1px solid; background:none !important; color:var(--ink); }
+  mark { text-decoration:underline; } .box, .card, .pair, .curves > *, tr { break-inside:avoid; }
+  main { max-width:none; } body { background:none; } h2, h3 { break-after:avoid; } }
 @media (max-width:640px) { main { padding:20px 14px 44px; } .box, .card { padding:14px; }
   .pair { flex-direction:column; gap:10px; } .pair .pictures { flex:none; } .pair img:only-child { max-height:260px; }
   .cards.narrow { grid-template-columns:repeat(2, minmax(0, 1fr)); gap:10px; }
@@ -125,6 +129,22 @@ def page(title: str, body: str, *, css: str = "", script: str = "") -> str:
         + (f"<script>{script}</script>" if script else "")
         + "</body></html>\n"
     )
+
+
+def folding_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose rows turn into blocks where the screen is narrow; every cell then names its column."""
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-of="{html.escape(of)}">{html.escape(text)}</td>'
+            for of, text in zip(heads, row, strict=True)
+            if text or not of
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<table class="figures folds"><tr>{head}</tr>{body}</table>'
 
 
 def write_page(path: Path, text: str) -> None:

@@ -4,7 +4,8 @@
   const at = (id) => document.getElementById(id);
   const data = JSON.parse(at("data").textContent);
   const pairs = data.pairs;
-  const WORDS = { keep: "kept", drop: "dropped", unsure: "unsure" };
+  const WORDS = { keep: "rejected is wrong", drop: "rejected could be true", unsure: "unsure" };
+  const COLOURS = { keep: "kept", drop: "dropped", unsure: "unsure" }; // classes of the page's style
   const NO_CATEGORY = "no category";
 
   const verdicts = new Map(); // id -> {verdict, note}
@@ -27,9 +28,7 @@
   const verdictOf = (pair) => verdicts.get(pair.id)?.verdict ?? "open";
   const current = () => pairs[list[place]];
 
-  function say(text) {
-    at("status").textContent = text;
-  }
+  const say = (text) => (at("status").textContent = text);
 
   // ---- verdicts that outlive a reload
 
@@ -100,7 +99,7 @@
     }
     const whole = Estimate.overall(categories);
     const shown = element("b", {}, `truly wrong ${percent(whole.share)}`);
-    const meaning = ` (${interval(whole.share, whole.number)}): ${Estimate.inWords(whole.share, whole.number)}`;
+    const meaning = ` (${interval(whole.share, whole.number)}): ${Estimate.inWords(whole)}`;
     at("headline").replaceChildren(`${counts} · `, shown, meaning);
     if (at("estimate").open) at("estimates").replaceChildren(...explained(categories, whole, target));
   }
@@ -108,7 +107,7 @@
   function explained(categories, whole, target) {
     const head = element("tr", {}, ...["category", "in the set", "kept", "dropped", "open", "truly wrong", "95 % interval"].map((name) => element("th", {}, name)));
     const rows = categories.map((one) => {
-      const bounds = one.decided ? interval(one.share, one.decided) : "";
+      const bounds = one.decided ? interval(one.share, Estimate.effective(one.decided, one.size)) : "";
       const cells = [one.name || NO_CATEGORY, count(one.size), one.keep, one.drop, one.open + one.unsure, one.decided ? percent(one.share) : "", bounds];
       return element("tr", {}, ...cells.map((cell) => element("td", {}, String(cell))));
     });
@@ -116,7 +115,7 @@
     return [
       element("div", { className: "scroll" }, element("table", {}, head, ...rows)),
       element("p", {}, `Target: ${target}. Truly wrong is kept / (kept + dropped); unsure pairs are in neither.`),
-      element("p", { className: "soft" }, `Overall, each category counts by its share of the whole set. Intervals are Wilson's (1927) at 95 %, overall at Kish's effective number of decisions, here ${whole.number.toFixed(1)}.${part}`),
+      element("p", { className: "soft" }, `Overall, each category counts by its share of the whole set. Intervals are Wilson's (1927) at 95 %, overall at Kish's effective number of decisions, here ${whole.number === Infinity ? "without end, as every pair is decided" : whole.number.toFixed(1)}; both allow for how much of the set is decided (Cochran, 1977).${part}`),
       ...data.notes.map((note) => element("p", { className: "soft" }, note)),
     ];
   }
@@ -151,7 +150,7 @@
   function chips(pair) {
     const given = verdictOf(pair);
     const line = element("div", { className: "chips" });
-    if (given !== "open") line.append(element("span", { className: WORDS[given] }, WORDS[given]));
+    if (given !== "open") line.append(element("span", { className: COLOURS[given] }, WORDS[given]));
     line.append(element("span", {}, pair.category || NO_CATEGORY));
     if (pair.source) line.append(element("span", {}, pair.source));
     line.append(element("span", { className: "id" }, pair.id));
@@ -173,6 +172,8 @@
     const answers = [answer("chosen", pair.chosen), answer("rejected", pair.rejected)];
     const checks = pair.checks.length ? [element("ul", { className: "checks" }, ...pair.checks.map(check))] : [];
     at("pair").replaceChildren(chips(pair), ...context, element("p", { className: "question" }, pair.question), ...answers, ...checks);
+    // Where a long answer has a box of its own to scroll in (on a phone), what changed is in sight.
+    for (const one of answers) one.scrollTop = (one.querySelector("mark")?.offsetTop ?? 0) - one.clientHeight / 2;
     at("pictures").replaceChildren(...pair.images.map(picture));
     at("review").classList.toggle("text-only", pair.images.length === 0);
     at("note").value = verdicts.get(pair.id)?.note ?? "";
@@ -248,10 +249,7 @@
     save();
   }
 
-  function set(id, entry) {
-    if (entry === undefined) verdicts.delete(id);
-    else verdicts.set(id, entry);
-  }
+  const set = (id, entry) => (entry === undefined ? verdicts.delete(id) : verdicts.set(id, entry));
 
   function decide(verdict) {
     const pair = current();

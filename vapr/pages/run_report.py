@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vapr.pages.chart import MINUS, readable
-from vapr.pages.curves import SIDES, Rows, column, curves_section, number, read_metrics
-from vapr.pages.page import page, word_diff, write_page
+from vapr.pages.curves import SIDES, Rows, best_evaluation, column, curves_section, number, read_metrics
+from vapr.pages.figures import at, figures_of, mapping, setting
+from vapr.pages.page import folding_table, page, word_diff, write_page
 from vapr.pages.skipped import skipped_section
+
+SIDE_REWARDS = tuple(f"rewards/{side}" for side in SIDES)
 
 NUM_AVERAGED = 20
 """Steps at the start and at the end that the headline compares."""
@@ -55,36 +56,32 @@ def write_run_report(
     """
     training, evaluation = read_metrics(run_dir / "metrics.jsonl")
     config_text = _text(run_dir / "config.yaml")
-    config = _mapping(config_text)
+    config = mapping(config_text)
+    name = run_dir.resolve().name
+    of_steps = num_steps or number(at(config, "optim", "max_steps"))
     parts = (
-        _headline(config, training, evaluation, notes, num_steps or number(_at(config, "optim", "max_steps"))),
+        f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(setting(config)))}</p>',
+        _headline(config, training, evaluation, notes, of_steps),
         curves_section(training, evaluation),
         _extremes(extremes),
         skipped_section(run_dir / "skipped.json"),
         _setup(config_text, run_dir / "environment.json"),
     )
     path = run_dir / "report.html"
-    write_page(path, page(f"vapr run: {_model(config)}", "".join(parts)))
+    write_page(path, page(f"{name}: vapr run", "".join(parts)))
     return path
 
 
 def _headline(
     config: dict[str, Any], training: Rows, evaluation: Rows, notes: Sequence[str], num_steps: float | None
 ) -> str:
-    lora = _at(config, "policy", "lora")
-    how = f"LoRA, rank {_at(config, 'policy', 'lora', 'rank')}" if lora else "full fine-tuning"
-    setting = " · ".join(part for part in (how if config else "", _loss(config)) if part)
     said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    top = f'<h1>vapr run: {html.escape(_model(config))}</h1><p class="soft">{html.escape(setting)}</p>'
     if not training:
-        return f"{top}<p>No training step is in metrics.jsonl, so there is nothing to plot yet.</p>{said}"
+        return f"<p>No training step is in metrics.jsonl, so there is nothing to plot yet.</p>{said}"
     done = int(training[-1]["step"])
     pairs, tokens, saved = (sum(column(training, key)) for key in ("pairs", "tokens", "tokens_saved"))
     speed = column(training, "pairs_per_second")
     cards = (
-        ("Accuracy", *_last(training, evaluation, "rewards/accuracies")),
-        ("Margin", *_last(training, evaluation, "rewards/margins")),
-        ("Loss", *_last(training, evaluation, "loss")),
         ("Steps", f"{done:,} <i>of {int(num_steps):,}</i>" if num_steps else f"{done:,}", f"{int(pairs):,} pairs"),
         ("Pairs/s", readable(statistics.median(speed)) if speed else "none", "median over the steps"),
         ("Saved by sharing", f"{saved / max(1, tokens + saved):.0%}", f"of {readable(tokens + saved)} tokens"),
@@ -94,53 +91,56 @@ def _headline(
         f'<div class="soft">{note}</div></div>'
         for name, value, note in cards
     )
-    return f'{top}<p>{_verdict(training)}</p>{said}<div class="cards narrow">{shown}</div>'
+    words = f"<p>{_verdict(config, training)} {_held_out_verdict(evaluation)}</p>"
+    return f'{words}{said}{_figures(config, training, evaluation)}<div class="cards narrow">{shown}</div>'
 
 
-def _verdict(training: Rows) -> str:
-    """What happened to accuracy and chosen log-probs, in words that fit the numbers."""
+def _verdict(config: dict[str, Any], training: Rows) -> str:
+    """What happened to accuracy and log-probs, in words that fit the numbers."""
     accuracy = column(training, "rewards/accuracies")
     if len(accuracy) < 2:
         return "Too few steps to say where the run is heading."
-    count = max(1, min(NUM_AVERAGED, len(accuracy) // 2))
+    count = _num_averaged(accuracy)
     first, last = statistics.fmean(accuracy[:count]), statistics.fmean(accuracy[-count:])
     steps = "step" if count == 1 else f"{count} steps"
     words = (
-        f"In the last {steps} chosen had the larger reward in <b>{last:.0%}</b> of the pairs; in the first {steps} in "
-        f"{first:.0%}."
+        f"In the first {steps} chosen had the larger reward in {first:.0%} of the pairs, in the last {steps} in "
+        f"<b>{last:.0%}</b>."
     )
-    sides = [column(training, f"logps/{side}") for side in SIDES]
-    if all(len(side) >= 2 * count for side in sides):
-        change = [statistics.fmean(side[-count:]) - statistics.fmean(side[:count]) for side in sides]
-        chosen, rejected = (f"{'rose' if by > 0 else 'fell'} by {readable(abs(by))}" for by in change)
-        words += f" Between them the mean log-prob of chosen {chosen}, that of rejected {rejected}."
+    changes = [figure.mean(training[-count:]) for figure in figures_of(config) if figure.key in SIDE_REWARDS]
+    said = [f"{'higher' if by > 0 else 'lower'} by {readable(abs(by))}" for by in changes if by is not None]
+    if len(said) == 2:
+        words += (
+            f" There the policy's log-prob of chosen was {said[0]} than the reference's, that of rejected {said[1]}."
+        )
     return words
 
 
-def _last(training: Rows, evaluation: Rows, key: str) -> tuple[str, str]:
-    """The last value of a metric for a card, and a line of what to compare it with."""
-    values, held_out = column(training, key), column(evaluation, f"eval/{key}")
-    if not values:
-        return "none", "no value in metrics.jsonl"
-    show = "{:.1%}".format if key.endswith("accuracies") else readable
-    parts = ["at the last step"]
-    if len(values) > NUM_AVERAGED:
-        parts.append(f"last {NUM_AVERAGED} in the mean: {show(statistics.fmean(values[-NUM_AVERAGED:]))}")
-    if held_out:
-        parts.append(f"held out: {show(held_out[-1])}")
-    return show(values[-1]), "<br>".join(parts)
+def _held_out_verdict(evaluation: Rows) -> str:
+    best = best_evaluation(evaluation)
+    if best is None:
+        return ""
+    if best["step"] == evaluation[-1]["step"]:
+        return "The loss on held-out pairs was lowest at the last evaluation."
+    return f"The loss on held-out pairs was lowest at step <b>{int(best['step']):,}</b> and has risen since."
 
 
-def _loss(config: dict[str, Any]) -> str:
-    terms = config.get("loss")
-    named = [
-        (f"{term['weight']:g} x " if number(term.get("weight", 1)) not in (None, 1) else "")
-        + f"{term.get('kind')} (beta {term.get('beta')})"
-        + (f" + {term['sft_weight']} x sft" if term.get("sft_weight") else "")
-        for term in (terms if isinstance(terms, list) else [terms])
-        if isinstance(term, dict)
-    ]
-    return f"loss {' + '.join(named)}" if named else ""
+def _num_averaged(values: Sequence[Any]) -> int:
+    return max(1, min(NUM_AVERAGED, len(values) // 2))
+
+
+def _figures(config: dict[str, Any], training: Rows, evaluation: Rows) -> str:
+    """The table of the headline: training beside held out, at the last evaluation and at the best."""
+    best = best_evaluation(evaluation)
+    count = _num_averaged(training)
+    columns = [(f"training, last {count} steps" if count > 1 else "training, last step", training[-count:], "")]
+    if evaluation:
+        named = ", the lowest loss" if best is evaluation[-1] else ""
+        columns.append((f"held out, step {int(evaluation[-1]['step']):,}{named}", evaluation[-1:], "eval/"))
+    if best is not None and best is not evaluation[-1]:
+        columns.append((f"held out, step {int(best['step']):,}, the lowest loss", [best], "eval/"))
+    rows = [[figure.name, *(figure.text(rows, prefix) for _, rows, prefix in columns)] for figure in figures_of(config)]
+    return f'<div class="box tall">{folding_table(["", *(head for head, _, _ in columns)], rows)}</div>'
 
 
 def _extremes(pairs: Sequence[ShownPair]) -> str:
@@ -180,7 +180,7 @@ def _pair(pair: ShownPair) -> str:
 
 def _setup(config_text: str | None, environment: Path) -> str:
     config = f"<pre>{html.escape(config_text)}</pre>" if config_text else "<p>config.yaml cannot be read.</p>"
-    facts = _mapping(_text(environment))
+    facts = mapping(_text(environment))
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape('none' if value is None else str(value))}</td></tr>"
         for name, value in _flat(facts)
@@ -202,23 +202,3 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-
-
-def _mapping(text: str | None) -> dict[str, Any]:
-    """YAML or JSON as a mapping; empty if it is none."""
-    try:
-        value = yaml.safe_load(text or "")
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _at(config: dict[str, Any], *keys: str) -> Any:
-    value: Any = config
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _model(config: dict[str, Any]) -> str:
-    return str(_at(config, "policy", "model") or "unknown model")
