@@ -175,7 +175,9 @@ def _mapped(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 @main.command()
 @click.argument("source")
-@click.option("--to", required=True, help="vapr, trl, llava, llama-factory, ms-swift, povid or rlaif-v.")
+@click.option(
+    "--to", required=True, help="vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
 @pair_options
 @bad_row_option
@@ -227,7 +229,7 @@ def view(
         on_bad_row="skip",
     )  # fmt: skip
     result = view.view(opened, out, sample=sample, seed=seed)
-    click.echo(json.dumps(result, indent=2) if as_json else view.show(result, opened.formats, out))
+    click.echo(json.dumps(result, indent=2) if as_json else view.show(result, [*opened.formats, *opened.notes], out))
 
 
 @main.command()

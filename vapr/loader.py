@@ -254,7 +254,8 @@ def open_loader(
     for size, weight in pairs.weighted_sizes:
         if round(size * weight) == 0:
             raise UserError(f"data.{name}: weight {weight:g} of {size:,} rows is less than one row an epoch; raise it")
-    for line in (*pairs.formats, pairs.check()):
+    checked = pairs.check()
+    for line in (*pairs.formats, checked, *pairs.notes):
         say(f"{name:<10} {line}")
     return PairLoader(
         pairs,

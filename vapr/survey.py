@@ -12,7 +12,7 @@ from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader
-from vapr.pairs import Pairs
+from vapr.pairs import Pairs, columns_told
 from vapr.processor import TokenizedPair
 from vapr.workers import open_workers
 
@@ -26,7 +26,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     many rows are read, chosen at random; ``rows_read`` says how many.
 
     Returns:
-        Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
+        Plain data: ``sets``, ``unused_columns`` (of the rows checked at the start), ``rows``, ``pairs``, ``images``,
+        ``tokens``, ``sharing``, ``longest``, ``skipped``.
 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
@@ -46,7 +47,13 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
-    result = {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+    unused = dict(sorted(getattr(loader.pairs, "unused", {}).items()))
+    result = {
+        "sets": _sets(loader),
+        "unused_columns": unused,
+        **counts.result(config, loader),
+        "skipped": _reasons(loader),
+    }
     return {**result, "refused": _refused(loader, on_bad_row)}
 
 
@@ -183,7 +190,10 @@ def show(result: dict[str, Any]) -> str:
         ("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average"),
         ("skipped rows", f"{skipped['rows']:,}", ""),
     ]
-    lines = [*result["sets"], *(f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows), "longest"]
+    lines = list(result["sets"])
+    if unused := result["unused_columns"]:
+        lines.append(f"columns that no pair uses: {columns_told(unused)}")
+    lines += [*(f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows), "longest"]
     lines += [f"{entry['tokens']:>15,} tokens  {entry['where']}  {entry['id']}" for entry in result["longest"]]
     for entry in skipped["reasons"]:
         lines += [

@@ -28,6 +28,7 @@ from vapr.editing.review import take_verdicts
 from vapr.editing.work import remove_unfinished, work
 from vapr.errors import UserError
 from vapr.interrupts import Stopped, stopped_at_once
+from vapr.pairs import columns_told
 
 RULES = "rules"
 SECONDS_TO_END = 30.0
@@ -257,6 +258,8 @@ def show(result: Mapping[str, Any]) -> str:
     lines = [f"{'source':<12}{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit"]
     if source["bad_rows"]:
         lines.append(f"{'unreadable':<12}{source['bad_rows']:,} rows (scan.json names the first)")
+    if unused := source.get("unused_columns"):  # a job begun by an older version has not counted them
+        lines.append(f"{'not used':<12}columns {columns_told(unused)}")
     lines += [f"{'left out':<12}{count:,} x {reason}" for reason, count in source["filtered"].items()]
     lines.append(f"{'done':<12}{turns['done']:,} of {turns['total']:,} answers")
     lines.append(f"{'accepted':<12}{result['accepted']:,} pairs")

@@ -29,6 +29,7 @@ class Scan:
     filtered: dict[str, int]
     bad_rows: int
     first_bad_rows: list[str]
+    unused_columns: dict[str, int]
 
 
 def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
@@ -40,6 +41,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
     for half in (half for name in (TURNS, TRUTHS, SCAN) for half in folder.glob(f"{name}.*")):
         half.unlink(missing_ok=True)  # of a scan that was killed
     left_out: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     bad_rows: list[str] = []
     # The only things that grow with the source: 24 bytes a turn that is edited, 16 bytes any turn.
     places, digests = array("q"), array("q")
@@ -56,6 +58,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                 if len(bad_rows) < SHOWN_BAD_ROWS:
                     bad_rows.append(str(error))
                 continue
+            unused.update(data.extra_keys(row))
             num_turns += len(turns)
             kept = 0
             for turn in turns:
@@ -87,7 +90,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
         np.save(file, truths, allow_pickle=False)
     counts = {
         "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
-        "bad_rows": num_bad, "first_bad_rows": bad_rows,
+        "bad_rows": num_bad, "first_bad_rows": bad_rows, "unused_columns": dict(sorted(unused.items())),
     }  # fmt: skip
     with written_whole(folder / SCAN) as file:
         file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
