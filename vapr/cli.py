@@ -114,6 +114,8 @@ def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: b
     else:
         for name, result in results.items():
             click.echo(f"data.{name}\n{survey.show(result)}")
+    if warning := survey.rows_in_both(run_config):
+        click.echo(warning, err=True)
     for name, result in results.items():
         if stopping := survey.stops_training(run_config, result):
             raise UserError(f"data.{name}: vapr train would stop at {stopping}")

@@ -270,6 +270,17 @@ def open_loader(
     )
 
 
+def warning_of_rows_in_both(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> str | None:
+    """What it means that pairs are held out and trained on; None if no file of ``held_out`` is one of ``train``."""
+    count = held_out.rows_in(train) if isinstance(train, Pairs) and isinstance(held_out, Pairs) else 0
+    if not count:
+        return None
+    return (
+        f"{'warning':<10} data.eval: {count:,} of its rows are in data.train, too; eval/ figures of pairs that are "
+        "trained on show what was learned by heart, not how the policy does on others; hold other pairs out"
+    )
+
+
 def _dropped(file: str, pairs: Pairs, say: Callable[[str], None]) -> frozenset[str]:
     """Ids that a file of verdicts drops from ``pairs``."""
     verdicts = read_verdicts(file)

@@ -126,8 +126,11 @@ def load_policy(
 
 def load_model_config(model: str) -> transformers.PreTrainedConfig:
     """The model's transformers config, refused if its architecture cannot be packed exactly."""
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
         raise UserError(f"policy.model: {model}: no such folder")
+    if Path(model).is_file():
+        way_out = "give the folder it lies in, which holds config.json, tokenizer and image processor as well"
+        raise UserError(f"policy.model: {model} is a file; {way_out}")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
     try:

@@ -122,6 +122,11 @@ class Pairs(Sequence[PreferencePair]):
         part, row = self._find(number)
         return part.rows[row]
 
+    def rows_in(self, others: "Pairs") -> int:
+        """How many of the rows are in files (or data sets) that hold what one of the others' holds, under any name."""
+        known = {part.rows.digest for part in others.sets}
+        return sum(len(part.rows) for part in self.sets if part.rows.digest in known)
+
     def folder(self, number: int) -> Path:
         """The folder that relative image paths of row ``number`` start at."""
         return self._find(number)[0].root

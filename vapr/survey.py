@@ -11,9 +11,10 @@ import numpy as np
 from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
-from vapr.loader import PairLoader, open_loader
+from vapr.loader import PairLoader, open_loader, warning_of_rows_in_both
 from vapr.pairs import Pairs, columns_told
 from vapr.processor import TokenizedPair
+from vapr.sources import open_sets
 from vapr.workers import open_workers
 
 LONGEST = 5
@@ -55,6 +56,15 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
         "skipped": _reasons(loader),
     }
     return {**result, "refused": _refused(loader, on_bad_row)}
+
+
+def rows_in_both(config: Config) -> str | None:
+    """A warning of pairs that are held out and trained on; None if there are none or nothing is held out."""
+    train, held_out = (
+        Pairs([part for source in config.data.sources(name) for part in open_sets(source)])
+        for name in ("train", "eval")
+    )
+    return warning_of_rows_in_both(train, held_out)
 
 
 class _Counts:
