@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from PIL import Image
 
 from tests.edit_command import GOOD, edit, scan_of
 from tests.edit_command import pairs_of as edited_pairs
+from tests.test_formats import ROWS
 from vapr.cli import main
 from vapr.convert import convert
 from vapr.editing.config import SourceConfig as EditSource
 from vapr.editing.turns import InstructionData
-from vapr.errors import UserError
+from vapr.errors import BadRow, UserError
 from vapr.sources import read_pairs
 
 datasets = pytest.importorskip("datasets")
@@ -428,3 +430,86 @@ def test_completions_of_several_turns_do_not_fit_llama_factorys_newer_shape(fold
     (folder / "rows.jsonl").write_text(json.dumps({**ROW, "chosen": two}))
     with pytest.raises(UserError, match="a completion of several turns does not fit this format"):
         convert(read_pairs(folder / "rows.jsonl"), "llama-factory-v1", folder / "out.jsonl")
+
+
+def test_columns_of_types_that_the_library_cannot_hold_do_no_harm_until_they_are_needed(folder):
+    pairs = pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64()))
+    texts = {key: pa.array([text] * 2) for key, text in PAIR.items()}
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"x" * 16, b"y" * 16], pa.binary(16)))
+    parquet.write_table(pa.table({**texts, "counts": pairs, "key": ids}), folder / "rows.parquet")
+    read = read_pairs(folder / "rows.parquet")
+    assert [text_of(pair.chosen) for pair in read] == [CHOSEN] * 2 and read.unused == {"counts": 2, "key": 2}
+    parquet.write_table(pa.table({**texts, "id": ids}), folder / "rows.parquet")
+    with pytest.raises(
+        UserError, match=r"'id' must be text, got <extension<arrow.uuid>, which the datasets library can"
+    ):
+        read_pairs(folder / "rows.parquet")
+
+
+ODD = [
+    None, "", 0, -1, True, 1.5, 10**30, [], {}, [None], [[]], [{}], {"a": None}, {"": 1}, "x", "<image>", "\ud83d",
+    '{"a": 1}', "null", "a" * 5_000, ["x", None], [{"role": "user", "content": "x"}], {"role": "assistant"},
+    {"from": 7, "value": "x"}, [{"type": "image_url", "value": []}], {"bytes": "x", "path": 3}, ["\x00"], [[[[[[[]]]]]]],
+]  # fmt: skip
+"""What stands in the place of something else in people's files."""
+
+
+def places(value: object, place: tuple = ()) -> list[tuple]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(deeper for key, inner in inside for deeper in places(inner, (*place, key)))]
+
+
+def with_odd(row: dict, place: tuple, odd: object) -> object:
+    if not place:
+        return odd
+    copy = json.loads(json.dumps(row))
+    node = copy
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = odd
+    return copy
+
+
+def odd_rows(row: dict) -> list:
+    return [with_odd(row, place, odd) for place in places(row) for odd in ODD]
+
+
+def assert_one_line(reason: str, place: str) -> None:
+    assert reason.startswith(f"{place}: ") and "\n" not in reason and len(reason) < len(place) + 400
+
+
+PLAIN_ROWS = {name: row for name, row in ROWS.items() if name != "rlaif-v"} | {
+    "rlaif-v": {**ROWS["rlaif-v"], "image": {"bytes": None, "path": "cat.png"}}
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_ROWS)
+def test_an_odd_value_anywhere_is_a_pair_or_a_counted_row(folder, name):
+    shutil.copy(folder / "big.png", folder / "cat.png")
+    file = write(folder, odd_rows(PLAIN_ROWS[name]), "jsonl")
+    for how in (
+        {"format": name},
+        {},
+        {"columns": {"prompt": "question.a", "chosen": "chosen.0.content", "images": "0"}},
+    ):
+        try:
+            pairs = read_pairs(file, on_bad_row="skip", **how)
+        except UserError as error:  # a column that no row has
+            assert "columns" in how and "has no column" in str(error)
+            continue
+        assert len(list(pairs)) + len(pairs.skipped) == len(pairs) > 100
+        for place, reason in pairs.skipped.items():
+            assert_one_line(reason, place)
+        assert len(pairs.image_groups()) == len(pairs)
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_odd_value_anywhere_is_a_turn_or_a_counted_row_of_instruction_data(folder, name):
+    data = InstructionData(str(write(folder, odd_rows(EDITED[name]), "jsonl")), EditSource())
+    kept = 0
+    for number in range(len(data)):
+        try:
+            kept += bool([turn.digests() for turn in data.turns(number)]) and data.extra_keys(number) is not None
+        except BadRow as error:
+            assert_one_line(str(error), data.where(number))
+    assert kept > 10

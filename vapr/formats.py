@@ -293,7 +293,8 @@ def _vlfeedback(row: Row) -> Row:
     """The best- and the worst-rated completion, by the mean of the aspects that have a rating."""
     _need(row, "prompt", "completions")
     completions = row["completions"]
-    if isinstance(completions, dict):  # a list of structs, as older versions of the datasets library store it
+    if isinstance(completions, dict) and all(isinstance(values, list) for values in completions.values()):
+        # a list of structs, as older versions of the datasets library store it
         completions = [
             dict(zip(completions, values, strict=False)) for values in zip(*completions.values(), strict=False)
         ]

@@ -184,7 +184,7 @@ def messages_from(value: Any, key: str, role: str) -> list[Message]:
             raise BadRow(f"'{key}' holds a message without role and content: {message!r:.60}")
         name = ROLES.get(message["role"], message["role"])
         if name not in ("system", "user", "assistant"):
-            raise BadRow(f"'{key}' holds role '{name}'; known roles: system, user, assistant")
+            raise BadRow(f"'{key}' holds role {name!r:.40}; known roles: system, user, assistant")
         messages.append({"role": name, "content": _parts(message["content"], key)})
     return messages
 
@@ -322,9 +322,8 @@ def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
         if not valid:
             raise BadRow(f"an edit needs start, end and to within the chosen text, got {edit!r:.80}")
         if edit.get("from") not in (None, text[span.start : span.end]):
-            raise BadRow(
-                f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
-            )
+            said, there = edit["from"], text[span.start : span.end]
+            raise BadRow(f"edit says 'from' is {said!r:.80} but the chosen text has {there!r:.80}")
         whole_text(span.to, "edits")
         spans.append(span)
     return tuple(spans)

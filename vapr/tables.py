@@ -3,6 +3,7 @@
 import itertools
 import sys
 from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from vapr.errors import BadRow, UserError, one_line
 TABLES = (".parquet", ".arrow")
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for the values of a column that cannot be read. It harms no pair but one that needs it."""
+
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}, which the datasets library cannot hold>"
+
+
 class Table:
     """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped. JSON in its columns is decoded.
 
@@ -19,12 +30,16 @@ class Table:
         dataset: the data set.
         digest: hash of its content.
         names: what to name a row's place after, and the number of rows of each.
+        unreadable: columns that ``dataset`` leaves out.
     """
 
-    def __init__(self, dataset: Any, digest: str, names: list[tuple[str, int]]) -> None:
+    def __init__(
+        self, dataset: Any, digest: str, names: list[tuple[str, int]], unreadable: dict[str, Unreadable] | None = None
+    ) -> None:
         self._rows = dataset.with_format("arrow")  # images stay encoded
         self._json = {name: feature for name, feature in dataset.features.items() if _holds_json(feature)}
         self.digest = digest
+        self._unreadable = unreadable or {}
         self._names = [name for name, _ in names]
         self._starts = [0, *itertools.accumulate(size for _, size in names)]
 
@@ -41,7 +56,7 @@ class Table:
                 row[name] = _decoded(row[name], feature)
             except (ValueError, RecursionError) as error:
                 raise BadRow(f"'{name}' holds what is not readable as JSON ({one_line(error)})") from None
-        return row
+        return row | self._unreadable
 
     def where(self, number: int) -> str:
         part = bisect_right(self._starts, number, hi=len(self._names)) - 1
@@ -118,6 +133,7 @@ def open_table(files: list[Path]) -> Table:
                 sizes.append((str(file), len(parts[-1])))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({one_line(error)})") from None
+    unreadable = _unreadable(datasets, files[0]) if files[0].suffix == ".parquet" else {}
     digest = files_hash(files, user_cache() / "index" / "files.json")
     try:
         if parts:
@@ -126,11 +142,38 @@ def open_table(files: list[Path]) -> Table:
             dataset = datasets.Dataset.from_dict({})
         else:  # by content: the library itself would take a file of the same name and time for the same
             folder = str(user_cache() / "tables" / digest[:24])
-            dataset = datasets.Dataset.from_parquet([name for name, size in sizes if size], cache_dir=folder)
+            names = [name for name, size in sizes if size]
+            dataset = datasets.Dataset.from_parquet(names, cache_dir=folder, **_without(datasets, files[0], unreadable))
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{_first_damaged(files)}: cannot be read as a table ({one_line(cause)})") from None
-    return Table(dataset, digest, sizes)
+    return Table(dataset, digest, sizes, unreadable)
+
+
+def _unreadable(datasets: Any, file: Path) -> dict[str, Unreadable]:
+    """Columns whose Arrow type has no counterpart in ``datasets``: maps, UUIDs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    found = {}
+    for field in pyarrow.parquet.read_schema(file):
+        try:
+            datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+        except ValueError:
+            found[field.name] = Unreadable(str(field.type))
+    return found
+
+
+def _without(datasets: Any, file: Path, unreadable: dict[str, Unreadable]) -> dict[str, Any]:
+    """Settings of from_parquet that leave columns out."""
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(file)
+    kept = [field for field in schema if field.name not in unreadable]
+    if not unreadable or not kept:
+        return {}
+    features = datasets.Features.from_arrow_schema(pyarrow.schema(kept, metadata=schema.metadata))
+    return {"columns": list(features), "features": features}
 
 
 def _first_damaged(files: list[Path]) -> Path:
