@@ -107,10 +107,8 @@ def test_data_in_place_of_an_edit_config(work, name):
 )
 def test_a_tab_in_yaml(work, text, line):
     (work / "run.yaml").write_text(text)
-    assert (
-        refusal("train", "run.yaml") == f"run.yaml:{line}: a tab; YAML is indented with spaces, put them in its place"
-    )
-    assert "a tab; YAML is indented with spaces" in refusal("edit", "pairs.jsonl", "--out", "o", "--config", "run.yaml")
+    assert refusal("train", "run.yaml") == f"run.yaml:{line}: a tab in the indentation; YAML takes only spaces there"
+    assert "a tab in the indentation" in refusal("edit", "pairs.jsonl", "--out", "o", "--config", "run.yaml")
 
 
 def test_a_tab_within_a_value_is_no_mistake(work):
@@ -194,8 +192,8 @@ INSTRUCTIONS = {
 def test_instruction_data_in_place_of_pairs(work, row):
     (work / "sft.jsonl").write_text(json.dumps(row))
     told = (
-        "sft.jsonl:1: 'rejected' is missing: this is instruction data, a question with one answer; vapr edit makes pairs "
-        "of such rows (vapr edit DATA --out DIR), and train and audit take DIR"
+        "sft.jsonl:1: 'rejected' is missing: this row looks like instruction data, a question with one answer; make pairs "
+        "of it with vapr edit DATA --out DIR (if it has a worse answer as well, name that with data.columns)"
     )
     assert refusal("audit", "sft.jsonl") == told
     assert refusal("train", "run.yaml", "--set", "data.train=sft.jsonl") == told

@@ -117,5 +117,5 @@ def test_llava_instruct_is_no_data_to_train_on(tiny, tmp_path):
         refused = CliRunner().invoke(main, arguments)
         assert (
             refused.exit_code == 2
-            and f"Error: {file}:1: 'rejected' is missing: this is instruction data" in refused.stderr
+            and f"Error: {file}:1: 'rejected' is missing: this row looks like instruction data" in refused.stderr
         )

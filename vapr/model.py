@@ -129,8 +129,10 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
     if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
         raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_file():
-        way_out = "give the folder it lies in, which holds config.json, tokenizer and image processor as well"
-        raise UserError(f"policy.model: {model} is a file; {way_out}")
+        raise UserError(
+            f"policy.model: {model} is a file; give the folder it lies in, which holds config.json, tokenizer and image "
+            "processor as well"
+        )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
     try:

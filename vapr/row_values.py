@@ -53,6 +53,6 @@ def refuse_instruction_data(row: Row) -> None:
     answers = {"answer", "completion", "response", "output"} & row.keys()
     if (talks or (asks and answers)) and not any("chosen" in key or "reject" in key for key in row):
         raise BadRow(
-            "'rejected' is missing: this is instruction data, a question with one answer; vapr edit makes pairs of "
-            "such rows (vapr edit DATA --out DIR), and train and audit take DIR"
+            "'rejected' is missing: this row looks like instruction data, a question with one answer; make pairs of it "
+            "with vapr edit DATA --out DIR (if it has a worse answer as well, name that with data.columns)"
         )

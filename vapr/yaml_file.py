@@ -43,6 +43,6 @@ def read_yaml(path: str | Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         if mark is not None and re.match(r"[ -]*\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
             place = f"{path}:{mark.line + 1}"
-            raise UserError(f"{place}: a tab; YAML is indented with spaces, put them in its place") from None
+            raise UserError(f"{place}: a tab in the indentation; YAML takes only spaces there") from None
         said = one_line(error).replace('in "<unicode string>", line', "in line")
         raise UserError(f"{path}: not valid YAML: {said}") from None
