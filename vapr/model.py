@@ -130,8 +130,8 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         raise UserError(f"policy.model: {model}: no such folder")
     if Path(model).is_file():
         raise UserError(
-            f"policy.model: {model} is a file; give the folder it lies in, which holds config.json, tokenizer and image "
-            "processor as well"
+            f"policy.model: {model} is a file; give the folder it lies in, which holds config.json, tokenizer and "
+            "image processor as well"
         )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")

@@ -108,8 +108,9 @@ def _check_names(start: Start) -> None:
     editor = start.editor
     for key, name in (("--editor", editor), ("checks.verifier", start.config.checks.verifier)):
         if name is not None and ADDRESS.fullmatch(name) and not Path(name).exists():
-            way_out = f"the address of a server begins with http:// or https://; did you mean http://{name}?"
-            raise UserError(f"{key} {name}: {way_out}")
+            raise UserError(
+                f"{key} {name}: the address of a server begins with http:// or https://; did you mean http://{name}?"
+            )
     if editor != RULES and difflib.get_close_matches(editor, [RULES], cutoff=0.7) and not Path(editor).exists():
         raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 
