@@ -219,6 +219,16 @@ def test_unused_columns_are_counted_and_named_once_in_every_command(folder, tiny
     assert code == 0 and "lost       'idx' of 2 pairs" in output and told not in output
 
 
+def test_unused_columns_of_some_of_the_rows_say_so(folder):
+    rows = [{**ROW, "id": str(n), "idx": n, f"more{n}": n} for n in range(40)]
+    pairs = read_pairs(write(folder, rows, "jsonl"))
+    told = ", ".join(["idx (40 rows)", *sorted(f"more{n} (1 row)" for n in range(40))][:10])
+    assert pairs.notes == [f"columns that no pair uses: {told} and 31 more"]
+    pairs.check(2)
+    [line] = pairs.notes
+    assert line.startswith("columns that no pair uses among the 3 rows checked: idx (3 rows), more0 (1 row), more1 (1")
+
+
 def test_unused_columns_of_instruction_data_are_counted(folder):
     rows = [{**row, "image": "big.png", "idx": n} for n, row in enumerate(GOOD)]
     rows[0]["subcategory"] = "count"

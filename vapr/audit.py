@@ -89,6 +89,7 @@ def _results(
 ) -> dict[str, Any]:
     return {
         "read": pairs.formats,
+        "notes": pairs.notes,
         "unused_columns": dict(sorted(pairs.unused.items())),
         "rows": len(pairs),
         "pairs": len(table),

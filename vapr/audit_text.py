@@ -7,8 +7,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vapr.pairs import columns_told
-
 Result = Mapping[str, Any]
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "not measured": "dim"}
@@ -36,9 +34,8 @@ def show(result: Result) -> None:
     for name, one in sets.items():
         for line in one["read"]:
             console.print(f"{name}: read {line}", style="dim", markup=False)
-        if one["unused_columns"]:
-            told = columns_told(one["unused_columns"])
-            console.print(f"{name}: columns that no pair uses: {told}", style="dim", markup=False)
+        for line in one["notes"]:
+            console.print(f"{name}: {line}", style="dim", markup=False)
     console.print(_side_by_side({name: summary(one) for name, one in sets.items()}))
     for name, one in sets.items():
         for title, parts in (("category", one["categories"]), ("source", one["sources"])):

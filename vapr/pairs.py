@@ -74,6 +74,7 @@ class Pairs(Sequence[PreferencePair]):
         self.on_bad_row = on_bad_row
         self.skipped: dict[str, str] = {}
         self.unused: Counter[str] = Counter()
+        self._num_checked = 0
         self._roots = list(dict.fromkeys(part.root for part in sets))
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
@@ -195,6 +196,7 @@ class Pairs(Sequence[PreferencePair]):
                         check_id(pair, ids)
                     num_with_images += bool(pair.images)
                     self.unused.update(key for key in self.extra_keys(start + row) if key not in NOTES)
+        self._num_checked = num_checked
         checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
         return f"checked {checked}; {num_with_images:,} have images"
 
@@ -219,7 +221,8 @@ class Pairs(Sequence[PreferencePair]):
     @property
     def notes(self) -> list[str]:
         """A line on the columns that the checked rows have and no pair uses; none if there are no such columns."""
-        return [f"columns that no pair uses: {columns_told(self.unused)}"] if self.unused else []
+        among = "" if self._num_checked == len(self) else f" among the {self._num_checked:,} rows checked"
+        return [f"columns that no pair uses{among}: {columns_told(self.unused)}"] if self.unused else []
 
     @property
     def num_images(self) -> int:
@@ -284,7 +287,8 @@ def _hash(data: bytes) -> int:
 
 def columns_told(counts: Mapping[str, int], most: int = 10) -> str:
     """Columns with the number of their rows, as text; beyond ``most`` of them only how many more there are."""
-    told = [f"{key} ({count:,} row{'s' if count > 1 else ''})" for key, count in sorted(counts.items())]
+    common_first = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    told = [f"{key} ({count:,} row{'s' if count > 1 else ''})" for key, count in common_first]
     return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")
 
 

@@ -12,7 +12,7 @@ from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader, warning_of_rows_in_both
-from vapr.pairs import Pairs, columns_told
+from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
 from vapr.sources import open_sets
 from vapr.workers import open_workers
@@ -27,8 +27,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     many rows are read, chosen at random; ``rows_read`` says how many.
 
     Returns:
-        Plain data: ``sets``, ``unused_columns`` (of the rows checked at the start), ``rows``, ``pairs``, ``images``,
-        ``tokens``, ``sharing``, ``longest``, ``skipped``.
+        Plain data: ``sets``, ``notes``, ``unused_columns`` (of the rows checked at the start), ``rows``, ``pairs``,
+        ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
@@ -48,10 +48,10 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
-    unused = dict(sorted(getattr(loader.pairs, "unused", {}).items()))
     result = {
         "sets": _sets(loader),
-        "unused_columns": unused,
+        "notes": getattr(loader.pairs, "notes", []),
+        "unused_columns": dict(sorted(getattr(loader.pairs, "unused", {}).items())),
         **counts.result(config, loader),
         "skipped": _reasons(loader),
     }
@@ -200,10 +200,8 @@ def show(result: dict[str, Any]) -> str:
         ("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average"),
         ("skipped rows", f"{skipped['rows']:,}", ""),
     ]
-    lines = list(result["sets"])
-    if unused := result["unused_columns"]:
-        lines.append(f"columns that no pair uses: {columns_told(unused)}")
-    lines += [*(f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows), "longest"]
+    figures = (f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows)
+    lines = [*result["sets"], *result["notes"], *figures, "longest"]
     lines += [f"{entry['tokens']:>15,} tokens  {entry['where']}  {entry['id']}" for entry in result["longest"]]
     for entry in skipped["reasons"]:
         lines += [
