@@ -313,6 +313,17 @@ def test_tables_with_json_features_are_decoded_as_the_library_decodes_them(folde
             assert_read(pair)
 
 
+def test_what_is_no_json_in_such_a_column_is_a_bad_row(folder):
+    texts = pa.array([json.dumps([turn("user", QUESTION)]), "[{"], pa.string())
+    column = pa.ExtensionArray.from_storage(pa.json_(), texts)
+    answers = [pa.array([text] * 2) for text in (CHOSEN, REJECTED)]
+    parquet.write_table(pa.table([column, *answers], ["prompt", "chosen", "rejected"]), folder / "rows.parquet")
+    pairs = read_pairs(folder / "rows.parquet", on_bad_row="skip")
+    assert len(list(pairs)) == 1
+    [reason] = pairs.skipped.values()
+    assert reason.startswith(f"{folder}/rows.parquet:2: 'prompt' holds what is not readable as JSON (")
+
+
 def test_tables_of_json_without_the_librarys_notes(folder):
     storage = pa.array([json.dumps([turn("user", PARTS)])], pa.string())
     column = pa.ExtensionArray.from_storage(pa.json_(), storage)
