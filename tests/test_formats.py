@@ -164,7 +164,7 @@ def test_trained_on_for_a_step_and_written_back_equal(folder, png, tiny, tmp_pat
     assert [content(pair) for pair in after] == [content(pair) for pair in before]
     assert after.sets[0].format == (to if to != "trl" else "vapr")  # a TRL row with an id reads either way
     lost = {"ha-dpo": {"answer": 1}, "vlfeedback": {"models": 1}, "mm-rlhf": {"chosen_score": 1}}
-    lost["rlhf-v"] = dict.fromkeys(("ds_name", "idx", "origin_dataset", "origin_split"), 1)
+    lost["rlhf-v"] = dict.fromkeys(("ds_name", "origin_dataset", "origin_split"), 1)
     assert result["written"] == 1 and result["lost"] == lost.get(name, {})
 
 

@@ -121,11 +121,12 @@ _QUESTION_KEYS = frozenset({"prompt", "question", "chosen", "rejected"})
 _KEYS_READ: dict[str, frozenset[str]] = {
     **dict.fromkeys(("vapr", "trl", "columns"), frozenset(MAPPED_KEYS)),
     **dict.fromkeys(("llava", "povid", "llama-factory"), _CONVERSATION_KEYS),
-    **dict.fromkeys(("rlaif-v", "mmpr", "mm-rlhf"), _QUESTION_KEYS),
+    **dict.fromkeys(("rlaif-v", "mmpr"), _QUESTION_KEYS | {"idx"}),
+    "mm-rlhf": _QUESTION_KEYS,
     **dict.fromkeys(("ha-dpo", "seva"), frozenset({"image_id", "question", "chosen", "reject", "correct"})),
     "ms-swift": frozenset({"messages", "rejected_messages", "rejected_response", "rejected_images"}),
     "vlfeedback": frozenset({"prompt", "completions", "img_path"}),
-    "rlhf-v": frozenset({"text", "image_path"}),
+    "rlhf-v": frozenset({"text", "image_path", "idx"}),
     "llama-factory-v1": frozenset({"chosen_messages", "rejected_messages"}),
 }
 
