@@ -72,7 +72,7 @@ def test_the_config_of_these_tests_runs(work):
         ("optim.pairs_per_step=0", "optim.pairs_per_step must be at least 1, got 0"),
         ("packing.max_tokens=-5", "packing.max_tokens must be at least 1, got -5"),
         ("data.workers=-1", "data.workers must be null or at least 0 and at most 128, got -1"),
-        ("loss.kind=dpo", "should be 'sigmoid', 'robust'"),
+        ("loss.kind=ppo", "should be 'sigmoid', 'robust'"),
         ("data.workers=1000000", "data.workers must be null or at least 0 and at most 128, got 1000000"),
         ("data.format=LLaVA", "data.format: should be one of auto, vapr, trl, llava, povid"),
         ("data.train=[{path: x, format: povids}]", "data.train.0.format: should be one of auto, vapr, trl, llava, povid"),

@@ -65,7 +65,7 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"policy": {"model": "m", "lora": {"rnk": 8}}}, "unknown key 'policy.lora.rnk'; did you mean 'rank'?"),
         ({"optim": {"xyzzy": 1}}, "unknown key 'optim.xyzzy'; known keys here: lr, schedule"),
         ({"loss": {"beta": -1.0}}, "loss.beta must be > 0, got -1.0"),
-        ({"loss": {"kind": "dpo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
+        ({"loss": {"kind": "ppo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
         ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be in [0, 0.5), got 0.5"),
         ({"loss": {"kind": "hinge", "label_smoothing": 0.1}}, "loss.label_smoothing means nothing to hinge"),
         ({"loss": "sigmoid"}, "loss: should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them"),

@@ -56,6 +56,11 @@ ROWS = {
         "rejected": REJECTED, "origin_dataset": "COCO", "origin_split": '{"model": "x", "type": "question"}', "idx": 1,
         "image_path": "cat.png",
     },
+    "rlhf-v": {
+        "ds_name": "RLHF-V", "image": {"bytes": None, "path": "cat.png"}, "idx": 1, "image_path": "cat.png",
+        "text": json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}),
+        "origin_dataset": "VQAv2", "origin_split": '{"model": "Muffin", "type": "question answering"}',
+    },
     "vlfeedback": {
         "id": "1", "prompt": QUESTION, "models": ["a", "b", "c"], "img_path": "cat.png",
         "completions": [said("A cat?", "3", "a"), said(REJECTED, 1, "b"), said(CHOSEN, "5", "c"), said("", "1", "d")],
@@ -63,6 +68,13 @@ ROWS = {
     "llama-factory": {
         "conversations": [HUMAN], "chosen": {"from": "gpt", "value": CHOSEN}, "rejected": {"from": "gpt", "value": REJECTED},
         "images": ["cat.png"],
+    },
+    "llama-factory-v1": {
+        f"{side}_messages": [
+            {"role": "user", "loss_weight": 0.0, "content": [{"type": "image_url", "value": "cat.png"}, {"type": "text", "value": QUESTION}]},
+            {"role": "assistant", "loss_weight": 1.0, "content": [{"type": "text", "value": answer}]},
+        ]
+        for side, answer in (("chosen", CHOSEN), ("rejected", REJECTED))
     },
     "ms-swift": {
         "messages": [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": CHOSEN}],
@@ -152,6 +164,7 @@ def test_trained_on_for_a_step_and_written_back_equal(folder, png, tiny, tmp_pat
     assert [content(pair) for pair in after] == [content(pair) for pair in before]
     assert after.sets[0].format == (to if to != "trl" else "vapr")  # a TRL row with an id reads either way
     lost = {"ha-dpo": {"answer": 1}, "vlfeedback": {"models": 1}, "mm-rlhf": {"chosen_score": 1}}
+    lost["rlhf-v"] = dict.fromkeys(("ds_name", "origin_dataset", "origin_split"), 1)
     assert result["written"] == 1 and result["lost"] == lost.get(name, {})
 
 
@@ -172,7 +185,7 @@ WIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("to", "suffix"), [("vapr", ".jsonl"), ("vapr", ".json"), ("vapr", ".parquet"), ("trl", ".jsonl"), ("llama-factory", ".json"), ("ms-swift", ".jsonl")])  # fmt: skip
+@pytest.mark.parametrize(("to", "suffix"), [("vapr", ".jsonl"), ("vapr", ".json"), ("vapr", ".parquet"), ("trl", ".jsonl"), ("llama-factory", ".json"), ("llama-factory-v1", ".jsonl"), ("ms-swift", ".jsonl")])  # fmt: skip
 def test_wide_rows_survive_every_writer_that_takes_them(folder, to, suffix):
     (folder / "in.jsonl").write_text(json.dumps(WIDE))
     pairs = read_pairs(folder / "in.jsonl")
@@ -471,8 +484,7 @@ def test_other_peoples_columns_that_resemble_ours_are_no_mistake(folder):
     (folder / "in.jsonl").write_text(
         json.dumps({**PLAIN, "id": "1", "prompt_id": "x", "chosen_score": 3, "weights": 1})
     )
-    with pytest.raises(UserError, match="unknown key 'weights'; did you mean 'weight'"):
-        read_pairs(folder / "in.jsonl")
+    assert read_pairs(folder / "in.jsonl").unused == {"prompt_id": 1, "chosen_score": 1, "weights": 1}
     (folder / "in.jsonl").write_text(json.dumps({**PLAIN, "id": "1", "ids": [1], "prompt_id": "x", "chosen_ids": [2]}))
     assert len(list(read_pairs(folder / "in.jsonl"))) == 1
 

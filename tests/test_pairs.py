@@ -126,7 +126,7 @@ def user(*contents):
         ({"images": [7]}, "an image must be a path"),
         ({"id": ["a"]}, "'id' must be text"),
         ({"weight": -1}, "'weight' must be a number of at least 0, got -1"),
-        ({"wieght": 3}, "unknown key 'wieght'; did you mean 'weight'?"),
+        ({"rejected": ..., "rejectd": "x"}, "unknown key 'rejectd'; did you mean 'rejected'?"),
         ({"weight": "heavy"}, "'weight' must be a number"),
         ({"edits": [{"start": 0, "end": 99, "to": "x"}]}, "within the chosen text"),
         ({"edits": [{"start": 0, "end": 3, "from": "Tan", "to": "x"}]}, "'from' is 'Tan' but the chosen text has 'Red'"),

@@ -89,6 +89,8 @@ def _results(
 ) -> dict[str, Any]:
     return {
         "read": pairs.formats,
+        "notes": pairs.notes,
+        "unused_columns": dict(sorted(pairs.unused.items())),
         "rows": len(pairs),
         "pairs": len(table),
         "images": table.num_images,

@@ -37,6 +37,8 @@ def show(result: Result) -> None:
     for name, one in sets.items():
         for line in one["read"]:
             console.print(f"{name}: read {line}", style="dim", markup=False)
+        for line in one["notes"]:
+            console.print(f"{name}: {line}", style="dim", markup=False)
     console.print(_side_by_side({name: summary(one) for name, one in sets.items()}))
     for name, one in sets.items():
         for title, parts in (("category", one["categories"]), ("source", one["sources"])):

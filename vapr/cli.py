@@ -114,6 +114,8 @@ def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: b
     else:
         for name, result in results.items():
             click.echo(f"data.{name}\n{survey.show(result)}")
+    if warning := survey.rows_in_both(run_config):
+        click.echo(warning, err=True)
     for name, result in results.items():
         if stopping := survey.stops_training(run_config, result):
             raise UserError(f"data.{name}: vapr train would stop at {stopping}")
@@ -178,7 +180,9 @@ def _mapped(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 @main.command()
 @click.argument("source")
-@click.option("--to", required=True, help="vapr, trl, llava, llama-factory, ms-swift, povid or rlaif-v.")
+@click.option(
+    "--to", required=True, help="vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
 @pair_options
 @bad_row_option
@@ -230,7 +234,7 @@ def view(
         on_bad_row="skip",
     )  # fmt: skip
     result = view.view(opened, out, sample=sample, seed=seed)
-    click.echo(json.dumps(result, indent=2) if as_json else view.show(result, opened.formats, out))
+    click.echo(json.dumps(result, indent=2) if as_json else view.show(result, [*opened.formats, *opened.notes], out))
 
 
 @main.command()

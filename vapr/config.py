@@ -114,10 +114,10 @@ class DataConfig:
 
     __pydantic_config__: ClassVar = STRICT_KEYS
 
-    train: str | SourceConfig | list[SourceConfig]
+    train: str | SourceConfig | list[str | SourceConfig]
     """File, folder, glob or hub id: jsonl, json, parquet, arrow or webdataset tar. Or a mapping with ``path``,
     ``weight`` and the like, or a list of those: a mixture."""
-    eval: str | SourceConfig | list[SourceConfig] | None = None
+    eval: str | SourceConfig | list[str | SourceConfig] | None = None
     """Held-out pairs, scored every ``checkpoint.every`` steps and at the end."""
     format: Literal["auto"] | FormatName = "auto"
     """Shape of the rows; ``auto`` tells it from the first row and says which it took."""
@@ -193,7 +193,8 @@ class LossConfig:
     __pydantic_config__: ClassVar = STRICT_KEYS
 
     kind: LossKind = "sigmoid"
-    """``sigmoid`` is DPO, ``sft`` learns the chosen completion alone. simpo, orpo and sft have no reference."""
+    """``sigmoid`` is DPO, and ``dpo`` another name of it; ``sft`` learns the chosen completion alone. simpo, orpo and
+    sft have no reference."""
     weight: float = 1.0
     """Factor of this term in a list."""
     beta: float = 0.1

@@ -4,7 +4,6 @@ A format is a function from a row to a row with ``id, images, prompt, chosen, re
 ``weight``, ``category``, ``edits`` where it has them), which :func:`vapr.preference_pair.pair_from_row` checks.
 """
 
-import contextlib
 import difflib
 import json
 import math
@@ -12,12 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from vapr.errors import BadRow, NoPair
+from vapr.llama_factory import pair_of_messages
+from vapr.row_values import json_object, refuse_instruction_data, refuse_near_misses, without_nulls
 
 Row = dict[str, Any]
 
 FormatName = Literal[
-    "vapr", "trl", "llava", "povid", "ha-dpo", "seva", "rlaif-v", "vlfeedback", "llama-factory", "ms-swift", "mm-rlhf",
-    "mmpr",
+    "vapr", "trl", "llava", "povid", "ha-dpo", "seva", "rlaif-v", "rlhf-v", "vlfeedback", "llama-factory",
+    "llama-factory-v1", "ms-swift", "mm-rlhf", "mmpr",
 ]  # fmt: skip
 FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
 
@@ -44,6 +45,10 @@ def detect(row: Any) -> str:
         return "llama-factory" if isinstance(row.get("rejected"), dict) else "llava"
     if "messages" in keys and keys & {"rejected_response", "rejected_messages", "rejected_images"}:
         return "ms-swift"
+    if {"chosen_messages", "rejected_messages"} <= keys:
+        return "llama-factory-v1"
+    if "text" in keys and not keys & {"chosen", "rejected"} and json_object(row["text"]).keys() >= PAIR_IN_TEXT:
+        return "rlhf-v"
     if {"prompt", "completions"} <= keys:
         return "vlfeedback"
     if {"image_id", "question", "chosen", "reject"} <= keys:
@@ -66,7 +71,9 @@ def as_vapr(row: Any, name: str) -> Any:
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, got {row!r:.60}")
-    row = {key: value for key, value in row.items() if value is not None}
+    row = without_nulls(row)
+    if name in ("vapr", "llava"):
+        refuse_instruction_data(row)
     for media in ("video", "videos", "audio", "audios"):
         if row.get(media):
             raise BadRow(f"'{media}' rows are not supported")
@@ -88,9 +95,10 @@ def check_columns(columns: Mapping[str, str] | None, format: str | None) -> None
 
 
 def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
-    """The row, and the keys of ``columns`` with what is found under its values; ``a.b.0`` goes down.
+    """The row, and the keys of ``columns`` with what is found under its values.
 
-    What a row does not have is left out, as rows without images have none.
+    ``a.b.0`` goes down into objects, lists, and texts that hold them as JSON. What a row does not have is left out, as
+    rows without images have none.
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, got {row!r:.60}")
@@ -99,8 +107,9 @@ def map_columns(row: Any, columns: Mapping[str, str]) -> Row:
         value: Any = row
         for part in [column] if column in row else column.split("."):
             try:
+                value = json.loads(value) if isinstance(value, str) else value
                 value = value[int(part)] if isinstance(value, list) else value[part]
-            except (KeyError, IndexError, TypeError, ValueError):
+            except (KeyError, IndexError, TypeError, ValueError, RecursionError):
                 break
         else:
             mapped[key] = value
@@ -112,10 +121,13 @@ _QUESTION_KEYS = frozenset({"prompt", "question", "chosen", "rejected"})
 _KEYS_READ: dict[str, frozenset[str]] = {
     **dict.fromkeys(("vapr", "trl", "columns"), frozenset(MAPPED_KEYS)),
     **dict.fromkeys(("llava", "povid", "llama-factory"), _CONVERSATION_KEYS),
-    **dict.fromkeys(("rlaif-v", "mmpr", "mm-rlhf"), _QUESTION_KEYS),
+    **dict.fromkeys(("rlaif-v", "mmpr"), _QUESTION_KEYS | {"idx"}),
+    "mm-rlhf": _QUESTION_KEYS,
     **dict.fromkeys(("ha-dpo", "seva"), frozenset({"image_id", "question", "chosen", "reject", "correct"})),
     "ms-swift": frozenset({"messages", "rejected_messages", "rejected_response", "rejected_images"}),
     "vlfeedback": frozenset({"prompt", "completions", "img_path"}),
+    "rlhf-v": frozenset({"text", "image_path", "idx"}),
+    "llama-factory-v1": frozenset({"chosen_messages", "rejected_messages"}),
 }
 
 
@@ -129,6 +141,7 @@ def keys_read(name: str, columns: Mapping[str, str] | None) -> frozenset[str]:
 
 
 def _need(row: Row, *keys: str) -> None:
+    refuse_near_misses(row, keys)
     if missing := [key for key in keys if key not in row]:
         verb = "is" if len(missing) == 1 else "are"
         raise BadRow(f"{' and '.join(repr(key) for key in missing)} {verb} missing; this row has {', '.join(row)}")
@@ -241,10 +254,25 @@ def origin_of(row: Row) -> Row | None:
 
     vapr keeps a pair's id and category there, for which RLAIF-V's rows have no other place.
     """
-    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
-        origin = json.loads(row["origin_split"])
-        return origin if isinstance(origin, dict) else None
-    return None
+    return json_object(row.get("origin_split")) or None
+
+
+PAIR_IN_TEXT = frozenset({"question", "chosen", "rejected"})
+"""Keys of the JSON object in the ``text`` of RLHF-V's rows."""
+
+
+def _rlhf_v(row: Row) -> Row:
+    """RLHF-V: an image, and a text that is a JSON object of the pair."""
+    _need(row, "text")
+    pair = json_object(row["text"])
+    if not pair:
+        raise BadRow(f"'text' must be a JSON object with question, chosen and rejected, got {row['text']!r:.60}")
+    if missing := sorted(PAIR_IN_TEXT - pair.keys()):
+        verb = "is" if len(missing) == 1 else "are"
+        names = " and ".join(f"'{key}'" for key in missing)
+        raise BadRow(f"{names} {verb} missing from 'text'; it has {', '.join(pair)}")
+    image = images_of(row) or row.get("image_path")
+    return _question({**row, "image": image, **{key: pair[key] for key in PAIR_IN_TEXT}})
 
 
 class OneOf(tuple[str, ...]):
@@ -266,7 +294,8 @@ def _vlfeedback(row: Row) -> Row:
     """The best- and the worst-rated completion, by the mean of the aspects that have a rating."""
     _need(row, "prompt", "completions")
     completions = row["completions"]
-    if isinstance(completions, dict):  # a list of structs, as older versions of the datasets library store it
+    if isinstance(completions, dict) and all(isinstance(values, list) for values in completions.values()):
+        # a list of structs, as older versions of the datasets library store it
         completions = [
             dict(zip(completions, values, strict=False)) for values in zip(*completions.values(), strict=False)
         ]
@@ -348,7 +377,9 @@ _READERS: dict[str, Callable[[Row], Row]] = {
     "ms-swift": _ms_swift,
     "ha-dpo": _ha_dpo,
     "seva": _seva,
+    "llama-factory-v1": pair_of_messages,
     "rlaif-v": _question,
+    "rlhf-v": _rlhf_v,
     "mmpr": _question,
     "mm-rlhf": _mm_rlhf,
     "vlfeedback": _vlfeedback,

@@ -254,7 +254,8 @@ def open_loader(
     for size, weight in pairs.weighted_sizes:
         if round(size * weight) == 0:
             raise UserError(f"data.{name}: weight {weight:g} of {size:,} rows is less than one row an epoch; raise it")
-    for line in (*pairs.formats, pairs.check()):
+    checked = pairs.check()
+    for line in (*pairs.formats, checked, *pairs.notes):
         say(f"{name:<10} {line}")
     return PairLoader(
         pairs,
@@ -266,6 +267,17 @@ def open_loader(
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
         dropped=_dropped(data.verdicts, pairs, say) if name == "train" and data.verdicts else frozenset(),
+    )
+
+
+def warning_of_rows_in_both(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> str | None:
+    """What it means that pairs are held out and trained on; None if no file of ``held_out`` is one of ``train``."""
+    count = held_out.rows_in(train) if isinstance(train, Pairs) and isinstance(held_out, Pairs) else 0
+    if not count:
+        return None
+    return (
+        f"{'warning':<10} data.eval: {count:,} of its rows are in data.train, too; eval/ figures of pairs that are "
+        "trained on show what was learned by heart, not how the policy does on others; hold other pairs out"
     )
 
 

@@ -181,8 +181,13 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
             f"transformers {transformers.__version__} is installed, but vapr is tested with {TRANSFORMERS}; "
             f"install one of those: pip install 'transformers{TRANSFORMERS}'"
         )
-    if is_path(model) and not Path(model).is_dir():
+    if is_path(model) and not Path(model).exists():
         raise UserError(f"policy.model: {model}: no such folder")
+    if Path(model).is_file():
+        raise UserError(
+            f"policy.model: {model} is a file; give the folder it lies in, which holds config.json, tokenizer and "
+            "image processor as well"
+        )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
     try:

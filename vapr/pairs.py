@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,16 @@ from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.formats import as_vapr, keys_read, map_columns
 from vapr.preference_pair import PreferencePair, pair_from_row, row_id
+from vapr.row_values import says_something
 from vapr.rows import Rows
 
 NO_IMAGE = -1
 
 CHECKED_AT_START = 5_000
 """Rows that are checked before a model is loaded. More would make the start grow with the data."""
+
+NOTES = frozenset({"provenance", "checks", "source", "licence", "license"})
+"""Columns of a pair that say where it is from. Nobody expects them to be trained on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,12 +66,15 @@ class Pairs(Sequence[PreferencePair]):
 
     Attributes:
         skipped: reason by place, for the rows that iterating left out.
+        unused: in how many of the checked rows a column says something that no pair takes, by column.
     """
 
     def __init__(self, sets: Sequence[PairSet], on_bad_row: str = "error") -> None:
         self.sets = tuple(sets)
         self.on_bad_row = on_bad_row
         self.skipped: dict[str, str] = {}
+        self.unused: Counter[str] = Counter()
+        self._num_checked = 0
         self._roots = list(dict.fromkeys(part.root for part in sets))
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
@@ -115,6 +123,11 @@ class Pairs(Sequence[PreferencePair]):
         part, row = self._find(number)
         return part.rows[row]
 
+    def rows_in(self, others: "Pairs") -> int:
+        """How many of the rows are in files (or data sets) that hold what one of the others' holds, under any name."""
+        known = {part.rows.digest for part in others.sets}
+        return sum(len(part.rows) for part in self.sets if part.rows.digest in known)
+
     def folder(self, number: int) -> Path:
         """The folder that relative image paths of row ``number`` start at."""
         return self._find(number)[0].root
@@ -123,7 +136,7 @@ class Pairs(Sequence[PreferencePair]):
         """Keys of a row that a pair does not take anything from."""
         part, _ = self._find(number)
         used = keys_read(part.format, part.columns)
-        return sorted(key for key, value in self.raw(number).items() if _says_something(value) and key not in used)
+        return sorted(key for key, value in self.raw(number).items() if says_something(value) and key not in used)
 
     def where(self, number: int) -> str:
         """The place of row ``number``: ``file:line``."""
@@ -170,6 +183,7 @@ class Pairs(Sequence[PreferencePair]):
             UserError: for the first bad row, unless bad rows are skipped.
         """
         num_checked = num_with_images = 0
+        self.unused.clear()
         each = max(1, limit // max(len(self.sets), 1))
         for part, start in zip(self.sets, self._starts, strict=False):
             ids: dict[str, str] = {}
@@ -181,6 +195,8 @@ class Pairs(Sequence[PreferencePair]):
                     if self.on_bad_row == "error" and part.format in ("vapr", "trl"):  # others count in their own ways
                         check_id(pair, ids)
                     num_with_images += bool(pair.images)
+                    self.unused.update(key for key in self.extra_keys(start + row) if key not in NOTES)
+        self._num_checked = num_checked
         checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
         return f"checked {checked}; {num_with_images:,} have images"
 
@@ -201,6 +217,12 @@ class Pairs(Sequence[PreferencePair]):
         with written_whole(known) as file:
             np.save(file, groups, allow_pickle=False)
         return groups
+
+    @property
+    def notes(self) -> list[str]:
+        """A line on the columns that the checked rows have and no pair uses; none if there are no such columns."""
+        among = "" if self._num_checked == len(self) else f" among the {self._num_checked:,} rows checked"
+        return [f"columns that no pair uses{among}: {columns_told(self.unused)}"] if self.unused else []
 
     @property
     def num_images(self) -> int:
@@ -263,11 +285,11 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _says_something(value: Any) -> bool:
-    """Whether there is more than nulls in a value: a table gives every row all fields of its columns."""
-    if isinstance(value, dict | list):
-        return any(map(_says_something, value.values() if isinstance(value, dict) else value))
-    return value is not None
+def columns_told(counts: Mapping[str, int], most: int = 10) -> str:
+    """Columns with the number of their rows, as text; beyond ``most`` of them only how many more there are."""
+    common_first = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    told = [f"{key} ({count:,} row{'s' if count > 1 else ''})" for key, count in common_first]
+    return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")
 
 
 def source_name(rows: Rows) -> str:

@@ -1,14 +1,13 @@
 """PreferencePair, and the checks that make one of a row."""
 
 import contextlib
-import difflib
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vapr.errors import BadRow
 from vapr.formats import OneOf
+from vapr.row_values import refuse_near_misses
 
 Message = dict[str, Any]
 """``{"role": str, "content": [{"type": "text", "text": str} | {"type": "image"}, ...]}``"""
@@ -44,7 +43,7 @@ KNOWN_KEYS = frozenset({
     "id", "images", "image", "rejected_images", "prompt", "chosen", "rejected", "weight", "edits", "category",
     "provenance",
 })  # fmt: skip
-"""Other keys may be there and mean nothing to training; a near miss of one of these is a mistake."""
+"""Other keys may be there and mean nothing to training."""
 
 
 def pair_from_row(
@@ -65,15 +64,16 @@ def pair_from_row(
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with prompt, chosen and rejected")
     row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
-    for key in row.keys() - KNOWN_KEYS:
-        # Where the key it resembles is there too, it is a column of its own.
-        if (meant := _near_miss(key)) and meant not in row:
-            raise BadRow(f"unknown key '{key}'; did you mean '{meant}'?")
+    others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
     missing = [key for key in ("chosen", "rejected") if key not in row]
     # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
     implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
     if "prompt" not in row and not implicit:
         missing.insert(0, "prompt")
+    refuse_near_misses(others, missing)
+    if not image_list(row.get("images")) and "image" not in row:  # else no image would be missed
+        pictures = {key: value for key, value in others.items() if value and isinstance(value, str | list | dict)}
+        refuse_near_misses(pictures, ("images", "image"))
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         names = " and ".join(f"'{key}'" for key in missing)
@@ -107,11 +107,6 @@ def pair_from_row(
         where=where,
         number=number,
     )
-
-
-@functools.lru_cache(maxsize=1000)
-def _near_miss(key: str) -> str | None:
-    return next(iter(difflib.get_close_matches(str(key), KNOWN_KEYS, n=1, cutoff=0.8)), None)
 
 
 def image_list(images: Any) -> list[Any]:
@@ -189,7 +184,7 @@ def messages_from(value: Any, key: str, role: str) -> list[Message]:
             raise BadRow(f"'{key}' holds a message without role and content: {message!r:.60}")
         name = ROLES.get(message["role"], message["role"])
         if name not in ("system", "user", "assistant"):
-            raise BadRow(f"'{key}' holds role '{name}'; known roles: system, user, assistant")
+            raise BadRow(f"'{key}' holds role {name!r:.40}; known roles: system, user, assistant")
         messages.append({"role": name, "content": _parts(message["content"], key)})
     return messages
 
@@ -327,9 +322,8 @@ def _edits(edits: Any, chosen: list[Message]) -> tuple[Edit, ...]:
         if not valid:
             raise BadRow(f"an edit needs start, end and to within the chosen text, got {edit!r:.80}")
         if edit.get("from") not in (None, text[span.start : span.end]):
-            raise BadRow(
-                f"edit says 'from' is {edit['from']!r} but the chosen text has {text[span.start : span.end]!r}"
-            )
+            said, there = edit["from"], text[span.start : span.end]
+            raise BadRow(f"edit says 'from' is {said!r:.80} but the chosen text has {there!r:.80}")
         whole_text(span.to, "edits")
         spans.append(span)
     return tuple(spans)

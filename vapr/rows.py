@@ -262,7 +262,8 @@ class TarSamples:
             raise BadRow(f"'{sample['key']}.json' is not valid JSON ({one_line(error)})") from None
         if not isinstance(row, dict):
             raise BadRow(f"'{sample['key']}.json' must hold an object")
-        row.setdefault("id", sample["key"])
+        if row.get("id") is None:
+            row["id"] = sample["key"]
         places = {Path(name).name: place for name, *place in sample["images"]}
         if places:
             named = row.pop("images", None) or row.pop("image", None) or []

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from vapr.pairs import Pairs, PairSet, source_name
 from vapr.preference_pair import encodable
 from vapr.rows import SUFFIXES as TEXTS
 from vapr.rows import Rows, open_rows
-from vapr.tables import TABLES, open_hub, open_saved, open_table
+from vapr.tables import TABLES, open_hub, open_saved, open_table, open_tables
 
 SUFFIXES = (*TEXTS[:2], *TABLES, *TEXTS[2:])
 
@@ -76,37 +76,45 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
     if source.format not in (None, "auto", *FORMAT_NAMES):
         raise UserError(f"unknown format '{source.format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
+    mappings: dict[tuple[tuple[str, str], ...], list[Rows]] = {}
     wanted = None if source.format == "auto" else source.format
     for rows, folder, given, mapped in open_files(source.path, source.split, source.subset, source.columns):
         if not len(rows):
             continue
         name = wanted or given or ("columns" if source.columns else _detect(rows))
         if mapped:
-            check_columns(rows, mapped)
+            mappings.setdefault(tuple(mapped.items()), []).append(rows)
         confined = root is not None
         sets.append(PairSet(rows, name, mapped, root or folder, confined, source.weight, source, images_needed))
     if not sets:
         raise UserError(f"{source.path}: no pairs in it")
+    for mapping, parts in mappings.items():
+        check_columns(parts, dict(mapping))
     return sets
 
 
-def check_columns(rows: Rows, columns: Mapping[str, str], section: str = "data") -> None:
+def check_columns(parts: Sequence[Rows], columns: Mapping[str, str], section: str = "data") -> None:
     """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them.
+
+    It may be missing from some of the ``parts``: not every shard of a set has each column.
 
     Raises:
         UserError: naming the key of ``section``.
     """
     seen: set[str] = set()
     found: set[str] = set()
-    for number in {*range(min(len(rows), 100)), *np.linspace(0, len(rows) - 1, 400).astype(int).tolist()}:
-        with contextlib.suppress(BadRow, AttributeError):
-            row = rows[number]
-            seen |= row.keys()
-            found |= {key for key, column in columns.items() if key in map_columns(row, {key: column})}
+    for rows in parts:
+        for number in {*range(min(len(rows), 100)), *np.linspace(0, len(rows) - 1, 400).astype(int).tolist()}:
+            with contextlib.suppress(BadRow, AttributeError):
+                row = rows[number]
+                seen |= row.keys()
+                found |= {key for key, column in columns.items() if key in map_columns(row, {key: column})}
+        if found == columns.keys():
+            return
     for key, column in columns.items():
         if key not in found:
             raise UserError(
-                f"{section}.columns.{key}: {source_name(rows)} has no column '{column}'; there are "
+                f"{section}.columns.{key}: {source_name(parts[0])} has no column '{column}'; there are "
                 f"{', '.join(sorted(seen)) or 'none'} (leave {key} out if no row has it)"
             )
 
@@ -138,7 +146,7 @@ def open_files(
         yield open_saved(path, split), path, None, columns
     elif path.exists() or any(c in source for c in "*?["):
         for is_table, folder, group in _pair_files(path, source, split):
-            for rows in [open_table(group)] if is_table else map(open_rows, group):
+            for rows in open_tables(group) if is_table else map(open_rows, group):
                 yield rows, folder, None, columns
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
         yield open_hub(source, subset, split), Path(), None, columns
@@ -200,7 +208,7 @@ def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, M
                 *(entry.get("columns") or {}).values(),
                 *(entry.get("tags") or {}).values(),
             ]
-            if not all(isinstance(text, str) for text in texts):
+            if not all(isinstance(text, str) for text in texts if text is not None):
                 raise ValueError("file_name, columns and tags must be names")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a readable dataset_info.json ({error})") from None
@@ -216,10 +224,15 @@ def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, M
         raise UserError(f"{file}: '{name}' is not in sharegpt formatting; name its file and map it with data.columns")
     if "file_name" not in entry:
         raise UserError(f"{file}: '{name}' has no file_name; download it first")
-    tags = {key: value for key, value in (entry.get("tags") or {}).items() if LLAMA_FACTORY_TAGS.get(key) != value}
+    tags = {
+        key: value
+        for key, value in (entry.get("tags") or {}).items()
+        if value is not None and LLAMA_FACTORY_TAGS.get(key) != value
+    }
     if tags:
         raise UserError(f"{file}: '{name}' has tags other than LLaVA's ({', '.join(tags)}); convert it first")
-    named = {"messages": "conversations", **(entry.get("columns") or {})}
+    given = {key: column for key, column in (entry.get("columns") or {}).items() if column is not None}
+    named = {"messages": "conversations", **given}
     columns = {{"messages": "conversations"}.get(key, key): column for key, column in named.items()}
     data = folder / entry["file_name"]
     if not data.is_file():

@@ -11,9 +11,10 @@ import numpy as np
 from vapr.config import Config
 from vapr.display import Display
 from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
-from vapr.loader import PairLoader, open_loader
+from vapr.loader import PairLoader, open_loader, warning_of_rows_in_both
 from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
+from vapr.sources import open_sets
 from vapr.workers import open_workers
 
 LONGEST = 5
@@ -26,7 +27,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     many rows are read, chosen at random; ``rows_read`` says how many.
 
     Returns:
-        Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
+        Plain data: ``sets``, ``notes``, ``unused_columns`` (of the rows checked at the start), ``rows``, ``pairs``,
+        ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
@@ -46,8 +48,23 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
-    result = {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+    result = {
+        "sets": _sets(loader),
+        "notes": getattr(loader.pairs, "notes", []),
+        "unused_columns": dict(sorted(getattr(loader.pairs, "unused", {}).items())),
+        **counts.result(config, loader),
+        "skipped": _reasons(loader),
+    }
     return {**result, "refused": _refused(loader, on_bad_row)}
+
+
+def rows_in_both(config: Config) -> str | None:
+    """A warning of pairs that are held out and trained on; None if there are none or nothing is held out."""
+    train, held_out = (
+        Pairs([part for source in config.data.sources(name) for part in open_sets(source)])
+        for name in ("train", "eval")
+    )
+    return warning_of_rows_in_both(train, held_out)
 
 
 class _Counts:
@@ -183,7 +200,8 @@ def show(result: dict[str, Any]) -> str:
         ("packs", f"{sharing['packs']:,}", f"{sharing['mean_fill']:.0%} full on average"),
         ("skipped rows", f"{skipped['rows']:,}", ""),
     ]
-    lines = [*result["sets"], *(f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows), "longest"]
+    figures = (f"{name:<33}{value:>15}  {note}".rstrip() for name, value, note in rows)
+    lines = [*result["sets"], *result["notes"], *figures, "longest"]
     lines += [f"{entry['tokens']:>15,} tokens  {entry['where']}  {entry['id']}" for entry in result["longest"]]
     for entry in skipped["reasons"]:
         lines += [

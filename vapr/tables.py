@@ -3,6 +3,7 @@
 import itertools
 import sys
 from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,33 @@ from vapr.errors import BadRow, UserError, one_line
 TABLES = (".parquet", ".arrow")
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for the values of a column that cannot be read. It harms no pair but one that needs it."""
+
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}, which the datasets library cannot hold>"
+
+
 class Table:
-    """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped.
+    """Rows of a data set of the ``datasets`` library: Arrow files, memory-mapped. JSON in its columns is decoded.
 
     Args:
         dataset: the data set.
         digest: hash of its content.
         names: what to name a row's place after, and the number of rows of each.
+        unreadable: columns that ``dataset`` leaves out.
     """
 
-    def __init__(self, dataset: Any, digest: str, names: list[tuple[str, int]]) -> None:
+    def __init__(
+        self, dataset: Any, digest: str, names: list[tuple[str, int]], unreadable: dict[str, Unreadable] | None = None
+    ) -> None:
         self._rows = dataset.with_format("arrow")  # images stay encoded
+        self._json = {name: feature for name, feature in dataset.features.items() if _holds_json(feature)}
         self.digest = digest
+        self._unreadable = unreadable or {}
         self._names = [name for name, _ in names]
         self._starts = [0, *itertools.accumulate(size for _, size in names)]
 
@@ -32,17 +48,73 @@ class Table:
 
     def __getitem__(self, number: int) -> Any:
         try:
-            return self._rows[number].to_pylist()[0]
+            row = self._rows[number].to_pylist()[0]
         except UnicodeDecodeError:
             raise BadRow("not UTF-8 text") from None
+        for name, feature in self._json.items():
+            try:
+                row[name] = _decoded(row[name], feature)
+            except (ValueError, RecursionError) as error:
+                raise BadRow(f"'{name}' holds what is not readable as JSON ({one_line(error)})") from None
+        return row | self._unreadable
 
     def where(self, number: int) -> str:
         part = bisect_right(self._starts, number, hi=len(self._names)) - 1
         return f"{self._names[part]}:{number - self._starts[part] + 1}"
 
 
+def _holds_json(feature: Any) -> bool:
+    """Whether some of a column is stored as JSON text, as ``datasets`` does with objects of different keys."""
+    inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return type(feature).__name__ == "Json" or any(_holds_json(inner) for inner in inside if inner is not None)
+
+
+def _decoded(value: Any, feature: Any) -> Any:
+    if value is None:
+        return None
+    if type(feature).__name__ == "Json":
+        return feature.decode_example(value)
+    if isinstance(feature, dict):
+        return {key: _decoded(inner, feature[key]) for key, inner in value.items()}
+    if hasattr(feature, "feature") and isinstance(value, list):
+        return [_decoded(inner, feature.feature) for inner in value]
+    return value
+
+
+def open_tables(files: list[Path]) -> list["Table"]:
+    """Open parquet and Arrow files as few tables, in order: a table has one schema, which its shards may not share.
+
+    One shard may hold nothing but nulls where another has texts, or whole numbers where another has fractions.
+
+    Raises:
+        UserError: naming the file that cannot be read, or the library that is missing.
+    """
+    return [open_table(list(group)) for _, group in itertools.groupby(files, key=_schema)]
+
+
+def _schema(file: Path) -> str:
+    """Kind and schema of a file, as text; of one that cannot be read, which opening it will say, its name."""
+    _datasets()
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.suffix == ".parquet":
+            schema = pyarrow.parquet.read_schema(file)
+        else:
+            try:
+                schema = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).schema
+            except pyarrow.ArrowInvalid:
+                schema = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).schema
+    except (pyarrow.ArrowException, OSError):
+        return str(file)
+    return f"{file.suffix} {schema.to_string(show_field_metadata=False, show_schema_metadata=False)}"
+
+
 def open_table(files: list[Path]) -> Table:
-    """Open parquet files, or Arrow files, as one table. ``datasets`` turns parquet into Arrow in its cache, once.
+    """Open parquet files, or Arrow files, of one schema as one table.
+
+    ``datasets`` turns parquet into Arrow in its cache, once.
 
     Raises:
         UserError: naming the file that cannot be read, or the library that is missing.
@@ -61,6 +133,7 @@ def open_table(files: list[Path]) -> Table:
                 sizes.append((str(file), len(parts[-1])))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({one_line(error)})") from None
+    unreadable = _unreadable(datasets, files[0]) if files[0].suffix == ".parquet" else {}
     digest = files_hash(files, user_cache() / "index" / "files.json")
     try:
         if parts:
@@ -69,11 +142,51 @@ def open_table(files: list[Path]) -> Table:
             dataset = datasets.Dataset.from_dict({})
         else:  # by content: the library itself would take a file of the same name and time for the same
             folder = str(user_cache() / "tables" / digest[:24])
-            dataset = datasets.Dataset.from_parquet([name for name, size in sizes if size], cache_dir=folder)
+            names = [name for name, size in sizes if size]
+            dataset = datasets.Dataset.from_parquet(names, cache_dir=folder, **_without(datasets, files[0], unreadable))
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise UserError(f"{files[0]}: cannot be read as a table ({one_line(cause)})") from None
-    return Table(dataset, digest, sizes)
+        raise UserError(f"{_first_damaged(files)}: cannot be read as a table ({one_line(cause)})") from None
+    return Table(dataset, digest, sizes, unreadable)
+
+
+def _unreadable(datasets: Any, file: Path) -> dict[str, Unreadable]:
+    """Columns whose Arrow type has no counterpart in ``datasets``: maps, UUIDs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    found = {}
+    for field in pyarrow.parquet.read_schema(file):
+        try:
+            datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+        except ValueError:
+            found[field.name] = Unreadable(str(field.type))
+    return found
+
+
+def _without(datasets: Any, file: Path, unreadable: dict[str, Unreadable]) -> dict[str, Any]:
+    """Settings of from_parquet that leave columns out."""
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(file)
+    kept = [field for field in schema if field.name not in unreadable]
+    if not unreadable or not kept:
+        return {}
+    features = datasets.Features.from_arrow_schema(pyarrow.schema(kept, metadata=schema.metadata))
+    return {"columns": list(features), "features": features}
+
+
+def _first_damaged(files: list[Path]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    for file in files:
+        try:
+            for _ in pyarrow.parquet.ParquetFile(file).iter_batches() if file.suffix == ".parquet" else ():
+                pass
+        except (pyarrow.ArrowException, OSError):
+            return file
+    return files[0]
 
 
 def _open_arrow(datasets: Any, file: Path) -> Any:

@@ -21,7 +21,7 @@ from vapr.errors import UserError
 from vapr.extremes import Extremes, shown_pairs
 from vapr.features import Features
 from vapr.interrupts import Interrupts, TrainingStopped
-from vapr.loader import PairLoader, Step, open_loader
+from vapr.loader import PairLoader, Step, open_loader, warning_of_rows_in_both
 from vapr.logps import token_logps
 from vapr.metrics import MetricsLog, Totals, held_out_in_words, in_words, speed
 from vapr.model import Policy, frozen, load_policy
@@ -63,6 +63,8 @@ def _train(config: Config, run: RunDir, *, resume: bool) -> None:
     with open_workers(config) as workers:
         loader = open_loader(config, "train", workers)
         held_out = open_loader(config, "eval", workers) if config.data.eval else None
+        if held_out is not None and (warning := warning_of_rows_in_both(loader.pairs, held_out.pairs)):
+            print(warning)
         _train_on(config, run, loader, held_out, resume=resume)
 
 
@@ -355,7 +357,8 @@ def _say_what_runs(
     )
     if policy.merged is not None:
         print(f"merged     {policy.merged}")
-    losses = " + ".join(f"{term.weight:g} {term.kind}" for term in config.loss)
+    names = {"sigmoid": "sigmoid (DPO)"}
+    losses = " + ".join(f"{term.weight:g} {names.get(term.kind, term.kind)}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from vapr.errors import BadRow
 from vapr.formats import PLACEHOLDER, Row, origin_of
+from vapr.llama_factory import messages_of_side
 from vapr.preference_pair import Message, PreferencePair, encodable
 
-WriterName = Literal["vapr", "trl", "llava", "llama-factory", "ms-swift", "povid", "rlaif-v"]
+WriterName = Literal["vapr", "trl", "llava", "llama-factory", "llama-factory-v1", "ms-swift", "povid", "rlaif-v"]
 WRITER_NAMES: tuple[str, ...] = get_args(WriterName)
 
 SUFFIXES_OF_FORMATS = {
@@ -21,6 +22,7 @@ SUFFIXES_OF_FORMATS = {
     "trl": (".jsonl", ".json", ".parquet"),
     "llava": (".json", ".jsonl"),
     "llama-factory": (".json", ".jsonl"),
+    "llama-factory-v1": (".jsonl", ".json"),
     "ms-swift": (".jsonl", ".json"),
     "povid": (".json",),
     "rlaif-v": (".parquet", ".jsonl"),
@@ -65,6 +67,17 @@ def _llama_factory(pair: PreferencePair, names: Names) -> Row:
         "chosen": _llava_turns(_one_answer(pair.chosen))[0],
         "rejected": _llava_turns(_one_answer(pair.rejected))[0],
         "images": names(pair.images),
+    }
+
+
+def _llama_factory_v1(pair: PreferencePair, names: Names) -> Row:
+    images = names(pair.images)
+    others = images if pair.rejected_images is None else names(pair.rejected_images)
+    [chosen], [rejected] = _one_answer(pair.chosen), _one_answer(pair.rejected)
+    return {
+        "id": pair.id,
+        "chosen_messages": messages_of_side(pair.prompt, chosen, images),
+        "rejected_messages": messages_of_side(pair.prompt, rejected, others),
     }
 
 
@@ -232,6 +245,7 @@ WRITERS: dict[str, Callable[[PreferencePair, Names], Row]] = {
     "trl": _trl,
     "llava": _llava,
     "llama-factory": _llama_factory,
+    "llama-factory-v1": _llama_factory_v1,
     "ms-swift": _ms_swift,
     "povid": _povid,
     "rlaif-v": _rlaif_v,

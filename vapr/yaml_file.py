@@ -1,5 +1,6 @@
 """Reads YAML in which no key is given twice: of two, YAML itself takes the last and says nothing."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         UserError: naming the file, if it cannot be read, is no YAML, or gives a key twice.
     """
+    text = ""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+        text = Path(path).read_text(encoding="utf-8")
+        return yaml.load(text, _EachKeyOnce)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({one_line(error)})") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and re.match(r"[ -]*\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
+            place = f"{path}:{mark.line + 1}"
+            raise UserError(f"{place}: a tab in the indentation; YAML takes only spaces there") from None
+        said = one_line(error).replace('in "<unicode string>", line', "in line")
+        raise UserError(f"{path}: not valid YAML: {said}") from None

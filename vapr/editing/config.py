@@ -247,7 +247,7 @@ class EditConfig:
         """
         from vapr.config_file import apply_overrides, parse_config, read_config
 
-        raw = apply_overrides({}, overrides) if path is None else read_config(path, overrides)
+        raw = apply_overrides({}, overrides) if path is None else read_config(path, overrides, of_edit=True)
         if "editor" in raw:
             raise UserError(f"{path or '--set'}: the editor is given on the command line, with --editor")
         return parse_config(cls, raw, str(path or "--set"))

@@ -6,6 +6,7 @@ import difflib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,7 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
         Stopped: after a signal. Finished shards are kept.
     """
     with stopped_at_once(lambda: _what_is_kept(start.folder)):
-        _check_name(start.editor)
+        _check_names(start)
         with contextlib.closing(open_job(start)) as job:
             return _run(start, job, say)
 
@@ -100,8 +101,18 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
     return finish(start, job)
 
 
-def _check_name(editor: str) -> None:
-    """Before the hub is asked for it."""
+ADDRESS = re.compile(r"[\w.-]+:\d+(/.*)?|(localhost|\d+(\.\d+){3})(/.*)?")
+"""Of a server, without http://."""
+
+
+def _check_names(start: Start) -> None:
+    """Before the hub is asked for them."""
+    editor = start.editor
+    for key, name in (("--editor", editor), ("checks.verifier", start.config.checks.verifier)):
+        if name is not None and ADDRESS.fullmatch(name) and not Path(name).exists():
+            raise UserError(
+                f"{key} {name}: the address of a server begins with http:// or https://; did you mean http://{name}?"
+            )
     if editor != RULES and difflib.get_close_matches(editor, [RULES], cutoff=0.7) and not Path(editor).exists():
         raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 

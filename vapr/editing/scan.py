@@ -31,6 +31,7 @@ class Scan:
     filtered: dict[str, int]
     bad_rows: int
     first_bad_rows: list[str]
+    unused_columns: dict[str, int]
     bad_images: int = 0  # of the bad rows, those whose images cannot be read
     first_bad_image: str | None = None
 
@@ -44,6 +45,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
     for half in (half for name in (TURNS, TRUTHS, SCAN) for half in folder.glob(f"{name}.*")):
         half.unlink(missing_ok=True)  # of a scan that was killed
     left_out: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     bad_rows: list[str] = []
     bad_images, first_bad_image = 0, None
     # The only things that grow with the source: 24 bytes a turn that is edited, 16 bytes any turn.
@@ -64,6 +66,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                 if len(bad_rows) < SHOWN_BAD_ROWS:
                     bad_rows.append(str(error))
                 continue
+            unused.update(data.extra_keys(row))
             num_turns += len(turns)
             for turn, reason in to_edit(turns, config):
                 digest, question = turn.digests()
@@ -96,7 +99,8 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
         np.save(file, truths, allow_pickle=False)
     counts = {
         "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
-        "bad_rows": num_bad, "first_bad_rows": bad_rows, "bad_images": bad_images, "first_bad_image": first_bad_image,
+        "bad_rows": num_bad, "first_bad_rows": bad_rows, "unused_columns": dict(sorted(unused.items())),
+        "bad_images": bad_images, "first_bad_image": first_bad_image,
     }  # fmt: skip
     with written_whole(folder / SCAN) as file:
         file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 from vapr.editing import edit, plan, work
 from vapr.editing.llm import CUT_OFF
+from vapr.pairs import columns_told
 
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"
 WAYS_OUT = {
@@ -55,6 +56,8 @@ def show(result: Mapping[str, Any]) -> str:
     lines = [f"{'source':<12}{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit"]
     if source["bad_rows"]:
         lines.append(f"{'unreadable':<12}{source['bad_rows']:,} rows (scan.json names the first)")
+    if unused := source.get("unused_columns"):  # a job begun by an older version has not counted them
+        lines.append(f"{'not used':<12}columns {columns_told(unused)}")
     lines += reasons("left out", source["filtered"])
     lines.append(f"{'done':<12}{turns['done']:,} of {turns['total']:,} answers")
     lines.append(f"{'accepted':<12}{result['accepted']:,} pairs")

@@ -13,6 +13,7 @@ from typing import Any
 from vapr.editing.config import EditConfig, FilterConfig, SourceConfig
 from vapr.errors import BadRow, UserError
 from vapr.formats import images_of, map_columns, with_image_parts
+from vapr.pairs import NOTES
 from vapr.preference_pair import (
     Message,
     check_roles,
@@ -23,6 +24,7 @@ from vapr.preference_pair import (
     row_id,
     whole_text,
 )  # fmt: skip
+from vapr.row_values import says_something, without_nulls
 from vapr.rows import Rows
 from vapr.sources import check_columns, open_files
 from vapr.style import num_words
@@ -103,8 +105,8 @@ class InstructionData:
         self._parts: list[tuple[Rows, Path]] = []
         for rows, folder, _, _ in open_files(path, source.split, source.subset, None):
             self._parts.append((rows, folder))
-            if source.columns and len(rows):
-                check_columns(rows, source.columns, "source")
+        if source.columns and any(len(rows) for rows, _ in self._parts):
+            check_columns([rows for rows, _ in self._parts if len(rows)], source.columns, "source")
         self._starts = [0, *itertools.accumulate(len(rows) for rows, _ in self._parts)]
         if not len(self):
             raise UserError(f"{path}: no rows in it")
@@ -123,6 +125,13 @@ class InstructionData:
         """The row's place, as ``data.json:17``."""
         rows, _, row = self._find(number)
         return rows.where(row)
+
+    def extra_keys(self, number: int) -> list[str]:
+        """Keys of a row that no turn takes anything from. Raises BadRow if the row cannot be decoded."""
+        rows, _, row = self._find(number)
+        columns = self._config.columns or {}
+        used = {*KEYS_READ, *NOTES, *(place for column in columns.values() for place in (column, column.split(".")[0]))}
+        return [key for key, value in rows[row].items() if key not in used and says_something(value)]
 
     def turns(self, number: int) -> list[Turn]:
         """Every answer of a row.
@@ -147,7 +156,7 @@ class InstructionData:
                 row = {key: value for key, value in row.items() if key in columns or key not in CONVERSATIONS}
         if not isinstance(row, dict):
             raise BadRow(f"a row must be an object, got {row!r:.60}")
-        row = {key: value for key, value in row.items() if value is not None}
+        row = without_nulls(row)
         named = image_list(images_of(row))
         images = tuple(_image(image, root, confined) for image in named)
         messages = conversation(row, self._config.format)
@@ -189,7 +198,7 @@ class InstructionData:
     def _source(self, row: Mapping[str, Any], images: list[Any], where: str) -> str:
         if self._config.name is not None:
             return self._config.name
-        for key in ("source", "ds_name", "origin_dataset", "dataset"):
+        for key in SOURCES:
             if isinstance(row.get(key), str) and row[key]:
                 return whole_text(row[key], key)[:100]
         first = images[0].get("path") if images and isinstance(images[0], dict) else next(iter(images), None)
@@ -216,6 +225,8 @@ def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
 CONVERSATIONS = {"conversations": "llava", "messages": "messages"}
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWERS = ("chosen", "answer", "completion", "response", "output")
+SOURCES = ("source", "ds_name", "origin_dataset", "dataset")
+KEYS_READ = (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *SOURCES, "system", "id", "images", "image", "licence", "license")
 
 
 def conversation(row: Mapping[str, Any], format: str = "auto") -> list[Message]:
