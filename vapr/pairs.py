@@ -20,6 +20,7 @@ from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.formats import as_vapr, keys_read, map_columns
 from vapr.preference_pair import PreferencePair, pair_from_row, row_id
+from vapr.rendered import rendered_marker, rendered_warning
 from vapr.rows import Rows
 
 NO_IMAGE = -1
@@ -61,12 +62,14 @@ class Pairs(Sequence[PreferencePair]):
 
     Attributes:
         skipped: reason by place, for the rows that iterating left out.
+        warnings: lines on what :meth:`check` found strange but not wrong.
     """
 
     def __init__(self, sets: Sequence[PairSet], on_bad_row: str = "error") -> None:
         self.sets = tuple(sets)
         self.on_bad_row = on_bad_row
         self.skipped: dict[str, str] = {}
+        self.warnings: list[str] = []
         self._roots = list(dict.fromkeys(part.root for part in sets))
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
@@ -170,6 +173,7 @@ class Pairs(Sequence[PreferencePair]):
             UserError: for the first bad row, unless bad rows are skipped.
         """
         num_checked = num_with_images = 0
+        rendered: list[tuple[str, str]] = []
         each = max(1, limit // max(len(self.sets), 1))
         for part, start in zip(self.sets, self._starts, strict=False):
             ids: dict[str, str] = {}
@@ -181,6 +185,9 @@ class Pairs(Sequence[PreferencePair]):
                     if self.on_bad_row == "error" and part.format in ("vapr", "trl"):  # others count in their own ways
                         check_id(pair, ids)
                     num_with_images += bool(pair.images)
+                    if (marker := rendered_marker(pair)) is not None:
+                        rendered.append((pair.where, marker))
+        self.warnings = [rendered_warning(*rendered[0], len(rendered), num_checked)] if rendered else []
         checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
         return f"checked {checked}; {num_with_images:,} have images"
 

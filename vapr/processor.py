@@ -25,6 +25,7 @@ from vapr.errors import BadRow, UserError, one_line
 from vapr.image_processor import check_llava, load_image_processor, num_llava_tokens, resolve_backend, seen_box
 from vapr.images import image_name, read_image
 from vapr.preference_pair import Message, PreferencePair
+from vapr.rendered import rendered_marker
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -59,6 +60,7 @@ class TokenizedPair:
     weight: float
     where: str
     number: int = -1  # of its row in the data read
+    rendered: str | None = None  # what in its prompt only a chat template writes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,7 +170,7 @@ class Processor:
         except UserError as error:
             named = "" if pair.id == pair.where.rsplit("/", 1)[-1] else f" row '{pair.id}':"
             raise BadRow(f"{pair.where}:{named} {error}") from None
-        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number)
+        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number, rendered_marker(pair))
 
     def process_image(self, source: Path | bytes) -> ProcessedImage:
         """Decode, turn upright and process one image; the most recent ones are remembered.

@@ -14,6 +14,7 @@ from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader
 from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
+from vapr.rendered import rendered_warning
 from vapr.workers import open_workers
 
 LONGEST = 5
@@ -26,7 +27,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     many rows are read, chosen at random; ``rows_read`` says how many.
 
     Returns:
-        Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
+        Plain data: ``sets``, ``rows``, ``pairs``, ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``,
+        ``notes``.
 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
@@ -40,6 +42,7 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
         if limit is not None:
             stop = min(stop, -(-limit // loader.pairs_per_step))
         counts = _Counts()
+        notes = workers.processor.notes
         with Display(f"read {name}", stop) as display:
             for step in loader.steps(0, stop):
                 for pair in step.pairs:
@@ -47,6 +50,7 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
     result = {"sets": _sets(loader), **counts.result(config, loader), "skipped": _reasons(loader)}
+    result["notes"] = [*notes, *counts.warnings(result["rows_read"])]
     return {**result, "refused": _refused(loader, on_bad_row)}
 
 
@@ -57,10 +61,12 @@ class _Counts:
         self.pairs = 0
         self.packs: list[int] = []
         self._images: set[bytes] = set()
+        self._seen = 0.0  # sum over images of the share of its area that the model sees
         self._ids: set[bytes] = set()
         self._tokens: Counter[str] = Counter()
         self._lengths: list[tuple[int, str, str]] = []
         self._with_images = 0
+        self._rendered: list[tuple[str, str]] = []  # where, and by what it shows
         self._several_images = 0
 
     def add(self, pair: TokenizedPair) -> None:
@@ -69,7 +75,12 @@ class _Counts:
         self._ids.add(hashlib.blake2b(pair.id.encode(), digest_size=8).digest())
         self._with_images += bool(chosen.images)
         self._several_images += len(chosen.images) > 1
-        self._images.update(bytes.fromhex(image.content_hash)[:8] for path in pair.paths for image in path.images)
+        for image in (image for path in pair.paths for image in path.images):
+            if (content := bytes.fromhex(image.content_hash)[:8]) not in self._images:
+                self._images.add(content)
+                self._seen += image.seen
+        if pair.rendered is not None:
+            self._rendered.append((pair.where, pair.rendered))
         sides = [chosen]
         if [i.content_hash for i in rejected.images] != [i.content_hash for i in chosen.images]:
             sides.append(rejected)  # another prompt: nothing after its image is shared
@@ -95,6 +106,10 @@ class _Counts:
         push = heapq.heappush if len(self._lengths) < LONGEST else heapq.heappushpop
         push(self._lengths, entry)
 
+    def warnings(self, rows: int) -> list[str]:
+        """Lines on what is strange in ``rows`` rows but not wrong."""
+        return [rendered_warning(*self._rendered[0], len(self._rendered), rows)] if self._rendered else []
+
     def result(self, config: Config, loader: PairLoader) -> dict[str, Any]:
         packed, unshared = sum(self.packs), self._tokens.pop("unshared", 0)
         return {
@@ -105,6 +120,7 @@ class _Counts:
             "pairs_with_images": self._with_images,
             "pairs_with_several_images": self._several_images,
             "images": len(self._images),
+            "cropped_away": 1 - self._seen / len(self._images) if self._images else 0.0,
             "tokens": dict(self._tokens),
             "sharing": {
                 "share": config.packing.share,
@@ -167,6 +183,7 @@ def show(result: dict[str, Any]) -> str:
     sharing, skipped = result["sharing"], result["skipped"]
     total = sum(result["tokens"].values()) or 1
     images = f"{result['pairs_with_images']:,} with images, {result['pairs_with_several_images']:,} with several"
+    cropped = f"{result['cropped_away']:.1%} of their area is cropped away before the model sees it"
     read, repeated = result["rows_read"], result["pairs_with_repeated_ids"]
     rows: list[tuple[str, str, str]] = [
         ("rows", f"{result['rows']:,}", "" if read == result["rows"] else f"{read:,} of them read"),
@@ -176,7 +193,7 @@ def show(result: dict[str, Any]) -> str:
             images,
         ),
         ("repeated ids", f"{repeated:,}", "ids should be unique" if repeated else ""),
-        ("distinct images", f"{result['images']:,}", ""),
+        ("distinct images", f"{result['images']:,}", cropped if result["cropped_away"] else ""),
         *((f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}") for kind, tokens in result["tokens"].items()),
         ("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone"),
         ("tokens packed", f"{sharing['tokens_packed']:,}", f"share: {sharing['share']} saves {sharing['saved']:.1%}"),
@@ -190,4 +207,4 @@ def show(result: dict[str, Any]) -> str:
             f"{entry['rows']:>15,} x skipped: {entry['reason']}",
             *(f"{'':>17} {line}" for line in entry["first"]),
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *result["notes"]])
