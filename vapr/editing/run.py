@@ -30,10 +30,7 @@ from vapr.errors import UserError
 from vapr.interrupts import Stopped, stopped_at_once
 
 RULES = "rules"
-CROPPED = (
-    "spatial pairs: LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559); what lies outside "
-    "cannot be learned from them"
-)
+CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 SECONDS_TO_END = 30.0
 """For a worker to stop its engine, after it was told to."""
 
@@ -87,9 +84,6 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
     elif start.target is not None and job.accepted >= start.target:
         say(f"{start.folder}: holds {job.accepted:,} accepted pairs already, --target is {start.target:,}")
     else:
-        plan = start.config.plan
-        if any(category.name == "spatial" for category in load_categories(plan.categories, plan.add_categories).all):
-            say(CROPPED)
         try:
             _do(start, job, units)
         except BaseException:
@@ -272,6 +266,8 @@ def show(result: Mapping[str, Any]) -> str:
             lines.append(
                 f"{'':<12}{name:<14}{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
             )
+    if result["categories"].get("spatial", {}).get("accepted"):
+        lines.append(f"{'':<12}{CROPPED}")
     for kind in ("rejected", "failed"):
         lines += [f"{kind:<12}{count:,} x {reason}" for reason, count in result[kind].items()]
     if result["over_target"]:
