@@ -261,7 +261,10 @@ def work_of(arm: VaprArm, timing: Timing, ceiling: dict[str, Any]) -> dict[str, 
 
 
 def agreement(arms: dict[str, TrlArm | VaprArm], name: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Largest difference to TRL's losses, step by step. LLaVA differs by design: TRL 1.16 leaves the BOS out."""
+    """Largest difference to TRL's losses, step by step.
+
+    LLaVA differs by design: TRL 1.16 leaves the BOS out and tokenises completions by themselves, stop token included.
+    """
     if "trl" not in arms or name == "trl" or case["data"] != "as shipped" or case["dtype"] != "float32":
         return {}
     both = zip(arms[name].losses, arms["trl"].losses, strict=True)

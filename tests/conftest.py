@@ -26,7 +26,7 @@ if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
     launch.triton.knobs.runtime.interpret = True
     launch.interpret = False
 
-from tests import language_models
+from tests import language_models, real_tokenizers
 from vapr.config import Config
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.pairs import write_pairs
@@ -106,6 +106,12 @@ def tiny(tmp_path_factory, corpus):
 def small_llm(corpus) -> Path:
     """Folder of a small instruction-tuned language model, kept in the user's cache; see tests/language_models.py."""
     return language_models.small_llm(Path.home() / ".cache" / "vapr-tests", corpus)
+
+
+@pytest.fixture(scope="session")
+def real_llava(tiny, tmp_path_factory) -> Path:
+    """Folder of a LLaVA without weights whose tokenizer is a real one of Llama's kind."""
+    return real_tokenizers.llava_folder(tiny("llava"), tmp_path_factory.mktemp("real") / "llava")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import pyarrow
@@ -26,6 +27,7 @@ from tests.edit_command import (
 )
 from tests.edit_jobs import CATEGORY
 from tests.test_bad_input import small_disk  # noqa: F401 - a fixture
+from vapr.cli import main
 
 pytest_plugins = ["tests.edit_command"]
 
@@ -111,6 +113,20 @@ def test_an_answer_that_is_left_alone_is_counted(folder, left, reason):
     assert edit(write(folder, [*GOOD, left])) == (0, "")
     assert scan_of(folder)["filtered"] == {reason: 1} == ledger_of(folder)["source"]["filtered"]
     assert len(pairs_of(folder)) == 2
+
+
+def test_spatial_pairs_come_with_a_word_on_what_llava_sees(folder):
+    def placed(side: str) -> dict:
+        asked = f"<image>\nIs the {side} cat on the left or right?"
+        return row(id=side, conversations=talk(("human", asked), ("gpt", f"The cat is on the {side}.")))
+
+    def said(rows: list[dict], out: str) -> str:
+        started = ["edit", str(write(folder, rows)), "--out", str(folder / out)]
+        return CliRunner().invoke(main, started).stdout
+
+    assert "columns 80 to 559" not in said(GOOD, "counts")
+    told = said([placed("left"), placed("right")], "places")
+    assert "of 640 x 480, columns 80 to 559" in told and told.count("LLaVA-1.5") == 1
 
 
 def test_odd_but_sound_rows_are_edited(folder):

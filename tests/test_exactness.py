@@ -156,7 +156,7 @@ def test_in_double_precision(family, tiny, photo_pairs):
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     model = oracles.load_model(folder, family).double()
     truth = oracle_loss_and_grads(model, family, dict(model.named_parameters()), pairs)
-    assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 1e-7)
+    assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 2e-7)
 
 
 def test_gradient_checkpointing_changes_nothing(family, tiny, full_oracle):

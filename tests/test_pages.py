@@ -8,6 +8,8 @@ import re
 from itertools import pairwise
 
 import pytest
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from vapr.pages.chart import MAX_POINTS, MINUS, Series, line_chart, readable, running_mean, thinned
@@ -124,11 +126,12 @@ def test_differing_words_are_marked_and_everything_is_escaped():
     ("mode", "colour"),
     [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("L", 255), ("CMYK", (0, 0, 0, 0)), ("RGB", (255, 255, 255))],
 )
-def test_a_thumbnail_is_a_small_jpeg_on_white(mode, colour):
+def test_a_thumbnail_is_a_small_jpeg_in_the_colours_a_model_sees(mode, colour):
     kind, data = thumbnail(Image.new(mode, (1000, 50), colour)).split(",")
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/jpeg;base64" and image.format == "JPEG"
-    assert image.size == (360, 18) and image.getpixel((5, 5)) == (255, 255, 255)
+    hidden_is_shown = mode in ("RGBA", "LA") and Version(transformers.__version__) < Version("5.21")
+    assert image.size == (360, 18) and image.getpixel((5, 5)) == ((0, 0, 0) if hidden_is_shown else (255, 255, 255))
     assert Image.open(io.BytesIO(base64.b64decode(thumbnail(Image.new("RGB", (30, 20))).split(",")[1]))).size == (
         30,
         20,

@@ -57,7 +57,7 @@ def test_completion_is_the_rest_of_the_conversation(processor, photo_pairs):
         for path, messages in zip(tokenized.paths, (pair.chosen, pair.rejected), strict=True):
             text = processor.tokenizer.decode(path.input_ids[path.completion_start :])
             answer = "".join(part["text"] for part in messages[0]["content"])
-            end_of_turn = " " if processor.family == "llava" else "<|im_end|>\n"
+            end_of_turn = "</s>" if processor.family == "llava" else "<|im_end|>\n"
             assert text.removeprefix(" ") == answer + end_of_turn
 
 

@@ -1,16 +1,22 @@
 """The caches of reference log-probs and image features: found by content, sound after damage, built ahead, resumed."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from tests.runs import final_bytes, losses
 from vapr import features, prepare, reference, trainer
 from vapr.config import Config
 from vapr.errors import UserError
+from vapr.model import load_policy
+from vapr.processor import Processor
+from vapr.sources import read_pairs
 
 
 def shards(tmp_path: Path, name: str = "reference") -> list[Path]:
@@ -230,6 +236,33 @@ def test_prepared_features_spare_the_tower(make_config, tmp_path, monkeypatch):
     assert counts["computed"] == counts["on disk"] == 6
     monkeypatch.setattr(features, "image_features", lambda *_: 1 / 0)
     trainer.train(config)
+
+
+def test_a_cache_of_answers_tokenised_by_themselves_is_never_hit(make_config, tmp_path):
+    """What vapr did before, for LLaVA: another key, in another folder, so its notes of what is prepared say nothing."""
+    config = make_config("run", family="llava")
+    policy = load_policy(config.policy)
+    processor = Processor(config.policy.model, policy.base.config, "pil")
+    pair = next(iter(read_pairs(Path(config.data.train), image_root=config.data.image_root)))
+    path = processor.tokenize_pair(pair).paths[0]
+    text = " " + pair.chosen[0]["content"][0]["text"] + " "
+    alone = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    before = dataclasses.replace(path, input_ids=np.concatenate([path.input_ids[: path.completion_start], alone]))
+    root = tmp_path / "reference"
+    cache = reference.Reference(policy, str(root))
+    assert cache.key(before) != cache.key(path)
+    old_folder, _ = reference.folder_of_policy(policy, root, "reference.cache_dir", version=2)
+    assert cache.folder != old_folder
+
+
+def test_another_transformers_makes_prepare_look_again(make_config, tmp_path, monkeypatch):
+    """What becomes of transparency is the library's to say: a note of what was prepared is of one version."""
+    config = make_config("run")
+    prepare.prepare(config)
+    notes = set((tmp_path / "reference").glob("*/prepared-*.json"))
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    prepare.prepare(config)
+    assert len(set((tmp_path / "reference").glob("*/prepared-*.json")) - notes) == len(notes) == 1
 
 
 def test_damaged_features_are_computed_again(make_config, tmp_path, capsys):

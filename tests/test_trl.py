@@ -1,6 +1,7 @@
 """Wherever the token ids agree, vapr's step losses equal those of TRL's DPOTrainer: same rows, settings, order; fp32."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,8 +39,6 @@ def parts(messages: list[dict]) -> list[dict]:
 def trl_losses(folder, family, rows, tmp_path, *, peft_config=None, **options) -> list[float]:
     examples = [{"images": r["pil"], **{key: parts(r[key]) for key in ("prompt", "chosen", "rejected")}} for r in rows]
     processor = oracles.hugging_face_processor(folder, family)
-    if family == "llava":
-        processor.chat_template = "{{ bos_token }}" + processor.chat_template
     config = trl.DPOConfig(
         output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
         remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
@@ -97,15 +96,33 @@ def test_ten_steps_of_full_fine_tuning(family, tiny, photo_rows, photo_root, tmp
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_ten_steps_of_llava_once_its_template_writes_the_bos(tiny, photo_rows, photo_root, tmp_path, monkeypatch):
-    """TRL leaves LLaVA-1.5's BOS out for image rows. With a template that writes it, the ids agree, and so do we."""
-    from vapr.processor import Processor
+def llava_tokenised_alike(folder, copy):
+    """A LLaVA for which TRL's ids are those of inference.
 
-    render = Processor.render
-    monkeypatch.setattr(Processor, "render", lambda self, m, **kw: self.tokenizer.bos_token + render(self, m, **kw))
+    TRL 1.16 leaves out the BOS of image rows, so this template writes it; it tokenises completions by themselves, so
+    this tokenizer marks the first word of a text only if no space is there; and it scores what the template writes
+    after an answer, so that is the token at which the model stops.
+    """
+    shutil.copytree(folder, copy)
+    template = copy / "chat_template.jinja"
+    ended = "{% generation %}{{ content['text'] + '</s>'}}{% endgeneration %}"
+    text = template.read_text().replace("{% generation %}{{ content['text'] + ' '}}{% endgeneration %}", ended)
+    assert ended in text
+    template.write_text("{{ bos_token }}" + text)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None
+    tokenizer["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False
+    }  # fmt: skip
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return copy
+
+
+def test_ten_steps_of_llava_where_trl_tokenises_as_inference_does(tiny, photo_rows, photo_root, tmp_path):
     rows = rows_with_images(photo_rows, photo_root)
-    theirs = trl_losses(tiny("llava"), "llava", rows, tmp_path, beta=0.1)
-    assert vapr_losses(tiny("llava"), rows, photo_root, tmp_path) == pytest.approx(theirs, abs=1e-4)
+    folder = llava_tokenised_alike(tiny("llava"), tmp_path / "llava")
+    theirs = trl_losses(folder, "llava", rows, tmp_path, beta=0.1)
+    assert vapr_losses(folder, rows, photo_root, tmp_path) == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vapr.errors import UserError, one_line
@@ -15,7 +16,7 @@ READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCb
 
 
 def read_image(source: Path | bytes) -> Image.Image:
-    """Decode an image, upright and in RGB, as transformers' ``load_image`` does.
+    """Decode an image and turn it upright. Its mode is left as it is: image processors differ in what they make of it.
 
     Raises:
         UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
@@ -33,8 +34,7 @@ def read_image(source: Path | bytes) -> Image.Image:
                 raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
             if width * height == 0:
                 raise UserError(f"image {name} has size {width} x {height}")
-            upright = ImageOps.exif_transpose(image)
-            return (upright or image).convert("RGB")
+            return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise UserError(f"image {name} may be a decompression bomb: {one_line(error)}") from None
     except UnidentifiedImageError:
@@ -43,6 +43,17 @@ def read_image(source: Path | bytes) -> Image.Image:
         if isinstance(error, UserError):
             raise
         raise UserError(f"image {name} cannot be read: {one_line(error)}") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The colours that a model is shown: what image processors of the installed transformers make of transparency."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    from transformers import CLIPImageProcessorPil  # seconds, for a picture in a hundred
+
+    colours = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+    pixels = colours(images=[image], return_tensors="np")["pixel_values"][0]  # (3, height, width)
+    return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
 
 
 def image_name(source: Path | bytes) -> str:

@@ -246,7 +246,8 @@ def open_loader(
 ) -> PairLoader:
     """Open the pairs of ``data.train`` or ``data.eval``, check the first of them, and put a loader in front.
 
-    ``say`` is shown the files, their formats, and how many of the checked rows have images.
+    ``say`` is shown the files, their formats, how many of the checked rows have images, and what to know of the model's
+    processor.
     """
     data = config.data
     sets = [part for source in data.sources(name) for part in open_sets(source)]
@@ -255,8 +256,11 @@ def open_loader(
         if round(size * weight) == 0:
             raise UserError(f"data.{name}: weight {weight:g} of {size:,} rows is less than one row an epoch; raise it")
     checked = pairs.check()
-    for line in (*pairs.formats, checked, *pairs.notes):
+    for line in (*pairs.formats, checked, *pairs.notes, *pairs.warnings):
         say(f"{name:<10} {line}")
+    if name == "train":
+        for line in workers.processor.notes:
+            say(f"{'processor':<10} {line}")
     return PairLoader(
         pairs,
         workers,

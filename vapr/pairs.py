@@ -21,6 +21,7 @@ from vapr.display import Display
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.formats import as_vapr, keys_read, map_columns
 from vapr.preference_pair import PreferencePair, pair_from_row, row_id
+from vapr.rendered import rendered_marker, rendered_warning
 from vapr.row_values import says_something
 from vapr.rows import Rows
 
@@ -67,6 +68,7 @@ class Pairs(Sequence[PreferencePair]):
     Attributes:
         skipped: reason by place, for the rows that iterating left out.
         unused: in how many of the checked rows a column says something that no pair takes, by column.
+        warnings: lines on what :meth:`check` found strange but not wrong.
     """
 
     def __init__(self, sets: Sequence[PairSet], on_bad_row: str = "error") -> None:
@@ -75,6 +77,7 @@ class Pairs(Sequence[PreferencePair]):
         self.skipped: dict[str, str] = {}
         self.unused: Counter[str] = Counter()
         self._num_checked = 0
+        self.warnings: list[str] = []
         self._roots = list(dict.fromkeys(part.root for part in sets))
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
@@ -184,6 +187,7 @@ class Pairs(Sequence[PreferencePair]):
         """
         num_checked = num_with_images = 0
         self.unused.clear()
+        rendered: list[tuple[str, str]] = []
         each = max(1, limit // max(len(self.sets), 1))
         for part, start in zip(self.sets, self._starts, strict=False):
             ids: dict[str, str] = {}
@@ -196,7 +200,10 @@ class Pairs(Sequence[PreferencePair]):
                         check_id(pair, ids)
                     num_with_images += bool(pair.images)
                     self.unused.update(key for key in self.extra_keys(start + row) if key not in NOTES)
+                    if (marker := rendered_marker(pair)) is not None:
+                        rendered.append((pair.where, marker))
         self._num_checked = num_checked
+        self.warnings = [rendered_warning(*rendered[0], len(rendered), num_checked)] if rendered else []
         checked = "all rows" if num_checked == len(self) else f"{num_checked:,} rows, the others when they are read"
         return f"checked {checked}; {num_with_images:,} have images"
 

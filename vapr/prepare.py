@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from vapr.cache import files_hash, user_cache, written_whole
@@ -172,7 +173,8 @@ def _processor_and_order(policy: Policy, loader: PairLoader) -> str:
     """Name of rows, order and processor, for which a number of steps always means the same tokens."""
     files = [file for name in PROCESSOR_FILES if (file := policy.folder / name).is_file()]
     identity = files_hash(files, user_cache() / "index" / "files.json")
-    return hashlib.sha256(f"{loader.place} {identity} {loader.image_backend}".encode()).hexdigest()[:16]
+    library = f"transformers {transformers.__version__}"  # which decides what becomes of transparency
+    return hashlib.sha256(f"{loader.place} {identity} {loader.image_backend} {library}".encode()).hexdigest()[:16]
 
 
 def _prepared_before(

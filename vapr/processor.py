@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.config import TokenWeights
+from vapr.continuation import PROBE, EndOfTurn, Offsets, continuation, end_of_turn, eos_tokens
 from vapr.errors import BadRow, UserError, one_line
+from vapr.image_processor import check_llava, load_image_processor, num_llava_tokens, resolve_backend, seen_box
 from vapr.images import image_name, read_image
 from vapr.preference_pair import Message, PreferencePair
+from vapr.rendered import rendered_marker
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -33,6 +36,7 @@ class ProcessedImage:
     grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
     num_tokens: int  # placeholders in the prompt, features out of the projector
     content_hash: str  # sha256 of the pixels and the grid
+    seen: float = 1.0  # share of the picture's area that a centre crop left
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +60,16 @@ class TokenizedPair:
     weight: float
     where: str
     number: int = -1  # of its row in the data read
+    rendered: str | None = None  # what in its prompt only a chat template writes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompt:
+    """A rendered prompt, with one placeholder an image: whatever its number, what stands around it is the same."""
+
+    text: str
+    ids: np.ndarray  # (tokens,) int64
+    add_special_tokens: bool  # whether the tokenizer added the BOS, not the template
 
 
 class Processor:
@@ -66,27 +80,35 @@ class Processor:
         config: the model's transformers config.
         image_backend: ``auto`` (torchvision where it imports, else PIL), ``pil`` or ``torchvision``.
 
+    Attributes:
+        notes: lines on what differs from what one may expect, to be shown to the user once.
+
     Raises:
-        UserError: if a file of the model is missing or the backend cannot be had.
+        UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
     """
 
     def __init__(self, model: str, config: transformers.PreTrainedConfig, image_backend: str = "auto") -> None:
         self.family = config.model_type
-        self.image_backend = _resolve_backend(image_backend)
+        self.image_backend = resolve_backend(image_backend)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            self.image_processor = _load_image_processor(model, self.image_backend)
+            self.image_processor = load_image_processor(model, self.family, self.image_backend)
             self._settings, _ = ProcessorMixin.get_processor_dict(model)
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{model}: tokenizer or image processor does not load ({one_line(error)})") from None
-        self.chat_template = self._settings.get("chat_template") or self.tokenizer.chat_template
-        if not self.chat_template:
-            raise UserError(f"{model}: no chat template (chat_template.jinja or tokenizer_config.json)")
+        self.chat_template = _chat_template(model, self._settings.get("chat_template") or self.tokenizer.chat_template)
         self.image_token_id = int(config.image_token_id)
         self.image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         self._vision_config = config.vision_config
+        if self.family == "llava":
+            check_llava(model, config, self._settings, self.image_processor)
+        try:
+            self._end_of_turn = self._read_end_of_turn(eos_tokens(model, config, self.tokenizer))
+        except UserError as error:
+            raise UserError(f"{model}: {error}") from None
+        self.notes = self._notes()
         self.remember_images(512 * 2**20)
 
     def remember_images(self, maximum_bytes: int) -> None:
@@ -94,47 +116,74 @@ class Processor:
         self._recent = _RecentImages(maximum_bytes)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        """The chat template's text, image placeholders not yet repeated."""
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """The chat template's text, one placeholder an image. Raises UserError if the template refuses the messages."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses the conversation: {one_line(error)}") from None
         assert isinstance(text, str)
         return text
+
+    def _read_end_of_turn(self, eos_token_ids: list[int]) -> EndOfTurn:
+        probe = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("user", "What is it?"), ("assistant", PROBE))
+        ]
+        return end_of_turn(self.render(probe, add_generation_prompt=False), eos_token_ids, self.tokenizer)
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if (token := self._end_of_turn.token_id) is not None:
+            written = f"{self._end_of_turn.template!r}" if self._end_of_turn.template else "nothing"
+            named = self.tokenizer.convert_ids_to_tokens(token)
+            notes.append(
+                f"the chat template ends an answer with {written}; {named} is scored there, where the model stops"
+            )
+        left, _, right, _ = seen_box(self.image_processor, 640, 480)
+        if right - left < 640:
+            notes.append(f"the model sees the middle of a picture: of 640 x 480, columns {left} to {right - 1}")
+        return notes
 
     def tokenize_pair(self, pair: PreferencePair, weights: TokenWeights | None = None) -> TokenizedPair:
         """Token paths of a pair.
 
-        The prompt is what ``apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)`` gives; a
-        completion is the rest of the rendered conversation, tokenised without special tokens.
+        The prompt is what ``apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)`` gives. A
+        completion is what the model would have to say after it (:mod:`vapr.continuation`), its end of turn included.
 
         Raises:
             BadRow: naming the row, for an image that cannot be used or a text that breaks the template.
         """
         try:
             weights = weights or TokenWeights()
-            prompt_text = self.render(list(pair.prompt), add_generation_prompt=True)
+            prompt = self._prompt(list(pair.prompt))
             images = [tuple(self.process_image(image) for image in pair.images)] * 2
-            prompts = [self._prompt_ids(prompt_text, images[0])] * 2
             if pair.rejected_images is not None:
                 images[1] = tuple(self.process_image(image) for image in pair.rejected_images)
-                prompts[1] = self._prompt_ids(prompt_text, images[1])
             paths = tuple(
-                self._path(prompt_ids, shown, *self._completion(pair, side, prompt_text, weights))
-                for side, prompt_ids, shown in zip(("chosen", "rejected"), prompts, images, strict=True)
+                self._path(prompt, shown, *self._completion(pair, side, prompt, weights))
+                for side, shown in zip(("chosen", "rejected"), images, strict=True)
             )
             if _same_input(*paths):
                 raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
         except UserError as error:
             named = "" if pair.id == pair.where.rsplit("/", 1)[-1] else f" row '{pair.id}':"
             raise BadRow(f"{pair.where}:{named} {error}") from None
-        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number)
+        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number, rendered_marker(pair))
 
     def process_image(self, source: Path | bytes) -> ProcessedImage:
-        """Decode, turn upright, convert to RGB and process one image; the most recent ones are remembered."""
+        """Decode, turn upright and process one image; the most recent ones are remembered.
+
+        Pixels are those of the image processor for the picture in its own mode: what becomes of transparency is its
+        own to say, and differs between versions of transformers.
+        """
         key = _image_key(source)
         if (known := self._recent.get(key)) is not None:
             return known
         image = read_image(source)
+        if not getattr(self.image_processor, "do_convert_rgb", False):
+            image = image.convert("RGB")
         try:
             out = self.image_processor(images=[image], return_tensors="np")
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
@@ -147,54 +196,64 @@ class Processor:
             grid = (time, height, width)
         content = hashlib.sha256(pixels.data)
         content.update(repr((pixels.shape, grid)).encode())
-        processed = ProcessedImage(pixels, grid, self._num_image_tokens(pixels, grid), content.hexdigest())
+        left, top, right, bottom = seen_box(self.image_processor, *image.size)
+        seen = (right - left) * (bottom - top) / (image.width * image.height)
+        num_tokens = self._num_image_tokens(pixels, grid)
+        processed = ProcessedImage(pixels, grid, num_tokens, content.hexdigest(), seen)
         self._recent.put(key, processed)
         return processed
 
     def _num_image_tokens(self, pixels: np.ndarray, grid: tuple[int, int, int] | None) -> int:
         if grid is not None:
             return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
-        # The rule of LlavaProcessor: one token a patch, plus the CLS token unless the strategy drops it.
         patch_size = self._settings.get("patch_size") or self._vision_config.patch_size
-        height, width = pixels.shape[-2:]
-        extra = self._settings.get("num_additional_image_tokens", 0)
-        dropped = self._settings.get("vision_feature_select_strategy") == "default"
-        return (height // patch_size) * (width // patch_size) + extra - int(dropped)
+        return num_llava_tokens(self._settings, patch_size, *pixels.shape[-2:])
 
-    def _prompt_ids(self, text: str, images: tuple[ProcessedImage, ...]) -> np.ndarray:
-        pieces = text.split(self.image_token)
-        if len(pieces) - 1 != len(images):
-            raise UserError(
-                f"the rendered prompt holds {len(pieces) - 1} '{self.image_token}' for {len(images)} image(s); "
-                f"remove '{self.image_token}' from the row's text"
-            )
-        repeated = [self.image_token * image.num_tokens for image in images]
-        expanded = "".join(piece + token for piece, token in zip(pieces, [*repeated, ""], strict=True))
+    def _prompt(self, messages: list[Message]) -> "_Prompt":
+        text = self.render(messages, add_generation_prompt=True)
         # As transformers does: a template that writes the BOS itself must not get a second one.
         bos = self.tokenizer.bos_token
-        add_special_tokens = not (bos is not None and expanded.startswith(bos))
-        return np.array(self.tokenizer(expanded, add_special_tokens=add_special_tokens)["input_ids"], np.int64)
+        add_special_tokens = not (bos is not None and text.startswith(bos))
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return _Prompt(text, np.array(ids, np.int64), add_special_tokens)
+
+    def _with_images(self, prompt: "_Prompt", images: tuple[ProcessedImage, ...]) -> np.ndarray:
+        """The prompt's ids, each image's placeholder as often as it has tokens."""
+        placeholders = prompt.ids == self.image_token_id
+        if (written := prompt.text.count(self.image_token)) != len(images) or placeholders.sum() != written:
+            raise UserError(
+                f"the rendered prompt holds {written} '{self.image_token}' for {len(images)} image(s); "
+                f"remove '{self.image_token}' from the row's text"
+            )
+        times = np.ones(len(prompt.ids), np.int64)
+        times[placeholders] = [image.num_tokens for image in images]
+        return prompt.ids.repeat(times)
 
     def _completion(
-        self, pair: PreferencePair, side: str, prompt_text: str, weights: TokenWeights
+        self, pair: PreferencePair, side: str, prompt: "_Prompt", weights: TokenWeights
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (tokens,) and weights (tokens,) of one completion."""
         messages = getattr(pair, side)
         full = self.render([*pair.prompt, *messages], add_generation_prompt=False)
-        if not full.startswith(prompt_text):
+        if not full.startswith(prompt.text):
             raise UserError("the chat template renders the prompt differently once an answer follows it")
-        text = full[len(prompt_text) :]
+        text = full[len(prompt.text) :]
         if self.image_token in text:
             raise UserError(f"'{side}' contains '{self.image_token}'")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"], np.int64)
+        text = self._end_of_turn.of(text)
+        said, offsets = continuation(
+            self.tokenizer, prompt.ids, prompt.text, text, add_special_tokens=prompt.add_special_tokens
+        )
+        if self._end_of_turn.token_id is not None:
+            said, offsets = [*said, self._end_of_turn.token_id], [*offsets, (len(text), len(text))]
+        ids = np.array(said, np.int64)
         if len(ids) == 0:
             raise UserError(f"'{side}' has no tokens")
         token_weights = np.full(len(ids), weights.unchanged, np.float32)
         if weights.changed != weights.unchanged:
-            self._weigh_changes(token_weights, pair, side, text, encoded["offset_mapping"], weights.changed)
-        for begin, end in self._user_turns(pair, messages, prompt_text):
-            for n, (first, last) in enumerate(encoded["offset_mapping"]):
+            self._weigh_changes(token_weights, pair, side, text, offsets, weights.changed)
+        for begin, end in self._user_turns(pair, messages, prompt.text):
+            for n, (first, last) in enumerate(offsets):
                 if first < end and last > begin:
                     token_weights[n] = 0.0
         return ids, token_weights
@@ -211,7 +270,7 @@ class Processor:
         return spans
 
     def _weigh_changes(
-        self, token_weights: np.ndarray, pair: PreferencePair, side: str, text: str, offsets: list[tuple[int, int]],
+        self, token_weights: np.ndarray, pair: PreferencePair, side: str, text: str, offsets: Offsets,
         changed: float,
     ) -> None:  # fmt: skip
         """Give the tokens of the edit their weight. ``text`` is the rendered completion, ``offsets`` its tokens'."""
@@ -224,17 +283,25 @@ class Processor:
                     token_weights[n] = changed
 
     def _path(
-        self, prompt_ids: np.ndarray, images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
+        self, prompt: "_Prompt", images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
     ) -> TokenPath:
+        prompt_ids = self._with_images(prompt, images)
         input_ids = np.concatenate([prompt_ids, ids])
-        placeholders = np.flatnonzero(prompt_ids == self.image_token_id)
-        counts = [image.num_tokens for image in images]
-        if len(placeholders) != sum(counts):
-            raise UserError(f"{len(placeholders)} image tokens for {sum(counts)} image features")
-        starts = tuple(int(placeholders[n]) for n in np.cumsum([0, *counts])[:-1]) if images else ()
+        first = np.cumsum([0, *(image.num_tokens for image in images)])[:-1]
+        starts = tuple(np.flatnonzero(prompt_ids == self.image_token_id)[first].tolist()) if images else ()
         merge = 1 if self.family == "llava" else self.image_processor.merge_size
         positions = rotary_positions(len(input_ids), images, starts, merge)
         return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, starts)
+
+
+def _chat_template(model: str, found: Any) -> str:
+    """The template; of several named ones that called ``default``, as transformers takes it."""
+    if isinstance(found, dict) and "default" not in found:
+        raise UserError(f"{model}: none of its chat templates is called 'default' (there are {', '.join(found)})")
+    template = found["default"] if isinstance(found, dict) else found
+    if not template:
+        raise UserError(f"{model}: no chat template (chat_template.jinja or tokenizer_config.json)")
+    return str(template)
 
 
 def _same_input(chosen: TokenPath, rejected: TokenPath) -> bool:
@@ -323,26 +390,3 @@ def _image_key(source: Path | bytes) -> object:
     except OSError as error:
         raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
     return str(source), stat.st_size, stat.st_mtime_ns
-
-
-def _resolve_backend(wanted: str) -> str:
-    if wanted == "pil":
-        return wanted
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        if wanted == "torchvision":
-            raise UserError(f"data.image_backend: torchvision does not import ({one_line(error)})") from None
-        return "pil"
-    return "torchvision"
-
-
-def _load_image_processor(model: str, backend: str) -> Any:
-    if backend == "torchvision":
-        return AutoImageProcessor.from_pretrained(model, backend=backend, trust_remote_code=False)
-    # By class: the auto class of transformers 5.17 wants torchvision even for its PIL processors.
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
-    name = settings.get("image_processor_type", "").removesuffix("Fast").removesuffix("Pil") + "Pil"
-    if not hasattr(transformers, name):
-        raise UserError(f"{model}: transformers has no PIL version of its image processor; install torchvision")
-    return getattr(transformers, name).from_pretrained(model)

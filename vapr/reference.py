@@ -50,7 +50,7 @@ class Reference:
         self._policy = policy
         self._policy_is_reference = True
         self._share = share
-        self.folder, self._salt = folder_of_policy(policy, root, "reference.cache_dir", version=2)
+        self.folder, self._salt = folder_of_policy(policy, root, "reference.cache_dir", version=3)
         self.hits = 0
         self.misses = 0
         self.messages: list[str] = []

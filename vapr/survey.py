@@ -14,6 +14,7 @@ from vapr.errors import DroppedInReview, NoPair, UserError, reason_kind
 from vapr.loader import PairLoader, open_loader, warning_of_rows_in_both
 from vapr.pairs import Pairs
 from vapr.processor import TokenizedPair
+from vapr.rendered import rendered_warning
 from vapr.sources import open_sets
 from vapr.workers import open_workers
 
@@ -42,17 +43,19 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
         if limit is not None:
             stop = min(stop, -(-limit // loader.pairs_per_step))
         counts = _Counts()
+        notes = workers.processor.notes
         with Display(f"read {name}", stop) as display:
             for step in loader.steps(0, stop):
                 for pair in step.pairs:
                     counts.add(pair)
                 counts.packs += [batch.num_tokens for batch in step.batches]
                 display.advance(f"{counts.pairs:,} pairs, {len(loader.skipped):,} skipped")
+    counted = counts.result(config, loader)
     result = {
         "sets": _sets(loader),
-        "notes": getattr(loader.pairs, "notes", []),
+        "notes": [*getattr(loader.pairs, "notes", []), *notes, *counts.warnings(counted["rows_read"])],
         "unused_columns": dict(sorted(getattr(loader.pairs, "unused", {}).items())),
-        **counts.result(config, loader),
+        **counted,
         "skipped": _reasons(loader),
     }
     return {**result, "refused": _refused(loader, on_bad_row)}
@@ -74,10 +77,13 @@ class _Counts:
         self.pairs = 0
         self.packs: list[int] = []
         self._images: set[bytes] = set()
+        self._seen = 0.0  # sum over images of the share of its area that the model sees
         self._ids: set[bytes] = set()
         self._tokens: Counter[str] = Counter()
         self._lengths: list[tuple[int, str, str]] = []
         self._with_images = 0
+        self._rendered = 0
+        self._first_rendered: tuple[int, str, str] | None = None  # its row, where, and by what it shows
         self._several_images = 0
 
     def add(self, pair: TokenizedPair) -> None:
@@ -86,7 +92,14 @@ class _Counts:
         self._ids.add(hashlib.blake2b(pair.id.encode(), digest_size=8).digest())
         self._with_images += bool(chosen.images)
         self._several_images += len(chosen.images) > 1
-        self._images.update(bytes.fromhex(image.content_hash)[:8] for path in pair.paths for image in path.images)
+        for image in (image for path in pair.paths for image in path.images):
+            if (content := bytes.fromhex(image.content_hash)[:8]) not in self._images:
+                self._images.add(content)
+                self._seen += image.seen
+        if pair.rendered is not None:
+            self._rendered += 1
+            found = (pair.number, pair.where, pair.rendered)
+            self._first_rendered = min(found, self._first_rendered or found)
         sides = [chosen]
         if [i.content_hash for i in rejected.images] != [i.content_hash for i in chosen.images]:
             sides.append(rejected)  # another prompt: nothing after its image is shared
@@ -112,6 +125,13 @@ class _Counts:
         push = heapq.heappush if len(self._lengths) < LONGEST else heapq.heappushpop
         push(self._lengths, entry)
 
+    def warnings(self, rows: int) -> list[str]:
+        """Lines on what is strange in ``rows`` rows but not wrong."""
+        if self._first_rendered is None:
+            return []
+        _, where, marker = self._first_rendered
+        return [rendered_warning(where, marker, self._rendered, rows)]
+
     def result(self, config: Config, loader: PairLoader) -> dict[str, Any]:
         packed, unshared = sum(self.packs), self._tokens.pop("unshared", 0)
         return {
@@ -122,6 +142,7 @@ class _Counts:
             "pairs_with_images": self._with_images,
             "pairs_with_several_images": self._several_images,
             "images": len(self._images),
+            "cropped_away": 1 - self._seen / len(self._images) if self._images else 0.0,
             "tokens": dict(self._tokens),
             "sharing": {
                 "share": config.packing.share,
@@ -184,6 +205,7 @@ def show(result: dict[str, Any]) -> str:
     sharing, skipped = result["sharing"], result["skipped"]
     total = sum(result["tokens"].values()) or 1
     images = f"{result['pairs_with_images']:,} with images, {result['pairs_with_several_images']:,} with several"
+    cropped = f"{result['cropped_away']:.1%} of their area is cropped away before the model sees it"
     read, repeated = result["rows_read"], result["pairs_with_repeated_ids"]
     rows: list[tuple[str, str, str]] = [
         ("rows", f"{result['rows']:,}", "" if read == result["rows"] else f"{read:,} of them read"),
@@ -193,7 +215,7 @@ def show(result: dict[str, Any]) -> str:
             images,
         ),
         ("repeated ids", f"{repeated:,}", "ids should be unique" if repeated else ""),
-        ("distinct images", f"{result['images']:,}", ""),
+        ("distinct images", f"{result['images']:,}", cropped if result["cropped_away"] else ""),
         *((f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}") for kind, tokens in result["tokens"].items()),
         ("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone"),
         ("tokens packed", f"{sharing['tokens_packed']:,}", f"share: {sharing['share']} saves {sharing['saved']:.1%}"),

@@ -3,13 +3,14 @@
 Built from configuration, without a download: the demo trains one, the tests and benchmarks use all three families.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vapr.cache import give_ordinary_permissions
 
@@ -17,7 +18,8 @@ QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-LLAVA_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
+SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -26,11 +28,17 @@ QWEN_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As llava-hf/llava-1.5-7b-hf has it: a turn ends with a space, and no end of sequence is written.
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -42,7 +50,7 @@ def build_tiny_policy(
     Args:
         family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
         folder: created; loads with ``from_pretrained``.
-        corpus: lines the byte-level BPE tokenizer is trained on.
+        corpus: lines the tokenizer is trained on.
         seed: of the weights.
         vocab_size: of the tokenizer, special tokens included.
         sizes: overrides of the text config, such as ``hidden_size``.
@@ -79,26 +87,57 @@ def build_tiny_policy(
 
 
 def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    llava = family == "llava"
+    return (_train_llama if family == "llava" else _train_qwen)(corpus, vocab_size)
+
+
+def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=LLAVA_SPECIAL if llava else QWEN_SPECIAL,
+        special_tokens=QWEN_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    if llava:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, padding_side="left", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-            pad_token="<pad>", extra_special_tokens={"image_token": "<image>"},
-        )  # fmt: skip
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, padding_side="left", eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    )  # fmt: skip
+
+
+def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of SentencePiece's kind: pieces that begin with a mark where a word does, and bytes for the rest."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    # While training only: a piece is part of one word, and no piece holds a line break.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split(SPACE, "merged_with_next")]
+    )
+    size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
+    tokenizer.train_from_iterator(
+        (f" {line}" for line in corpus), trainers.BpeTrainer(vocab_size=size, show_progress=False)
+    )
+    trained = json.loads(tokenizer.to_str())["model"]
+    pieces = [*LLAMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += sorted(trained["vocab"], key=trained["vocab"].__getitem__)
+    return llama_tokenizer({piece: n for n, piece in enumerate(pieces)}, [tuple(pair) for pair in trained["merges"]])
+
+
+def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer that treats text as llava-hf's does, of given pieces; ``<image>`` and ``<pad>`` come last."""
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.add_special_tokens(["<image>", "<pad>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>", extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
 
 
@@ -106,10 +145,12 @@ def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
     vision = transformers.CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
     )
+    ids = tokenizer.get_vocab()
+    special: dict[str, Any] = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **text),
-        image_token_index=tokenizer.get_vocab()["<image>"],
+        text_config=transformers.LlamaConfig(**special, **text),
+        image_token_index=ids["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )

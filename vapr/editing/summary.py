@@ -9,6 +9,7 @@ from vapr.editing import edit, plan, work
 from vapr.editing.llm import CUT_OFF
 from vapr.pairs import columns_told
 
+CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"
 WAYS_OUT = {
     plan.NO_PARTNER: "more rows, or plan.balance=uniform",
@@ -66,6 +67,8 @@ def show(result: Mapping[str, Any]) -> str:
             lines.append(
                 f"{'':<12}{name:<14}{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
             )
+    if result["categories"].get("spatial", {}).get("accepted"):
+        lines.append(f"{'':<12}{CROPPED}")
     for kind in ("rejected", "failed"):
         lines += reasons(kind, result[kind])
     if result["over_target"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vapr.cache import written_whole
+from vapr.images import as_rgb
 
 CSS = """
 :root { color-scheme:light dark; --ink:#1b2430; --soft:#5b6777; --line:#dde3ea; --card:#fff; --page:#f4f6f9;
@@ -154,12 +155,8 @@ def write_page(path: Path, text: str) -> None:
 
 
 def thumbnail(image: Image.Image, max_side: int = MAX_THUMBNAIL_SIDE) -> str:
-    """A picture as a ``data:`` URI: JPEG on white, longest side at most ``max_side`` pixels."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", layer.size, "white")
-        image.paste(layer, mask=layer.getchannel("A"))
-    small = image.convert("RGB")
+    """A picture as a ``data:`` URI: JPEG in the colours that a model is shown, longest side at most ``max_side``."""
+    small = as_rgb(image)
     small.thumbnail((max_side, max_side))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
