@@ -313,8 +313,8 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
 def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
     """Embeddings of tokens, (T, D), whose gradient does not lose what many equal tokens add up to.
 
-    On a CPU nn.Embedding adds gradients in the dtype of its weight, where a sum of ones stops at 256 in bf16, and
-    index_select adds in fp32. On a GPU nn.Embedding adds in fp32 and in a fixed order, and index_select in neither.
+    On a CPU nn.Embedding adds gradients in the dtype of its weight, where a sum of ones stops at 256 in bf16;
+    index_select adds in fp32.
     """
     if embedding.weight.is_cuda:
         return embedding(input_ids)
