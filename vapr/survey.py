@@ -43,7 +43,7 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
         if limit is not None:
             stop = min(stop, -(-limit // loader.pairs_per_step))
         counts = _Counts()
-        notes = workers.processor.notes
+        notes = workers.processor.notes if name == "train" else []  # said once
         with Display(f"read {name}", stop) as display:
             for step in loader.steps(0, stop):
                 for pair in step.pairs:
