@@ -68,6 +68,6 @@ if [ "$stage" = full ]; then
         tests/test_linear_logps.py
     "$python" -m bench.goals "$OUT"
 fi
-grep -h -E '^(FAILED|ERROR)|: FAILED ' "$OUT"/*.log
+grep -a -h -E '^(FAILED|ERROR)|: FAILED ' "$OUT"/*.log
 printf '%s' "$summary"
 exit "$failed"

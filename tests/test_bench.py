@@ -238,17 +238,7 @@ def test_an_arm_that_does_other_work_is_noticed():
     assert agreement(arms, "vapr shared cached", {**case, "model": "small-llava"})["agrees"] is None
 
 
-# What tests/test_gpu.py checks on a GPU, here on the CPU: the same functions, so that their own mistakes show.
-
-
-def test_gpu_check_of_attention(gpu_checks):
-    for forest in gpu_checks.FORESTS.values():
-        gpu_checks.check_attention(forest, (4, 2), CPU, torch.float32, "sdpa")
-
-
-def test_gpu_check_of_the_gather(gpu_checks):
-    gpu_checks.check_gather_determinism(CPU, torch.float32)
-    gpu_checks.check_gather_determinism(CPU, torch.bfloat16)
+# What tests/test_gpu.py checks on a GPU and scripts/gpu_smoke.py leaves out, here on the CPU.
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
@@ -262,15 +252,6 @@ def test_gpu_check_of_linear_logps(gpu_checks, trained_head):
 def test_gpu_check_of_packing_in_bf16(gpu_checks, model, tmp_path):
     shape = gpu_checks.shrink(SHAPES[model], 2, 3)
     gpu_checks.check_packing_error(shape, tmp_path, CPU, torch.bfloat16, num_pairs=4)
-
-
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_gpu_check_of_a_training_step(gpu_checks, family, tiny, photo_pairs, tmp_path, lora):
-    gpu_checks.check_training_step(tiny(family), photo_pairs[:8], tmp_path, CPU, "float32", family, lora=lora)
-
-
-def test_gpu_check_of_whole_runs(gpu_checks, tiny, photo_rows, photo_root, tmp_path):
-    gpu_checks.check_whole_runs(tiny("qwen2_5_vl"), photo_rows[:16], photo_root, tmp_path, "float32", 1e-4)
 
 
 def test_the_parts_of_a_step_are_timed_one_by_one(gpu_checks, tmp_path):
