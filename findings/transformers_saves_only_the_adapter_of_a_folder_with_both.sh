@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers 5.24.0, peft 0.21.2, torch 2.13.0.
+# transformers 5.23.0, peft 0.21.2, torch 2.13.0.
 #
 # A folder that holds base weights and a PEFT adapter beside them, as some trainers leave it, loads with from_pretrained as
 # base plus adapter; nothing is said. Whoever then trains the base weights and calls save_pretrained gets a folder with
@@ -10,7 +10,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.3.5
-"$folder/venv/bin/pip" install --quiet transformers==5.24.0 peft==0.21.2
+"$folder/venv/bin/pip" install --quiet transformers==5.23.0 peft==0.21.2
 cd "$folder"
 HF_HUB_OFFLINE=1 venv/bin/python - <<'PY'
 import os

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -146,18 +147,19 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             click.echo(f"{name:<10} {counted} ({counts['folder']})")
     if result["skipped"]:
         click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
+    click.echo(f"next       vapr train {shlex.quote(str(config))}")
 
 
 def pair_options(command: Callable[..., None]) -> Callable[..., None]:
     """How a set of pairs is opened: the options of ``vapr.sources.read_pairs``."""
     options = (
-        click.option("--format", "name", default="auto", show_default=True, help="Of the pairs."),
+        click.option("--format", "name", default="auto", show_default=True, help="Format of the pairs."),
         click.option(
             "--column", "columns", multiple=True, metavar="KEY=COLUMN", help="Map a column, e.g. prompt=question."
         ),
         click.option("--image-root", type=click.Path(path_type=Path), help="Folder the images must lie in."),
-        click.option("--split", default="train", show_default=True, help="Of a hub data set."),
-        click.option("--subset", help="Of a hub data set; or the entry of a dataset_info.json."),
+        click.option("--split", default="train", show_default=True, help="Split of a hub data set."),
+        click.option("--subset", help="Subset of a hub data set, or an entry of dataset_info.json."),
     )
     for option in reversed(options):
         command = option(command)
@@ -181,9 +183,9 @@ def _mapped(columns: tuple[str, ...]) -> dict[str, str] | None:
 @main.command()
 @click.argument("source")
 @click.option(
-    "--to", required=True, help="vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
+    "--to", required=True, help="Format: vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New file; its suffix decides how.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New file: .jsonl, .json or .parquet.")
 @pair_options
 @bad_row_option
 @json_option
@@ -216,9 +218,11 @@ def convert(
 
 @main.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page, .html.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Page to write (.html).")
 @click.option("--sample", type=click.IntRange(min=1), help="Pairs to draw. [default: all of up to 1,000, else 1,000]")
-@click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the drawing and the order.")
+@click.option(
+    "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Seed of the draw and the order."
+)
 @pair_options
 @json_option
 @one_line_errors
@@ -239,12 +243,14 @@ def view(
 
 @main.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the job; the same one goes on.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the job; an unfinished job in it goes on."
+)
 @click.option(
     "--editor",
     default="rules",
     show_default=True,
-    help="rules (no model), a hub id or folder that vLLM runs, or http://... of an OpenAI-compatible server.",
+    help="Editor: rules (no model), a hub id or folder that vLLM runs, or http://... of an OpenAI-compatible server.",
 )
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file; docs/edit.md lists its keys.")
 @set_option
@@ -265,8 +271,10 @@ def view(
     "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes, each with its own GPUs."
 )
 @click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
-@click.option("--verdicts", type=click.Path(path_type=Path), help="Of vapr view: what it dropped leaves the pairs.")
-@click.option("--gpu-price", type=click.FloatRange(min=0), help="Of a GPU-hour, to estimate the cost of the rest.")
+@click.option(
+    "--verdicts", type=click.Path(path_type=Path), help="Verdicts exported by vapr view; pairs they drop are taken out."
+)
+@click.option("--gpu-price", type=click.FloatRange(min=0), help="Price of a GPU-hour, to estimate what the rest costs.")
 @json_option
 @one_line_errors
 def edit(
@@ -314,7 +322,7 @@ def edit(
     "--max-pairs", type=click.IntRange(min=1), default=20_000, show_default=True,
     help="Pairs of a set that the probes see, drawn at random.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every draw.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every draw.")
 @pair_options
 @bad_row_option
 @json_option
@@ -404,7 +412,7 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
     from vapr.export import export
 
     export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
-    click.echo(f"wrote {out}")
+    click.echo(f"wrote {out}; {out / 'README.md'} says how to load it")
 
 
 @main.command()
@@ -412,7 +420,7 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
     "--out", default=Path("demo-out"), type=click.Path(path_type=Path), show_default=True, help="A new or empty folder."
 )
 @click.option(
-    "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of pictures, weights and order."
+    "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Seed of pictures, weights and order."
 )
 @one_line_errors
 def demo(out: Path, seed: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -375,6 +376,7 @@ def _say_what_was_done(
         print(f"best       {best[0].name}, {config.checkpoint.best_metric} {best[1]:.4g}")
     print(f"report     {run.path / 'report.html'}")
     print(f"final      {run.final}")
+    print(f"next       vapr export {shlex.quote(str(run.path))} --out {shlex.quote(f'{run.path}-model')}")
 
 
 def _list_skipped(run: RunDir, loader: PairLoader, held_out: PairLoader | None) -> int:
