@@ -300,7 +300,7 @@ def test_damaged_and_changed_runs(work):
         assert_refused(f"{newest}: checkpoint cannot be used", *resume)
         (newest / name).write_bytes(whole)
     config = (work / "run" / "config.yaml").read_text()
-    (work / "run" / "config.yaml").write_text(config + "\n  {")
+    (work / "run" / "config.yaml").write_text("{\n" + config)
     assert_refused("run/config.yaml: cannot be read", *resume)
     (work / "run" / "config.yaml").write_text(config)
     assert vapr(*resume)[0] == 0

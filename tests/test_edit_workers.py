@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed_is_said(source, unbroken, out, monkeypatch):
 def run_until_a_worker_signals(number: int, start: Start) -> None:
     """Run with two workers, of which one asks for the end as soon as it is to edit."""
 
-    def signal_and_wait(editor, turns, seed, on_turn):
+    def signal_and_wait(editor, turns, seed, *arguments):
         if seed == "00000":
             os.kill(os.getppid(), number)
         signal.pause()
@@ -257,12 +257,12 @@ def test_a_worker_that_was_taken_for_dead_publishes_nothing(source, unbroken, mo
     start = start_of(source, out)
     edit, stolen = Editor.edit, []
 
-    def steal(editor, turns, seed, on_turn):
+    def steal(editor, turns, seed, *arguments):
         if not stolen:
             stolen.append(seed)
             # Another machine has taken the lease while this process was asleep; it dies before it is through.
             (start.folder / "leases" / f"{seed}.2").write_text(holder(host="elsewhere"))
-        return edit(editor, turns, seed, on_turn)
+        return edit(editor, turns, seed, *arguments)
 
     def dies(seconds):
         assert stolen == ["00000"] and not list((start.folder / "pairs").glob("part-00000*"))

@@ -235,7 +235,7 @@ async function give(name, content) {
   const files = new win.DataTransfer(); files.items.add(new win.File([content], name));
   el('file').files = files.files; el('file').dispatchEvent(new win.Event('change'));
   // Reading a file is real work that the browser's virtual time does not wait for; other reads of the kind do.
-  for (let n = 0; n < 1000 && !el('status').textContent.match(/import/); n += 1) await new win.Blob([content]).text();
+  for (let n = 0; n < 50000 && !el('status').textContent.match(/import/); n += 1) await new win.Blob([content]).text();
 }
 """
 

@@ -187,7 +187,8 @@ def _first_problem(config: Any, problems: list[Any], single_loss: bool) -> str:
         return f"'{key}' is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])  # our own sentence, which names the key
-    shape = SHAPES.get(key.rstrip(".0123456789"))
+    wrong_item = problem["type"] == "literal_error" and isinstance(problem["loc"][-1], int)  # of a list as it should be
+    shape = None if wrong_item else SHAPES.get(key.rstrip(".0123456789"))
     if problem["type"] == "dataclass_type" and not shape:
         return f"{key}: a mapping of keys to values is needed here, got {problem['input']!r:.40}"
     if key.startswith("data.") and key.endswith(".format"):
