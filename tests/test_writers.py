@@ -302,7 +302,7 @@ def test_a_description_that_has_no_room_is_said_first(folder, there, line):
 
 
 def test_help_and_docs_name_every_format():
-    helped = CliRunner().invoke(main, ["convert", "--help"]).output
+    helped = CliRunner().invoke(main, ["convert", "--help"], terminal_width=200).output
     docs = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
     table = docs[docs.index("## Writing") : docs.index("## What cannot be used")]
     for name in WRITER_NAMES:
