@@ -22,7 +22,8 @@ run .venv 5.24. "$@"
 [ $# -eq 0 ] || exit 0
 
 is_made .venv-oldest overlay || make_overlay .venv-oldest transformers==5.17.0
-run .venv-oldest 5.17.0 tests/test_{exactness,fused,model,processor,trl}.py
+run .venv-oldest 5.17.0 \
+    tests/test_{continuation,exactness,fake_step,fused,fused_tower,image_processor,model,processor,trl}.py
 
 if has_gpu; then
     exit 0 # vapr[edit] installs vLLM's build for GPUs

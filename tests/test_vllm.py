@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edi
 
 from vapr.editing import offline
 from vapr.editing.config import AskConfig, EngineConfig
+from vapr.editing.engine_log import EngineLog
 from vapr.editing.llm import Request, open_llm
 from vapr.errors import UserError
 
@@ -147,6 +150,7 @@ def test_what_does_not_start_is_said_in_one_line(small_llm, tmp_path, model, set
 
 FAULTY = """
 import sys
+import tempfile
 from vapr.cli import main
 from vapr.editing import offline
 
@@ -171,20 +175,34 @@ def test_an_engine_that_stops_is_one_line(small_llm, tmp_path, processes):
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"He holds a ladder, {n}."}]
             file.write(json.dumps({"id": n, "image": "a.png", "conversations": turns}) + "\n")
     job = ["edit", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--editor", small_llm]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "TMPDIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", FAULTY, *map(str, job)], env=environment, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
+    short = tempfile.TemporaryDirectory(dir="/tmp")  # vLLM's sockets lie there, whose paths have at most 107 characters
+    with short as folder:
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "TMPDIR": folder}
+        result = subprocess.run(
+            [sys.executable, "-c", FAULTY, *map(str, job)], env=environment, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        logs = {str(log): log.read_text() for log in Path(folder).glob("vapr-engine-*.log")}
     lines = [line for line in result.stderr.splitlines() if not line.startswith(("edit ", "read source "))]
     assert (result.returncode, result.stdout, len(lines)) == (2, "", 1), result.stderr
     assert lines[0].startswith(
         f"Error: {small_llm.name}: vLLM stopped (RuntimeError: CPU Generator does not use offset)"
     )
     assert "finished shards are kept; the same command goes on from there" in lines[0]
-    log = next(tmp_path.glob("vapr-engine-*.log"))
-    assert str(log) in lines[0] and "Dumping" in log.read_text()
+    [(log, said)] = logs.items()
+    assert log in lines[0] and "Dumping" in said
     assert json.loads((tmp_path / "out" / "ledger.json").read_text())["turns"]["left"] == 8
+
+
+def test_a_fault_of_its_sockets_is_one_line():
+    """As where the folder for temporary files has a path too long for them."""
+    import zmq
+
+    model = offline.OfflineModel.__new__(offline.OfflineModel)
+    model._log = EngineLog()
+    with pytest.raises(UserError, match="^it stopped: ZMQError: .*; all that vLLM said is in "):
+        with model._faults(lambda cause: f"it stopped: {cause}"):
+            raise zmq.ZMQError(36)
 
 
 def wait_until_ready(server: subprocess.Popen) -> None:

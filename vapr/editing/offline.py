@@ -118,11 +118,12 @@ class OfflineModel:
         Args:
             describe: makes the message of the engine's own last error line.
         """
+        import zmq  # by which vLLM's processes talk to each other
         from vllm.exceptions import VLLMError
 
         try:
             yield
-        except (*FAULTS, VLLMError) as error:
+        except (*FAULTS, VLLMError, zmq.ZMQBaseError) as error:
             raise UserError(
                 f"{describe(self._log.cause(error))}; all that vLLM said is in {self._log.keep()}"
             ) from None
