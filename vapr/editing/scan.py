@@ -77,17 +77,14 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                     continue
                 places.extend((row, turn.number))
                 digests.append(int(digest[:15], 16))
-    if num_bad == len(data) and bad_images == num_bad:
-        raise UserError(f"{data.path}: {unreadable_images(len(data), bad_images, first_bad_image)}")
-    if num_bad == len(data):
-        raise UserError(f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)")
     if not digests:
-        reasons = [f"{count:,} x {reason}" for reason, count in left_out.most_common()]
-        if problem := unreadable_images(len(data), bad_images, first_bad_image):
-            raise UserError(
-                f"{data.path}: {problem}; no answer to edit in the others: {', '.join(reasons)}; see filters"
-            )
-        raise UserError(f"{data.path}: no answer to edit in it: {', '.join(reasons)}; see filters")
+        images = unreadable_images(len(data), bad_images, first_bad_image)
+        if num_bad == len(data):
+            why = f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)"
+            raise UserError(f"{data.path}: {images}" if bad_images == num_bad else why)
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
+        where = f"{images}; no answer to edit in the others" if images else "no answer to edit in it"
+        raise UserError(f"{data.path}: {where}: {reasons}; see filters")
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
         left_out["duplicate of an earlier answer"] = len(digests) - len(first)
