@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from bench.workloads import Subject
-from vapr import trainer
-from vapr.attention import VISION_TOWER
+from vapr.batches.loader import PairLoader, Step
+from vapr.batches.packing import PackedBatch
+from vapr.batches.tokenize import Processor
+from vapr.batches.workers import Workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig
-from vapr.engine import Engine
-from vapr.loader import PairLoader, Step
-from vapr.model import Policy
-from vapr.packing import PackedBatch
-from vapr.preference_pair import PreferencePair
-from vapr.processor import Processor
-from vapr.reference import Reference
-from vapr.workers import Workers
+from vapr.data.pair import PreferencePair
+from vapr.model.attention import VISION_TOWER
+from vapr.model.policy import Policy
+from vapr.model.reference import Reference
+from vapr.training import trainer
+from vapr.training.engine import Engine
 
 LR = 1e-3
 """Large, so that a few updates move the loss far enough to compare the arms by it."""

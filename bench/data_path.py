@@ -24,7 +24,7 @@ from rich.table import Table
 from bench.data_arms import ARMS, PAIRS_PER_STEP, measure_arm
 from bench.data_rows import DataFolder
 from bench.record import REPOSITORY, record, version
-from vapr.workers import default_workers
+from vapr.batches.workers import default_workers
 
 COLUMNS = (
     "open_seconds_first", "first_step_seconds_first", "open_seconds", "first_step_seconds", "pairs_per_second",

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from bench.workloads import PROMPT_WORDS, SHAPES, Subject
-from vapr.pairs import write_pairs
+from vapr.data.pairs import write_pairs
 
 PHOTO_SIZE = (640, 480)
 MAXIMUM_PIXELS = 28 * 28 * 320

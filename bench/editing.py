@@ -69,8 +69,8 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
     """A unit of vapr edit, the part of it that asks, and vLLM's own chat on the same prompts, one each a round."""
     from bench.editing_arms import Asking, Bare, Known, WholeUnit, timed_alone
     from vapr.editing.config import EditConfig
-    from vapr.editing.edit import Editor
-    from vapr.editing.run import Start, open_editor
+    from vapr.editing.draft.editor import Editor
+    from vapr.editing.job.run import Start, open_editor
 
     source = write_rows(folder / "open.jsonl", open_rows(options.turns, images))
     settings = ("ask.attempts=1", "ask.max_tokens=128", "engine.max_model_len=2048")

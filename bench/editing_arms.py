@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from vapr.display import Display
-from vapr.editing.edit import Editor
-from vapr.editing.job import Job
-from vapr.editing.llm import LanguageModel, Reply, Request, tell_nobody
-from vapr.editing.offline import OfflineModel
-from vapr.editing.run import Start, identity, open_job
-from vapr.editing.work import work
+from vapr.editing.draft.editor import Editor
+from vapr.editing.job.folder import Job
+from vapr.editing.job.run import Start, identity, open_job
+from vapr.editing.job.worker import work
+from vapr.editing.llm.open import LanguageModel, Reply, Request, tell_nobody
+from vapr.editing.llm.vllm_offline import OfflineModel
+from vapr.progress import Display
 
 
 def timed_alone(arm: Any, device: torch.device) -> float:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from bench.editing_rows import PLACES, plural, write_images, write_rows
 from bench.record import record
+from vapr.audit.text_probes import in_two_pairs, ngram_differences, probe
 from vapr.editing.config import EditConfig
-from vapr.editing.run import Start, run
-from vapr.probes import in_two_pairs, ngram_differences, probe
+from vapr.editing.job.run import Start, run
 
 PLAUSIBLE = {
     "banana": ("yellow", "green", "brown"), "apple": ("red", "green", "yellow"),

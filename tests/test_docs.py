@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 from vapr.config import Config
+from vapr.data.pairs import write_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.pairs import write_pairs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

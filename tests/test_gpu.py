@@ -15,7 +15,10 @@ from torch import Tensor
 from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
 from tests.runs import losses
-from vapr import attention, trainer
+from vapr.batches.loader import PairLoader
+from vapr.batches.packing import SegmentAttention, pack
+from vapr.batches.tokenize import Processor
+from vapr.batches.workers import Workers
 from vapr.config import (
     CheckpointConfig,
     Config,
@@ -28,16 +31,14 @@ from vapr.config import (
     ReferenceConfig,
     TrainConfig,
 )
-from vapr.engine import Engine
-from vapr.loader import PairLoader
-from vapr.logps import completion_sums, per_completion, token_logps
-from vapr.model import Policy, frozen, image_features, load_policy
-from vapr.packing import SegmentAttention, pack
-from vapr.pairs import write_pairs
-from vapr.preference_pair import PreferencePair
-from vapr.processor import Processor
-from vapr.reference import Reference, first_margin
-from vapr.workers import Workers
+from vapr.data.pair import PreferencePair
+from vapr.data.pairs import write_pairs
+from vapr.model import attention
+from vapr.model.logps import completion_sums, per_completion, token_logps
+from vapr.model.policy import Policy, frozen, image_features, load_policy
+from vapr.model.reference import Reference, first_margin
+from vapr.training import trainer
+from vapr.training.engine import Engine
 from vapr_kernels import gather_rows, linear_logps, naive
 from vapr_kernels.gather_rows import RowIndex
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vapr.cli import main
 from vapr.config import Config
-from vapr.pairs import write_pairs
+from vapr.data.pairs import write_pairs
 
 ROW = {"images": ["cat.png"], "prompt": "What animal is this?", "chosen": "A cat.", "rejected": "A dog."}
 

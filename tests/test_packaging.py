@@ -32,12 +32,12 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "doors"),
     [
-        ("deepspeed", {"vapr/engine.py"}),
-        ("vllm", {"vapr/editing/offline.py"}),
-        ("openai", {"vapr/editing/server.py"}),
+        ("deepspeed", {"vapr/training/engine.py"}),
+        ("vllm", {"vapr/editing/llm/vllm_offline.py"}),
+        ("openai", {"vapr/editing/llm/server.py"}),
         ("click", {"vapr/cli.py"}),
-        ("datasets", {"vapr/tables.py"}),
-        ("pickle", {"vapr/workers.py"}),  # between a process and its own child; never in a file
+        ("datasets", {"vapr/data/table_rows.py"}),
+        ("pickle", {"vapr/batches/workers.py"}),  # between a process and its own child; never in a file
     ],
 )
 def test_one_door_per_heavy_dependency(package, doors):
@@ -52,7 +52,7 @@ def test_one_door_per_heavy_dependency(package, doors):
 def test_training_starts_without_what_only_data_editing_and_audit_need():
     """Machines with a GPU often hold torch and transformers and little else."""
     missing = ("datasets", "datasketch", "deepspeed", "inflect", "openai", "pyarrow", "pydantic", "rapidfuzz", "sklearn", "trl", "vllm")  # fmt: skip
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import vapr.trainer, vapr.prepare, vapr.pages.run_report"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import vapr.training.trainer, vapr.training.fill_caches, vapr.pages.run_report"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr
 

@@ -8,24 +8,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vapr.batches.packing import pack as pack
+    from vapr.batches.tokenize import Processor as Processor
     from vapr.config import Config as Config
+    from vapr.data.sources import read_pairs as read_pairs
     from vapr.errors import UserError as UserError
-    from vapr.model import load_policy as load_policy
-    from vapr.packing import pack as pack
-    from vapr.processor import Processor as Processor
-    from vapr.sources import read_pairs as read_pairs
-    from vapr.trainer import train as train
+    from vapr.model.policy import load_policy as load_policy
+    from vapr.training.trainer import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "vapr.config",
     "UserError": "vapr.errors",
-    "load_policy": "vapr.model",
-    "pack": "vapr.packing",
-    "read_pairs": "vapr.sources",
-    "Processor": "vapr.processor",
-    "train": "vapr.trainer",
+    "load_policy": "vapr.model.policy",
+    "pack": "vapr.batches.packing",
+    "read_pairs": "vapr.data.sources",
+    "Processor": "vapr.batches.tokenize",
+    "train": "vapr.training.trainer",
 }
 
 

@@ -86,7 +86,7 @@ def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
     from vapr.config import Config
 
     run_config = Config.load(config, overrides)
-    from vapr import trainer
+    from vapr.training import trainer
 
     try:
         trainer.train(run_config, resume=resume)
@@ -105,7 +105,7 @@ def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: b
     from vapr.config import Config
 
     run_config = Config.load(config, overrides)
-    from vapr import survey
+    from vapr.batches import survey
 
     results = {"train": survey.survey(run_config, "train", limit)}
     if run_config.data.eval is not None:
@@ -132,7 +132,7 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from vapr.config import Config
 
     run_config = Config.load(config, overrides)
-    from vapr import prepare
+    from vapr.training import fill_caches as prepare
 
     try:
         result = prepare.prepare(run_config, partial(click.echo, err=as_json))
@@ -151,7 +151,7 @@ def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def pair_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How a set of pairs is opened: the options of ``vapr.sources.read_pairs``."""
+    """How a set of pairs is opened: the options of ``vapr.data.sources.read_pairs``."""
     options = (
         click.option("--format", "name", default="auto", show_default=True, help="Format of the pairs."),
         click.option(
@@ -195,7 +195,7 @@ def convert(
     subset: str | None, on_bad_row: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the pairs of SOURCE (file, folder, glob or hub id) in another format."""
-    from vapr import convert, sources
+    from vapr.data import convert, sources
 
     opened = sources.read_pairs(
         source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
@@ -231,7 +231,8 @@ def view(
     image_root: Path | None, split: str, subset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a page on which a person reviews the pairs of SOURCE: keep or drop, exported as JSONL."""
-    from vapr import sources, view
+    from vapr.data import sources
+    from vapr.pages import review_sample as view
 
     opened = sources.read_pairs(
         source, format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset,
@@ -288,9 +289,9 @@ def edit(
     SOURCE is a file, folder, glob or hub id of questions with true answers about images. Pairs go to OUT/pairs; vapr
     train, audit and view take OUT. The same command goes on where a stopped one ended.
     """
-    from vapr.editing import summary, trial
     from vapr.editing.config import EditConfig
-    from vapr.editing.run import Start, run
+    from vapr.editing.job import summary, trial
+    from vapr.editing.job.run import Start, run
 
     settings = EditConfig.load(config, overrides).with_source(
         format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset
@@ -340,9 +341,9 @@ def audit(
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
     if limit is not None and model is None:
         raise UserError("--limit: how many pairs the model scores, and there is no --model; --max-pairs is for probes")
-    from vapr import audit as auditing
-    from vapr import audit_text
-    from vapr.sources import read_pairs
+    from vapr.audit import measure as auditing
+    from vapr.audit import report_text as audit_text
+    from vapr.data.sources import read_pairs
 
     opened = [
         read_pairs(
@@ -376,7 +377,7 @@ def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Show the held-out figures of several run folders side by side, and what differs in their configs."""
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
-    from vapr import compare
+    from vapr.pages import runs_side_by_side as compare
 
     opened = compare.read_runs(runs)
     result = compare.compare(opened)
@@ -409,7 +410,7 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
 
     RUN is a run's folder, finished or not, or one of its checkpoints.
     """
-    from vapr.export import export
+    from vapr.training.export import export
 
     export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
     click.echo(f"wrote {out}; {out / 'README.md'} says how to load it")

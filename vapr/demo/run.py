@@ -15,17 +15,17 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vapr import trainer
+from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import Config
+from vapr.data.pairs import write_pairs
+from vapr.data.sources import read_pairs
 from vapr.demo.report import write_report
 from vapr.demo.scenes import CATEGORIES, Question, ask, balanced, draw, random_scene
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.display import Display
 from vapr.errors import UserError
-from vapr.model import load_model_config
-from vapr.pairs import write_pairs
-from vapr.processor import Processor, TokenizedPair
-from vapr.sources import read_pairs
+from vapr.model.policy import load_model_config
+from vapr.progress import Display
+from vapr.training import trainer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

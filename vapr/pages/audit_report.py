@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vapr.audit_text import estimate, part_rows, summary, verdict
-from vapr.gates import IMAGE_GAP, NGRAM_LIMIT, NGRAM_WARNING, SURFACE_LIMIT
+from vapr.audit.gates import IMAGE_GAP, NGRAM_LIMIT, NGRAM_WARNING, SURFACE_LIMIT
+from vapr.audit.pair_table import SAYS
+from vapr.audit.report_text import estimate, part_rows, summary, verdict
 from vapr.pages.bars import Bar, Limit, bar_chart, histogram
 from vapr.pages.page import folding_table, page, word_diff, write_page
-from vapr.pair_table import SAYS
 
 Result = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ STYLE_SHOWN_FROM = 0.05
 
 
 def write_audit_report(path: Path, result: Result) -> None:
-    """Write the page of an audit's result (:func:`vapr.audit.audit`), whole or not at all."""
+    """Write the page of an audit's result (:func:`vapr.audit.measure.audit`), whole or not at all."""
     sets = result["sets"]
     sections = (
         ("Gates", _gates(sets)),

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vapr.compare import Run, in_words, rows_of
 from vapr.pages.chart import Point, Series, line_chart, readable, swatch
 from vapr.pages.page import folding_table, page, write_page
+from vapr.pages.runs_side_by_side import Run, in_words, rows_of
 
 COLOURS = (("#1f6feb", "#5b9dff"), ("#c2570c", "#f0883e"), ("#1a7f4b", "#4cc38a"), ("#8a3ffc", "#c39bff"),
            ("#b3261e", "#ff8a80"), ("#0b7285", "#3bc9db"))  # fmt: skip
@@ -18,7 +18,7 @@ DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 
 
 def write_compare_page(path: Path, runs: Sequence[Run], result: dict[str, Any]) -> None:
-    """Write the page of runs and their comparison (:func:`vapr.compare.compare`), whole or not at all."""
+    """Write the page of runs and what :func:`vapr.pages.runs_side_by_side.compare` says, whole or not at all."""
     notes = "".join(f'<p class="wrong">{html.escape(note)}</p>' for note in result["notes"])
     body = (
         f"<h1>{html.escape(', '.join(run.name for run in runs))}</h1>"

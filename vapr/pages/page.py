@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vapr.cache import written_whole
-from vapr.images import as_rgb
+from vapr.data.images import as_rgb
 
 CSS = """
 :root { color-scheme:light dark; --ink:#1b2430; --soft:#5b6777; --line:#dde3ea; --card:#fff; --page:#f4f6f9;

@@ -9,12 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vapr.display import Display
+from vapr.data.images import image_name, read_image
+from vapr.data.pair import Message, PreferencePair
+from vapr.data.pairs import Pairs, source_name
 from vapr.errors import UserError
-from vapr.images import image_name, read_image
 from vapr.pages.page import Marked, marked_words, page, thumbnail
-from vapr.pairs import Pairs, source_name
-from vapr.preference_pair import Message, PreferencePair
+from vapr.progress import Display
 
 SIDES = ((200, 768), (1_000, 448))
 """Up to so many pairs, pictures with a longest side of so many pixels: few pairs can afford sharp ones."""

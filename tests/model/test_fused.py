@@ -1,0 +1,160 @@
+"""Which modules of a model run fused: those that compute what the kernels compute, tried on random input."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+from tests import oracles
+from vapr.batches.packing import pack
+from vapr.batches.tokenize import Processor
+from vapr.config import LoraConfig, PolicyConfig, TrainConfig
+from vapr.model.logps import completion_logps, per_completion, token_logps
+from vapr.model.policy import Policy, load_policy
+
+CPU = torch.device("cpu")
+NORM, MLP, LAYER = "Qwen2_5_VLRMSNorm", "Qwen2MLP", "Qwen2_5_VLDecoderLayer"
+VISION_MLP = "Qwen2_5_VLMLP"
+
+
+def policy_of(folder, dtype: str = "float32", **options) -> Policy:
+    return load_policy(PolicyConfig(model=str(folder), dtype=dtype, **options), CPU)
+
+
+def assert_log_probs_are_those_of_the_untouched_model(policy: Policy, folder, photo_pairs) -> None:
+    processor = Processor(str(folder), policy.base.config, "pil")
+    batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if pair.images))])
+    with torch.no_grad():
+        got = completion_logps(per_completion(token_logps(policy, batch), batch), batch)
+        truth = oracles.pair_logps(oracles.load_model(folder, policy.family), policy.family, batch)
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_module_of_the_families_is_fused(family, dtype, tiny, device):
+    policy = policy_of(tiny(family), dtype, lora=LoraConfig(rank=2))
+    assert policy.kernels and policy.left_unfused == ()
+    layer = policy.base.model.language_model.layers[0]
+    for module in (layer.input_layernorm, layer.mlp.act_fn, layer.self_attn, policy.base.model.language_model.norm):
+        assert "forward" in vars(module)
+
+
+def one_plus_weight(self, x):
+    """Gemma's norm."""
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return (normed * (1 + self.weight.float())).type_as(x)
+
+
+def larger_epsilon(self, x):
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 0.01)
+    return (normed * self.weight.float()).type_as(x)
+
+
+def gelu(self, x):
+    return nn.functional.gelu(x)
+
+
+def gelu_gated(self, x):
+    return self.down_proj(nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def clamped(self, x):
+    """gpt-oss and others bound what is multiplied; the activation comes second."""
+    return self.down_proj(self.up_proj(x).clamp(-1, 1) * self.act_fn(self.gate_proj(x)))
+
+
+def interleaved(q, k, cos, sin, unsqueeze_dim=1):
+    """Cohere's and GLM's rotation: planes of neighbours instead of halves."""
+
+    def turn(x):
+        half = x.shape[-1] // 2
+        c, s = (table.unsqueeze(unsqueeze_dim)[..., :half] for table in (cos, sin))
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * c - odd * s, odd * c + even * s), -1).flatten(-2)
+
+    return turn(q), turn(k)
+
+
+def backwards(q, k, cos, sin, unsqueeze_dim=1):
+    return qwen_rotary(q, k, cos, -sin, unsqueeze_dim)
+
+
+qwen_rotary = qwen.apply_rotary_pos_emb
+
+
+def scaled_residual(self, hidden_states, **kwargs):
+    """Granite multiplies what attention adds."""
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    hidden_states = hidden_states + attended * 0.5
+    return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * 0.5
+
+
+def normed_afterwards(self, hidden_states, **kwargs):
+    """OLMo 2 and Gemma norm what attention gives before it is added."""
+    attended, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+    hidden_states = hidden_states + self.input_layernorm(attended)
+    return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "left"),
+    [
+        (qwen.Qwen2_5_VLRMSNorm, "forward", one_plus_weight, (NORM, LAYER)),
+        (qwen.Qwen2_5_VLRMSNorm, "forward", larger_epsilon, (NORM, LAYER)),
+        (qwen.Qwen2MLP, "forward", gelu_gated, ()),
+        (qwen.Qwen2MLP, "forward", clamped, (MLP,)),
+        (type(ACT2FN["silu"]), "forward", gelu, (VISION_MLP, MLP)),
+        (qwen, "apply_rotary_pos_emb", interleaved, (LAYER,)),
+        (qwen, "apply_rotary_pos_emb", backwards, (LAYER,)),
+        (qwen.Qwen2_5_VLDecoderLayer, "forward", scaled_residual, (LAYER,)),
+        (qwen.Qwen2_5_VLDecoderLayer, "forward", normed_afterwards, (LAYER,)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_module_that_computes_something_else_stays_as_it_is(owner, name, value, left, dtype, tiny, photo_pairs, device, monkeypatch):  # fmt: skip
+    """And the log-probs are those of the untouched model, which computes the same."""
+    monkeypatch.setattr(owner, name, value)
+    policy = policy_of(tiny("qwen2_5_vl"), dtype)
+    assert policy.left_unfused == left
+    if dtype == "float32":
+        assert_log_probs_are_those_of_the_untouched_model(policy, tiny("qwen2_5_vl"), photo_pairs)
+
+
+def test_a_layer_that_differs_by_a_number_alone_is_found(tiny, photo_pairs, device, monkeypatch):
+    """SmolLM3 and others rotate in most layers only. Tried is every kind of layer, not the first one."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(qwen.Qwen2_5_VLAttention.forward)))
+    source = source[source.index("def forward") :].replace(
+        "query_states, key_states = apply", "if self.rotates: query_states, key_states = apply"
+    )
+    assert "self.rotates" in source
+    scope = {**vars(qwen)}
+    exec(source, scope)
+    init = qwen.Qwen2_5_VLAttention.__init__
+
+    def __init__(self, config, layer_idx=None):
+        init(self, config, layer_idx)
+        self.rotates = layer_idx != 1
+
+    monkeypatch.setattr(qwen.Qwen2_5_VLAttention, "__init__", __init__)
+    monkeypatch.setattr(qwen.Qwen2_5_VLAttention, "forward", scope["forward"])
+    policy = policy_of(tiny("qwen2_5_vl"))
+    layers = policy.base.model.language_model.layers
+    assert policy.left_unfused == (LAYER,)
+    assert ["attend" in repr(vars(layer.self_attn).get("forward")) for layer in layers][:2] == [True, False]
+    assert_log_probs_are_those_of_the_untouched_model(policy, tiny("qwen2_5_vl"), photo_pairs)
+
+
+def test_trying_draws_no_random_numbers_and_keeps_no_gradients(tiny, device):
+    torch.manual_seed(5)
+    policy = policy_of(tiny("llava"), train=TrainConfig(language_model=True))
+    drawn = torch.randn(3)
+    torch.manual_seed(5)
+    load_policy(PolicyConfig(model=str(tiny("llava")), dtype="float32"), CPU, kernels="off")
+    assert torch.equal(drawn, torch.randn(3))
+    assert all(parameter.grad is None for parameter in policy.base.parameters())
+    assert policy.base.model.language_model.config._attn_implementation == "vapr_segments"

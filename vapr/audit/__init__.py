@@ -1,0 +1,1 @@
+"""Measures what gives the rejected answer away without the image."""

@@ -1,0 +1,180 @@
+"""What a reference model prefers with the image and without: how much of it the text alone explains."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vapr.audit.pair_table import PairTable
+from vapr.batches.loader import fill_packs
+from vapr.batches.model_folder import find_model
+from vapr.batches.packing import pack
+from vapr.batches.tokenize import Processor, TokenizedPair
+from vapr.batches.workers import Result, Workers, default_workers
+from vapr.config import PackingConfig, PolicyConfig
+from vapr.data.pair import Message, PreferencePair
+from vapr.data.pairs import Pairs
+from vapr.errors import UserError
+from vapr.intervals import MIN_GROUPS, bootstrap, percent
+from vapr.model.logps import completion_sums
+from vapr.model.policy import load_model_config, load_policy
+from vapr.model.reference import Reference
+from vapr.progress import Display
+
+AT_ONCE = 32
+"""Pairs tokenised ahead, and packed together."""
+
+WITH_IMAGE, BLIND = 0, 1
+
+
+class Scorer:
+    """A reference model that gives log-probs of completions. Values come from and go to the reference cache.
+
+    Args:
+        model: folder or hub id; float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        UserError: if it is no model that vapr can run.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            folder = find_model(model).model
+            processor = Processor(folder, load_model_config(folder))
+            self._workers = Workers(processor, None, default_workers())  # before anything is put on a GPU
+            dtype: Any = "bfloat16" if torch.cuda.is_available() else "float32"
+            self._policy = load_policy(PolicyConfig(model=model, dtype=dtype))
+        except UserError as error:
+            raise UserError(str(error).replace("policy.model:", "--model", 1)) from None
+        if self._policy.merged is not None:
+            print(f"merged     {self._policy.merged}", file=sys.stderr)
+        self._reference = Reference(self._policy, None)
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.close()
+
+    def scores(self, pairs: Pairs, table: PairTable, rows: np.ndarray) -> "Scores":
+        """Log-probs of the table's pairs ``rows``. What cannot be tokenised is left out and counted."""
+        sums = np.full((len(rows), 2, 2), np.nan)
+        tokens = np.zeros((len(rows), 2))
+        skipped: dict[int, str] = {}
+        with Display("score", len(rows), unit="pair") as display:
+            for first, results in self._tokenised(pairs, table.numbers[rows]):
+                for view in (WITH_IMAGE, BLIND):
+                    answers = {place: result[view] for place, result in enumerate(results, start=first)}
+                    skipped |= {place: str(error) for place, error in answers.items() if isinstance(error, UserError)}
+                    for place, side_sums, side_tokens in self._score(answers):
+                        sums[place, view], tokens[place] = side_sums, side_tokens
+                display.advance("", len(results))
+        self._reference.flush()
+        return Scores(rows, table.groups[rows], table.with_images[rows], sums, tokens, [*skipped.values()])
+
+    def _tokenised(
+        self, pairs: Pairs, numbers: np.ndarray
+    ) -> Iterator[tuple[int, list[tuple[Result | None, Result | None]]]]:
+        """Chunks of pairs with and without their images, the next one begun before one is given out."""
+
+        def begin(first: int) -> list[tuple[Callable[[], Result], Callable[[], Result] | None]]:
+            chunk = [pairs[int(number)] for number in numbers[first : first + AT_ONCE]]
+            submit = self._workers.submit
+            return [(submit(pair), submit(without_images(pair)) if pair.images else None) for pair in chunk]
+
+        begun = begin(0)
+        for first in range(0, len(numbers), AT_ONCE):
+            waiting, begun = begun, begin(first + AT_ONCE)
+            yield first, [(shown(), blind() if blind is not None else None) for shown, blind in waiting]
+
+    def _score(self, answers: Mapping[int, Result | None]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Place, log-probs (2,) and tokens (2,) of chosen and rejected, for every tokenised pair."""
+        numbered = [
+            dataclasses.replace(pair, number=place)
+            for place, pair in answers.items()
+            if isinstance(pair, TokenizedPair)
+        ]
+        for pack_pairs in fill_packs(numbered, PackingConfig()):
+            batch = pack(pack_pairs).to(self._policy.device)
+            with torch.no_grad():
+                counted = self._reference.logps(batch) * batch.token_weights
+                sums = completion_sums(counted, batch).double().cpu().numpy().reshape(-1, 2)
+            for pair, side_sums in zip(pack_pairs, sums, strict=True):
+                yield pair.number, side_sums, np.array([path.token_weights.sum() for path in pair.paths])
+
+
+def without_images(pair: PreferencePair) -> PreferencePair:
+    """The same pair, its prompt without the image parts."""
+    return dataclasses.replace(
+        pair, images=(), rejected_images=None, prompt=tuple(_without_images(message) for message in pair.prompt)
+    )
+
+
+def _without_images(message: Message) -> Message:
+    texts = [part for part in message["content"] if part["type"] == "text"]
+    return {**message, "content": texts or [{"type": "text", "text": ""}]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Log-probs of n pairs: sums over the completion's tokens, in nats."""
+
+    rows: np.ndarray  # (n,) indices into the table
+    groups: np.ndarray  # (n,)
+    with_images: np.ndarray  # (n,)
+    sums: np.ndarray  # (n, 2, 2): with image and blind; chosen and rejected. NaN: not scored
+    tokens: np.ndarray  # (n, 2)
+    skipped: Sequence[str]
+
+    def figures(self, rows: np.ndarray, seed: int) -> dict[str, Any]:
+        """Preference accuracies with and without the image, and their difference, of the table's pairs ``rows``.
+
+        ``accuracy`` is how often chosen has the larger log-prob (equal ones count half), ``accuracy_per_token`` the
+        same after division by the number of tokens; ``margin`` is the mean of logp(chosen) - logp(rejected) in nats,
+        ``margin_per_token`` that of the log-probs a token. ``gap`` is accuracy with image minus blind, in points, over
+        the pairs that have images; its interval is a bootstrap over images of both accuracies of the same pairs.
+        """
+        here = np.isin(self.rows, rows) & np.isfinite(self.sums[:, WITH_IMAGE]).all(axis=1)
+        both = here & self.with_images & np.isfinite(self.sums[:, BLIND]).all(axis=1)
+        shown = self._preference(here, WITH_IMAGE)
+        result: dict[str, Any] = {"with_image": shown, "blind": self._preference(both, BLIND)}
+        for key, by_token in (("gap", False), ("gap_per_token", True)):
+            difference = self._right(both, WITH_IMAGE, by_token) - self._right(both, BLIND, by_token)
+            result[key] = _points(difference, self.groups[both], seed)
+        num_groups = len(np.unique(self.groups[both]))
+        few = f"too few: {num_groups:,} images, needs {MIN_GROUPS}" if num_groups < MIN_GROUPS else None
+        return {**result, "why": few}
+
+    def summary(self, seed: int) -> dict[str, Any]:
+        """Figures of all scored pairs, how many were asked for, and what was left out."""
+        skipped = {"rows": len(self.skipped), "first": list(self.skipped[:3])}
+        return {"asked": len(self.rows), **self.figures(self.rows, seed), "skipped": skipped}
+
+    def _margins(self, members: np.ndarray, view: int, by_token: bool) -> np.ndarray:
+        sums = self.sums[members, view]
+        sides = sums / self.tokens[members] if by_token else sums
+        return sides[:, 0] - sides[:, 1]
+
+    def _right(self, members: np.ndarray, view: int, by_token: bool) -> np.ndarray:
+        margins = self._margins(members, view, by_token)
+        return np.where(margins == 0, 0.5, margins > 0)
+
+    def _preference(self, members: np.ndarray, view: int) -> dict[str, Any]:
+        plain, by_token = (self._margins(members, view, each) for each in (False, True))
+        groups = self.groups[members]
+        return {
+            "accuracy": percent(self._right(members, view, False), groups),
+            "accuracy_per_token": percent(self._right(members, view, True), groups),
+            "margin": float(plain.mean()) if len(plain) else None,
+            "margin_per_token": float(by_token.mean()) if len(plain) else None,
+        }
+
+
+def _points(difference: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
+    if len(np.unique(groups)) < MIN_GROUPS:
+        return {"value": None, "interval": None, "pairs": len(groups)}
+    interval = bootstrap(lambda weights: float(weights @ difference / weights.sum()), groups, seed)
+    return {"value": 100 * float(difference.mean()), "interval": [100 * x for x in interval], "pairs": len(groups)}

@@ -1,0 +1,1 @@
+"""PreferencePair to PackedBatch: tokens, pixels, packing, the order of steps. Loads no weights."""

@@ -1,0 +1,339 @@
+"""Token paths -> a radix tree of segments -> PackedBatch. Pure functions of the paths.
+
+A path is one full token sequence: prompt and one completion. Paths that begin alike are merged, so that every token of
+the tree is computed once. Two tokens are equal only if they have the same id and, inside an image, stand at the same
+offset of the same image content.
+
+T = packed tokens, N = segments, S = attention sequences, K = gathered keys, L = predictions, M = predictions counted
+once per completion, C = completions, P = pairs, I = image tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vapr.batches.tokenize import ProcessedImage, TokenizedPair, TokenPath
+from vapr_kernels.gather_rows import RowIndex
+from vapr_kernels.losses import Completions
+
+NO_PARENT = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentAttention:
+    """What attention over the forest needs: one variable-length call.
+
+    A sequence is a chain of segments, each the first child of the one before it, so its queries lie side by side in the
+    pack. Its keys are the tokens above the chain and the chain itself; the last query sees the last key
+    (bottom-right causal).
+    """
+
+    cu_seqlens_q: Tensor  # (S + 1,) int32
+    cu_seqlens_k: Tensor  # (S + 1,) int32
+    lengths_q: tuple[int, ...]  # the same on the host, for backends that loop
+    lengths_k: tuple[int, ...]
+    keys: RowIndex  # (K,) into T
+
+    def to(self, device: torch.device | str) -> "SegmentAttention":
+        return SegmentAttention(
+            self.cu_seqlens_q.to(device, non_blocking=True),
+            self.cu_seqlens_k.to(device, non_blocking=True),
+            self.lengths_q,
+            self.lengths_k,
+            self.keys.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """P pairs laid end to end as a forest of segments, without padding; shared tokens appear once."""
+
+    pairs: tuple[TokenizedPair, ...]
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (3, T); a token's positions are those of its own path
+    cu_seqlens: Tensor  # (N + 1,) int32; segment n is the tokens cu_seqlens[n] : cu_seqlens[n + 1]
+    parents: Tensor  # (N,) int32; the segment it continues, NO_PARENT for a root; parents come first
+    attention: SegmentAttention
+
+    # One packed token can be followed by several next tokens (where a pair branches), so one label per packed token
+    # cannot say what to predict. Predictions are listed instead.
+    predict_from: RowIndex  # (L,) into T: the hidden state that predicts each label
+    labels: Tensor  # (L,)
+    predicting: Tensor  # (R,) into T, ascending: the tokens that predict something
+
+    # A prediction shared by several completions is made once and counted in each of their sums.
+    sum_prediction: RowIndex  # (M,) into L
+    sum_completion: Tensor  # (M,) into C, ascending; within a completion in token order
+    token_weights: Tensor  # (M,) fp32
+    completion_ends: Tensor  # (C,) int64, where each completion ends in M
+    chosen: Tensor  # (P,) into C
+    rejected: Tensor  # (P,) into C
+    pair_weights: Tensor  # (P,) fp32
+
+    # Every distinct image once, and where its features go.
+    images: tuple[ProcessedImage, ...]
+    image_tokens: Tensor  # (I,) into T
+    image_features: RowIndex  # (I,) into the features of ``images`` laid end to end
+
+    num_tokens_unshared: int
+    """Tokens the same paths would have if every one were computed alone."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each completion, (C,) int64."""
+        return self.completions.lengths
+
+    @property
+    def completions(self) -> Completions:
+        """What the loss needs to know of the batch."""
+        return Completions(
+            counted=self.sum_prediction,
+            token_weights=self.token_weights,
+            completion=self.sum_completion,
+            ends=self.completion_ends,
+            chosen=self.chosen,
+            rejected=self.rejected,
+            pair_weights=self.pair_weights,
+        )
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on ``device``; images stay on the host until the tower takes them."""
+        moved: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, RowIndex | SegmentAttention):
+                moved[name] = value.to(device)
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(slots=True)
+class _Segment:
+    keys: np.ndarray  # of its tokens; see _path_keys
+    children: list[int]
+
+
+def _path_keys(path: TokenPath, image_numbers: dict[str, int]) -> np.ndarray:
+    """One int64 per token: its id, or for an image token a negative number unique to (image content, offset)."""
+    keys = path.input_ids.astype(np.int64)
+    for image, start in zip(path.images, path.image_starts, strict=True):
+        number = image_numbers.setdefault(image.content_hash, len(image_numbers))
+        keys[start : start + image.num_tokens] = -1 - (number * 2**32 + np.arange(image.num_tokens))
+    return keys
+
+
+def _tree_groups(pairs: Sequence[TokenizedPair], share: str) -> list[list[int]]:
+    """Numbers of the paths that share a tree: none, those of a pair, or of all pairs showing the same first image."""
+    groups: dict[object, list[int]] = {}
+    path = 0
+    for number, pair in enumerate(pairs):
+        images = pair.paths[0].images
+        for _ in pair.paths:
+            same_tree: object = path if share == "none" else number
+            if share == "image" and images:
+                same_tree = images[0].content_hash
+            groups.setdefault(same_tree, []).append(path)
+            path += 1
+    return list(groups.values())
+
+
+def _insert(segments: list[_Segment], roots: list[int], keys: np.ndarray) -> None:
+    """Walk down from ``roots`` as far as the tree agrees with ``keys``, split there, and hang up the rest."""
+    siblings, start = roots, 0
+    while start < len(keys):
+        number = next((n for n in siblings if segments[n].keys[0] == keys[start]), None)
+        if number is None:
+            siblings.append(len(segments))
+            segments.append(_Segment(keys[start:], []))
+            return
+        segment = segments[number]
+        length = min(len(segment.keys), len(keys) - start)
+        differs = np.flatnonzero(segment.keys[:length] != keys[start : start + length])
+        agreed = int(differs[0]) if len(differs) else length
+        if len(differs):
+            segments.append(_Segment(segment.keys[agreed:], segment.children))
+            segment.keys, segment.children = segment.keys[:agreed], [len(segments) - 1]
+        # Else the path goes on below this segment, or ends inside it: predictions are listed, so no split is needed.
+        start += agreed
+        siblings = segment.children
+
+
+def _build_forest(groups: list[list[int]], keys: list[np.ndarray]) -> tuple[list[_Segment], list[list[int]]]:
+    """All segments, and the roots of each group's tree."""
+    segments: list[_Segment] = []
+    roots: list[list[int]] = []
+    for group in groups:
+        roots.append([])
+        for path in group:
+            _insert(segments, roots[-1], keys[path])
+    return segments, roots
+
+
+def _walk(segments: list[_Segment], roots: list[int], keys: np.ndarray) -> list[tuple[int, int]]:
+    """The segments a path runs through, each with the number of its tokens that belong to the path."""
+    walked: list[tuple[int, int]] = []
+    siblings, start = roots, 0
+    while start < len(keys):
+        number = next(n for n in siblings if segments[n].keys[0] == keys[start])
+        length = min(len(segments[number].keys), len(keys) - start)
+        walked.append((number, length))
+        siblings, start = segments[number].children, start + length
+    return walked
+
+
+def count_tokens(pairs: Sequence[TokenizedPair], share: str) -> int:
+    """Packed tokens T of these pairs, without building the batch."""
+    image_numbers: dict[str, int] = {}
+    keys = [_path_keys(path, image_numbers) for pair in pairs for path in pair.paths]
+    segments, _ = _build_forest(_tree_groups(pairs, share), keys)
+    return sum(len(segment.keys) for segment in segments)
+
+
+def _depth_first(segments: list[_Segment], roots: list[int]) -> tuple[list[int], list[int]]:
+    """Segments in depth-first order and the parent of each (a position in that order)."""
+    order: list[int] = []
+    parents: list[int] = []
+    stack = [(root, NO_PARENT) for root in reversed(roots)]
+    while stack:
+        segment, parent = stack.pop()
+        order.append(segment)
+        parents.append(parent)
+        stack += [(child, len(order) - 1) for child in reversed(segments[segment].children)]
+    return order, parents
+
+
+def _attention(starts: np.ndarray, parents: list[int]) -> SegmentAttention:
+    """Chains of first children become attention sequences; ``starts`` (N + 1,) are the segments' packed offsets."""
+    ancestors: list[np.ndarray] = []  # of each segment, in path order, itself left out
+    for parent in parents:
+        above = np.empty(0, np.int64)
+        if parent != NO_PARENT:
+            above = np.concatenate([ancestors[parent], np.arange(starts[parent], starts[parent + 1])])
+        ancestors.append(above)
+    lengths_q, lengths_k, keys = [], [], []
+    n = 0
+    while n < len(parents):
+        last = n
+        while last + 1 < len(parents) and parents[last + 1] == last:  # the first child follows its parent
+            last += 1
+        own = np.arange(starts[n], starts[last + 1])
+        keys += [ancestors[n], own]
+        lengths_q.append(len(own))
+        lengths_k.append(len(ancestors[n]) + len(own))
+        n = last + 1
+    return SegmentAttention(
+        cu_seqlens_q=_cumulative(lengths_q),
+        cu_seqlens_k=_cumulative(lengths_k),
+        lengths_q=tuple(lengths_q),
+        lengths_k=tuple(lengths_k),
+        keys=RowIndex.build(torch.from_numpy(np.concatenate(keys)), int(starts[-1])),
+    )
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
+    """Lay pairs end to end, merging equal beginnings.
+
+    Args:
+        pairs: tokenised pairs, at least one; each may have more than two paths (chosen first, rejected second).
+        share: ``none`` merges nothing, ``pair`` merges within a pair, ``image`` also across pairs that show one image.
+
+    Returns:
+        A batch on the CPU. Completions are numbered pair by pair, in path order.
+    """
+    paths = [path for pair in pairs for path in pair.paths]
+    image_numbers: dict[str, int] = {}
+    keys = [_path_keys(path, image_numbers) for path in paths]
+    groups = _tree_groups(pairs, share)
+    segments, roots = _build_forest(groups, keys)
+    order, parents = _depth_first(segments, [root for tree in roots for root in tree])
+    lengths = [len(segments[n].keys) for n in order]
+    starts = np.cumsum([0, *lengths])
+
+    first_token = dict(zip(order, starts, strict=False))
+    packed_index = [np.empty(0, np.int64)] * len(paths)  # of each path's tokens
+    for group, tree in zip(groups, roots, strict=True):
+        for path in group:
+            runs = [first_token[n] + np.arange(length) for n, length in _walk(segments, tree, keys[path])]
+            packed_index[path] = np.concatenate(runs)
+
+    num_tokens = int(starts[-1])
+    input_ids = np.empty(num_tokens, np.int64)
+    position_ids = np.empty((3, num_tokens), np.int64)
+    for token_path, where in zip(paths, packed_index, strict=True):
+        input_ids[where] = token_path.input_ids
+        position_ids[:, where] = token_path.position_ids
+
+    first_path = np.cumsum([0, *(len(pair.paths) for pair in pairs)])[:-1]
+    return PackedBatch(
+        pairs=tuple(pairs),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=_cumulative(lengths),
+        parents=torch.tensor(parents, dtype=torch.int32),
+        attention=_attention(starts, parents),
+        **_predictions(paths, packed_index, input_ids),
+        chosen=torch.from_numpy(first_path),
+        rejected=torch.from_numpy(first_path + 1),
+        pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        **_image_layout(paths, packed_index, num_tokens),
+        num_tokens_unshared=sum(len(path.input_ids) for path in paths),
+    )
+
+
+def _predictions(paths: list[TokenPath], packed_index: list[np.ndarray], input_ids: np.ndarray) -> dict[str, Any]:
+    """Every completion token is predicted once, by the packed token before it, whichever completions count it."""
+    predicted = [where[path.completion_start :] for path, where in zip(paths, packed_index, strict=True)]
+    previous = [where[path.completion_start - 1 : -1] for path, where in zip(paths, packed_index, strict=True)]
+    # A packed token has one parent, so it identifies the prediction of itself.
+    targets, first, inverse = np.unique(np.concatenate(predicted), return_index=True, return_inverse=True)
+    lengths = torch.tensor([len(tokens) for tokens in predicted])
+    predict_from = torch.from_numpy(np.concatenate(previous)[first])
+    return {
+        "predict_from": RowIndex.build(predict_from, len(input_ids)),
+        "predicting": predict_from.unique(),
+        "labels": torch.from_numpy(input_ids[targets]),
+        "sum_prediction": RowIndex.build(torch.from_numpy(inverse), len(targets)),
+        "sum_completion": torch.arange(len(paths)).repeat_interleave(lengths),
+        "token_weights": torch.from_numpy(np.concatenate([path.token_weights for path in paths])),
+        "completion_ends": lengths.cumsum(0),
+    }
+
+
+def _image_layout(paths: list[TokenPath], packed_index: list[np.ndarray], num_tokens: int) -> dict[str, Any]:
+    """Each distinct image once; every packed image token points at its row of the features laid end to end."""
+    images: dict[str, ProcessedImage] = {}
+    first_feature: dict[str, int] = {}
+    num_features = 0
+    feature_of_token = np.full(num_tokens, -1)
+    for path, where in zip(paths, packed_index, strict=True):
+        for image, start in zip(path.images, path.image_starts, strict=True):
+            if image.content_hash not in images:
+                images[image.content_hash] = image
+                first_feature[image.content_hash] = num_features
+                num_features += image.num_tokens
+            rows = first_feature[image.content_hash] + np.arange(image.num_tokens)
+            feature_of_token[where[start : start + image.num_tokens]] = rows
+    tokens = np.flatnonzero(feature_of_token >= 0)
+    return {
+        "images": tuple(images.values()),
+        "image_tokens": torch.from_numpy(tokens),
+        "image_features": RowIndex.build(torch.from_numpy(feature_of_token[tokens]), num_features),
+    }

@@ -1,0 +1,1 @@
+"""Files to PreferencePair: sources, formats, checks, images. Knows no torch."""

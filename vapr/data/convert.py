@@ -1,0 +1,241 @@
+"""Writes pairs in the formats of other trainers. What a format cannot hold is refused, or counted and said."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vapr.cache import written_whole
+from vapr.data.pair import PreferencePair
+from vapr.data.pairs import Pairs
+from vapr.data.writers import ORIGIN_KEYS, SUFFIXES_OF_FORMATS, WRITER_NAMES, WRITERS, keep_origin
+from vapr.errors import BadRow, UserError
+from vapr.progress import Display
+
+
+def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
+    """Write every pair to ``out``, whole or not at all.
+
+    Image paths are written relative to ``out``'s folder where they lie below it, else absolute. Images that were bytes
+    become files in ``<name>_images/``, except in parquet, which holds them; RLAIF-V's parquet holds those of files too.
+
+    Args:
+        pairs: what to write; bad rows are errors, or skipped if the pairs say so.
+        to: one of :data:`vapr.data.writers.WRITER_NAMES`.
+        out: a new file; its suffix decides between jsonl, json and parquet.
+
+    Returns:
+        ``written``, ``skipped`` (reason by place), ``lost`` (how many pairs lost which key) and ``images`` written.
+
+    Raises:
+        UserError: if ``out`` exists or has the wrong suffix, or a pair cannot be expressed.
+    """
+    if to not in WRITER_NAMES:
+        raise UserError(f"--to {to}: unknown format; vapr writes {', '.join(WRITER_NAMES)}")
+    if out.suffix not in SUFFIXES_OF_FORMATS[to]:
+        raise UserError(f"{out}: {to} is written as {' or '.join(SUFFIXES_OF_FORMATS[to])}")
+    if out.exists():
+        raise UserError(f"{out}: already exists; give a new file with --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent}: cannot be made a folder ({error.strerror})") from None
+    entries = _entries_of_llama_factory(out) if to == "llama-factory" else {}
+    with _Images(out, read_files=to == "rlaif-v") as images:
+        lost, written = _write_all(pairs, to, out, images)
+        if not written:
+            out.unlink()
+            raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
+        if to == "llama-factory":
+            _describe_for_llama_factory(out, entries)
+    return {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
+
+
+def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images") -> tuple[Counter[str], int]:
+    """Which keys were lost, and how many pairs were written."""
+    lost: Counter[str] = Counter()
+    written = 0
+    with _sink(out, to) as write, Display("convert", len(pairs), unit="row") as display:
+        for number in range(len(pairs)):
+            display.advance("")
+            pair = pairs.read(number)
+            if not isinstance(pair, PreferencePair):
+                continue
+            try:
+                row = WRITERS[to](pair, images.names)
+            except BadRow as error:
+                if pairs.on_bad_row == "error":
+                    raise UserError(f"{pair.where}: {error}; --on-bad-row skip leaves such rows out") from None
+                pairs.skipped[pair.where] = f"{pair.where}: {error}"
+                continue
+            extra = set(pairs.extra_keys(number))
+            if to == "rlaif-v":
+                extra = extra - ORIGIN_KEYS | keep_origin(row, pairs.raw(number))
+            lost.update([*_lost(pair, row), *sorted(extra)])
+            write(row)
+            written += 1
+    return lost, written
+
+
+def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
+    held = {"weight": pair.weight != 1.0, "edits": bool(pair.edits), "category": pair.category is not None}
+    if "origin_split" in row:
+        held["category"] = False  # stands in there
+    return [key for key, there in held.items() if there and key not in row]
+
+
+class _Images:
+    """Images as ``out`` refers to them; writes those that have no file. ``read_files``: a table holds all of them.
+
+    In a ``with`` that an error ends, the files are taken away again.
+    """
+
+    def __init__(self, out: Path, *, read_files: bool) -> None:
+        self._folder = out.parent.resolve()
+        self._new = out.parent / f"{out.stem}_images"
+        self._embedded = out.suffix == ".parquet"
+        self._read_files = read_files and self._embedded
+        self._written: list[Path] = []
+
+    @property
+    def num_written(self) -> int:
+        return len(self._written)
+
+    def __enter__(self) -> "_Images":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            return
+        for name in self._written:
+            name.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            self._new.rmdir()
+
+    def names(self, images: tuple[Path | bytes, ...]) -> list[Any]:
+        return [self._name(image) for image in images]
+
+    def _name(self, image: Path | bytes) -> Any:
+        if self._read_files:
+            return _content(image)
+        if isinstance(image, bytes):
+            if self._embedded:
+                return {"bytes": image, "path": None}
+            name = self._new / _new_name(image)
+            if not name.exists():
+                with written_whole(name) as file:
+                    file.write(image)
+                self._written.append(name)
+            image = name
+        path = Path(os.path.abspath(image))
+        text = str(path.relative_to(self._folder)) if path.is_relative_to(self._folder) else str(path)
+        return {"bytes": None, "path": text} if self._embedded else text
+
+
+def _content(image: Path | bytes) -> dict[str, Any]:
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": _new_name(image)}
+    try:
+        return {"bytes": image.read_bytes(), "path": image.name}
+    except OSError as error:
+        raise BadRow(f"image '{image}' cannot be read ({error.strerror})") from None
+
+
+def _new_name(image: bytes) -> str:
+    magic = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+    suffix = next((suffix for start, suffix in magic.items() if image.startswith(start)), ".img")
+    return f"{hashlib.sha256(image).hexdigest()[:24]}{suffix}"
+
+
+@contextlib.contextmanager
+def _sink(out: Path, to: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes rows one by one; the file appears when all are in."""
+    with written_whole(out) as file:
+        if out.suffix == ".parquet":
+            with _parquet_writer(file, to) as write:
+                yield write
+        elif out.suffix == ".jsonl":
+            yield lambda row: _ignore(file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n"))
+        else:
+            between = iter([b"[\n"])
+            yield lambda row: _ignore(
+                file.write(next(between, b",\n") + json.dumps(row, ensure_ascii=False, indent=1).encode())
+            )
+            file.write(b"\n]\n")
+
+
+def _ignore(_: object) -> None:
+    """The number of bytes written is nobody's business."""
+
+
+@contextlib.contextmanager
+def _parquet_writer(file: Any, to: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("parquet needs pyarrow; pip install 'vapr[data]'") from None
+    schema = _schema_of_rlaif_v(pa) if to == "rlaif-v" else _schema(pa)
+    waiting: list[dict[str, Any]] = []
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(waiting, schema))
+            waiting.clear()
+
+        def write(row: dict[str, Any]) -> None:
+            waiting.append(row)
+            if len(waiting) == 256:
+                flush()
+
+        yield write
+        if waiting:
+            flush()
+
+
+def _schema(pa: Any) -> Any:
+    """Columns of vapr's and TRL's rows."""
+    part = pa.struct({"type": pa.string(), "text": pa.string()})
+    messages = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(part)}))
+    images = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    edit = pa.struct({"start": pa.int64(), "end": pa.int64(), "from": pa.string(), "to": pa.string()})
+    return pa.schema(
+        {"id": pa.string(), "images": images, "prompt": messages, "chosen": messages, "rejected": messages}
+        | {"rejected_images": images, "weight": pa.float64(), "category": pa.string(), "edits": pa.list_(edit)}
+    )
+
+
+def _schema_of_rlaif_v(pa: Any) -> Any:
+    """Columns, and their order, of the hub's openbmb/RLAIF-V-Dataset."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    texts = ("question", "chosen", "rejected", "origin_dataset", "origin_split")
+    return pa.schema(
+        {"ds_name": pa.string(), "image": image, **dict.fromkeys(texts, pa.string())}
+        | {"idx": pa.int64(), "image_path": pa.string()}
+    )
+
+
+def _entries_of_llama_factory(out: Path) -> dict[str, Any]:
+    """The folder's dataset_info.json, which LLaMA-Factory looks a file up in, if there is room for ``out`` in it."""
+    file = out.parent / "dataset_info.json"
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read, so {out.name} cannot be added to it ({error})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: not an object of data sets, so {out.name} cannot be added to it")
+    if out.stem in entries:
+        raise UserError(f"{file}: describes a set '{out.stem}' already; take it out, or give another name with --out")
+    return entries
+
+
+def _describe_for_llama_factory(out: Path, entries: dict[str, Any]) -> None:
+    file = out.parent / "dataset_info.json"
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
+    entries[out.stem] = {"file_name": out.name, "formatting": "sharegpt", "ranking": True, "columns": columns}
+    with written_whole(file) as stream:
+        stream.write(json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"\n")

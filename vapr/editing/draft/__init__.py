@@ -1,0 +1,1 @@
+"""One edit: which values to trade, the prompt, the checks."""

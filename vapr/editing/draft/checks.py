@@ -1,0 +1,346 @@
+"""What a pair must hold to be accepted, each as a recorded verdict; the limits are ``checks`` of the config."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vapr.data.pair import Edit
+from vapr.editing.config import CheckConfig
+from vapr.editing.rules.agreement import number
+from vapr.editing.rules.categories import Category
+from vapr.editing.rules.lookalikes import plain, unexpected
+from vapr.editing.rules.nouns import Nouns, singular
+from vapr.editing.rules.operations import spliced
+from vapr.editing.rules.polarity import NEGATION
+from vapr.text import edit_distance, num_words, polarity, sentences, style_vector, words
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one check found. ``note`` says why it failed, in words a language model can act on."""
+
+    name: str
+    passed: bool
+    value: float | None = None
+    note: str = ""
+
+
+STYLE = ("sentences", "ends_full_stop", "ends_question_mark", "ends_exclamation_mark", "ends_other_mark",
+         "starts_upper", "list_lines", "markdown_marks", "hedges", "first_person", "line_breaks")  # fmt: skip
+"""Of the style vector, what an edit must leave equal. The others follow length, or are measured by the audit."""
+
+
+def check_pair(
+    chosen: str, rejected: str, edits: Sequence[Edit], category: Category, config: CheckConfig, nouns: Nouns, *,
+    traded: bool = False,
+) -> list[Verdict]:  # fmt: skip
+    """Every check of a pair, those of its category included.
+
+    Args:
+        chosen, rejected: the two texts.
+        edits: spans of chosen, as :func:`vapr.editing.rules.operations.apply` gives them.
+        traded: another row makes the opposite change, so that lengths cancel ("behind" for "in front of").
+    """
+    verdicts = [
+        _different(chosen, rejected, edits, category),
+        _characters(chosen, rejected),
+        *_lengths(chosen, rejected, category, config, words_off=2 if traded else 1),
+    ]
+    if config.style:
+        verdicts.append(_style(chosen, rejected))
+    verdicts.append(_repeats(chosen, rejected))
+    if category.mode == "rewrite":
+        return [*verdicts, *(_conclusion(chosen, edits) for name in category.checks if name == "conclusion")]
+    verdicts.append(_count(chosen, edits, category))
+    changes = [(chosen[edit.start : edit.end], edit.to) for edit in edits]
+    for name in category.checks:
+        if name == "polarity":
+            verdicts.append(_polarity(chosen, rejected))
+        elif name != "conclusion":
+            verdicts.append(_typed(name, changes, chosen, edits, category, nouns))
+    return verdicts
+
+
+def _different(chosen: str, rejected: str, edits: Sequence[Edit], category: Category) -> Verdict:
+    if plain(chosen) == plain(rejected):
+        return Verdict("different", False, note="only case, space or punctuation changed, or how letters are coded")
+    if "polarity" not in category.checks and any(_only_negates(chosen, spliced(chosen, [edit])) for edit in edits):
+        return Verdict("different", False, note="only a negation was put in or taken out; name another thing instead")
+    if {"polarity", "other_text"}.isdisjoint(category.checks) and _said(chosen) == _said(rejected):
+        return Verdict("different", False, note="only small words, or the form of a word, changed")
+    if any(VAGUE_NAME.search(edit.to) for edit in edits):
+        return Verdict("different", False, note="name what it is instead")
+    # "A dog" is still true of what was "a brown dog", and the other way round it may be.
+    one_sided = all(not edit.to.strip() or not chosen[edit.start : edit.end].strip() for edit in edits)
+    if one_sided and not any(NEGATION.search(f"{chosen[edit.start : edit.end]} {edit.to}") for edit in edits):
+        return Verdict("different", False, note="words were only added or taken away; what is said must become false")
+    return Verdict("different", True)
+
+
+VAGUE_NAME = re.compile(
+    r"\b(?:something|someone|somebody|somewhere|anything) (?:else|different|other)\b", re.IGNORECASE
+)
+SAYS_NOTHING = frozenset(
+    ("a", "an", "the", "this", "that", "it", "is", "are", "was", "were", "be", "been", "made", "of")
+)
+ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|en|es|s|e)$")
+
+
+def _said(text: str) -> list[str]:
+    """Its words in order, without those that say nothing and without endings: "is running" and "runs" are the same."""
+    said = (word for word in re.findall(r"\w+", text.lower()) if word not in SAYS_NOTHING)
+    return [re.sub(r"([^\d])\1$", r"\1", ENDING.sub("", word)) for word in said]
+
+
+NEGATED_WORDS = {
+    "without": "with",
+    "nobody": "somebody",
+    "nothing": "something",
+    "nowhere": "somewhere",
+    "cannot": "can",
+}
+BESIDE_NEGATION = frozenset(("not", "no", "never", "none", "a", "an", "any", "some", "do", "does", "did"))
+
+
+def _only_negates(one: str, other: str) -> bool:
+    """Whether two texts differ in a negation alone, and in words that turn with it: "a" or "any", "eats" or "eat"."""
+    if len(NEGATION.findall(one)) == len(NEGATION.findall(other)):
+        return False
+    return _affirmed(one) == _affirmed(other)
+
+
+def _affirmed(text: str) -> list[str]:
+    said = re.findall(r"\w+", re.sub(r"n['’]t\b", " not", text.lower().replace("can't", "can not")))
+    return [NEGATED_WORDS.get(word, word).rstrip("s") for word in said if word not in BESIDE_NEGATION]
+
+
+def _characters(chosen: str, rejected: str) -> Verdict:
+    found = unexpected(chosen, rejected)
+    return Verdict("characters", found is None, note=found or "")
+
+
+REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)(?: an?| the)?|,)? \1\b", re.IGNORECASE)
+
+
+DENIED = re.compile(r"\b(?:not|rather than|instead of)\s+((?:[\w'’-]+\s+){0,2}[\w'’-]+)", re.IGNORECASE)
+SMALL_WORDS = frozenset((
+    "a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "but", "is", "are", "was", "were", "be", "with", "it",
+    "one", "ones", "his", "her", "its", "their", "that", "this", "for", "by", "from", "as", "no", "not",
+))  # fmt: skip
+
+
+def _repeats(chosen: str, rejected: str) -> Verdict:
+    """Black and white must not become white and white, nor oranges, not apples, become apples, not apples."""
+    before, after = (list(REPEATED.finditer(text)) for text in (chosen, rejected))
+    if len(after) > len(before):
+        return Verdict("repeats", False, note=f"the result repeats itself: '{after[-1][0]}'")
+    denied = _said_and_denied(rejected) - _said_and_denied(chosen)
+    note = f"the result both says and denies '{min(denied)}'" if denied else ""
+    return Verdict("repeats", not denied, note=note)
+
+
+def _said_and_denied(text: str) -> set[str]:
+    found: set[str] = set()
+    for sentence in sentences(text):
+        for match in DENIED.finditer(sentence):
+            said = words((sentence[: match.start()] + " " + sentence[match.end() :]).lower())
+            found |= set(words(match[1].lower())) & set(said) - SMALL_WORDS
+    return {word for word in found if word[0].isalnum()}
+
+
+def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig, words_off: int) -> list[Verdict]:
+    long, short = num_words(chosen), num_words(rejected)
+    ratio = short / long if long else float(short == 0)
+    distance = edit_distance(words(chosen), words(rejected))
+    if long <= config.short_answer_words:
+        # A short answer must stay one: "2" -> "There are three dogs" would be told by its length.
+        near = abs(long - short) <= max(words_off, long // 4)
+        note = "" if near else f"{short} words instead of {long}; keep the length"
+        return [Verdict("length", near, round(ratio, 4), note), Verdict("distance", True, round(distance, 4), "short")]
+    (low, high), (hard_low, hard_high) = config.length_ratio, config.hard_length_ratio
+    fits = low <= ratio <= high or (abs(long - short) <= words_off and hard_low <= ratio <= hard_high)
+    note = "" if fits else f"{short} words instead of {long}; keep the length"
+    most = config.max_edit_distance * (2 if category.mode == "rewrite" else 1)
+    far = (
+        "" if distance <= most else f"too much changed: {distance:.0%} of the words, where {most:.0%} may; change less"
+    )
+    return [Verdict("length", fits, round(ratio, 4), note), Verdict("distance", not far, round(distance, 4), far)]
+
+
+def _style(chosen: str, rejected: str) -> Verdict:
+    before, after = style_vector(chosen), style_vector(rejected)
+    changed = [key.replace("_", " ") for key in STYLE if before[key] != after[key]]
+    return Verdict("style", not changed, note=f"style changed: {', '.join(changed)}" if changed else "")
+
+
+def _count(chosen: str, edits: Sequence[Edit], category: Category) -> Verdict:
+    # Of several errors each must be one: "a red hat" is still true of what is now "a bright red hat".
+    real = [
+        edit for edit in edits if category.min_edits == 1 or (edit.to.strip() and chosen[edit.start : edit.end].strip())
+    ]
+    fits = category.min_edits <= len(real) and len(edits) <= category.max_edits
+    wanted = f"{category.min_edits} to {category.max_edits}" if category.max_edits > 1 else "1"
+    # One claim may need two places: "Yes, there is" -> "No, there is no".
+    fits = fits or ("polarity" in category.checks and len(edits) <= 3)
+    return Verdict("edits", fits, float(len(edits)), "" if fits else f"{len(real)} places changed instead of {wanted}")
+
+
+def _polarity(chosen: str, rejected: str) -> Verdict:
+    if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
+        return Verdict("polarity", False, note="yes must become no, or no yes, at the beginning")
+    rests = [plain(text).split(" ")[1:] for text in (chosen, rejected)]
+    turned = not rests[0] or rests[0] != rests[1]
+    return Verdict("polarity", turned, note="" if turned else "what follows yes or no must turn with it")
+
+
+Change = tuple[str, str]
+
+
+def _typed(
+    name: str, changes: list[Change], chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns
+) -> Verdict:
+    """A check that looks at what each span became."""
+    for (old, new), edit in zip(changes, edits, strict=True):
+        if problem := _SPAN_CHECKS[name](old, new, chosen[: edit.start], category, nouns):
+            return Verdict(name, False, note=problem)
+    problem = _outside_quotation(chosen, edits) if name == "other_text" else None
+    problem = _not_turned_round(chosen, edits, category) if name == "opposite" else problem
+    return Verdict(name, problem is None, note=problem or "")
+
+
+def _other_value(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    # The words around a span, which a set may look at, are not there.
+    sides = [category.all_values(text) for text in (old, new)]
+    for one in sides[0]:
+        for other in sides[1]:
+            if one.set is other.set and one.set.alike(one.name, other.name):
+                return f"'{new}' can be said of what is '{old}'"
+    # "next to" is a value only before "the".
+    if any(closed.alike(old.strip(), new.strip()) for closed in category.values):
+        return f"'{new}' can be said of what is '{old}'"
+    # Where a side has no value of a closed set, the nouns tell, and the verifiers.
+    return _not_related(old, new, before, category, nouns)
+
+
+def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    sides = [category.all_values(text) for text in (old, new)]
+    if not sides[0] or not sides[1]:
+        return None
+    for one in sides[0]:
+        for other in sides[1]:
+            if one.set is other.set and one.group == other.group and not one.set.alike(one.name, other.name):
+                return None
+    return f"'{new}' is not the opposite of '{old}'"
+
+
+COMPARATIVE = re.compile(r"\b(?:\w+er|more|less|worse)\b", re.IGNORECASE)
+NOT_ADJECTIVE = re.compile(r"\bthe (?:\w+ )?$", re.IGNORECASE)  # "the flower is taller than"
+THE_REST = re.compile(r"\bthan\b.*\b(?:others?|rest|else|any|all|every|each)\b", re.IGNORECASE | re.DOTALL)
+
+
+def _not_turned_round(chosen: str, edits: Sequence[Edit], category: Category) -> str | None:
+    """Why a sentence with "than" is not what it was with the comparative, or else the two things, turned round."""
+    for sentence in re.finditer(r"[^.!?\n]+", chosen):
+        start, end = sentence.span()
+        here = [edit for edit in edits if start <= edit.start and edit.end <= end]
+        if not here or not re.search(r"\bthan\b", sentence[0]) or THE_REST.search(sentence[0]):
+            continue
+        turned = [edit for edit in here if _is_comparative(chosen, edit, category)]
+        others = [edit for edit in here if edit not in turned]
+        moved = spliced(chosen[:end], others)[start:]
+        if others and sorted(_content(moved)) != sorted(_content(sentence[0])):
+            return "both things compared must stay; turn the comparative round, or let the two change places"
+        if others and turned:
+            return "the comparative and the two things were both turned round, so it is true again"
+    return None
+
+
+def _is_comparative(chosen: str, edit: Edit, category: Category) -> bool:
+    old = chosen[edit.start : edit.end]
+    if category.all_values(old):
+        return True
+    both = COMPARATIVE.search(old) and COMPARATIVE.search(edit.to)
+    return both is not None and not NOT_ADJECTIVE.search(chosen[: edit.start])
+
+
+def _content(text: str) -> list[str]:
+    return [word for word in words(text.lower()) if word[0].isalnum() and word not in SMALL_WORDS]
+
+
+VAGUE_WORDS = (
+    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost"
+    r"|roughly)\s+"
+)
+VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
+
+
+def _other_number(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    values = [
+        [n for word in re.findall(r"[\w'-]+(?:[.,]\d+)*", text) if (n := number(word)) is not None]
+        for text in (old, new)
+    ]
+    if not values[0] and re.search(
+        r"\b(?:another|an? (?!couple|pair|few|dozen|lot|group|number|bunch))", old, re.IGNORECASE
+    ):
+        values[0] = [1]
+    if not values[0] or not values[1] or len(values[1]) > len(values[0]):
+        return f"a number must become another number, not '{old}' -> '{new}'"
+    if values[0] == values[1]:
+        return f"'{new}' is the same number as '{old}'"
+    vague = VAGUE.search(before) or any(re.search(VAGUE_WORDS, text, re.IGNORECASE) for text in (old, new))
+    return "both numbers can be true after 'at least', 'about' and the like" if vague else None
+
+
+def _not_related(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    if singular(old) == singular(new):
+        return f"'{new}' is the same noun as '{old}'"
+    sides = [[noun for *_, noun in nouns.find(text)] or re.findall(r"\w+", text.lower())[-1:] for text in (old, new)]
+    for one in (noun for noun in sides[0] if noun not in sides[1]):
+        for other in (noun for noun in sides[1] if noun not in sides[0]):
+            if reason := nouns.related(one, other):
+                return f"'{new}' may be true of '{old}': {reason}"
+    return None
+
+
+DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
+
+
+def _other_text(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    one, other = (re.sub(r"[\W_]", "", text).casefold() for text in (old, new))
+    if one == other or (one.isalpha() and one == other.translate(DIGITS_LIKE_LETTERS)):
+        return f"'{new}' reads the same as '{old}'"
+    if re.search(r"\d", old) and not re.search(r"\d", new):
+        return "a number, price or time must become another one, in figures"
+    capitals = re.search(r"[A-Z]{2}", old) and old.isupper()
+    return f"'{old}' is in capitals, and '{new}' is not" if capitals and not new.isupper() else None
+
+
+QUOTATION = re.compile(r"""(?<!\w)"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|‘[^\n]+?’(?!\w)|(?<![\w'])'[^\n]+?'(?!\w)""")
+
+
+def _outside_quotation(chosen: str, edits: Sequence[Edit]) -> str | None:
+    quoted = [match.span() for match in QUOTATION.finditer(chosen)]
+    for edit in edits:
+        figure = re.search(r"\d", chosen[edit.start : edit.end])  # a price, a time: read, too, and seldom quoted
+        if quoted and not figure and not any(a < edit.start and edit.end < b for a, b in quoted):
+            return "the text in quotation marks must change, and nothing outside of them"
+    return None
+
+
+_SPAN_CHECKS: dict[str, Callable[[str, str, str, Category, Nouns], str | None]] = {
+    "other_value": _other_value,
+    "opposite": _opposite,
+    "other_number": _other_number,
+    "not_related": _not_related,
+    "other_text": _other_text,
+}
+
+
+def _conclusion(chosen: str, edits: Sequence[Edit]) -> Verdict:
+    """A wrong conclusion needs a wrong argument: more than one place, one of them in the last sentence."""
+    parts = sentences(chosen)
+    last = chosen.rfind(parts[-1]) if len(parts) > 1 else 0
+    in_last = any(edit.end > last for edit in edits)
+    fits = in_last and len(edits) > 1
+    note = "" if fits else "both the argument and the conclusion must change, the conclusion in the last sentence"
+    return Verdict("conclusion", fits, float(len(edits)), note)

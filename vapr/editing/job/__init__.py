@@ -1,0 +1,1 @@
+"""A job of editing: its folder, workers, leases, ledger and card."""

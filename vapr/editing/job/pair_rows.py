@@ -1,0 +1,210 @@
+"""Drafts as rows on disk: accepted ones as parquet, the others and the plans as JSON lines."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vapr.cache import written_whole
+from vapr.data.pair import Message
+from vapr.editing.draft.editor import Draft
+from vapr.editing.job.set_aside import as_it_was
+from vapr.editing.rules.turns import Turn
+from vapr.errors import UserError, one_line
+
+
+def pair_id(draft: Draft, editor: Mapping[str, Any]) -> str:
+    """Stable from run to run: the source's id, the number of the answer, and a hash of row, plan and editor."""
+    plan = draft.plan
+    content: list[Any] = [draft.turn.digest(), plan.category.name if plan.category else None, plan.must_begin]
+    if plan.ask:
+        content += [editor["name"], editor["revision"], editor["prompt_hash"]]
+    else:
+        content += [(trade.value.start, trade.value.text, trade.target) for trade in plan.trades]
+    return f"{draft.turn.source_id}-{draft.turn.number}-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
+
+
+def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """An accepted draft as a row of vapr's own shape, with checks, source, licence and provenance."""
+    turn, plan = draft.turn, draft.plan
+    assert draft.rejected is not None and plan.category is not None
+    return {
+        "id": pair_id(draft, editor),
+        "images": [_image(image, folder) for image in turn.images],
+        "prompt": [_message(message) for message in turn.prompt],
+        "chosen": [_answer(turn.answer)],
+        "rejected": [_answer(draft.rejected)],
+        "category": plan.category.name,
+        "edits": [
+            {"start": e.start, "end": e.end, "from": turn.answer[e.start : e.end], "to": e.to} for e in draft.edits
+        ],
+        "checks": [{"name": v.name, "passed": v.passed, "value": v.value, "note": v.note} for v in draft.verdicts],
+        "source": turn.source,
+        "licence": turn.licence,
+        "provenance": {
+            "editor": editor["name"] if plan.ask else "rules",
+            "revision": editor["revision"] if plan.ask else None,
+            "engine": editor["engine"] if plan.ask else None,
+            "prompt_hash": editor["prompt_hash"],
+            "seed": editor["seed"],
+            "decided_by": plan.decided_by,
+            "attempts": draft.attempts,
+            "raw": draft.raw,
+            "why_wrong": draft.why,
+            "source_id": turn.source_id,
+            "place": turn.where,
+            "turn": turn.number,
+            "plan": json.dumps(_trades(draft), ensure_ascii=False),
+        },
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {
+        "role": message["role"],
+        "content": [{"type": p["type"], "text": p.get("text")} for p in message["content"]],
+    }
+
+
+def _answer(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _image(image: Path | bytes, folder: Path) -> dict[str, Any]:
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    path, root = os.path.abspath(image), os.path.abspath(folder)
+    return {"bytes": None, "path": os.path.relpath(path, root) if path.startswith(root + os.sep) else path}
+
+
+def _trades(draft: Draft) -> list[dict[str, Any]]:
+    return [
+        {"set": t.value.set.name, "market": t.market, "start": t.value.start, "value": t.value.text, "target": t.target}
+        for t in draft.plan.trades
+    ]
+
+
+def plan_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
+    """What was planned for a turn, and with which turn it traded."""
+    plan = draft.plan
+    partners = [_place(drafts[t.partner.turn].turn) for t in plan.trades if t.partner is not None]
+    return {
+        **_place(draft.turn),
+        "category": plan.category.name if plan.category else None,
+        "decided_by": plan.decided_by,
+        "asked": plan.ask,
+        "trades": _trades(draft),
+        "with": partners,
+    }
+
+
+def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
+    """A turn that became no pair, and why; of one that only the target was against, everything that makes it one."""
+    return {
+        **_place(draft.turn),
+        "status": draft.status,
+        "reason": draft.reason,
+        "source_id": draft.turn.source_id,
+        "category": draft.plan.category.name if draft.plan.category else None,
+        "decided_by": draft.plan.decided_by,
+        "question": draft.turn.question,
+        "answer": draft.turn.answer,
+        "attempts": draft.attempts,
+        "refused": draft.refused,
+        "raw": draft.raw,
+        "as_it_was": as_it_was(draft, drafts) if draft.status == "over_target" else None,
+    }
+
+
+def _place(turn: Turn) -> dict[str, Any]:
+    return {"place": turn.where, "row": turn.row, "turn": turn.number}
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write JSON lines, whole or not at all; returns the file's sha256."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
+    with written_whole(path) as file:
+        file.write(text)
+    return hashlib.sha256(text).hexdigest()
+
+
+def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write pairs as parquet, whole or not at all; returns the file's sha256.
+
+    Raises:
+        UserError: if pyarrow is missing or the file cannot be written.
+    """
+    return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
+
+
+def write_table(path: Path, table: Any, announce: Callable[[str], object] = str) -> str:
+    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256.
+
+    Args:
+        path: of the file.
+        table: to be written.
+        announce: is told the sha256 before the file is there.
+    """
+    with written_whole(path) as file:
+        _pyarrow().parquet.write_table(table, file, compression="zstd")
+        file.flush()
+        digest = digest_of(Path(file.name))
+        announce(digest)
+    return digest
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_table(path: Path) -> Any:
+    """A part as an Arrow table. Raises UserError if it is damaged."""
+    with _readable(path):
+        return _pyarrow().parquet.read_table(path)
+
+
+def num_rows(path: Path) -> int:
+    """Pairs in a part, without reading them. Raises UserError if it is damaged."""
+    with _readable(path):
+        return int(_pyarrow().parquet.read_metadata(path).num_rows)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, _pyarrow().ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it, or begin again elsewhere") from None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("vapr edit writes parquet, which needs pyarrow; pip install 'vapr[data]'") from None
+    return pyarrow
+
+
+def _schema(pa: Any) -> Any:
+    text, number = pa.string(), pa.int64()
+    part = pa.struct({"type": text, "text": text})
+    messages = pa.list_(pa.struct({"role": text, "content": pa.list_(part)}))
+    provenance = {
+        "editor": text, "revision": text, "engine": text, "prompt_hash": text, "seed": number, "decided_by": text,
+        "attempts": number, "raw": text, "why_wrong": pa.list_(text), "source_id": text, "place": text, "turn": number,
+        "plan": text,
+    }  # fmt: skip
+    return pa.schema({
+        "id": text,
+        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": text})),
+        "prompt": messages, "chosen": messages, "rejected": messages, "category": text,
+        "edits": pa.list_(pa.struct({"start": number, "end": number, "from": text, "to": text})),
+        "checks": pa.list_(pa.struct({"name": text, "passed": pa.bool_(), "value": pa.float64(), "note": text})),
+        "source": text, "licence": text, "provenance": pa.struct(provenance),
+    })  # fmt: skip

@@ -1,0 +1,82 @@
+"""Drafts that --target cut off: kept among the rejects as they were, and taken up by a later round.
+
+Planned anew they would have other partners, or none, and a language model would be asked twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vapr.data.pair import Edit
+from vapr.editing.draft.checks import Verdict
+from vapr.editing.draft.editor import Draft
+from vapr.editing.draft.trades import Plan, Trade
+from vapr.editing.rules.categories import Categories, Value
+from vapr.editing.rules.turns import Turn
+
+
+def as_it_was(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
+    """What a reject row does not say already of a draft that was to be accepted.
+
+    Args:
+        draft: to be kept.
+        drafts: of its unit.
+    """
+    return {
+        "rejected": draft.rejected,
+        "edits": [[edit.start, edit.end, edit.to] for edit in draft.edits],
+        "checks": [[v.name, v.passed, v.value, v.note] for v in draft.verdicts],
+        "why_wrong": draft.why,
+        "asked": draft.plan.ask,
+        "trades": [
+            {
+                "set": trade.value.set.name, "market": trade.market, "start": trade.value.start,
+                "value": trade.value.text, "target": trade.target,
+                "with": _place(drafts[trade.partner.turn].turn, trade.partner) if trade.partner else None,
+            }
+            for trade in draft.plan.trades
+        ],
+    }  # fmt: skip
+
+
+def _place(turn: Turn, trade: Trade) -> list[int]:
+    return [turn.row, turn.number, trade.value.start]
+
+
+def take_up(
+    rows: Sequence[Mapping[str, Any]], turns: Sequence[Turn], categories: Categories, first: int
+) -> list[Draft]:
+    """Drafts as an earlier round left them: accepted where only the target was against it, else ended as they were.
+
+    Args:
+        rows: rejects of the earlier round.
+        turns: of these rows.
+        categories: of the job.
+        first: number of the first of these drafts in its unit.
+    """
+    drafts = [_draft(row, turn, categories, first + n) for n, (row, turn) in enumerate(zip(rows, turns, strict=True))]
+    trades = {tuple(_place(draft.turn, trade)): trade for draft in drafts for trade in draft.plan.trades}
+    for row, draft in zip(rows, drafts, strict=True):
+        for kept, trade in zip(row["as_it_was"]["trades"] if draft.plan.trades else (), draft.plan.trades, strict=True):
+            trade.partner = trades.get(tuple(kept["with"] or ()))  # None: an odd target has taken it already
+    return drafts
+
+
+def _draft(row: Mapping[str, Any], turn: Turn, categories: Categories, number: int) -> Draft:
+    category = categories[row["category"]] if row["category"] is not None else None
+    draft = Draft(
+        turn, Plan(category, row["decided_by"]), attempts=row["attempts"], raw=row["raw"], refused=row["refused"],
+        status=row["status"], reason=row["reason"], taken_up=True,
+    )  # fmt: skip
+    if kept := row.get("as_it_was"):
+        assert category is not None
+        draft.status, draft.reason = "accepted", None
+        draft.rejected, draft.why = kept["rejected"], kept["why_wrong"]
+        draft.edits = [Edit(*edit) for edit in kept["edits"]]
+        draft.verdicts = [Verdict(*verdict) for verdict in kept["checks"]]
+        draft.plan.ask = kept["asked"]
+        sets = {closed.name: closed for closed in category.values}
+        for trade in kept["trades"]:
+            start, text, closed = trade["start"], trade["value"], sets[trade["set"]]
+            value = Value(closed, start, start + len(text), text, closed.members[text.lower()])
+            draft.plan.trades.append(Trade(number, value, trade["market"], frozenset(), target=trade["target"]))
+    return draft

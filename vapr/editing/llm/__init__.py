@@ -1,0 +1,1 @@
+"""Language models that edit: vLLM in this process or a server."""

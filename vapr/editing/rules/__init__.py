@@ -1,0 +1,1 @@
+"""English and categories without a model: reading answers, nouns, agreement, word sense."""

@@ -1,0 +1,201 @@
+"""Segment attention: each token attends to its ancestors and to itself. Registered with transformers by name.
+
+One variable-length call serves the whole forest: keys and values are gathered (ancestors, then the chain itself) and
+queries are aligned to the end of their keys. The cost grows with the sum of the squared path lengths, never with the
+square of the pack.
+
+T = packed tokens, S = attention sequences, K = gathered keys, H = query heads, G = key heads, E = head dim.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from vapr.batches.packing import SegmentAttention
+from vapr.errors import UserError
+from vapr_kernels import gather_keys_values, gather_rows
+from vapr_kernels.rotary import rotary as rotate
+
+BACKENDS = ("flash-attn", "varlen", "sdpa")
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use: flash-attn where it imports, PyTorch's varlen FlashAttention on a GPU, else SDPA.
+
+    Raises:
+        UserError: if the wanted one cannot run here.
+    """
+    half_precision = dtype in (torch.bfloat16, torch.float16)
+    if wanted == "auto":
+        if device.type != "cuda" or not half_precision:
+            return "sdpa"
+        return "flash-attn" if _flash_attn() else "varlen"
+    if wanted in ("flash-attn", "varlen") and (device.type != "cuda" or not half_precision):
+        raise UserError(f"policy.attention: {wanted} needs a CUDA device and dtype bfloat16; use auto or sdpa")
+    if wanted == "flash-attn" and not _flash_attn():
+        raise UserError("policy.attention: flash-attn is not installed; use auto or varlen")
+    return wanted
+
+
+@functools.cache
+def _flash_attn() -> Any:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@functools.cache
+def _varlen_options() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention over a forest of segments.
+
+    Args:
+        q: queries, shape (T, H, E). k, v: keys and values, shape (T, G, E), with H a multiple of G.
+        segments: the forest's sequences and gathered keys.
+        scale: factor of the scores.
+        backend: one of ``BACKENDS``.
+        rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
+
+    Returns:
+        Shape (T, H, E), what each token would get within its own path.
+    """
+    if rotary is not None:
+        q = rotate(q, *rotary)
+        k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
+    else:
+        k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
+    if backend == "sdpa":
+        if q.is_cuda and k.shape[1] != q.shape[1]:
+            # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale, causal=True)
+    bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.lengths_q), max(segments.lengths_k))
+    return _varlen(q, k, v, *bounds, scale=scale, causal=True, backend=backend)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, causal: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    if backend == "flash-attn":
+        return _flash_attn()(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in _varlen_options():
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    if k.shape[1] != q.shape[1] and "enable_gqa" in _varlen_options():
+        options["enable_gqa"] = True  # torch 2.11 has no such option: its FlashAttention always takes grouped heads
+    if cu_k is cu_q:
+        # For one tensor in both places newer versions of PyTorch may take cuDNN, whose results are not those of
+        # FlashAttention and whose causal masks start at the first key.
+        cu_k = cu_k.view_as(cu_k)
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp was asked for
+    return out
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    *,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """One PyTorch call per sequence, for a CPU and for fp32 on a GPU."""
+    outs = []
+    for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        num_q, num_k = len(q_n), len(k_n)
+        mask = None
+        if causal and 1 < num_q < num_k:
+            mask = _bottom_right(num_q, num_k, q.device)
+        q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))  # (1, H, tokens, E)
+        is_causal, grouped = causal and num_q == num_k, q_n.shape[1] != k_n.shape[1]
+        out = F.scaled_dot_product_attention(
+            q_n, k_n, v_n, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@functools.lru_cache(maxsize=32)  # every layer of a batch asks for the same ones
+def _bottom_right(num_q: int, num_k: int, device: torch.device) -> Tensor:
+    """Causal with the last query at the last key; SDPA's own ``is_causal`` aligns to the first."""
+    return torch.ones(num_q, num_k, dtype=torch.bool, device=device).tril(num_k - num_q)
+
+
+def _language_model_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    segments: SegmentAttention,
+    backend: str,
+    scaling: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return segment_attention(q, k, v, segments, scale=scaling, backend=backend, rotary=rotary)[None], None
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float) -> Tensor:
+    """Full attention inside each of several sequences laid end to end, on a GPU in half precision.
+
+    Args:
+        q, k, v: shape (T, H, E).
+        cu_seqlens: int32, where the sequences begin and the last one ends.
+        longest: tokens of the longest sequence.
+        scale: factor of the scores.
+
+    Returns:
+        Shape (T, H, E).
+    """
+    backend = "flash-attn" if _flash_attn() else "varlen"
+    return _varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, causal=False, backend=backend)
+
+
+def _vision_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Qwen's tower: full attention inside images or windows."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), scale=scaling)[None], None
+
+
+LANGUAGE_MODEL = "vapr_segments"
+VISION_TOWER = "vapr_flash_vision"  # transformers hands over cu_seqlens only where the name contains "flash"
+
+AttentionInterface.register(LANGUAGE_MODEL, _language_model_attention)
+AttentionInterface.register(VISION_TOWER, _vision_attention)

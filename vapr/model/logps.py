@@ -1,0 +1,49 @@
+"""Hidden states + PackedBatch -> log-probs of tokens and of completions.
+
+T = packed tokens, L = predictions, M = predictions counted once per completion, C = completions, P = pairs.
+"""
+
+import torch
+from torch import Tensor
+
+from vapr.batches.packing import PackedBatch
+from vapr.model.policy import Policy, hidden_states
+from vapr_kernels import gather_rows, linear_logps
+from vapr_kernels.linear_logps import Mode
+
+
+def token_logps(
+    policy: Policy, batch: PackedBatch, features: Tensor | None = None, reference_logps: Tensor | None = None
+) -> Tensor:
+    """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head.
+
+    Args:
+        features: the batch's image features, if known already.
+        reference_logps: the reference's log-probs, laid out as :func:`per_completion`, (M,), if known. They tell the
+            kernel where to expect the logits and change nothing else.
+    """
+    rows = gather_rows(hidden_states(policy, batch, features), batch.predict_from)  # (L, D)
+    if reference_logps is not None:
+        first_copy = batch.sum_prediction.order[batch.sum_prediction.starts[:-1]]
+        reference_logps = reference_logps[first_copy]  # (L,)
+    mode: Mode = "auto" if policy.kernels else "torch"
+    return linear_logps(rows, policy.head, batch.labels, reference_logps=reference_logps, mode=mode)
+
+
+def per_completion(logps: Tensor, batch: PackedBatch) -> Tensor:
+    """Token log-probs laid out completion by completion, shape (M,); shared tokens appear once in each."""
+    return gather_rows(logps, batch.sum_prediction)
+
+
+def completion_logps(counted: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted sum over each completion's tokens: log-probs (M,) -> (P, 2), chosen first.
+
+    Shared tokens count in both sums, so in a loss of the difference their gradients cancel exactly.
+    """
+    sums = completion_sums(counted * batch.token_weights, batch)
+    return torch.stack([sums.index_select(0, batch.chosen), sums.index_select(0, batch.rejected)], dim=1)
+
+
+def completion_sums(counted: Tensor, batch: PackedBatch) -> Tensor:
+    """Sum over the tokens of every completion, (M,) -> (C,)."""
+    return batch.completions.sums(counted)

@@ -1,0 +1,1 @@
+"""The training loop and what belongs to a run: steps, checkpoints, metrics, export."""

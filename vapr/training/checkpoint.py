@@ -1,0 +1,239 @@
+"""Save and resume: safetensors and JSON, whole or not at all.
+
+``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
+``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vapr.batches.model_folder import copy_processor_files
+from vapr.cache import give_ordinary_permissions, written_whole
+from vapr.config import CheckpointConfig
+from vapr.errors import UserError, one_line
+from vapr.model.policy import Policy
+from vapr.training.engine import Engine
+
+LOWER_IS_BETTER = ("eval/loss",)
+
+
+def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
+    """Write a checkpoint and delete those that ``keep`` does not ask for.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        engine: whose weights and optimizer state are saved.
+        state: JSON data to get back from :func:`load`.
+        keep: how many of the newest stay, and whether the best does.
+    """
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    weights, moments = engine.state()
+    try:
+        _save_tensors(weights, temporary / "weights.safetensors")
+        _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, **state})
+    except (OSError, UserError):
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync_folder(folder.parent)
+    delete_old(run_dir, keep)
+    return folder
+
+
+def delete_old(run_dir: Path, keep: CheckpointConfig) -> None:
+    """Delete all checkpoints but the ``keep.keep`` newest and, with ``keep.best``, the best."""
+    best = best_checkpoint(run_dir, keep.best_metric) if keep.best else None
+    for old in list_checkpoints(run_dir)[: -keep.keep]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old)
+
+
+def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, float] | None:
+    """Find the checkpoint whose held-out figure in metrics.jsonl is best, of equal ones the first; None: none has one.
+
+    Only checkpoints that are still there count.
+    """
+    figures = {step: values[metric] for step, values in evaluations(run_dir).items() if values.get(metric) is not None}
+    folders = list_checkpoints(run_dir)
+    scored = [(folder, figures[step]) for folder in folders if (step := step_of(folder)) in figures]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return max(scored, key=lambda entry: sign * entry[1], default=None)
+
+
+def evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Read the held-out figures of a run: step -> ``eval/...`` -> value."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            if '"eval/loss"' in line:
+                with contextlib.suppress(ValueError):  # the half-written last line of a killed run
+                    entry = json.loads(line)
+                    found[entry["step"]] = entry
+    return found
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if is_checkpoint(f)), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the name is a whole checkpoint's."""
+    return re.fullmatch(r"step-\d{6,}", folder.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps done when the checkpoint was written."""
+    return int(folder.name[5:])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what was saved beside a checkpoint's weights. Raises UserError if it is damaged."""
+    try:
+        return dict(json.loads((folder / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'state.json'}: cannot be read ({one_line(error)})") from None
+
+
+def load(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Restore weights, optimizer, schedule and random state; returns the saved state.
+
+    Raises:
+        UserError: if the checkpoint is damaged or belongs to another model.
+    """
+    try:
+        weights = load_file(folder / "weights.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        if shapes := [n for n, master in engine.masters.items() if weights[n].shape != master.shape]:
+            raise ValueError(f"'{shapes[0]}' has another shape")
+        engine.load_state(weights, moments, state["step"])
+        torch.set_rng_state(moments["random.cpu"])
+        if "random.cuda" in moments and torch.cuda.is_available():
+            torch.cuda.set_rng_state(moments["random.cuda"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}: checkpoint cannot be used ({reason}); delete it to resume from the one before"
+        ) from None
+    return state
+
+
+def save_final(policy: Policy, folder: Path) -> None:
+    """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all."""
+    with new_folder(folder) as temporary:
+        if policy.adapters is not None:
+            save_adapter(policy, temporary)
+        else:
+            save_model(policy, temporary)
+
+
+def save_start(policy: Policy, folder: Path) -> None:
+    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
+    with new_folder(folder) as temporary:
+        save_model(policy, temporary)
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Write the weights below the adapters, and processor files, as a Hugging Face folder."""
+    weights = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in policy.base.state_dict().items()
+        if ".lora_" not in name
+    }
+    with _as_os_error(folder):
+        policy.base.save_pretrained(folder, state_dict=weights)
+    copy_processor_files(policy.folder, folder)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the PEFT adapter, and processor files."""
+    assert policy.adapters is not None
+    with _as_os_error(folder):
+        policy.adapters.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
+    write_json(folder / "adapter_config.json", settings)
+    copy_processor_files(policy.folder, folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all. Raises UserError if it cannot be written."""
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into that appears as ``folder``, with ordinary permissions, when it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _finish(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    with _as_os_error(path):
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    _finish(path)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _finish(path: Path) -> None:
+    """Make a written file last, and readable by whom the umask allows."""
+    give_ordinary_permissions(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

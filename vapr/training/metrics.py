@@ -1,0 +1,172 @@
+"""What is logged: metrics.jsonl, the trackers, and the figures in them."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vapr.batches.loader import Step
+from vapr.model.policy import Policy
+from vapr.training.trackers import Tracker
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
+
+
+class Totals:
+    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for."""
+
+    NAMES = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # fp64, so that the order of adding does not show
+        self.num_pairs = 0
+
+    def add(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, logps: Tensor) -> None:
+        """Add a micro-batch: everything (P,), ``logps`` (P, 2)."""
+        margins = chosen_rewards - rejected_rewards
+        rows = (losses, chosen_rewards, rejected_rewards, margins, (margins > 0).float(), logps[:, 0], logps[:, 1])
+        sums = torch.stack([row.detach().double().sum() for row in rows])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.num_pairs += len(losses)
+
+    def means(self) -> dict[str, float]:
+        assert self._sums is not None
+        return dict(zip(self.NAMES, (self._sums / self.num_pairs).tolist(), strict=True))
+
+
+class MetricsLog:
+    """Appends one JSON object a line to metrics.jsonl and sends the numbers to the trackers.
+
+    Args:
+        run_dir: the run's folder.
+        resume_step: objects after this step are cut off; None starts a new file.
+        trackers: see :mod:`vapr.training.trackers`; closed with the log.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+        self._sent: set[tuple[int, bool]] = set()  # what was cut off, and a tracker may have: step, whether evaluation
+        self._path = run_dir / "metrics.jsonl"
+        self.evaluated: dict[int, float] = {}  # held-out loss by step
+        if resume_step is not None and self._path.exists():
+            self._cut_off(resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        # JSON knows no NaN: a number that is none becomes null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        self._note_evaluation(step, clean)
+        known = {name: value for name, value in clean.items() if value is not None}
+        for tracker in self._trackers:
+            if tracker.cuts_off or (step, "eval/loss" in values) not in self._sent:
+                tracker.write(step, known)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _note_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        if "eval/loss" in values:
+            loss = values["eval/loss"]
+            self.evaluated[step] = math.inf if loss is None else loss
+
+    def _cut_off(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+                if entry["step"] > step:
+                    self._sent.add((entry["step"], "eval/loss" in entry))
+                    continue
+                kept.append(line)
+                self._note_evaluation(entry["step"], entry)
+            except (ValueError, KeyError):
+                continue  # the half-written last line of a killed run
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+
+def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
+    """Speed and memory of a whole step: waiting for data, forward, backward, update."""
+    peak = peak_flops(policy.device)
+    return {
+        "pairs_per_second": step.num_pairs / seconds,
+        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
+        "peak_memory_mib": peak_memory_mib(policy.device),
+    }
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """The figures of a training step in one line."""
+    return (
+        f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
+        f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+    )
+
+
+def held_out_in_words(step: int, evaluated: dict[int, float], values: dict[str, Any]) -> str:
+    """The figures of an evaluation in one line; ``evaluated`` holds the held-out loss of every step that has one."""
+    best = min(evaluated, key=lambda one: (evaluated[one], one))
+    return (
+        f"step {step:,} held out: loss {values['eval/loss']:.4f} acc {values['eval/rewards/accuracies']:.2f} "
+        f"margin {values['eval/rewards/margins']:+.3f}; "
+        + ("the lowest loss so far" if best == step else f"lowest loss {evaluated[best]:.4f} at step {best:,}")
+    )
+
+
+def useful_flops(policy: Policy, step: Step) -> float:
+    """FLOPs a step needs on shared tokens: what sharing saves is not counted, recomputation neither.
+
+    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
+    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
+    """
+    config = policy.base.config.get_text_config()
+    layers = policy.base.model.language_model.layers
+    weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
+    adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
+    passes = 2 if policy.adapters is not None else 3
+    flops = 2.0 * step.num_tokens * (weights * passes + adapters * 3)
+    for batch in step.batches:
+        flops += 2.0 * passes * len(batch.labels) * policy.head.numel()
+        attended = sum(
+            q * k - q * (q - 1) / 2 for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
+        )
+        flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
+    return flops
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device, None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,181 @@
+"""The run's folder: who may write to it, what a resumed run must agree with, what describes it."""
+
+import difflib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from vapr.config import Config
+from vapr.errors import UserError
+from vapr.model.policy import Policy
+from vapr.model.reference import reference_root, weights_hash
+from vapr.training import checkpoint
+
+MAY_CHANGE = (
+    "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
+    "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
+)  # fmt: skip
+"""Keys (and what lies below them) that a resumed run may set differently."""
+
+START = "policy"
+"""Folder of the merged policy, in a run with LoRA that began from an adapter."""
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+# A lock is the trainer's, not its workers', who would keep it when the trainer is killed.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held])
+
+
+class RunDir:
+    """Opens ``config.run_dir`` for one process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: if it holds a run and ``resume`` is false, is in use, or was started with another config.
+    """
+
+    def __init__(self, config: Config, *, resume: bool) -> None:
+        self.path = Path(config.run_dir)
+        if resume and not self.path.exists():
+            raise UserError(
+                f"run_dir: {self.path} does not exist, so there is nothing to resume; {_runs_beside(self.path)}"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run_dir: {self.path} cannot be written ({error.strerror})") from None
+        _held.add(self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run_dir: {self.path} is in use by another vapr process") from None
+        try:
+            self._check(config, resume)
+        except UserError:
+            self._lock.close()
+            raise
+
+    def _check(self, config: Config, resume: bool) -> None:
+        if not self.holds_run:
+            return
+        if not resume:
+            raise UserError(f"run_dir: {self.path} holds a run; continue it with --resume, or give another run_dir")
+        if difference := _difference(self.path / "config.yaml", config):
+            raise UserError(f"run_dir: {self.path} was started with {difference}; set it back, or give another run_dir")
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether at least one step was taken here."""
+        metrics = self.path / "metrics.jsonl"
+        begun = metrics.is_file() and metrics.stat().st_size > 0
+        return begun or self.finished or bool(checkpoint.list_checkpoints(self.path))
+
+    @property
+    def final(self) -> Path:
+        """Where the aligned model goes."""
+        return self.path / "final"
+
+    @property
+    def start(self) -> Path:
+        """Where the policy of a run with LoRA that began from an adapter is kept, merged."""
+        return self.path / START
+
+    @property
+    def finished(self) -> bool:
+        return self.final.is_dir()
+
+    def describe(self, config: Config, policy: Policy) -> None:
+        """Write config.yaml (resolved) and environment.json.
+
+        Raises:
+            UserError: if a run is there that began with other weights; what it has trained would not fit these.
+        """
+        weights = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        if self.holds_run and weights_at_start(self.path) not in (None, weights):
+            raise UserError(
+                f"policy.model: the weights of {config.policy.model} changed since {self.path} was started; restore "
+                "them, or give another run_dir"
+            )
+        text = yaml.safe_dump(config.as_dict(), sort_keys=False)
+        temporary = self.path / "config.yaml.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.path / "config.yaml")
+        checkpoint.write_json(self.path / "environment.json", {**environment(policy), "weights": weights})
+
+
+def weights_at_start(run: Path) -> str | None:
+    """The hash of the weights that a run began with; None if it is not known."""
+    try:
+        return str(json.loads((run / "environment.json").read_text())["weights"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def environment(policy: Policy) -> dict[str, Any]:
+    """Versions and devices that a reader of the run wants to know."""
+    versions: dict[str, str | None] = {}
+    for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    device = (
+        torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "model_folder": str(policy.folder),
+        "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
+        "attention": policy.attention_backend,
+        "kernels": policy.kernels,
+        "left_unfused": policy.left_unfused,
+    }
+
+
+def _runs_beside(path: Path) -> str:
+    """Name the runs in the same folder, the nearest name first, or the way out."""
+    folders = [file.parent for name in ("metrics.jsonl", "config.yaml") for file in path.parent.glob(f"*/{name}")]
+    runs = sorted(set(folders), key=lambda run: (-difflib.SequenceMatcher(None, path.name, run.name).ratio(), run))
+    if not runs:
+        return f"there is no run in {path.parent} either; start it without --resume"
+    return f"runs beside it: {', '.join(map(str, runs[:5]))}" + (f" and {len(runs) - 5} more" if len(runs) > 5 else "")
+
+
+def _difference(saved: Path, config: Config) -> str | None:
+    """The first key whose value is not the saved run's, as ``key: value (now value)``."""
+    try:
+        before = _flat(yaml.safe_load(saved.read_text()))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
+    now = _flat(config.as_dict())
+    for key in {**before, **now}:
+        if any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+            continue
+        if before.get(key) != now.get(key):
+            return f"{key}: {before.get(key)} (now {now.get(key)})"
+    return None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return _flat({str(n): item for n, item in enumerate(value)}, prefix)
+    return {prefix.rstrip("."): value}
