@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import trl_processor
+from vapr.batches.families import load_model_config
 from vapr.batches.loader import open_loader
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import Workers, default_workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig, PolicyConfig
-from vapr.model.policy import load_model_config
 
 PAIRS_PER_STEP = 64
 SETTLING_STEPS = 2

@@ -70,7 +70,7 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
     from bench.editing_arms import Asking, Bare, Known, WholeUnit, timed_alone
     from vapr.editing.config import EditConfig
     from vapr.editing.draft.editor import Editor
-    from vapr.editing.job.run import Start, open_editor
+    from vapr.editing.job.start import Start, open_editor
 
     source = write_rows(folder / "open.jsonl", open_rows(options.turns, images))
     settings = ("ask.attempts=1", "ask.max_tokens=128", "engine.max_model_len=2048")

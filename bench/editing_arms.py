@@ -11,9 +11,9 @@ import torch
 
 from vapr.editing.draft.editor import Editor
 from vapr.editing.job.folder import Job
-from vapr.editing.job.run import Start, identity, open_job
+from vapr.editing.job.start import Start, identity, open_job
 from vapr.editing.job.worker import work
-from vapr.editing.llm.open import LanguageModel, Reply, Request, tell_nobody
+from vapr.editing.llm.request import LanguageModel, Reply, Request, tell_nobody
 from vapr.editing.llm.vllm_offline import OfflineModel
 from vapr.progress import Display
 

@@ -22,7 +22,8 @@ from bench.editing_rows import PLACES, plural, write_images, write_rows
 from bench.record import record
 from vapr.audit.text_probes import in_two_pairs, ngram_differences, probe
 from vapr.editing.config import EditConfig
-from vapr.editing.job.run import Start, run
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
 
 PLAUSIBLE = {
     "banana": ("yellow", "green", "brown"), "apple": ("red", "green", "yellow"),

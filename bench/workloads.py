@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, Qwen2VLImageProcessorPil
 
+from vapr.batches.families import FAMILIES
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
-from vapr.model.policy import FAMILIES, Policy, load_policy
+from vapr.model.policy import Policy, load_policy
 
 PROMPT_WORDS = 30
 

@@ -7,6 +7,7 @@ source "$(dirname "$0")/setup.sh" dev
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
+.venv/bin/lint-imports --no-logo
 # One thread a process: several that spin for the same core are slower than one.
 export OMP_NUM_THREADS=1
 

@@ -291,7 +291,8 @@ def edit(
     """
     from vapr.editing.config import EditConfig
     from vapr.editing.job import summary, trial
-    from vapr.editing.job.run import Start, run
+    from vapr.editing.job.run import run
+    from vapr.editing.job.start import Start
 
     settings = EditConfig.load(config, overrides).with_source(
         format=name, columns=_mapped(columns), image_root=image_root, split=split, subset=subset

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vapr.data.formats import FormatName, check_columns
+from vapr.format_names import FormatName, check_columns
 
 STRICT_KEYS = {"extra": "forbid", "allow_inf_nan": False}
 """pydantic's settings for every section: no unknown keys, no NaN."""

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
-from vapr.data.formats import FORMAT_NAMES
 from vapr.errors import UserError
+from vapr.format_names import FORMAT_NAMES
 from vapr.yaml_file import read_yaml
 
 Parsed = TypeVar("Parsed")

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vapr.batches.families import load_model_config
 from vapr.batches.loader import PairLoader, open_loader
 from vapr.batches.survey import stops_training, survey
 from vapr.batches.tokenize import Processor
@@ -14,7 +15,6 @@ from vapr.config import Config, PackingConfig, SourceConfig
 from vapr.data.pairs import Pairs, write_pairs
 from vapr.data.sources import open_sets
 from vapr.errors import UserError
-from vapr.model.policy import load_model_config
 
 ROW = {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from vapr.batches import loader
+from vapr.batches.families import load_model_config
 from vapr.batches.loader import PairLoader
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import ATTEMPTS, Workers, default_workers
 from vapr.config import PackingConfig
 from vapr.errors import BadRow, UserError
-from vapr.model.policy import load_model_config
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from PIL import Image
 
 from vapr.config import Config, SourceConfig
 from vapr.data.convert import convert
-from vapr.data.formats import FORMAT_NAMES, detect
+from vapr.data.formats import detect
 from vapr.data.pair import PreferencePair
 from vapr.data.sources import open_sets, read_pairs
 from vapr.data.writers import SUFFIXES_OF_FORMATS, WRITER_NAMES
 from vapr.errors import UserError
+from vapr.format_names import FORMAT_NAMES
 from vapr.training import trainer
 
 QUESTION, CHOSEN, REJECTED = "What animal is this?", "A grey cat.", "A grey dog."

@@ -15,7 +15,8 @@ from PIL import Image
 
 from vapr.config_file import parse_config
 from vapr.editing.config import EditConfig
-from vapr.editing.job.run import Start, run
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
 
 SECONDS = 200.0
 """Longest wait for another process; a test that goes wrong ends all the same."""

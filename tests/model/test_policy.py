@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from vapr.batches.families import TRANSFORMERS, load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
@@ -20,7 +21,7 @@ from vapr.errors import UserError
 from vapr.model import policy as model_module
 from vapr.model.attention import choose_backend
 from vapr.model.logps import token_logps
-from vapr.model.policy import TRANSFORMERS, hidden_states, load_model_config, load_policy
+from vapr.model.policy import hidden_states, load_policy
 from vapr_kernels import launch
 
 CPU = torch.device("cpu")

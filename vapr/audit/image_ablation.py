@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vapr.audit.pair_table import PairTable
+from vapr.batches.families import load_model_config
 from vapr.batches.loader import fill_packs
 from vapr.batches.model_folder import find_model
 from vapr.batches.packing import pack
@@ -20,7 +21,7 @@ from vapr.data.pairs import Pairs
 from vapr.errors import UserError
 from vapr.intervals import MIN_GROUPS, bootstrap, percent
 from vapr.model.logps import completion_sums
-from vapr.model.policy import load_model_config, load_policy
+from vapr.model.policy import load_policy
 from vapr.model.reference import Reference
 from vapr.progress import Display
 

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vapr.batches.families import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.batches.tokenize import ProcessedImage, Processor, TokenizedPair
 from vapr.config import Config, TokenWeights
 from vapr.data.pair import PreferencePair
 from vapr.errors import UserError
-from vapr.model.policy import load_model_config
 
 RECENT_IMAGES_BYTES = 512 * 2**20
 """Processed images remembered by all workers together."""

@@ -4,26 +4,17 @@ A format is a function from a row to a row with ``id, images, prompt, chosen, re
 ``weight``, ``category``, ``edits`` where it has them), which :func:`vapr.data.pair.pair_from_row` checks.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 from vapr.data.llama_factory import pair_of_messages
 from vapr.data.row_values import json_object, refuse_instruction_data, refuse_near_misses, without_nulls
 from vapr.errors import BadRow, NoPair
+from vapr.format_names import MAPPED_KEYS
 
 Row = dict[str, Any]
-
-FormatName = Literal[
-    "vapr", "trl", "llava", "povid", "ha-dpo", "seva", "rlaif-v", "rlhf-v", "vlfeedback", "llama-factory",
-    "llama-factory-v1", "ms-swift", "mm-rlhf", "mmpr",
-]  # fmt: skip
-FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
-
-MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
-"""What ``columns`` can name."""
 
 LIKE_IMAGES = (
     "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "image_id", "img", "imgs",
@@ -78,20 +69,6 @@ def as_vapr(row: Any, name: str) -> Any:
         if row.get(media):
             raise BadRow(f"'{media}' rows are not supported")
     return _READERS[name](row)
-
-
-def check_columns(columns: Mapping[str, str] | None, format: str | None) -> None:
-    """Raise ValueError for a key of ``columns`` that is none of :data:`MAPPED_KEYS`.
-
-    With a format given, columns rename that format's own keys, which are not listed here.
-    """
-    if columns is None or format not in ("auto", None):
-        return
-    for key in columns:
-        if key not in MAPPED_KEYS:
-            close = difflib.get_close_matches(key, MAPPED_KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(MAPPED_KEYS)}"
-            raise ValueError(f"data.columns: unknown key '{key}'; {hint}")
 
 
 def map_columns(row: Any, columns: Mapping[str, str]) -> Row:

@@ -13,13 +13,14 @@ from typing import Any, cast
 import numpy as np
 
 from vapr.config import SourceConfig
-from vapr.data.formats import FORMAT_NAMES, detect, map_columns
+from vapr.data.formats import detect, map_columns
 from vapr.data.pair import encodable
 from vapr.data.pairs import Pairs, PairSet, source_name
 from vapr.data.table_rows import TABLES, open_hub, open_saved, open_table, open_tables
 from vapr.data.text_rows import SUFFIXES as TEXTS
 from vapr.data.text_rows import Rows, open_rows
 from vapr.errors import BadRow, UserError
+from vapr.format_names import FORMAT_NAMES
 
 SUFFIXES = (*TEXTS[:2], *TABLES, *TEXTS[2:])
 
@@ -41,7 +42,7 @@ def read_pairs(
         source: .jsonl, .json, .parquet, .arrow or .tar; a folder of such files, read in name order (if it
             has ``pairs/``, only that); a folder that ``save_to_disk`` wrote, or one with LLaMA-Factory's
             ``dataset_info.json``; or a hub id.
-        format: one of ``vapr.data.formats.FORMAT_NAMES``, or ``auto``: told from the first row's keys.
+        format: one of ``vapr.format_names.FORMAT_NAMES``, or ``auto``: told from the first row's keys.
         columns: names of columns for ``prompt``, ``chosen``, ``rejected``, ``images``, ...; ``a.b.0`` goes down.
         image_root: folder all images must lie in; by default paths start at the data file's folder.
         split, subset: of a hub data set; ``subset`` also picks an entry of a ``dataset_info.json``.

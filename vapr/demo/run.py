@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from vapr.batches.families import load_model_config
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
@@ -23,7 +24,6 @@ from vapr.demo.report import write_report
 from vapr.demo.scenes import CATEGORIES, Question, ask, balanced, draw, random_scene
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.errors import UserError
-from vapr.model.policy import load_model_config
 from vapr.progress import Display
 from vapr.training import trainer
 

@@ -15,8 +15,9 @@ from vapr.editing.draft.editor import Draft, Editor
 from vapr.editing.draft.prompts import NONE
 from vapr.editing.draft.trades import PARTNER_LOST
 from vapr.editing.job.pair_rows import read_table
-from vapr.editing.job.run import Start, run
-from vapr.editing.llm.open import Reply
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
+from vapr.editing.llm.request import Reply
 from vapr.editing.rules.agreement import article_of
 from vapr.editing.rules.categories import load_categories
 from vapr.editing.rules.operations import spliced

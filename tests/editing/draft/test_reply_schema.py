@@ -8,7 +8,7 @@ import pytest
 from vapr.editing.config import EditConfig
 from vapr.editing.draft.editor import Editor
 from vapr.editing.draft.prompts import BadReply, edit_schema, read_edits, read_rewrite
-from vapr.editing.llm.open import Reply
+from vapr.editing.llm.request import Reply
 from vapr.editing.rules.categories import load_categories
 from vapr.editing.rules.turns import Turn
 

@@ -9,7 +9,7 @@ import pytest
 from vapr.editing.config import EditConfig
 from vapr.editing.draft.editor import Editor
 from vapr.editing.draft.trades import NO_CATEGORY, NO_PARTNER, PARTNER_LOST, Plan, Planner, Trade, match, release
-from vapr.editing.llm.open import Reply
+from vapr.editing.llm.request import Reply
 from vapr.editing.rules.categories import Categories, Category, ClosedSet, load_categories
 from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.turns import Turn

@@ -28,7 +28,7 @@ from tests.editing.edit_jobs import (
     write_source,
 )
 from tests.editing.fake_server import FakeServer, completion, obedient
-from vapr.editing.job.run import Start
+from vapr.editing.job.start import Start
 from vapr.errors import UserError
 
 pytest_plugins = ["tests.editing.edit_jobs"]

@@ -35,7 +35,8 @@ from vapr.data.sources import read_pairs
 from vapr.editing.draft.editor import Editor
 from vapr.editing.job import folder as job
 from vapr.editing.job import pair_rows, scan
-from vapr.editing.job.run import Start, run
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
 from vapr.errors import UserError
 
 pytest_plugins = ["tests.editing.edit_jobs"]

@@ -30,7 +30,8 @@ from vapr.editing.draft.editor import Editor
 from vapr.editing.job import leases
 from vapr.editing.job import run as runs
 from vapr.editing.job import worker as work
-from vapr.editing.job.run import Start, run
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
 from vapr.errors import UserError
 from vapr.interrupts import Stopped
 

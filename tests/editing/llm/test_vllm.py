@@ -18,7 +18,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edi
 from vapr.editing.config import AskConfig, EngineConfig
 from vapr.editing.llm import vllm_offline as offline
 from vapr.editing.llm.engine_log import EngineLog
-from vapr.editing.llm.open import Request, open_llm
+from vapr.editing.llm.open import open_llm
+from vapr.editing.llm.request import Request
 from vapr.errors import UserError
 
 WINDOW = 1024

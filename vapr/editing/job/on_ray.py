@@ -8,8 +8,8 @@ from typing import Any
 
 from vapr.editing.job.claim import WAIT_SECONDS
 from vapr.editing.job.folder import Job, Unit
-from vapr.editing.job.run import Start, open_editor, open_job
-from vapr.editing.job.run import identity as identity_of
+from vapr.editing.job.start import Start, open_editor, open_job
+from vapr.editing.job.start import identity as identity_of
 from vapr.editing.job.worker import do_unit
 from vapr.errors import UserError
 from vapr.progress import Display

@@ -9,7 +9,7 @@ from vapr.data.pairs import columns_told
 from vapr.editing.draft import editor as edit
 from vapr.editing.draft import trades as plan
 from vapr.editing.job import worker as work
-from vapr.editing.llm.open import CUT_OFF
+from vapr.editing.llm.request import CUT_OFF
 
 CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"

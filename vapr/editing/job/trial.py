@@ -8,8 +8,8 @@ from typing import Any
 
 from vapr.data.pair import Edit
 from vapr.editing.draft.editor import Draft
-from vapr.editing.job.run import Start, open_editor
 from vapr.editing.job.scan import unreadable_images
+from vapr.editing.job.start import Start, open_editor
 from vapr.editing.job.summary import listed, reasons
 from vapr.editing.rules.turns import BadImage, InstructionData, Turn, to_edit
 from vapr.errors import BadRow, UserError, reason_kind

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vapr.editing.config import SAMPLING, EngineConfig
-from vapr.editing.llm.open import Reply, Request, cut_off, tell_nobody
+from vapr.editing.llm.request import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError
 
 LONGEST_BACKOFF = 60.0

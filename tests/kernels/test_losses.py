@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vapr import loss
 from vapr.config import LossConfig
-from vapr.loss import PairLogps, preference_losses
+from vapr_kernels import losses as loss
+from vapr_kernels.losses import PairLogps, preference_losses
 
 # One pair: chosen -10 (reference -12), rejected -9 (reference -8), 5 and 4 tokens; beta 0.5.
 # D(w) = 2, D(l) = -1, so beta (D(w) - D(l)) = 1.5.

@@ -1,0 +1,68 @@
+"""Which architectures pack, and with which versions of transformers that was tested."""
+
+from pathlib import Path
+
+import transformers
+from packaging.specifiers import SpecifierSet
+from transformers import AutoConfig
+
+from vapr.batches.model_folder import is_path
+from vapr.errors import UserError
+
+FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
+    # model type: class, module of the vision tower, module of the projector
+    "llava": (transformers.LlavaForConditionalGeneration, "vision_tower", "multi_modal_projector"),
+    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, "visual", "visual.merger"),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, "visual", "visual.merger"),
+}
+TRANSFORMERS = ">=5.17,<5.25"
+"""Versions whose modules and pixels were tested, as in pyproject.toml."""
+
+BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
+RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
+
+
+def load_model_config(model: str) -> transformers.PreTrainedConfig:
+    """The model's transformers config, refused if its architecture cannot be packed exactly.
+
+    Raises:
+        UserError: for that, for a folder that is no model, and for a version of transformers that was never tested.
+    """
+    if not SpecifierSet(TRANSFORMERS).contains(transformers.__version__):
+        raise UserError(
+            f"transformers {transformers.__version__} is installed, but vapr is tested with {TRANSFORMERS}; "
+            f"install one of those: pip install 'transformers{TRANSFORMERS}'"
+        )
+    if is_path(model) and not Path(model).exists():
+        raise UserError(f"policy.model: {model}: no such folder")
+    if Path(model).is_file():
+        raise UserError(
+            f"policy.model: {model} is a file; give the folder it lies in, which holds config.json, tokenizer and "
+            "image processor as well"
+        )
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"policy.model: {model} is a folder without config.json; give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"policy.model: {model} is no readable model ({' '.join(str(error).split())})") from None
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [])
+    where = f"policy.model: {model} ({config.model_type})"
+    if recurrent := kinds.intersection(RECURRENT) or {text.model_type}.intersection(RECURRENT):
+        raise UserError(
+            f"{where} has recurrent layers ({', '.join(sorted(recurrent))}); packing cannot fork their state"
+        )
+    if config.model_type in BIDIRECTIONAL or getattr(text, "use_bidirectional_attention", None):
+        raise UserError(
+            f"{where} lets image tokens see later ones (bidirectional), which causal packing cannot express"
+        )
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")
+    if kinds - {"full_attention"} or (config.model_type == "llava" and getattr(text, "sliding_window", None)):
+        raise UserError(f"{where} uses sliding-window attention, which packing does not support")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{where} is quantized, which is not supported yet; use the unquantized model")
+    if getattr(config.vision_config, "model_type", "") == "pixtral":
+        raise UserError(f"{where} has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP")
+    return config
