@@ -33,12 +33,12 @@ from bench.record import Timing, matmul_flops, measure, record, synchronize, ver
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
 from vapr.batches.loader import Step
 from vapr.batches.workers import Workers, default_workers
-from vapr.loss import sigmoid_loss
 from vapr.model.logps import completion_logps, per_completion
 from vapr.model.policy import Policy, hidden_states, image_features
 from vapr.training.engine import Engine
 from vapr.training.metrics import useful_flops
 from vapr_kernels import gather_rows, linear_logps
+from vapr_kernels.losses import sigmoid_loss
 
 WARMUP = 2
 KERNELS_OFF = "vapr shared cached, kernels off"

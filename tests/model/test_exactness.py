@@ -23,9 +23,9 @@ from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.data.pair import PreferencePair
-from vapr.loss import sigmoid_loss
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import Policy, load_policy
+from vapr_kernels.losses import sigmoid_loss
 
 EVERYTHING = TrainConfig(language_model=True, projector=True, vision_tower=True)
 
