@@ -22,8 +22,8 @@ from vapr.data.pair import PreferencePair
 from vapr.model.attention import VISION_TOWER
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
-from vapr.training import trainer
 from vapr.training.engine import Engine
+from vapr.training.step import train_step
 
 LR = 1e-3
 """Large, so that a few updates move the loss far enough to compare the arms by it."""
@@ -87,7 +87,7 @@ class VaprArm:
 
     def __call__(self) -> None:
         step = next(self.steps)
-        values, _ = trainer.train_step(self.config, self.policy, self.engine, self.reference, step)
+        values, _ = train_step(self.policy, self.engine, self.reference, step, self.config.loss)
         self.engine.step()
         self.losses.append(values["loss"])
 

@@ -109,7 +109,7 @@ def grouped_heads_equal_repeated_ones(heads: int, groups: int, width: int, causa
 
 @check
 def layer_kernels() -> None:
-    kernels = from_tests("test_gpu_kernels")
+    kernels = from_tests("kernels.test_gpu_kernels")
     kernels.test_swiglu(DEVICE)
     kernels.test_add_rms_norm(3584, DEVICE)
     kernels.test_gather_keys_values(DEVICE)
@@ -119,7 +119,7 @@ def layer_kernels() -> None:
 
 
 def check_head(mode: str, trained: bool, boost: int) -> None:
-    from_tests("test_gpu_kernels").test_the_head(trained, mode, boost, DEVICE)
+    from_tests("kernels.test_gpu_kernels").test_the_head(trained, mode, boost, DEVICE)
 
 
 for mode, trained, boost in (
@@ -131,20 +131,20 @@ for mode, trained, boost in (
 
 @check
 def head_without_gradients() -> None:
-    kernels = from_tests("test_gpu_kernels")
+    kernels = from_tests("kernels.test_gpu_kernels")
     kernels.test_the_heads_of_all_models_without_gradients("qwen2.5-vl-7b", DEVICE)
     kernels.test_the_heads_of_all_models_without_gradients("llava-1.5-7b", DEVICE)
 
 
 @check
 def head_rows_out_of_range() -> None:
-    from_tests("test_gpu_kernels").test_rows_out_of_range_among_others(DEVICE)
+    from_tests("kernels.test_gpu_kernels").test_rows_out_of_range_among_others(DEVICE)
 
 
 @check
 def the_host_never_waits() -> None:
     for trained in (False, True):
-        from_tests("test_gpu_kernels").test_the_host_never_waits(trained, DEVICE)
+        from_tests("kernels.test_gpu_kernels").test_the_host_never_waits(trained, DEVICE)
 
 
 @check

@@ -24,6 +24,7 @@ from vapr.errors import UserError
 from vapr.interrupts import Stopped
 from vapr.training import checkpoint, trainer
 from vapr.training import fill_caches as prepare
+from vapr.training import step as training_step
 from vapr.training.export import export
 
 LOGGED = {
@@ -150,8 +151,8 @@ def test_kill_9_loses_only_what_is_not_checkpointed(make_config, tmp_path):
 def test_a_run_with_kernels_has_the_losses_of_one_without(make_config, photo_rows, device, monkeypatch, capsys):
     """Everything fused, the loss included, through Triton's interpreter where there is no GPU."""
     calls = []
-    fused = trainer.preference_loss
-    monkeypatch.setattr(trainer, "preference_loss", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = training_step.preference_loss
+    monkeypatch.setattr(training_step, "preference_loss", lambda *a, **k: calls.append(1) or fused(*a, **k))
     rows = [row for row in photo_rows if not row.get("images")][:4]
     optim = {"lr": 1e-3, "pairs_per_step": 2, "epochs": 1}
     off = make_config("off", rows=rows, optim=optim, kernels="off")

@@ -31,6 +31,9 @@ class Engine:
     def __init__(self, policy: Policy, config: OptimConfig, num_steps: int) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start one process")
+        self.num_steps = num_steps
+        self.num_updates = 0
+        """Steps done, those without a pair included."""
         self._clip = config.clip
         self._weights = policy.trained_parameters()
         self.masters: dict[str, nn.Parameter] = {}
@@ -56,7 +59,6 @@ class Engine:
         scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
         self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
         self._peak_lr = config.lr
-        self.num_updates = 0
 
     @staticmethod
     def _move_gradient(master: nn.Parameter) -> Any:
@@ -101,7 +103,7 @@ class Engine:
                 weight.copy_(self.masters[name])
 
     def skip_step(self) -> None:
-        """A step without pairs: no update, but the schedule goes on."""
+        """Advance the schedule without an update, for a step without pairs."""
         self.num_updates += 1
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,9 +1,9 @@
-"""What is logged: metrics.jsonl, the trackers, and the figures in them."""
+"""Metrics of a run: metrics.jsonl, the trackers, and the figures in them."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vapr.batches.loader import Step
+from vapr.config import Config
 from vapr.model.policy import Policy
-from vapr.training.trackers import Tracker
+from vapr.training.trackers import Tracker, open_trackers
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
@@ -35,15 +36,16 @@ class Totals:
         self._sums: Tensor | None = None  # fp64, so that the order of adding does not show
         self.num_pairs = 0
 
-    def add(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, logps: Tensor) -> None:
-        """Add a micro-batch: everything (P,), ``logps`` (P, 2)."""
-        margins = chosen_rewards - rejected_rewards
-        rows = (losses, chosen_rewards, rejected_rewards, margins, (margins > 0).float(), logps[:, 0], logps[:, 1])
+    def add(self, losses: Tensor, rewards: Tensor, logps: Tensor) -> None:
+        """Add a micro-batch: ``losses`` (P,), ``rewards`` and ``logps`` (P, 2), chosen first."""
+        margins = rewards[:, 0] - rewards[:, 1]
+        rows = (losses, *rewards.unbind(1), margins, (margins > 0).float(), *logps.unbind(1))
         sums = torch.stack([row.detach().double().sum() for row in rows])
         self._sums = sums if self._sums is None else self._sums + sums
         self.num_pairs += len(losses)
 
     def means(self) -> dict[str, float]:
+        """Return the mean of every figure over the pairs added; waits for the device."""
         assert self._sums is not None
         return dict(zip(self.NAMES, (self._sums / self.num_pairs).tolist(), strict=True))
 
@@ -66,7 +68,13 @@ class MetricsLog:
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
 
+    @classmethod
+    def open(cls, config: Config, run_dir: Path, resume_step: int | None) -> "MetricsLog":
+        """Open the log of a run and the trackers that its config names; see the class for ``resume_step``."""
+        return cls(run_dir, resume_step, open_trackers(config, run_dir, resume_step))
+
     def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append the values of a step, training's or an evaluation's."""
         # JSON knows no NaN: a number that is none becomes null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
@@ -77,7 +85,24 @@ class MetricsLog:
             if tracker.cuts_off or (step, "eval/loss" in values) not in self._sent:
                 tracker.write(step, known)
 
-    def close(self) -> None:
+    def write_evaluation(self, step: int, values: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Append the held-out figures of a step and show them beside the best so far; none where there are none."""
+        if not values:
+            return
+        self.write(step, values)
+        best = min(self.evaluated, key=lambda one: (self.evaluated[one], one))
+        comparison = f"lowest loss {self.evaluated[best]:.4f} at step {best:,}"
+        say(
+            f"step {step:,} held out: loss {values['eval/loss']:.4f} acc {values['eval/rewards/accuracies']:.2f} "
+            f"margin {values['eval/rewards/margins']:+.3f}; "
+            + ("the lowest loss so far" if best == step else comparison)
+        )
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Make the file last and close the trackers."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -121,16 +146,6 @@ def in_words(values: dict[str, Any]) -> str:
     return (
         f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
         f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
-    )
-
-
-def held_out_in_words(step: int, evaluated: dict[int, float], values: dict[str, Any]) -> str:
-    """The figures of an evaluation in one line; ``evaluated`` holds the held-out loss of every step that has one."""
-    best = min(evaluated, key=lambda one: (evaluated[one], one))
-    return (
-        f"step {step:,} held out: loss {values['eval/loss']:.4f} acc {values['eval/rewards/accuracies']:.2f} "
-        f"margin {values['eval/rewards/margins']:+.3f}; "
-        + ("the lowest loss so far" if best == step else f"lowest loss {evaluated[best]:.4f} at step {best:,}")
     )
 
 

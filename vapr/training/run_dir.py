@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import weakref
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +98,22 @@ class RunDir:
     @property
     def finished(self) -> bool:
         return self.final.is_dir()
+
+    def keep_merged_policy(self, policy: Policy, *, begins: bool) -> None:
+        """Keep a policy with an adapter merged into it, where the adapters trained on it find their base.
+
+        Args:
+            policy: nothing is kept unless it has adapters and an adapter was merged into its weights.
+            begins: whether the run starts from its first step; then what an earlier start left is deleted.
+        """
+        if begins and self.start.is_dir():
+            shutil.rmtree(self.start)
+        if policy.merged is None or policy.adapters is None:
+            return
+        if not self.start.is_dir():
+            checkpoint.save_start(policy, self.start)
+        policy.adapters.peft_config["default"].base_model_name_or_path = str(self.start.resolve())
+        print(f"base       {self.start} holds the merged policy, which the run's adapter needs", flush=True)
 
     def describe(self, config: Config, policy: Policy) -> None:
         """Write config.yaml (resolved) and environment.json.

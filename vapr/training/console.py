@@ -1,0 +1,50 @@
+"""What a run prints before its first step and after its last."""
+
+import shlex
+from collections.abc import Sequence
+
+from vapr.batches.loader import PairLoader
+from vapr.config import Config
+from vapr.model.policy import Policy
+from vapr.model.reference import Reference
+from vapr.training import checkpoint
+from vapr.training.run_dir import RunDir
+from vapr.training.run_state import list_skipped
+
+
+def print_setup(
+    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
+) -> None:
+    """Print what is trained, on what, and with which data and loss."""
+    trained = sum(weight.numel() for weight in policy.trained_parameters().values())
+    how = "LoRA" if policy.adapters is not None else "full"
+    eval_pairs = f", {held_out.pairs_per_epoch:,} held out" if held_out is not None else ""
+    size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
+    print(f"policy     {config.policy.model} ({policy.family}), {size}")
+    runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
+    print(f"runs on    {runs_on}, images by {loader.image_backend}")
+    print(
+        f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
+    )
+    if policy.merged is not None:
+        print(f"merged     {policy.merged}")
+    names = {"sigmoid": "sigmoid (DPO)"}
+    losses = " + ".join(f"{term.weight:g} {names.get(term.kind, term.kind)}" for term in config.loss)
+    print(f"loss       {losses}, share {config.packing.share}")
+    print(f"run_dir    {config.run_dir}", flush=True)
+
+
+def print_outcome(
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None
+) -> None:
+    """Print where everything lies, what was skipped, and the command that comes next."""
+    if reference is not None:
+        counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
+        print(f"reference  {counted} ({reference.folder})")
+    if num_skipped := list_skipped(run, loaders):
+        print(f"skipped    {num_skipped} pairs, listed with reasons in {run.path / 'skipped.json'}")
+    if config.checkpoint.best and (best := checkpoint.best_checkpoint(run.path, config.checkpoint.best_metric)):
+        print(f"best       {best[0].name}, {config.checkpoint.best_metric} {best[1]:.4g}")
+    print(f"report     {run.path / 'report.html'}")
+    print(f"final      {run.final}")
+    print(f"next       vapr export {shlex.quote(str(run.path))} --out {shlex.quote(f'{run.path}-model')}")

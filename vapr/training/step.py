@@ -1,0 +1,143 @@
+"""One optimizer step: forward and backward of every pack; and the same forward for held-out pairs.
+
+T = packed tokens, M = completion tokens, P = pairs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vapr.batches.loader import PairLoader, Step
+from vapr.batches.packing import PackedBatch
+from vapr.config import LossConfig
+from vapr.errors import UserError
+from vapr.interrupts import TrainingStopped
+from vapr.model.image_features import Features
+from vapr.model.logps import token_logps
+from vapr.model.policy import Policy, frozen
+from vapr.model.reference import Reference, first_margin
+from vapr.training.checkpoint import write_json
+from vapr.training.engine import Engine
+from vapr.training.fill_caches import shared_image_features
+from vapr.training.metrics import Totals
+from vapr_kernels import naive, preference_loss
+
+
+def train_step(
+    policy: Policy, engine: Engine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
+    features: Features | None = None,
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
+    """Run forward and backward of every pack of a step; the update is the caller's.
+
+    Args:
+        policy: the model being trained.
+        engine: accumulates the gradients.
+        reference: None if no loss needs one.
+        step: at least one pair.
+        loss: terms whose weighted sum is taken.
+        features: cache of image features, where the tower is frozen.
+
+    Returns:
+        The values to log (means over the step's pairs), and (row number, margin) of every pair.
+    """
+    totals = Totals()
+    margins = []
+    for pack in step.batches:
+        batch = pack.to(policy.device)
+        logps, losses, rewards = score(policy, reference, batch, step, loss, features)
+        margins.append(rewards[:, 0] - rewards[:, 1])
+        if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
+            engine.backward(losses.sum() / step.num_pairs)
+        totals.add(losses, rewards, logps)
+    values = {
+        **totals.means(),
+        "grad_norm": float(engine.gradient_norm()),  # waits for the device
+        "lr": engine.lr,
+        "pairs": step.num_pairs,
+        "tokens": step.num_tokens,
+        "tokens_saved": step.num_tokens_unshared - step.num_tokens,
+    }
+    return values, list(zip((pair.number for pair in step.pairs), torch.cat(margins).tolist(), strict=True))
+
+
+def score(
+    policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step, loss: Sequence[LossConfig],
+    features: Features | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute log-probs, losses and rewards of a pack on the policy's device.
+
+    Returns:
+        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta.
+    """
+    shared = shared_image_features(policy, batch, features)
+    reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
+    logps = token_logps(policy, batch, shared, reference_logps)  # (L,)
+    fused_or_naive = preference_loss if policy.kernels else naive.preference_loss
+    losses, rewards, completion_logps = fused_or_naive(
+        logps, reference_logps, batch.completions, loss,
+        mean_chosen_length=(step.num_chosen_tokens or 1.0) / step.num_pairs,
+    )  # fmt: skip
+    return completion_logps, losses, rewards
+
+
+def evaluate(
+    policy: Policy, reference: Reference | None, held_out: PairLoader, loss: Sequence[LossConfig],
+    features: Features | None, note: Callable[[str], None],
+) -> dict[str, float]:  # fmt: skip
+    """Compute the training metrics on held-out pairs, without gradients.
+
+    ``note`` is shown how far it is after every pack.
+
+    Returns:
+        ``eval/...`` -> mean over the pairs; empty if none could be used.
+    """
+    totals = Totals()
+    with frozen(policy):
+        for step in held_out.steps(0, held_out.steps_per_epoch):
+            for pack in step.batches:
+                batch = pack.to(policy.device)
+                logps, losses, rewards = score(policy, reference, batch, step, loss, features)
+                totals.add(losses, rewards, logps)
+                note(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
+    if not totals.num_pairs:  # no reason to lose a trained model
+        print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
+        return {}
+    return {f"eval/{name}": value for name, value in totals.means().items()}
+
+
+def check_first_margin(
+    policy: Policy, reference: Reference, step: Step, tolerance: float | None, say: Callable[[str], None]
+) -> None:
+    """Raise UserError if the policy differs from its reference before the first update by more than rounding.
+
+    ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures.
+    """
+    before = reference.hits + reference.misses
+    largest, allowed = first_margin(policy, reference, step.batches)
+    reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
+    allowed = tolerance or allowed
+    say(f"first step: largest |log-ratio| to the reference {largest:.2e} (tolerance {allowed:.2e})")
+    if not largest <= allowed:
+        raise UserError(
+            f"the policy differs from its reference before the first update: |log-ratio| {largest:.2e} exceeds "
+            f"{allowed:.2e}; delete {reference.folder}, or raise reference.tolerance if you know why"
+        )
+
+
+def stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path) -> None:
+    """Raise TrainingStopped if the loss or the gradient is not finite, with the step's pairs listed in a file."""
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if not bad:
+        return
+    rows = [f"{pair.where} ({pair.id})" for pair in step.pairs]
+    listed = run_dir / f"not-finite-step-{number:06d}.json"
+    write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
+    raise TrainingStopped(
+        f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
+        f"checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
+        + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    )
