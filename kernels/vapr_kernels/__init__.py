@@ -3,7 +3,7 @@
 from vapr_kernels.add_rms_norm import add_rms_norm, rms_norm
 from vapr_kernels.gather_keys_values import gather_keys_values
 from vapr_kernels.gather_rows import gather_rows
-from vapr_kernels.linear_logps import linear_logps, linear_logps_and_stats
+from vapr_kernels.linear_logps import linear_logps
 from vapr_kernels.lora_linear import lora_linear
 from vapr_kernels.preference_loss import preference_loss
 from vapr_kernels.rotary import rotary
@@ -14,7 +14,6 @@ __all__ = [
     "gather_keys_values",
     "gather_rows",
     "linear_logps",
-    "linear_logps_and_stats",
     "lora_linear",
     "preference_loss",
     "rms_norm",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vapr_kernels import launch
 from vapr_kernels.launch import operand, rounded, tl, triton
-from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
+from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, safe_offset, store_row_stats
 from vapr_kernels.target_logits import target_logits
 
 
@@ -52,7 +52,7 @@ FP32_TILE = Tile(64, 64, 32, 4, 2)
 
 @triton.jit
 def _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr):
-    """Logits (minus infinity in the target's column and past the last one), logits less their row's base, and E."""
+    """Return the logits (minus infinity in the target's column and past the last one) and E."""
     label = tl.load(labels_ptr + rows, mask=live, other=-1)
     target = tl.load(target_ptr + rows, mask=live, other=0.0)
     offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
@@ -60,23 +60,18 @@ def _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
     # The target is left out by its column, never by its value: ties must survive.
     others = (cols[None, :] != label[:, None]) & (cols < V)[None, :]
     logits = tl.where(others, acc, float("-inf"))
-    z = (logits - high[:, None]) - low[:, None]
-    return logits, z, tl.exp2(z * LOG2E)
+    return logits, tl.exp2(((logits - high[:, None]) - low[:, None]) * LOG2E)
 
 
 @triton.jit
-def _store_partials(
-    logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E: tl.constexpr, STATS: tl.constexpr
-):
-    """What one tile of columns adds to each row: planes of (N, R) with sums, maxima, sums as stored, sums of E z."""
+def _store_partials(logits, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E: tl.constexpr):
+    """Store what one tile of columns adds to each row: planes of (N, R) with sums, maxima and sums as stored."""
     plane = tl.cast(num_tiles, tl.int64) * R
     at = partials_ptr + tile_n.to(tl.int64) * R + rows
     tl.store(at, tl.sum(E, 1), mask=live)
     tl.store(at + plane, tl.max(logits, 1), mask=live)
     if WITH_E:
         tl.store(at + 2 * plane, tl.sum(stored.to(tl.float32), 1), mask=live)
-    if STATS:
-        tl.store(at + (3 if WITH_E else 2) * plane, tl.sum(tl.where(E > 0.0, E * z, 0.0), 1), mask=live)
 
 
 @launch.Kernel
@@ -98,7 +93,6 @@ def _exp_logits_kernel(
     LISTED: tl.constexpr,
     WITH_E: tl.constexpr,
     STORE_E: tl.constexpr,
-    STATS: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -128,10 +122,10 @@ def _exp_logits_kernel(
                 x = tl.load(x_tile_ptr + start, mask=(start + k < D)[None, :], other=0.0)
                 w = tl.load(w_tile_ptr + start, mask=(start + k < D)[:, None], other=0.0)
             acc += tl.dot(operand(x), operand(w), zeros, input_precision="ieee")
-        logits, z, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        logits, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
         stored = rounded(E, x_ptr.dtype.element_ty)
         num_tiles = tl.cdiv(V, BLOCK_V)
-        _store_partials(logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        _store_partials(logits, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E)
         if STORE_E:
             at = rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
             tl.store(e_ptr + at, stored, mask=live[:, None] & (cols < V)[None, :])
@@ -152,7 +146,6 @@ def _exp_logits_tma_kernel(
     zero,  # 0.0
     WITH_E: tl.constexpr,
     STORE_E: tl.constexpr,
-    STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -171,10 +164,10 @@ def _exp_logits_tma_kernel(
         rows = first_row + tl.arange(0, BLOCK_R)
         live = rows < R
         cols = first_col + tl.arange(0, BLOCK_V)
-        logits, z, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
+        logits, E = _exponentials(acc, rows, live, cols, V, labels_ptr, target_ptr, offsets_ptr)
         stored = rounded(E, x_desc.dtype)
         num_tiles = tl.cdiv(V, BLOCK_V)
-        _store_partials(logits, z, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E, STATS)
+        _store_partials(logits, E, stored, tile_n, num_tiles, rows, live, R, partials_ptr, WITH_E)
         if STORE_E:
             e_desc.store([first_row, first_col], stored)
 
@@ -187,12 +180,11 @@ def _settle_kernel(
     unsafe_ptr,  # (R,), the rows to settle, if LISTED
     num_unsafe_ptr,  # (1,)
     is_unsafe_ptr,  # (R,), written unless LISTED
-    out_ptr,  # (5, R)
+    out_ptr,  # (3, R)
     R,
     N,
     LISTED: tl.constexpr,
     WITH_E: tl.constexpr,
-    STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -205,7 +197,6 @@ def _settle_kernel(
         S = tl.zeros((BLOCK_R,), tl.float32)
         M = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         stored = tl.zeros((BLOCK_R,), tl.float32)
-        weighted = tl.zeros((BLOCK_R,), tl.float32)
         plane = tl.cast(N, tl.int64) * R
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
@@ -215,13 +206,11 @@ def _settle_kernel(
             M = tl.maximum(M, tl.max(tl.load(at + plane, mask=inside, other=float("-inf")), 0))
             if WITH_E:
                 stored += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
-            if STATS:
-                weighted += tl.sum(tl.load(at + (3 if WITH_E else 2) * plane, mask=inside, other=0.0), 0)
-        target = tl.load(target_ptr + rows, mask=live, other=0.0)
         offset = tl.load(offsets_ptr + rows, mask=live, other=0.0)
-        store_row_stats(S, stored if WITH_E else S, M, weighted, target, offset, rows, live, out_ptr, R, STATS)
+        store_row_stats(S, stored if WITH_E else S, offset, rows, live, out_ptr, R)
         if not LISTED:
             unsafe = is_unsafe(S)
+            target = tl.load(target_ptr + rows, mask=live, other=0.0)
             tl.store(is_unsafe_ptr + rows, unsafe.to(tl.int32), mask=live)
             tl.store(offsets_ptr + rows, safe_offset(M, target), mask=live & unsafe)
 
@@ -263,10 +252,8 @@ def tile_for(x: Tensor) -> Tile:
     return TILES.get(capability) or TILES[min(TILES, key=lambda known: (known > capability, abs(known - capability)))]
 
 
-def exp_logits(
-    x: Tensor, w: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool, stats: bool
-) -> RowStats:
-    """One pass over the logits; returns what it tells of the rows.
+def exp_logits(x: Tensor, w: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool) -> RowStats:
+    """Compute log-prob, odds and scale of each row in one pass over its logits.
 
     Args:
         x: rows, shape (R, D), contiguous.
@@ -275,7 +262,6 @@ def exp_logits(
         offsets: octaves, whole numbers in fp32, shape (R,); unsafe rows get others.
         E: where E is stored if wanted, made by :func:`exp_buffer` in the dtype of ``x``.
         with_e: whether E will be wanted, now or from :func:`exponentials`: ``scale`` is then that of E as it is stored.
-        stats: whether top-1 and entropy are wanted.
     """
     tile = tile_for(x)
     num_rows, num_tiles = len(x), triton.cdiv(len(w), tile.columns)
@@ -283,19 +269,20 @@ def exp_logits(
     scratch = _Scratch(
         target=target_logits(x, w, labels),
         offsets=offsets.clone(),
-        partials=new(2 + with_e + stats, num_tiles, num_rows),
+        partials=new(2 + with_e, num_tiles, num_rows),
         flags=new(num_rows, dtype=torch.int32),
         unsafe=new(num_rows, dtype=torch.int32),
         num_unsafe=new(1, dtype=torch.int32),
     )
-    out = new(5, num_rows)
+    out = new(3, num_rows)
     # The second time nearly always nothing is listed, and both return at once; asking the device would cost more.
     for listed in (False, True) if num_rows else ():
-        _tiles(x, w, labels, scratch, E, tile, listed=listed, with_e=with_e, stats=stats)
-        _settle(scratch, out, num_rows, listed=listed, with_e=with_e, stats=stats)
+        _tiles(x, w, labels, scratch, E, tile, listed=listed, with_e=with_e)
+        _settle(scratch, out, num_rows, listed=listed, with_e=with_e)
         if not listed:
             _list_kernel[(1,)](scratch.flags, scratch.unsafe, scratch.num_unsafe, num_rows, BLOCK_R=1024)
-    return row_stats(out, scratch.target, scratch.offsets, stats=stats)
+    logps, log_odds, scale = out
+    return RowStats(logps, log_odds, scale, scratch.target, scratch.offsets)
 
 
 def exponentials(x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offsets: Tensor) -> Tensor:
@@ -309,7 +296,7 @@ def exponentials(x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offsets: 
     if len(x):
         none = torch.empty(0, dtype=torch.int32, device=x.device)
         scratch = _Scratch(target, offsets, partials, none, none, none)
-        _tiles(x, w, labels, scratch, E, tile, listed=False, with_e=False, stats=False)
+        _tiles(x, w, labels, scratch, E, tile, listed=False, with_e=False)
     return E
 
 
@@ -321,7 +308,7 @@ def exp_buffer(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
 
 def _tiles(
     x: Tensor, w: Tensor, labels: Tensor, scratch: _Scratch, E: Tensor | None, tile: Tile, *, listed: bool,
-    with_e: bool, stats: bool,
+    with_e: bool,
 ) -> None:  # fmt: skip
     """Launch the matrix product over all rows, or over the listed ones."""
     if listed:  # few rows, scattered: half the tile leaves registers for their addresses
@@ -332,7 +319,6 @@ def _tiles(
     options: dict[str, Any] = {
         "WITH_E": with_e,
         "STORE_E": E is not None,
-        "STATS": stats,
         "BLOCK_R": tile.rows,
         "BLOCK_V": tile.columns,
         "BLOCK_D": tile.inner,
@@ -364,10 +350,10 @@ def _descriptor(x: Tensor, stride: int, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [stride, 1], [rows, columns])
 
 
-def _settle(scratch: _Scratch, out: Tensor, num_rows: int, *, listed: bool, with_e: bool, stats: bool) -> None:
+def _settle(scratch: _Scratch, out: Tensor, num_rows: int, *, listed: bool, with_e: bool) -> None:
     block = 32
     grid = 1 if listed else triton.cdiv(num_rows, block)
     _settle_kernel[(grid,)](
         scratch.partials, scratch.target, scratch.offsets, scratch.unsafe, scratch.num_unsafe, scratch.flags, out,
-        num_rows, scratch.partials.shape[1], LISTED=listed, WITH_E=with_e, STATS=stats, BLOCK_R=block, BLOCK_N=64,
+        num_rows, scratch.partials.shape[1], LISTED=listed, WITH_E=with_e, BLOCK_R=block, BLOCK_N=64,
     )  # fmt: skip

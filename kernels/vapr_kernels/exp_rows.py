@@ -10,36 +10,30 @@ from torch import Tensor
 
 from vapr_kernels import launch
 from vapr_kernels.launch import rounded, tl, triton
-from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, row_stats, safe_offset, store_row_stats
+from vapr_kernels.row_stats import LOG2E, RowStats, base_of, is_unsafe, safe_offset, store_row_stats
 
 BLOCK_V = 2048
 
 
 @triton.jit
-def _one_pass(
-    row_ptr, e_row_ptr, V, label, high, low, STORE_E: tl.constexpr, STATS: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """S, S as stored, M and the sum of E (l_v - base) of one row, whose base is ``high + low``."""
+def _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return S, S as stored and M of one row, whose base is ``high + low``."""
     S = tl.zeros((BLOCK_V,), tl.float32)
     as_stored = tl.zeros((BLOCK_V,), tl.float32)
     M = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-    weighted = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf"))
         # The target is left out by its column, never by its value: ties must survive.
         logits = tl.where(v != label, logits, float("-inf"))
-        z = (logits - high) - low
-        E = tl.exp2(z * LOG2E)
+        E = tl.exp2(((logits - high) - low) * LOG2E)
         S += E
         M = tl.maximum(M, logits)
-        if STATS:
-            weighted += tl.where(E > 0.0, E * z, 0.0)
         if STORE_E:
             stored = rounded(E, e_row_ptr.dtype.element_ty)
             as_stored += stored.to(tl.float32)
             tl.store(e_row_ptr + v, stored, mask=v < V)
-    return tl.sum(S, 0), tl.sum(as_stored, 0), tl.max(M, 0), tl.sum(weighted, 0)
+    return tl.sum(S, 0), tl.sum(as_stored, 0), tl.max(M, 0)
 
 
 @launch.Kernel
@@ -49,12 +43,11 @@ def _exp_rows_kernel(
     target_ptr,  # (R,) fp64
     offsets_ptr,  # (R,), replaced in unsafe rows
     e_ptr,  # (R, V), rows stride_e apart
-    out_ptr,  # (5, R)
+    out_ptr,  # (3, R)
     R,
     V,
     stride_e,
     STORE_E: tl.constexpr,
-    STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -63,19 +56,17 @@ def _exp_rows_kernel(
     target = tl.load(target_ptr + row)
     offset = tl.load(offsets_ptr + row)
     high, low = base_of(target, offset)
-    S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, STATS, BLOCK_V)
+    S, stored, M = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, BLOCK_V)
     if is_unsafe(S):
         offset = safe_offset(M, target)
         high, low = base_of(target, offset)
-        S, stored, M, weighted = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, STATS, BLOCK_V)
+        S, stored, M = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, BLOCK_V)
     tl.store(offsets_ptr + row, offset)
-    store_row_stats(S, stored if STORE_E else S, M, weighted, target, offset, row, True, out_ptr, R, STATS)
+    store_row_stats(S, stored if STORE_E else S, offset, row, True, out_ptr, R)
 
 
-def exp_rows(
-    logits: Tensor, labels: Tensor, target: Tensor, offsets: Tensor, E: Tensor | None, *, stats: bool
-) -> RowStats:
-    """What ``logits`` tell of the rows.
+def exp_rows(logits: Tensor, labels: Tensor, target: Tensor, offsets: Tensor, E: Tensor | None) -> RowStats:
+    """Compute log-prob, odds and scale of each row of logits.
 
     Args:
         logits: fp32, shape (R, V), contiguous.
@@ -83,15 +74,15 @@ def exp_rows(
         target: their logits, fp64, shape (R,).
         offsets: octaves, whole numbers in fp32, shape (R,).
         E: where E is stored if wanted, shape (R, V).
-        stats: whether top-1 and entropy are wanted.
     """
     R, V = logits.shape
     offsets = offsets.clone()
-    out = logits.new_empty(5, R)
+    out = logits.new_empty(3, R)
     if R:
         block = min(BLOCK_V, triton.next_power_of_2(V))
         _exp_rows_kernel[(R,)](
             logits, labels, target, offsets, logits if E is None else E, out, R, V, 0 if E is None else E.stride(0),
-            STORE_E=E is not None, STATS=stats, BLOCK_V=block, num_warps=8,
+            STORE_E=E is not None, BLOCK_V=block, num_warps=8,
         )  # fmt: skip
-    return row_stats(out, target, offsets, stats=stats)
+    logps, log_odds, scale = out
+    return RowStats(logps, log_odds, scale, target, offsets)

@@ -25,7 +25,7 @@ L = predictions, D = hidden, V = vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,19 +38,12 @@ from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
 from vapr_kernels.row_stats import OFFSET, RowStats
 from vapr_kernels.target_logits import target_logits
 
-Mode = Literal["auto", "no-grad", "one-pass", "recompute", "chunked", "torch"]
+Mode = Literal["auto", "one-pass", "recompute", "chunked", "torch"]
 Product = Literal["fused", "library", "torch"]
 """Who multiplies: our kernel with E as its epilogue; cuBLAS, then a kernel over its logits; PyTorch alone."""
-TABLE = ("log_odds", "scale", "target", "offset", "top1", "entropy")
+TABLE = ("log_odds", "scale", "target", "offset")
 Gradient = Literal["none", "dx", "keep", "recompute"]
 LOG2E = 1.4426950408889634
-
-
-class TokenStats(NamedTuple):
-    """What the logits tell besides; no gradients."""
-
-    top1: Tensor  # (L,) bool: no other token is likelier than the label
-    entropy: Tensor  # (L,) nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ def make_plan(
     product = _product(hidden, mode)
     bytes_per_row = len(head) * _exp_dtype(hidden, product).itemsize
     budget = _budget(hidden.device)
-    if not grad or mode == "no-grad" or not (hidden.requires_grad or head.requires_grad):
+    if not grad or not (hidden.requires_grad or head.requires_grad):
         gradient: Gradient = "none"
     elif mode == "recompute":
         gradient = "recompute"
@@ -103,7 +96,7 @@ def _budget(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 256 * 2**20
 
 
-def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, E: Tensor, *, stats: bool) -> RowStats:
+def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, E: Tensor) -> RowStats:
     """The naive pass: logits go into ``E`` (R, V) and become exponentials relative to the row's maximum."""
     accumulate = E.dtype
     if x.is_cuda and x.dtype != accumulate:
@@ -114,32 +107,26 @@ def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, E: Tensor, *, stats: bo
     target = (x.double() * head[labels].double()).sum(1)
     E.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive
     m = E.amax(1)
-    top1, entropy = m <= target, E.new_empty(0)
-    if stats:
-        d = (E - target.to(accumulate)[:, None]).scatter_(1, labels[:, None], 0.0)
     m.masked_fill_(m == -torch.inf, 0.0)  # no other column to speak of
     S = E.sub_(m[:, None]).exp_().sum(1)
     log_odds = (S.log() + (m - target)).to(accumulate)
     logps = F.logsigmoid(-log_odds)  # = -softplus(t), finite for any t
     scale = (log_odds.sigmoid() / S).masked_fill(S == 0, 0.0)
-    if stats:
-        entropy = -logps - scale * (E * d).sum(1)
     offset, target = ((m - target) * LOG2E).to(accumulate), target.to(accumulate)
-    return RowStats(logps, log_odds, scale, target, offset, top1 if stats else top1[:0], entropy)
+    return RowStats(logps, log_odds, scale, target, offset)
 
 
 def _rows(
     product: str, x: Tensor, head: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool,
-    stats: bool,
 ) -> RowStats:  # fmt: skip
     """One pass over the logits of some rows."""
     if product == "fused":
-        return exp_logits(x, head, labels, offsets, E, with_e=with_e, stats=stats)
+        return exp_logits(x, head, labels, offsets, E, with_e=with_e)
     if product == "library":
         logits = _product32(x, head.T)
-        return exp_rows(logits, labels, target_logits(x, head, labels), offsets, E, stats=stats)
+        return exp_rows(logits, labels, target_logits(x, head, labels), offsets, E)
     assert E is not None
-    return _torch_rows(x, head, labels, E, stats=stats)
+    return _torch_rows(x, head, labels, E)
 
 
 def _product32(a: Tensor, b: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ def _product32(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.custom_op("vapr::linear_logps", mutates_args=())
 def _linear_logps(
     hidden: Tensor, head: Tensor, labels: Tensor, reference_logps: Tensor | None,
-    product: str, gradient: str, with_dx: bool, chunk_rows: int, stats: bool,
+    product: str, gradient: str, with_dx: bool, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns logps (L,), what else is known of the rows (see TABLE), dlogp/dx (L, D), and E (L, V).
 
@@ -176,7 +163,7 @@ def _linear_logps(
         rows = slice(start, min(start + chunk_rows, L))
         E = keep[rows] if gradient == "keep" else chunk[: rows.stop - rows.start] if stored else None
         x, y = hidden[rows], labels[rows]
-        part = _rows(product, x, head, y, offsets[rows], E, with_e=gradient != "none", stats=stats)
+        part = _rows(product, x, head, y, offsets[rows], E, with_e=gradient != "none")
         if len(dx):
             assert E is not None
             hidden_gradient(
@@ -184,13 +171,13 @@ def _linear_logps(
             )
         parts.append(part)
     table = torch.zeros(len(TABLE), L, dtype=accumulate, device=hidden.device)
-    for row, name in enumerate(TABLE if stats else TABLE[:4]):
+    for row, name in enumerate(TABLE):
         torch.cat([getattr(part, name).to(accumulate) for part in parts], out=table[row])
     return torch.cat([part.logps for part in parts]), table, dx, keep
 
 
 @_linear_logps.register_fake
-def _(hidden, head, labels, reference_logps, product, gradient, with_dx, chunk_rows, stats):
+def _(hidden, head, labels, reference_logps, product, gradient, with_dx, chunk_rows):
     L, D = hidden.shape
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     dx = hidden.new_empty(L if with_dx and gradient in ("dx", "keep") else 0, D, dtype=accumulate)
@@ -217,7 +204,7 @@ def _linear_logps_backward(
     From E (L, V) where it was kept, else from logits computed again.
     """
     hidden, head, labels = launch.contiguous(hidden), launch.contiguous(head), labels.contiguous()
-    log_odds, scale, target, offset = table[:4]
+    log_odds, scale, target, offset = table
     L, V = len(hidden), len(head)
     kept = len(E) == L
     up = dout * log_odds.sigmoid()
@@ -266,7 +253,7 @@ def _backward(ctx, dout, *others):
     if any(other is not None for other in others):
         raise NotImplementedError("linear_logps has no second derivative")
     if dout is None or ctx.gradient == "none":
-        return (None,) * 9
+        return (None,) * 8
     finished, *rest = ctx.saved_tensors  # dlogp/dx, unless it is to be computed again
     with_dx, with_dhead = ctx.needs_input_grad[:2]
     dx = dhead = None
@@ -275,7 +262,7 @@ def _backward(ctx, dout, *others):
         dx, dhead = _linear_logps_backward(dout, *rest, ctx.product, with_dx_again, with_dhead)
     if with_dx and ctx.gradient != "recompute":
         dx = (finished * dout[:, None]).to(ctx.dtype)
-    return dx if with_dx else None, dhead if with_dhead else None, *(None,) * 7
+    return dx if with_dx else None, dhead if with_dhead else None, *(None,) * 6
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -297,7 +284,6 @@ def linear_logps(
 
             * ``auto``: on a GPU ``one-pass`` in bf16, ``recompute`` if E of a trained head does not fit, ``chunked`` in
               fp32; on a CPU ``torch``.
-            * ``no-grad``: no gradient, no E.
             * ``one-pass``: one fused pass over the logits; dlogp/dx in the forward pass, E kept for a trained head.
             * ``recompute``: stores nothing of size V; the backward pass computes the logits again.
             * ``chunked``: as ``one-pass``, with the library's matrix product and a chunk of logits in fp32.
@@ -312,22 +298,6 @@ def linear_logps(
     Raises:
         ValueError: naming the argument with a wrong shape, dtype, device or value.
     """
-    return _checked(hidden, head, labels, reference_logps, mode, chunk_rows, stats=False)[0]
-
-
-def linear_logps_and_stats(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, reference_logps: Tensor | None = None, mode: Mode = "auto",
-    chunk_rows: int | None = None,
-) -> tuple[Tensor, TokenStats]:  # fmt: skip
-    """:func:`linear_logps`, and from the same pass whether each label is the likeliest token, and the entropy."""
-    logps, table = _checked(hidden, head, labels, reference_logps, mode, chunk_rows, stats=True)
-    return logps, TokenStats(table[4] > 0, table[5])
-
-
-def _checked(
-    hidden: Tensor, head: Tensor, labels: Tensor, reference_logps: Tensor | None, mode: Mode, chunk_rows: int | None,
-    *, stats: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden (L, D) and head (V, D) do not fit: {tuple(hidden.shape)} and {tuple(head.shape)}")
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
@@ -353,8 +323,7 @@ def _checked(
     reference_logps = None if reference_logps is None else reference_logps.detach()
     if plan.gradient == "none":
         hidden, head = hidden.detach(), head.detach()
-    logps, table, *_ = _linear_logps(
-        hidden, head, labels, reference_logps,
-        plan.product, plan.gradient, hidden.requires_grad, plan.chunk_rows, stats,
-    )  # fmt: skip
-    return logps, table.detach()
+    logps, *_ = _linear_logps(
+        hidden, head, labels, reference_logps, plan.product, plan.gradient, hidden.requires_grad, plan.chunk_rows
+    )
+    return logps

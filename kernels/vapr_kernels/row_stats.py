@@ -1,4 +1,4 @@
-"""row_stats: what the sums of a row of exponentials (see exp_logits) tell: log-prob, odds, top-1, entropy.
+"""row_stats: log-prob and odds of a row from its sum of exponentials (see exp_logits).
 
 With S and o of exp_logits, t = log S + o log 2 and p the probability of the target:
 
@@ -30,15 +30,13 @@ OFFSET = 29.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowStats:
-    """What one pass over the logits tells of each row. All (R,) fp32, fp64 where the inputs are."""
+    """What one pass over the logits gives for each row. All (R,) fp32, fp64 where the inputs are."""
 
     logps: Tensor
     log_odds: Tensor  # t
     scale: Tensor  # (1 - p) / S: E * scale are the probabilities of the other columns
     target: Tensor  # l_y, fp64
     offset: Tensor  # o
-    top1: Tensor  # bool, (0,) unless asked for
-    entropy: Tensor  # nats, (0,) unless asked for
 
 
 @triton.jit
@@ -62,11 +60,8 @@ def base_of(target, offset):
 
 
 @triton.jit
-def store_row_stats(S, stored, M, weighted, target, offset, rows, live, out_ptr, R, STATS: tl.constexpr):
-    """Everything a row's sums tell, into ``out`` (5, R): logp, t, scale, top-1, entropy.
-
-    ``stored`` is S as stored, M the largest other logit, ``weighted`` the sum of E (l_v - base).
-    """
+def store_row_stats(S, stored, offset, rows, live, out_ptr, R):
+    """Store logp, t and scale into ``out`` (3, R); ``stored`` is S as stored."""
     # log2 S is split into exponent and mantissa, so that exponent and offset cancel exactly.
     bits = S.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127
@@ -79,15 +74,10 @@ def store_row_stats(S, stored, M, weighted, target, offset, rows, live, out_ptr,
     # log1p, accurate where 1 + small rounds (Kahan's way)
     log1p = tl.where(one_plus == 1.0, small, tl.log(one_plus) * (small / (one_plus - 1.0)))
     logp = tl.where(t == t, -tl.where(t > 0.0, t, 0.0) - log1p, t)
-    wrong = wrong_probability(t)
-    scale = tl.where(stored == 0.0, 0.0, wrong / stored)
+    scale = tl.where(stored == 0.0, 0.0, wrong_probability(t) / stored)
     tl.store(out_ptr + rows, logp, mask=live)
     tl.store(out_ptr + R + rows, t, mask=live)
     tl.store(out_ptr + 2 * R + rows, scale, mask=live)
-    if STATS:
-        tl.store(out_ptr + 3 * R + rows, tl.where(target.to(tl.float32) >= M, 1.0, 0.0), mask=live)
-        mean = tl.where(S == 0.0, 0.0, weighted / S) + (offset * LN2_HIGH + offset * LN2_LOW)  # of l_v - l_y
-        tl.store(out_ptr + 4 * R + rows, -logp - wrong * mean, mask=live)
 
 
 @triton.jit
@@ -100,11 +90,3 @@ def is_unsafe(S):
 def safe_offset(M, target):
     """Octaves that bring the largest E just below 1; 0 where there is no other column to speak of."""
     return tl.where(tl.abs(M) < 1e30, tl.ceil((M - target.to(tl.float32)) * LOG2E), 0.0)
-
-
-def row_stats(out: Tensor, target: Tensor, offset: Tensor, *, stats: bool) -> RowStats:
-    """The rows that :func:`store_row_stats` wrote."""
-    logps, log_odds, scale, top1, entropy = out
-    none = out.new_empty(0)
-    top1, entropy = (top1 > 0, entropy) if stats else (none.bool(), none)
-    return RowStats(logps, log_odds, scale, target, offset, top1, entropy)
