@@ -105,14 +105,14 @@ def _rms_norm_bwd_kernel(
 
 
 def _blocks(width: int) -> dict[str, int]:
-    """Whole rows, and several of them where they are short; 16 elements per thread."""
+    """Return block sizes: whole rows, and several of them where they are short; 16 elements per thread."""
     block_d = triton.next_power_of_2(width)
     block_t = max(1, 2048 // block_d)
     return {"D": width, "BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": block_t * block_d // 512}
 
 
 def rms_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, total (``x`` itself without a residual) and rstd."""
+    """Launch the forward kernel; return y (T, D), total (T, D; ``x`` itself without a residual) and rstd (T,) fp32."""
     x, weight = launch.contiguous(x), launch.contiguous(weight)
     num_rows, width = x.shape
     y, rstd = x.new_empty(x.shape), x.new_empty(num_rows, dtype=torch.float32)
@@ -128,7 +128,7 @@ def rms_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, *, with_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel: the gradient that x and residual share, and dweight or None."""
+    """Launch the backward kernel; return the gradient (T, D) that x and residual share, and dweight (D,) or None."""
     dy, total, weight = (launch.contiguous(x) for x in (dy, total, weight))
     dtotal = None if dtotal is None else launch.contiguous(dtotal)
     num_rows, width = total.shape

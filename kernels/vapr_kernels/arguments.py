@@ -7,7 +7,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect_float(name: str, x: Tensor, letters: str) -> None:
-    """``x`` must be a floating-point tensor with one dimension for each of ``letters``, as in ``"(T, D)"``.
+    """Check that ``x`` is a floating-point tensor with one dimension for each of ``letters``, as in ``"(T, D)"``.
 
     Raises:
         ValueError: naming the argument.
@@ -19,7 +19,7 @@ def expect_float(name: str, x: Tensor, letters: str) -> None:
 
 
 def expect_like(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, *more_dtypes: torch.dtype) -> None:
-    """``x`` must have ``shape``, lie where ``like`` lies, and have its dtype or one of ``more_dtypes``.
+    """Check that ``x`` has ``shape``, lies where ``like`` lies, and has its dtype or one of ``more_dtypes``.
 
     Raises:
         ValueError: naming the argument.

@@ -3,7 +3,7 @@
 For a library's matrix product in fp32, or where the fused one is not wanted. One program reads a row once; if its sum
 left the safe range, it reads the row again with a better offset.
 
-R = rows, V = vocabulary.
+L = rows (predictions), V = vocabulary.
 """
 
 from torch import Tensor
@@ -16,38 +16,38 @@ BLOCK_V = 2048
 
 
 @triton.jit
-def _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Return S, S as stored and M of one row, whose base is ``high + low``."""
-    S = tl.zeros((BLOCK_V,), tl.float32)
+def _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_EXPS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return total, total as stored and largest of one row, whose base is ``high + low``."""
+    total = tl.zeros((BLOCK_V,), tl.float32)
     as_stored = tl.zeros((BLOCK_V,), tl.float32)
-    M = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         logits = tl.load(row_ptr + v, mask=v < V, other=float("-inf"))
         # The target is left out by its column, never by its value: ties must survive.
         logits = tl.where(v != label, logits, float("-inf"))
-        E = tl.exp2(((logits - high) - low) * LOG2E)
-        S += E
-        M = tl.maximum(M, logits)
-        if STORE_E:
-            stored = rounded(E, e_row_ptr.dtype.element_ty)
+        exps = tl.exp2(((logits - high) - low) * LOG2E)
+        total += exps
+        largest = tl.maximum(largest, logits)
+        if STORE_EXPS:
+            stored = rounded(exps, e_row_ptr.dtype.element_ty)
             as_stored += stored.to(tl.float32)
             tl.store(e_row_ptr + v, stored, mask=v < V)
-    return tl.sum(S, 0), tl.sum(as_stored, 0), tl.max(M, 0)
+    return tl.sum(total, 0), tl.sum(as_stored, 0), tl.max(largest, 0)
 
 
 @launch.Kernel
 def _exp_rows_kernel(
-    logits_ptr,  # (R, V) fp32
-    labels_ptr,  # (R,)
-    target_ptr,  # (R,) fp64
-    offsets_ptr,  # (R,), replaced in unsafe rows
-    e_ptr,  # (R, V), rows stride_e apart
-    out_ptr,  # (3, R)
-    R,
+    logits_ptr,  # (L, V) fp32
+    labels_ptr,  # (L,)
+    target_ptr,  # (L,) fp64
+    offsets_ptr,  # (L,), replaced in unsafe rows
+    e_ptr,  # (L, V), rows stride_e apart
+    out_ptr,  # (3, L)
+    L,
     V,
     stride_e,
-    STORE_E: tl.constexpr,
+    STORE_EXPS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -56,33 +56,33 @@ def _exp_rows_kernel(
     target = tl.load(target_ptr + row)
     offset = tl.load(offsets_ptr + row)
     high, low = base_of(target, offset)
-    S, stored, M = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, BLOCK_V)
-    if is_unsafe(S):
-        offset = safe_offset(M, target)
+    total, stored, largest = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_EXPS, BLOCK_V)
+    if is_unsafe(total):
+        offset = safe_offset(largest, target)
         high, low = base_of(target, offset)
-        S, stored, M = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_E, BLOCK_V)
+        total, stored, largest = _one_pass(row_ptr, e_row_ptr, V, label, high, low, STORE_EXPS, BLOCK_V)
     tl.store(offsets_ptr + row, offset)
-    store_row_stats(S, stored if STORE_E else S, offset, row, True, out_ptr, R)
+    store_row_stats(total, stored if STORE_EXPS else total, offset, row, True, out_ptr, L)
 
 
-def exp_rows(logits: Tensor, labels: Tensor, target: Tensor, offsets: Tensor, E: Tensor | None) -> RowStats:
+def exp_rows(logits: Tensor, labels: Tensor, target: Tensor, offsets: Tensor, exps: Tensor | None) -> RowStats:
     """Compute log-prob, odds and scale of each row of logits.
 
     Args:
-        logits: fp32, shape (R, V), contiguous.
-        labels: target columns, int64, shape (R,).
-        target: their logits, fp64, shape (R,).
-        offsets: octaves, whole numbers in fp32, shape (R,).
-        E: where E is stored if wanted, shape (R, V).
+        logits: fp32, shape (L, V), contiguous.
+        labels: target columns, int64, shape (L,).
+        target: their logits, fp64, shape (L,).
+        offsets: octaves, whole numbers in fp32, shape (L,).
+        exps: where the exponentials are stored if wanted, shape (L, V).
     """
-    R, V = logits.shape
+    L, V = logits.shape
     offsets = offsets.clone()
-    out = logits.new_empty(3, R)
-    if R:
+    out = logits.new_empty(3, L)
+    if L:
         block = min(BLOCK_V, triton.next_power_of_2(V))
-        _exp_rows_kernel[(R,)](
-            logits, labels, target, offsets, logits if E is None else E, out, R, V, 0 if E is None else E.stride(0),
-            STORE_E=E is not None, BLOCK_V=block, num_warps=8,
+        _exp_rows_kernel[(L,)](
+            logits, labels, target, offsets, logits if exps is None else exps, out, L, V,
+            0 if exps is None else exps.stride(0), STORE_EXPS=exps is not None, BLOCK_V=block, num_warps=8,
         )  # fmt: skip
     logps, log_odds, scale = out
     return RowStats(logps, log_odds, scale, target, offsets)

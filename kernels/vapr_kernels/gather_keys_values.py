@@ -118,7 +118,7 @@ def _gather_keys_values_bwd_kernel(
 
 
 def gather_keys_values_fwd(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: rotated keys and values, (K, G, E) each."""
+    """Launch the forward kernel; return rotated keys and values, (K, G, E) each."""
     k, v, cos, sin = (launch.unit_stride(x) for x in (k, v, cos, sin))
     _, num_heads, head_dim = k.shape
     k_out, v_out = (x.new_empty((len(rows), num_heads, head_dim)) for x in (k, v))
@@ -134,7 +134,7 @@ def gather_keys_values_fwd(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows:
 def gather_keys_values_bwd(
     dk_out: Tensor, dv_out: Tensor, cos: Tensor, sin: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel: dk and dv, (T, G, E) each."""
+    """Launch the backward kernel; return dk and dv, (T, G, E) each."""
     dk_out, dv_out, cos, sin = (launch.unit_stride(x) for x in (dk_out, dv_out, cos, sin))
     _, num_heads, head_dim = dk_out.shape
     num_tokens = len(starts) - 1

@@ -3,7 +3,7 @@
 Autograd's own backward of ``x[rows]`` adds duplicates with atomics (GPU) or from several threads (CPU), so two runs
 differ. Here the copies of a row are added one after another, in fp32, in the order in which they appear.
 
-T = rows of x, K = gathered rows, W = elements of a row.
+T = rows of x, K = gathered rows, D = elements of a row.
 """
 
 import math
@@ -23,7 +23,7 @@ NUM_WARPS = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowIndex:
-    """Which rows to gather, and where the copies of each row are, in the order in which they appear.
+    """Rows to gather, and where the copies of each row are, in the order in which they appear.
 
     The copies of row t are the gathered rows ``order[starts[t] : starts[t + 1]]``.
     """
@@ -51,7 +51,7 @@ class RowIndex:
         return RowIndex(move(self.rows), self.num_rows, move(self.order), move(self.starts))
 
     def check(self, name: str, x: Tensor) -> None:
-        """``x``, the argument ``name``, must have the rows that the index was built for, on its device.
+        """Check that ``x`` (T, ...), the argument ``name``, has the rows that the index was built for, on its device.
 
         Raises:
             ValueError: naming the argument.
@@ -89,7 +89,7 @@ def _gather_rows_bwd_kernel(
 
 
 def gather_rows_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """Launch the backward kernel: dx (T, ...)."""
+    """Launch the backward kernel; return dx (T, ...)."""
     dout = launch.contiguous(dout)
     num_rows, width = len(starts) - 1, math.prod(dout.shape[1:])
     dx = dout.new_empty((num_rows, *dout.shape[1:]))

@@ -1,6 +1,6 @@
 """head_gradients: what the target column adds to the gradients of an LM head and of its input.
 
-R = rows, D = hidden, V = vocabulary.
+L = rows (predictions), D = hidden, V = vocabulary.
 """
 
 import torch
@@ -14,12 +14,12 @@ BLOCK_D = 1024
 
 @launch.Kernel
 def _hidden_gradient_kernel(
-    expected_ptr,  # (R, D) fp32
+    expected_ptr,  # (L, D) fp32
     head_ptr,  # (V, D)
-    labels_ptr,  # (R,)
-    up_ptr,  # (R,)
-    down_ptr,  # (R,)
-    out_ptr,  # (R, D)
+    labels_ptr,  # (L,)
+    up_ptr,  # (L,)
+    down_ptr,  # (L,)
+    out_ptr,  # (L, D)
     V,
     D,
     BLOCK_D: tl.constexpr,
@@ -36,33 +36,33 @@ def _hidden_gradient_kernel(
 def hidden_gradient(
     expected: Tensor, head: Tensor, labels: Tensor, up: Tensor, down: Tensor, out: Tensor, *, kernels: bool
 ) -> None:
-    """``up * head[labels] - down * expected`` row by row, written into ``out`` (R, D), which may be ``expected``.
+    """Write ``up * head[labels] - down * expected`` row by row into ``out`` (L, D), which may be ``expected``.
 
     Args:
-        expected: E @ head, shape (R, D).
+        expected: exps @ head, shape (L, D).
         head: shape (V, D).
-        labels: int64, shape (R,).
-        up: factor of the target's row of the head, shape (R,).
-        down: factor of the other columns', shape (R,).
+        labels: int64, shape (L,).
+        up: factor of the target's row of the head, shape (L,).
+        down: factor of the other columns', shape (L,).
         kernels: whether Triton runs.
     """
-    R, D = expected.shape
+    L, D = expected.shape
     if not kernels:
         out.copy_(up[:, None] * head[labels].to(expected.dtype) - down[:, None] * expected)
-    elif R:
+    elif L:
         block = min(BLOCK_D, triton.next_power_of_2(D))
-        grid = (R, triton.cdiv(D, block))
+        grid = (L, triton.cdiv(D, block))
         _hidden_gradient_kernel[grid](expected, head, labels, up, down, out, len(head), D, BLOCK_D=block)
 
 
 @launch.Kernel
 def _add_target_rows_kernel(
     dhead_ptr,  # (V, D), added to
-    x_ptr,  # (R, D)
-    factors_ptr,  # (R,)
-    labels_ptr,  # (R,) ascending
-    order_ptr,  # (R,) row of x of each of them
-    ends_ptr,  # (R,) where the run of equal labels ends
+    x_ptr,  # (L, D)
+    factors_ptr,  # (L,)
+    labels_ptr,  # (L,) ascending
+    order_ptr,  # (L,) row of x of each of them
+    ends_ptr,  # (L,) where the run of equal labels ends
     V,
     D,
     BLOCK_D: tl.constexpr,
@@ -83,22 +83,22 @@ def _add_target_rows_kernel(
 
 
 def add_target_rows(dhead: Tensor, x: Tensor, labels: Tensor, factors: Tensor, *, kernels: bool) -> None:
-    """``dhead[labels] += factors * x``, labels may repeat.
+    """Add ``factors * x`` to ``dhead[labels]``; labels may repeat.
 
     Args:
         dhead: shape (V, D), changed.
-        x: shape (R, D).
-        labels: int64, shape (R,).
-        factors: shape (R,).
+        x: shape (L, D).
+        labels: int64, shape (L,).
+        factors: shape (L,).
         kernels: whether Triton runs; its sums are the same on every run, those of PyTorch on a GPU are not.
     """
-    R, D = x.shape
+    L, D = x.shape
     if not kernels:
         dhead.index_add_(0, labels, (factors[:, None] * x.to(factors.dtype)).to(dhead.dtype))
         return
-    if R:
+    if L:
         ordered, order = labels.sort(stable=True)
         ends = torch.searchsorted(ordered, ordered, right=True)
         block = min(BLOCK_D, triton.next_power_of_2(D))
-        grid = (R, triton.cdiv(D, block))
+        grid = (L, triton.cdiv(D, block))
         _add_target_rows_kernel[grid](dhead, x, factors, ordered, order, ends, len(dhead), D, BLOCK_D=block)

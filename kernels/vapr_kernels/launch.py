@@ -27,24 +27,24 @@ INTERPRETED = tl.constexpr(interpret)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether operations on ``x`` run a Triton kernel. Kernels compute in fp32, so fp64 takes the naive twins."""
+    """Tell whether operations on ``x`` (any shape) run a Triton kernel. fp64 does not: kernels compute in fp32."""
     return installed and (x.is_cuda or interpret) and x.dtype != torch.float64
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only if its rows do not lie end to end or where 16-byte accesses would be misaligned."""
+    """Return ``x`` (any shape), copied only if its rows have gaps or 16-byte accesses would be misaligned."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """``x``, copied only if neighbours along its last dimension do not lie side by side."""
+    """Return ``x`` (any shape), copied only if neighbours along its last dimension do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for Hopper; 0 for the interpreter."""
+    """Return the compute capability as one number, 90 for Hopper; 0 for the interpreter."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -53,7 +53,7 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; 2 for the interpreter, so that programs take more than one tile."""
+    """Return the number of streaming multiprocessors; 2 for the interpreter, so that programs take several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -9,17 +9,17 @@ With l = x . W^T, target y and t the log-odds of "anything but y":
     dlogp/dW_v = (1 - p) x for v = y, -p_v x for the others
 
 The target column never enters a sum, so confident tokens lose nothing: 1 - p is a small sum, not 1 - exp(logp), which
-rounds to zero or to 70 % error near p = 1. The other columns are held as E_v = exp(l_v - l_y) times a power of two, and
-p_v = (1 - p) / S * E_v, S = sum of E (see exp_logits).
+rounds to zero or to 70 % error near p = 1. The other columns are held as e_v = exp(l_v - l_y) times a power of two, and
+p_v = (1 - p) / total * e_v, where total is the sum of e (see exp_logits).
 
-dlogp/dx needs nothing from downstream but one factor per row, so the forward pass finishes it while E is there. A
-trained head keeps E for its own gradient, or computes it again, a slice of the vocabulary at a time.
+dlogp/dx needs nothing from downstream but one factor per row, so the forward pass finishes it while e is there. A
+trained head keeps e for its own gradient, or computes it again, a slice of the vocabulary at a time.
 
     gradient            matrix products, each 2LDV FLOPs
     none                1  logits
-    dx                  2  logits, E W                          frozen head
-    keep                3  logits, E W, E^T x                   trained head, while E fits
-    recompute           4  logits; logits again, E W, E^T x     trained head
+    dx                  2  logits, e W                          frozen head
+    keep                3  logits, e W, e^T x                   trained head, while e fits
+    recompute           4  logits; logits again, e W, e^T x     trained head
 
 L = predictions, D = hidden, V = vocabulary.
 """
@@ -40,7 +40,7 @@ from vapr_kernels.target_logits import target_logits
 
 Mode = Literal["auto", "one-pass", "recompute", "chunked", "torch"]
 Product = Literal["fused", "library", "torch"]
-"""Who multiplies: our kernel with E as its epilogue; cuBLAS, then a kernel over its logits; PyTorch alone."""
+"""Who multiplies: our kernel, with exponentials in its epilogue; cuBLAS and a kernel over its logits; PyTorch alone."""
 TABLE = ("log_odds", "scale", "target", "offset")
 Gradient = Literal["none", "dx", "keep", "recompute"]
 LOG2E = 1.4426950408889634
@@ -58,7 +58,7 @@ class Plan:
 def make_plan(
     hidden: Tensor, head: Tensor, mode: Mode = "auto", chunk_rows: int | None = None, *, grad: bool = True
 ) -> Plan:
-    """What ``mode`` comes to for these tensors; ``grad`` is whether autograd is on."""
+    """Choose how a call on hidden (L, D) and head (V, D) is computed; ``grad`` tells whether autograd is on."""
     product = _product(hidden, mode)
     bytes_per_row = len(head) * _exp_dtype(hidden, product).itemsize
     budget = _budget(hidden.device)
@@ -72,13 +72,13 @@ def make_plan(
         fits = len(hidden) * bytes_per_row <= 2 * budget
         gradient = "keep" if fits or mode in ("one-pass", "chunked") else "recompute"
     rows = budget // bytes_per_row
-    if product == "fused":  # stores nothing, or whole tiles of E
+    if product == "fused":  # stores nothing, or whole tiles
         rows = len(hidden) if gradient in ("none", "recompute") else rows // 128 * 128
     return Plan(product, gradient, chunk_rows or max(rows, 128 if product == "fused" else 1))
 
 
 def _product(hidden: Tensor, mode: Mode) -> Product:
-    # fp16 cannot hold E, and the kernels know no fp64.
+    # fp16 cannot hold the exponentials, and the kernels know no fp64.
     if mode == "torch" or not launch.runs_triton(hidden) or hidden.dtype not in (torch.float32, torch.bfloat16):
         return "torch"
     if mode == "chunked" or (mode == "auto" and hidden.dtype == torch.float32):
@@ -87,46 +87,46 @@ def _product(hidden: Tensor, mode: Mode) -> Product:
 
 
 def _exp_dtype(hidden: Tensor, product: str) -> torch.dtype:
-    """In which E is held: of the inputs where a GPU multiplies by it, else fp32 (fp64)."""
+    """Choose the dtype of the exponentials: the inputs' where a GPU multiplies by them, else fp32 (fp64)."""
     return torch.promote_types(hidden.dtype, torch.float32) if product == "torch" else hidden.dtype
 
 
 def _budget(device: torch.device) -> int:
-    """Bytes of E held at a time: a 64th of the GPU's memory (2.2 GiB of an H200's, 0.4 of 24), 256 MiB on a CPU."""
+    """Bytes of exponentials held at a time: a 64th of the GPU's memory (0.4 GiB of 24), 256 MiB on a CPU."""
     return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 256 * 2**20
 
 
-def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, E: Tensor) -> RowStats:
-    """The naive pass: logits go into ``E`` (R, V) and become exponentials relative to the row's maximum."""
-    accumulate = E.dtype
+def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, exps: Tensor) -> RowStats:
+    """The naive pass: logits go into ``exps`` (L, V) and become exponentials relative to the row's maximum."""
+    accumulate = exps.dtype
     if x.is_cuda and x.dtype != accumulate:
-        E.copy_(torch.mm(x, head.T, out_dtype=accumulate))
+        exps.copy_(torch.mm(x, head.T, out_dtype=accumulate))
     else:
-        torch.mm(x.to(accumulate), head.to(accumulate).T, out=E)
-    # All of E hangs on this one logit, and exactness costs nothing for one column.
+        torch.mm(x.to(accumulate), head.to(accumulate).T, out=exps)
+    # Every exponential hangs on this one logit, and exactness costs nothing for one column.
     target = (x.double() * head[labels].double()).sum(1)
-    E.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive
-    m = E.amax(1)
+    exps.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive
+    m = exps.amax(1)
     m.masked_fill_(m == -torch.inf, 0.0)  # no other column to speak of
-    S = E.sub_(m[:, None]).exp_().sum(1)
-    log_odds = (S.log() + (m - target)).to(accumulate)
+    total = exps.sub_(m[:, None]).exp_().sum(1)
+    log_odds = (total.log() + (m - target)).to(accumulate)
     logps = F.logsigmoid(-log_odds)  # = -softplus(t), finite for any t
-    scale = (log_odds.sigmoid() / S).masked_fill(S == 0, 0.0)
+    scale = (log_odds.sigmoid() / total).masked_fill(total == 0, 0.0)
     offset, target = ((m - target) * LOG2E).to(accumulate), target.to(accumulate)
     return RowStats(logps, log_odds, scale, target, offset)
 
 
 def _rows(
-    product: str, x: Tensor, head: Tensor, labels: Tensor, offsets: Tensor, E: Tensor | None, *, with_e: bool,
+    product: str, x: Tensor, head: Tensor, labels: Tensor, offsets: Tensor, exps: Tensor | None, *, with_exps: bool,
 ) -> RowStats:  # fmt: skip
     """One pass over the logits of some rows."""
     if product == "fused":
-        return exp_logits(x, head, labels, offsets, E, with_e=with_e)
+        return exp_logits(x, head, labels, offsets, exps, with_exps=with_exps)
     if product == "library":
         logits = _product32(x, head.T)
-        return exp_rows(logits, labels, target_logits(x, head, labels), offsets, E)
-    assert E is not None
-    return _torch_rows(x, head, labels, E)
+        return exp_rows(logits, labels, target_logits(x, head, labels), offsets, exps)
+    assert exps is not None
+    return _torch_rows(x, head, labels, exps)
 
 
 def _product32(a: Tensor, b: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _linear_logps(
     hidden: Tensor, head: Tensor, labels: Tensor, reference_logps: Tensor | None,
     product: str, gradient: str, with_dx: bool, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns logps (L,), what else is known of the rows (see TABLE), dlogp/dx (L, D), and E (L, V).
+    """Return logps (L,), the rows of TABLE (4, L), dlogp/dx (L, D), and the exponentials (L, V).
 
     What the plan does not need has no rows.
     """
@@ -161,13 +161,19 @@ def _linear_logps(
     parts = []
     for start in range(0, max(L, 1), chunk_rows):
         rows = slice(start, min(start + chunk_rows, L))
-        E = keep[rows] if gradient == "keep" else chunk[: rows.stop - rows.start] if stored else None
+        exps = keep[rows] if gradient == "keep" else chunk[: rows.stop - rows.start] if stored else None
         x, y = hidden[rows], labels[rows]
-        part = _rows(product, x, head, y, offsets[rows], E, with_e=gradient != "none")
+        part = _rows(product, x, head, y, offsets[rows], exps, with_exps=gradient != "none")
         if len(dx):
-            assert E is not None
+            assert exps is not None
             hidden_gradient(
-                _product32(E, head), head, y, part.log_odds.sigmoid(), part.scale, dx[rows], kernels=product != "torch"
+                _product32(exps, head),
+                head,
+                y,
+                part.log_odds.sigmoid(),
+                part.scale,
+                dx[rows],
+                kernels=product != "torch",
             )
         parts.append(part)
     table = torch.zeros(len(TABLE), L, dtype=accumulate, device=hidden.device)
@@ -181,32 +187,32 @@ def _(hidden, head, labels, reference_logps, product, gradient, with_dx, chunk_r
     L, D = hidden.shape
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     dx = hidden.new_empty(L if with_dx and gradient in ("dx", "keep") else 0, D, dtype=accumulate)
-    E = exp_buffer(L if gradient == "keep" else 0, len(head), _exp_dtype(hidden, product), hidden.device)
-    return hidden.new_empty(L, dtype=accumulate), hidden.new_empty(len(TABLE), L, dtype=accumulate), dx, E
+    exps = exp_buffer(L if gradient == "keep" else 0, len(head), _exp_dtype(hidden, product), hidden.device)
+    return hidden.new_empty(L, dtype=accumulate), hidden.new_empty(len(TABLE), L, dtype=accumulate), dx, exps
 
 
 def _again(product: str, x: Tensor, w: Tensor, labels: Tensor, target: Tensor, offset: Tensor) -> Tensor:
-    """The same E as before, for a slice of the head."""
+    """Compute the same exponentials as before, for a slice of the head."""
     if product == "fused":
         return exponentials(x, w, labels, target.double(), offset)
-    E = _product32(x, w.T).sub_(target[:, None]).sub_(offset[:, None] / LOG2E).exp_()
+    exps = _product32(x, w.T).sub_(target[:, None]).sub_(offset[:, None] / LOG2E).exp_()
     column = labels.clamp(0, len(w) - 1)[:, None]  # the target may lie in another slice
-    return E.scatter_(1, column, E.gather(1, column).masked_fill(column == labels[:, None], 0.0))
+    return exps.scatter_(1, column, exps.gather(1, column).masked_fill(column == labels[:, None], 0.0))
 
 
 @torch.library.custom_op("vapr::linear_logps_backward", mutates_args=())
 def _linear_logps_backward(
-    dout: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, table: Tensor, E: Tensor,
+    dout: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, table: Tensor, exps: Tensor,
     product: str, with_dx: bool, with_dhead: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx (L, D) and dhead (V, D), in the dtypes of hidden and head; what is not wanted has no rows.
 
-    From E (L, V) where it was kept, else from logits computed again.
+    From the exponentials (L, V) where they were kept, else from logits computed again.
     """
     hidden, head, labels = launch.contiguous(hidden), launch.contiguous(head), labels.contiguous()
     log_odds, scale, target, offset = table
     L, V = len(hidden), len(head)
-    kept = len(E) == L
+    kept = len(exps) == L
     up = dout * log_odds.sigmoid()
     down = dout * scale
     dtype = _exp_dtype(hidden, product)
@@ -217,7 +223,7 @@ def _linear_logps_backward(
     width = V if kept else max(256, _budget(head.device) // (max(L, 1) * dtype.itemsize) // 256 * 256)
     for start in range(0, V, width):
         columns = slice(start, start + width)
-        part = E if kept else _again(product, hidden, head[columns], labels - start, target, offset)
+        part = exps if kept else _again(product, hidden, head[columns], labels - start, target, offset)
         if with_dx:
             expected += _product32(part, head[columns])
         if with_dhead:
@@ -231,7 +237,7 @@ def _linear_logps_backward(
 
 
 @_linear_logps_backward.register_fake
-def _(dout, hidden, head, labels, table, E, product, with_dx, with_dhead):
+def _(dout, hidden, head, labels, table, exps, product, with_dx, with_dhead):
     return hidden.new_empty(len(hidden) if with_dx else 0, hidden.shape[1]), head.new_empty(
         len(head) if with_dhead else 0, head.shape[1]
     )
@@ -239,13 +245,13 @@ def _(dout, hidden, head, labels, table, E, product, with_dx, with_dhead):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, head, labels, _, product, gradient, *_ = inputs
-    _, table, dx, E = output
+    _, table, dx, exps = output
     ctx.product, ctx.gradient, ctx.dtype = product, gradient, hidden.dtype
     ctx.set_materialize_grads(False)
     if gradient == "dx":
         ctx.save_for_backward(dx)
     elif gradient != "none":
-        ctx.save_for_backward(dx, hidden, head, labels, table, E)
+        ctx.save_for_backward(dx, hidden, head, labels, table, exps)
 
 
 def _backward(ctx, dout, *others):
@@ -272,7 +278,7 @@ def linear_logps(
     hidden: Tensor, head: Tensor, labels: Tensor, *, reference_logps: Tensor | None = None, mode: Mode = "auto",
     chunk_rows: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Log-prob of each label under ``softmax(hidden @ head.T)``.
+    """Compute the log-prob of each label under ``softmax(hidden @ head.T)``.
 
     Args:
         hidden: hidden rows that predict, shape (L, D); fp32, bf16, fp16 or fp64.
@@ -282,9 +288,10 @@ def linear_logps(
             expect the logits, so that unlikely labels need no second look; they change results by rounding only.
         mode: how it is computed; see the module's table.
 
-            * ``auto``: on a GPU ``one-pass`` in bf16, ``recompute`` if E of a trained head does not fit, ``chunked`` in
-              fp32; on a CPU ``torch``.
-            * ``one-pass``: one fused pass over the logits; dlogp/dx in the forward pass, E kept for a trained head.
+            * ``auto``: on a GPU ``one-pass`` in bf16, ``recompute`` if the exponentials of a trained head do not
+              fit, ``chunked`` in fp32; on a CPU ``torch``.
+            * ``one-pass``: one fused pass over the logits; dlogp/dx in the forward pass, exponentials kept for a
+              trained head.
             * ``recompute``: stores nothing of size V; the backward pass computes the logits again.
             * ``chunked``: as ``one-pass``, with the library's matrix product and a chunk of logits in fp32.
             * ``torch``: PyTorch's operations only.

@@ -20,7 +20,7 @@ from vapr_kernels.arguments import expect_float, expect_like
 def lora_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, O), and the product ``x A^T`` (T, R) for the backward pass."""
+    """Return the output (T, O), and the product ``x A^T`` (T, R) for the backward pass."""
     out = F.linear(x, weight, bias)
     down = x @ a.T
     return out.addmm_(down, b.T, alpha=scale), down
@@ -29,7 +29,7 @@ def lora_linear_fwd(
 def lora_linear_bwd(
     dout: Tensor, x: Tensor, down: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, *, with_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of x (unless it needs none), A and B."""
+    """Return the gradients of x (T, D; None if it needs none), A (R, D) and B (O, R)."""
     ddown = (dout @ b).mul_(scale)  # (T, R)
     da = ddown.T @ x
     db = dout.T @ (down * scale)
@@ -55,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """A linear layer with a LoRA adapter: ``x W^T + bias + scale (x A^T) B^T``.
+    """Apply a linear layer with a LoRA adapter: ``x W^T + bias + scale (x A^T) B^T`` (arXiv 2106.09685).
 
     Args:
         x: inputs, shape (..., D).

@@ -1,7 +1,7 @@
 """Preference losses: pure functions of completion log-probs, one loss per pair.
 
 Notation of the docstrings: w, l = chosen, rejected; D(y) = log pi(y|x) - log ref(y|x), the log-ratio; s = sigmoid;
-|y| = number of completion tokens. Arguments are fp32 tensors of shape (P,).
+|y| = number of completion tokens. Log-probs are in nats. P = pairs.
 """
 
 from collections.abc import Sequence
@@ -79,10 +79,10 @@ class Completions:
 
 
 def preference_losses(logps: PairLogps, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the terms: ``(losses, chosen_rewards, rejected_rewards)``, each (P,); rewards are detached.
+    """Return ``(losses, chosen_rewards, rejected_rewards)``, each (P,) fp32; losses are the weighted sum of the terms.
 
-    Rewards are those of the first term that prefers (``sft`` does not): beta times the log-ratio, or beta times the
-    length-normalised log-prob for simpo and orpo, which have no reference.
+    Rewards are detached. They are those of the first term that prefers (``sft`` does not): beta times the log-ratio, or
+    beta times the length-normalised log-prob for simpo and orpo, which have no reference.
     """
     losses = sum(term.weight * _term_losses(logps, term) for term in terms)
     rewarded = rewarded_term(terms)
@@ -98,7 +98,7 @@ def preference_losses(logps: PairLogps, terms: Sequence[Term]) -> tuple[Tensor, 
 
 
 def rewarded_term(terms: Sequence[Term]) -> Term:
-    """The term whose rewards are shown: the first that prefers."""
+    """Return the term whose rewards are shown: the first that prefers one completion to another."""
     return next((term for term in terms if term.kind != "sft"), terms[0])
 
 
@@ -150,6 +150,8 @@ def sigmoid_loss(
 
     With ``label_smoothing`` e, the conservative form ``-(1-e) log s(z) - e log s(-z)`` (Mitchell 2023, "A note on DPO
     with noisy preferences and relationship to IPO").
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -167,6 +169,8 @@ def robust_loss(
     """rDPO: ``(-(1-e) log s(z) + e log s(-z)) / (1 - 2e)``, unbiased if a share e of the pairs is swapped.
 
     Source: arXiv 2403.00409.
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
     e = label_smoothing
@@ -181,7 +185,10 @@ def hinge_loss(
     *,
     beta: float,
 ) -> Tensor:
-    """``max(0, 1 - beta (D(w) - D(l)))``: the "hinge-norm" of RSO (arXiv 2309.06657)."""
+    """``max(0, 1 - beta (D(w) - D(l)))``: the "hinge-norm" of RSO (arXiv 2309.06657).
+
+    Takes and returns fp32 tensors of shape (P,).
+    """
     z = beta * ((chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps))
     return torch.relu(1 - z)
 
@@ -199,6 +206,8 @@ def ipo_loss(
     """IPO: ``(D(w)/|w| - D(l)/|l| - 1/(2 beta))^2`` (arXiv 2310.12036, equation 17; beta is its tau).
 
     Log-ratios are averaged over tokens, as the authors do and TRL does, so that long answers are not asked for more.
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     chosen = (chosen_logps - reference_chosen_logps) / chosen_lengths
     rejected = (rejected_logps - reference_rejected_logps) / rejected_lengths
@@ -216,6 +225,8 @@ def bco_pair_loss(
     """``-log s(beta D(w)) - log s(-beta D(l))``: BCO on pairs with reward shift 0 (arXiv 2404.04656).
 
     MPO's second term (arXiv 2411.10442).
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     chosen = beta * (chosen_logps - reference_chosen_logps)
     rejected = beta * (rejected_logps - reference_rejected_logps)
@@ -230,7 +241,10 @@ def apo_zero_loss(
     *,
     beta: float,
 ) -> Tensor:
-    """APO-zero: ``1 - s(beta D(w)) + s(beta D(l))`` (arXiv 2408.06266, equation 7): chosen up, rejected down."""
+    """APO-zero: ``1 - s(beta D(w)) + s(beta D(l))`` (arXiv 2408.06266, equation 7): chosen up, rejected down.
+
+    Takes and returns fp32 tensors of shape (P,).
+    """
     chosen = beta * (chosen_logps - reference_chosen_logps)
     rejected = beta * (rejected_logps - reference_rejected_logps)
     return 1 - chosen.sigmoid() + rejected.sigmoid()
@@ -244,7 +258,10 @@ def apo_down_loss(
     *,
     beta: float,
 ) -> Tensor:
-    """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): rejected falls more."""
+    """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): rejected falls more.
+
+    Takes and returns fp32 tensors of shape (P,).
+    """
     chosen = beta * (chosen_logps - reference_chosen_logps)
     rejected = beta * (rejected_logps - reference_rejected_logps)
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
@@ -260,7 +277,10 @@ def simpo_loss(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """SimPO: ``-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma)``, no reference (arXiv 2405.14734, eq. 6)."""
+    """SimPO: ``-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma)``, no reference (arXiv 2405.14734, eq. 6).
+
+    Takes and returns fp32 tensors of shape (P,).
+    """
     z = beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
@@ -277,6 +297,8 @@ def orpo_loss(
     """ORPO: ``NLL(w) - beta log s(log odds(w) - log odds(l))``, odds = p / (1 - p), p = exp(log pi(y) / |y|).
 
     Source: arXiv 2403.07691, equations 4, 6 and 7 (beta is its lambda). NLL is :func:`sft_loss` of the completion.
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     chosen, rejected = chosen_logps / chosen_lengths, rejected_logps / rejected_lengths
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -295,6 +317,8 @@ def dpop_loss(
     """DPO-Positive: ``-log s(beta (D(w) - D(l) - lambda max(0, -D(w))))`` (arXiv 2402.13228).
 
     Keeps the chosen log-prob of low-edit-distance pairs from falling below the reference's.
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     chosen, rejected = chosen_logps - reference_chosen_logps, rejected_logps - reference_rejected_logps
     return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * torch.relu(-chosen)))
@@ -304,6 +328,8 @@ def sft_loss(chosen_logps: Tensor, *, mean_chosen_length: float) -> Tensor:
     """Negative log-likelihood of the chosen completion, ``-log pi(w)`` over the step's mean chosen length.
 
     Its mean over a step's pairs is the mean over the step's chosen tokens, whatever the packing.
+
+    Takes and returns fp32 tensors of shape (P,).
     """
     return -chosen_logps / mean_chosen_length
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def linear_logps(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Log-prob of each label under ``softmax(hidden @ head.T)``, shape (L,), at least fp32.
+    """Compute the log-prob of each label under ``softmax(hidden @ head.T)``, shape (L,), at least fp32.
 
     Through the log-odds of all other columns: near p = 1 the gradient of a log-softmax is 1 - exp(logp), rounded to
     nothing or to noise.
@@ -40,7 +40,7 @@ def preference_loss(
     token_logps: Tensor, reference_logps: Tensor | None, completions: Completions, terms: Sequence[Term], *,
     mean_chosen_length: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses (P,), rewards (P, 2) and completion log-probs (P, 2) of token log-probs (L,)."""
+    """Compute losses (P,), rewards (P, 2) and completion log-probs (P, 2) from token log-probs (L,)."""
     c = completions
     logps = c.sums(token_logps[c.counted.rows] * c.token_weights)
     reference = torch.zeros_like(logps) if reference_logps is None else c.sums(reference_logps * c.token_weights)
@@ -65,7 +65,7 @@ def _accumulate(x: Tensor) -> torch.dtype:
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``x W^T + bias + scale (x A^T) B^T``, as peft computes it."""
+    """Compute ``x W^T + bias + scale (x A^T) B^T`` as peft does, shape (T, O)."""
     return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b) * scale
 
 
@@ -82,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of ``x + residual``, and that sum."""
+    """Return the norm of ``x + residual``, and that sum, shape (T, D) each."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -96,5 +96,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gather_keys_values(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, index: "RowIndex") -> tuple[Tensor, Tensor]:
-    """Rotated keys and values of the gathered rows, (K, G, E)."""
+    """Return rotated keys and values of the gathered rows, (K, G, E)."""
     return rotary(k, cos, sin)[index.rows], v[index.rows]

@@ -4,7 +4,7 @@ One program takes one pair: it sums the token log-probs of both completions and 
 and evaluates every term of the loss together with its derivative by the two sums. Formulas and sources: losses.py; the
 derivatives are worked out there by autograd and here by hand.
 
-L = predictions, M = predictions counted once per completion, C = completions, P = pairs, K = terms.
+L = predictions, M = predictions counted once per completion, C = completions, P = pairs.
 """
 
 import functools
@@ -28,7 +28,7 @@ BLOCK_M = 128
 
 
 class PairLosses(NamedTuple):
-    """What a loss says of each pair."""
+    """Losses, rewards and log-probs of P pairs."""
 
     losses: Tensor  # (P,), times the pair weights; the only one with a gradient
     rewards: Tensor  # (P, 2), chosen and rejected

@@ -24,7 +24,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def rotate(x1, x2, cos, sin):
-    """Both halves of heads, rotated."""
+    """Rotate both halves of heads."""
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
@@ -65,13 +65,13 @@ def _rotary_kernel(
 
 
 def blocks(head_dim: int) -> dict[str, int]:
-    """Whole half heads, as many as fill a tile."""
+    """Return block sizes: whole half heads, as many as fill a tile."""
     block_e = triton.next_power_of_2(head_dim // 2)
     return {"HALF": head_dim // 2, "BLOCK_R": max(1, TILE // block_e), "BLOCK_E": block_e, "num_warps": NUM_WARPS}
 
 
 def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """Launch the kernel: ``x`` rotated, or rotated back."""
+    """Launch the kernel; return ``x`` (T, H, E) rotated by the tables (T, E), or rotated back."""
     x, cos, sin = (launch.unit_stride(a) for a in (x, cos, sin))
     num_tokens, num_heads, head_dim = x.shape
     out = x.new_empty(x.shape)
@@ -83,7 +83,7 @@ def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) ->
 
 
 def rotary_bwd(dout: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Launch the kernel: the gradient of x."""
+    """Launch the kernel; return the gradient of x, shape (T, H, E)."""
     return rotary_fwd(dout, cos, sin, inverse=True)
 
 
@@ -115,7 +115,7 @@ _rotary.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_tables(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """``cos`` and ``sin`` must be tables for the heads ``x``, the argument ``name``.
+    """Check that ``cos`` and ``sin`` are tables, shape (T, E), for the heads ``x`` (T, H, E), the argument ``name``.
 
     Raises:
         ValueError: naming the argument.

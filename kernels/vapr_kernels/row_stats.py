@@ -1,13 +1,13 @@
 """row_stats: log-prob and odds of a row from its sum of exponentials (see exp_logits).
 
-With S and o of exp_logits, t = log S + o log 2 and p the probability of the target:
+With total and o of exp_logits, t = log total + o log 2 and p the probability of the target:
 
-    logp = -softplus(t)     1 - p = sigmoid(t)     p_v = (1 - p) / S * E_v  for v != y
+    logp = -softplus(t)     1 - p = sigmoid(t)     p_v = (1 - p) / total * e_v  for v != y
 
-Where E is stored in bf16, p_v divides by the sum of E as it is stored: rounding then moves probability between the
-other columns, but the p_v still add up to 1 - p, and where one column has nearly all of it nothing is lost.
+Where e is stored in bf16, p_v divides by the sum of e as stored: rounding then moves probability between the other
+columns, but the p_v still add up to 1 - p, and where one column has nearly all of it nothing is lost.
 
-R = rows.
+L = rows (predictions).
 """
 
 import math
@@ -22,19 +22,19 @@ LN2_HIGH = tl.constexpr(0.693145751953125)
 """The first bits of log 2: whole numbers of octaves times this are exact in fp32."""
 LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
 SAFE = tl.constexpr(2.0**100)
-"""E @ W must not overflow either; weights are far below 2^27."""
+"""e @ W must not overflow either; weights are far below 2^27."""
 
 OFFSET = 29.0
-"""Octaves of a row whose log-prob is unknown: S is safe for t in [-49, 89]."""
+"""Octaves of a row whose log-prob is unknown: total is safe for t in [-49, 89]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowStats:
-    """What one pass over the logits gives for each row. All (R,) fp32, fp64 where the inputs are."""
+    """What one pass over the logits gives for each row. All (L,) fp32, fp64 where the inputs are."""
 
     logps: Tensor
     log_odds: Tensor  # t
-    scale: Tensor  # (1 - p) / S: E * scale are the probabilities of the other columns
+    scale: Tensor  # (1 - p) / total: e * scale are the probabilities of the other columns
     target: Tensor  # l_y, fp64
     offset: Tensor  # o
 
@@ -48,9 +48,9 @@ def wrong_probability(t):
 
 @triton.jit
 def base_of(target, offset):
-    """The logit whose E is 1, as a sum of two fp32 numbers. ``target`` is fp64.
+    """Return the logit whose e is 1, as a sum of two fp32 numbers. ``target`` is fp64.
 
-    Subtracting it from a logit loses nothing that counts: what is left is small where E matters, however far the target
+    Subtracting it from a logit loses nothing that counts: what is left is small where e matters, however far the target
     lies from the other columns.
     """
     octaves = offset.to(tl.float64)
@@ -60,15 +60,17 @@ def base_of(target, offset):
 
 
 @triton.jit
-def store_row_stats(S, stored, offset, rows, live, out_ptr, R):
-    """Store logp, t and scale into ``out`` (3, R); ``stored`` is S as stored."""
-    # log2 S is split into exponent and mantissa, so that exponent and offset cancel exactly.
-    bits = S.to(tl.int32, bitcast=True)
+def store_row_stats(total, stored, offset, rows, live, out_ptr, L):
+    """Store logp, t and scale into ``out`` (3, L); ``stored`` is total as stored."""
+    # log2 total is split into exponent and mantissa, so that exponent and offset cancel exactly.
+    bits = total.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     octaves = exponent.to(tl.float32) + offset
     t = octaves * LN2_HIGH + (octaves * LN2_LOW + tl.log(mantissa))
-    t = tl.where((S > 0.0) & (float("inf") > S), t, tl.where(S == 0.0, float("-inf"), S))  # inf and NaN show
+    t = tl.where(
+        (total > 0.0) & (float("inf") > total), t, tl.where(total == 0.0, float("-inf"), total)
+    )  # inf and NaN show
     small = tl.exp(-tl.abs(t))
     one_plus = 1.0 + small
     # log1p, accurate where 1 + small rounds (Kahan's way)
@@ -76,17 +78,17 @@ def store_row_stats(S, stored, offset, rows, live, out_ptr, R):
     logp = tl.where(t == t, -tl.where(t > 0.0, t, 0.0) - log1p, t)
     scale = tl.where(stored == 0.0, 0.0, wrong_probability(t) / stored)
     tl.store(out_ptr + rows, logp, mask=live)
-    tl.store(out_ptr + R + rows, t, mask=live)
-    tl.store(out_ptr + 2 * R + rows, scale, mask=live)
+    tl.store(out_ptr + L + rows, t, mask=live)
+    tl.store(out_ptr + 2 * L + rows, scale, mask=live)
 
 
 @triton.jit
-def is_unsafe(S):
+def is_unsafe(total):
     """Whether a sum left the range in which nothing is lost. NaN is."""
-    return ~((S > 1.0 / SAFE) & (S < SAFE))
+    return ~((total > 1.0 / SAFE) & (total < SAFE))
 
 
 @triton.jit
-def safe_offset(M, target):
-    """Octaves that bring the largest E just below 1; 0 where there is no other column to speak of."""
-    return tl.where(tl.abs(M) < 1e30, tl.ceil((M - target.to(tl.float32)) * LOG2E), 0.0)
+def safe_offset(largest, target):
+    """Octaves that bring the largest e just below 1; 0 where there is no other column to speak of."""
+    return tl.where(tl.abs(largest) < 1e30, tl.ceil((largest - target.to(tl.float32)) * LOG2E), 0.0)

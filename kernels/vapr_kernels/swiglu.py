@@ -27,7 +27,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _place(I, BLOCK_I: tl.constexpr):  # noqa: E741
-    """Row and columns of this program."""
+    """Return row and columns of this program."""
     num_blocks = tl.cdiv(I, BLOCK_I)
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
     return row, (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -77,7 +77,7 @@ def _swiglu_bwd_kernel(
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """Launch the forward kernel."""
+    """Launch the forward kernel; return ``silu(gate) * up``, shape (T, I)."""
     gate, up = launch.unit_stride(gate), launch.unit_stride(up)
     num_rows, width = gate.shape
     out = gate.new_empty(gate.shape)
@@ -87,7 +87,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel: dgate and dup."""
+    """Launch the backward kernel; return dgate and dup, shape (T, I) each."""
     dout, gate, up = (launch.unit_stride(x) for x in (dout, gate, up))
     num_rows, width = gate.shape
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)

@@ -1,6 +1,6 @@
 """target_logits: one logit a row, that of its label, in fp64.
 
-R = rows, D = hidden, V = vocabulary.
+L = rows (predictions), D = hidden, V = vocabulary.
 """
 
 import torch
@@ -12,10 +12,10 @@ from vapr_kernels.launch import tl, triton
 
 @launch.Kernel
 def _target_logits_kernel(
-    x_ptr,  # (R, D)
+    x_ptr,  # (L, D)
     w_ptr,  # (V, D)
-    labels_ptr,  # (R,)
-    out_ptr,  # (R,)
+    labels_ptr,  # (L,)
+    out_ptr,  # (L,)
     V,
     D,
     BLOCK_D: tl.constexpr,
@@ -24,7 +24,7 @@ def _target_logits_kernel(
     label = tl.load(labels_ptr + row)
     exists = (label >= 0) & (label < V)
     w_row_ptr = w_ptr + tl.where(exists, label, 0) * D
-    # All of E hangs on this one logit, and for one dot product a row exactness costs nothing.
+    # All of exps hangs on this one logit, and for one dot product a row exactness costs nothing.
     acc = tl.zeros((BLOCK_D,), tl.float64)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -36,7 +36,7 @@ def _target_logits_kernel(
 
 
 def target_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """x_r . W[labels_r], shape (R,), fp64."""
+    """Return x_r . W[labels_r], shape (L,), fp64; NaN for a label that is no row of W."""
     out = x.new_empty(len(x), dtype=torch.float64)
     if len(x):
         block = min(1024, triton.next_power_of_2(x.shape[1]))

@@ -12,7 +12,7 @@ Outputs = Tensor | tuple[Tensor, ...]
 def outputs_and_grads(
     fn: Callable[..., Outputs], args: tuple[Any, ...], douts: list[Tensor] | None = None
 ) -> list[Tensor]:
-    """The outputs of ``fn(*args)`` and the gradient of every floating-point argument that requires one."""
+    """Return the outputs of ``fn(*args)`` and the gradient of every argument that requires one, in their own shapes."""
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     outs = as_tuple(fn(*args))
     if not leaves:
@@ -23,12 +23,12 @@ def outputs_and_grads(
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
-    """The outputs of a function that returns one tensor or several."""
+    """Return the outputs of a function that returns one tensor or several, of any shape, as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def in_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The same arguments with floating-point tensors cast to ``dtype``, as fresh leaves."""
+    """Return the same arguments with floating-point tensors cast to ``dtype``, as fresh leaves."""
     return tuple(
         a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
         for a in args
@@ -38,7 +38,7 @@ def in_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 def assert_matches_naive(
     fn: Callable[..., Outputs], naive: Callable[..., Outputs], *args: Any, slack: float = 2.0, floor: float = 1e-6
 ) -> None:
-    """Every output and every gradient are within ``slack`` times the error that the dtype itself costs.
+    """Assert that every output and gradient is within ``slack`` times the error that the dtype itself costs.
 
     The truth is ``naive`` in fp64; the yardstick is ``naive`` in the dtype of ``args``. ``floor`` (relative to the
     largest true value) allows for another summation order where the yardstick happens to be exact.
