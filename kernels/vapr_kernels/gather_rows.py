@@ -64,28 +64,28 @@ class RowIndex:
 
 @launch.Kernel
 def _gather_rows_bwd_kernel(
-    dout_ptr,  # (K, W)
+    dout_ptr,  # (K, D)
     order_ptr,  # (K,) int64
     starts_ptr,  # (T + 1,) int64
-    dx_ptr,  # (T, W)
+    dx_ptr,  # (T, D)
     T,
-    W,
+    D,
     BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(W, BLOCK_W)
+    num_blocks = tl.cdiv(D, BLOCK_D)
     rows = (tl.program_id(0) // num_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = (tl.program_id(0) % num_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    cols = (tl.program_id(0) % num_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     exists = rows < T
     start = tl.load(starts_ptr + rows, mask=exists, other=0)
     num_copies = tl.load(starts_ptr + rows + 1, mask=exists, other=0) - start
-    dx = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
+    dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for nth in range(tl.max(num_copies, 0)):
         has = nth < num_copies
         copy = tl.load(order_ptr + start + nth, mask=has, other=0)[:, None]
-        dx += tl.load(dout_ptr + copy * W + cols, mask=has[:, None] & (cols < W), other=0.0).to(tl.float32)
-    at = dx_ptr + rows.to(tl.int64)[:, None] * W + cols
-    tl.store(at, rounded(dx, dx_ptr.dtype.element_ty), mask=exists[:, None] & (cols < W))
+        dx += tl.load(dout_ptr + copy * D + cols, mask=has[:, None] & (cols < D), other=0.0).to(tl.float32)
+    at = dx_ptr + rows.to(tl.int64)[:, None] * D + cols
+    tl.store(at, rounded(dx, dx_ptr.dtype.element_ty), mask=exists[:, None] & (cols < D))
 
 
 def gather_rows_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def gather_rows_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     block_t = TILE // block_w
     grid = (triton.cdiv(num_rows, block_t) * triton.cdiv(width, block_w),)
     _gather_rows_bwd_kernel[grid](
-        dout, order, starts, dx, num_rows, width, BLOCK_T=block_t, BLOCK_W=block_w, num_warps=NUM_WARPS
+        dout, order, starts, dx, num_rows, width, BLOCK_T=block_t, BLOCK_D=block_w, num_warps=NUM_WARPS
     )
     return dx
 
