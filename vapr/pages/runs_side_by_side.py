@@ -13,8 +13,8 @@ from vapr.errors import UserError
 from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
 
-ALIKE = ("run_dir", "data.workers", "reference", "features")
-"""Keys (and what lies below them) that change no result and are not listed as differences."""
+ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")
+"""Keys (and what lies below them) that change no result and are not listed as differences. Older runs have ``parallel``."""
 
 LAST, BEST, BOTH = "last", "lowest loss", "last, lowest loss"
 
