@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vapr.config import Config
-from vapr.config_file import fields_of, mentioned, sections_in
+from vapr.config_mistakes import fields_of, mentioned, sections_in
 from vapr.editing.config import EditConfig
 from vapr.errors import UserError
 
@@ -67,7 +67,7 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"loss": {"kind": "hinge", "label_smoothing": 0.1}}, "loss.label_smoothing means nothing to hinge"),
         ({"loss": "sigmoid"}, "loss: should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them"),
         ({"policy": {"model": "m", "lora": {"targets": "q_proj"}}}, "policy.lora.targets: should be all-linear, or a list of module names"),
-        ({"seed": 2**64}, "seed must be at least 0 and below 2^63"),
+        ({"seed": 2**64}, "seed must be at least 0 and below 9,223,372,036,854,775,808"),
         ({"loss": []}, "loss: give one loss, or a list of at least one"),
         ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
         ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),

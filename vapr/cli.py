@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def main() -> None:
 Command = Callable[..., None]
 
 A_PATH = click.Path(path_type=Path)
+INSTRUCTION_SHAPES = click.Choice(["auto", "llava", "messages", "prompt"])
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 
 config_argument = click.argument("config", type=A_PATH)
@@ -117,10 +118,7 @@ def together_as_rows(*options: Callable[[Command], Command]) -> Callable[[Comman
             names = ("format", "columns", "image_root", "split", "subset")
             command(rows={name: values.pop(name) for name in names}, **values)
 
-        added: Command = run
-        for option in reversed(options):
-            added = option(added)
-        return added
+        return reduce(lambda added, option: option(added), reversed(options), run)
 
     return add
 
@@ -134,11 +132,7 @@ pair_options = together_as_rows(
     click.option("--subset", help="Subset of a hub data set, or an entry of dataset_info.json."),
 )
 instruction_options = together_as_rows(
-    click.option(
-        "--format",
-        type=click.Choice(["auto", "llava", "messages", "prompt"]),
-        help="Shape of the rows. [default: auto]",
-    ),
+    click.option("--format", type=INSTRUCTION_SHAPES, help="Shape of the rows. [default: auto]"),
     column_option("answer=caption"),
     image_root_option,
     click.option("--split", help="Split of a hub data set. [default: train]"),
@@ -262,11 +256,9 @@ def view(source: str, out: Path, sample: int | None, seed: int, rows: dict[str, 
 @click.argument("source")
 @click.option("--out", "folder", required=True, type=A_PATH, help="Folder of the job; an unfinished job in it goes on.")
 @click.option(
-    "--editor",
-    default="rules",
-    show_default=True,
+    "--editor", default="rules", show_default=True,
     help="Editor: rules (no model), a hub id or folder that vLLM runs, or http://... of an OpenAI-compatible server.",
-)
+)  # fmt: skip
 @click.option("--config", type=A_PATH, help="YAML file; docs/edit.md lists its keys.")
 @set_option
 @instruction_options
@@ -304,10 +296,8 @@ def edit(
         click.echo(json.dumps(tried, indent=2) if as_json else trial.show(tried, start, click.style))
         return
     result = run(start, say)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(f"{summary.show(result)}\nwrote       {start.folder}\n{summary.next_commands(result, start.folder)}")
+    lines = (summary.show(result), f"wrote       {start.folder}", summary.next_commands(result, start.folder))
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
 
 
 @main.command()
@@ -335,14 +325,13 @@ def audit(
         raise UserError("--limit: how many pairs the model scores, and there is no --model; --max-pairs is for probes")
     from vapr.audit import measure, report_text
     from vapr.data.sources import read_pairs
+    from vapr.pages import audit_report
 
     needed = model is not None
     opened = [read_pairs(source, **rows, on_bad_row=on_bad_row, images_needed=needed) for source in sources]
     result = measure.audit(measure.named(sources, opened), max_pairs=max_pairs, seed=seed, model=model, limit=limit)
     if out is not None:
-        from vapr.pages.audit_report import write_audit_report
-
-        write_audit_report(out, result)
+        audit_report.write_audit_report(out, result)
     if as_json:
         click.echo(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -359,14 +348,12 @@ def audit(
 @json_option
 def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Show the held-out figures of several run folders side by side, and what differs in their configs."""
-    from vapr.pages import runs_side_by_side
+    from vapr.pages import compare, runs_side_by_side
 
     opened = runs_side_by_side.read_runs(runs)
     result = runs_side_by_side.compare(opened)
     if out is not None:
-        from vapr.pages.compare import write_compare_page
-
-        write_compare_page(out, opened, result)
+        compare.write_compare_page(out, opened, result)
     if as_json:
         click.echo(json.dumps(result, indent=2, default=str))
         return

@@ -7,10 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber, check_columns, fields_of
+from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber
+from vapr.config_mistakes import check_columns, fields_of
 from vapr.format_names import MAPPED_KEYS, FormatName
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -271,6 +272,11 @@ class CheckpointConfig:
     """The figure that decides which is best: the smallest loss, or the largest of the others."""
 
 
+Losses = Annotated[list[LossConfig], BeforeValidator(lambda loss: [loss] if isinstance(loss, dict) else loss)]
+# YAML reads a bare ``off`` as false.
+Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class Config(ConfigFile):
     """A run. ``loss`` is a list of terms; in a file a single one needs no brackets."""
@@ -286,27 +292,20 @@ class Config(ConfigFile):
     data: DataConfig
     seed: WholeNumber = Field(default=0, ge=0, lt=2**63)
     """Seed of the order of the pairs and of the adapters' first weights."""
-    loss: list[LossConfig] = Field(default=[LossConfig()])
+    loss: Losses = Field(default=[LossConfig()])
     """One loss, or a list of terms whose weighted sum is taken."""
     packing: PackingConfig = PackingConfig()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
     features: FeaturesConfig = FeaturesConfig()
-    kernels: Literal["auto", "off"] = "auto"
+    # YAML reads a bare ``off`` as false.
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = (
+        "auto"
+    )
     """``auto``: fused Triton kernels where they run (a GPU, triton installed); ``off``: PyTorch's operations."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: list[TrackerName] = Field(default=["tensorboard"])
     """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``."""
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _list_a_single_loss(cls, loss: Any) -> Any:
-        return [loss] if isinstance(loss, dict) else loss
-
-    @field_validator("kernels", mode="before")
-    @classmethod
-    def _read_off(cls, kernels: Any) -> Any:
-        return "off" if kernels is False else kernels  # YAML reads a bare ``off`` as false
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

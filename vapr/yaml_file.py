@@ -51,7 +51,7 @@ def read_yaml(path: str | Path) -> Any:
     text = read_text(path)
     try:
         return yaml.load(text, _EachKeyOnce)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         if mark is not None and re.match(r"[ -]*\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
             place = f"{path}:{mark.line + 1}"

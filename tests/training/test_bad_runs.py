@@ -82,7 +82,7 @@ def test_the_config_of_these_tests_runs(work):
         ("data.train=7", "data.train: should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those, got 7"),
         ("data.train=[{path: x, wieght: 2}]", "unknown key 'data.train.0.wieght'; did you mean 'weight'?"),
         ("data.train=[]", "data.train: should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those, got []"),
-        ("data.train=[{path: pairs.jsonl, weight: 0}]", "data.train.0.weight must be > 0 and at most 1000, got 0"),
+        ("data.train=[{path: pairs.jsonl, weight: 0}]", "data.train.0.weight must be > 0 and at most 1,000, got 0"),
         ("data.train={weight: 2}", "'data.train.path' is missing"),
         ("policy.train.language_model=false", "policy.train freezes every part"),
         ("features={cache: true, cach_dir: x}", "unknown key 'features.cach_dir'; did you mean 'cache_dir'?"),

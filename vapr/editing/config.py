@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber, check_columns, parse_section
+from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber, parse_section
+from vapr.config_mistakes import check_columns
 
 COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence")
 """What ``source.columns`` can map."""

@@ -13,8 +13,8 @@ from vapr.errors import UserError
 from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
 
-ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")
-"""Keys (and what lies below them) that change no result and are not listed as differences. Older runs have ``parallel``."""
+ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")  # only older runs have the last
+"""Keys (and what lies below them) that change no result and are not listed as differences."""
 
 LAST, BEST, BOTH = "last", "lowest loss", "last, lowest loss"
 

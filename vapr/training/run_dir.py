@@ -22,9 +22,10 @@ from vapr.training import checkpoint
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
-    "trackers", "packing.max_tokens", "policy.gradient_checkpointing", "parallel",
+    "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
+    "parallel",  # only older runs have it, and it meant nothing
 )  # fmt: skip
-"""Keys (and what lies below them) that a resumed run may set differently. Older runs have ``parallel``, which meant nothing."""
+"""Keys (and what lies below them) that a resumed run may set differently."""
 
 START = "policy"
 """Folder of the merged policy, in a run with LoRA that began from an adapter."""

@@ -245,7 +245,7 @@ def test_columns_of_tables(folder, suffix):
     ("override", "message"),
     [
         ("sed=1", "unknown key 'sed'; did you mean 'seed'?"),
-        ("seed=-1", "seed must be at least 0 and below 2^31, got -1"),
+        ("seed=-1", "seed must be at least 0 and below 2,147,483,648, got -1"),
         ("seed=yes", "seed: should be a number, got True (YAML reads yes, no, on and off so, too)"),
         ("plan.turns_per_row=on", "plan.turns_per_row: should be a number, got True"),
         ("ask.temperature=off", "ask.temperature: should be a number, got False"),

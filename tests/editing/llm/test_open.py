@@ -420,7 +420,7 @@ def test_what_a_url_hides(serve):
     ("settings", "message"),
     [
         ({"tries": 0}, "engine.tries must be at least 1, got 0"),
-        ({"concurrency": 5000}, "engine.concurrency must be at least 1 and at most 1000, got 5000"),
+        ({"concurrency": 5000}, "engine.concurrency must be at least 1 and at most 1,000, got 5000"),
         ({"timeout_seconds": 0}, "engine.timeout_seconds must be > 0, got 0"),
         ({"gpu_memory_utilization": 90}, "engine.gpu_memory_utilization must be > 0 and at most 1, got 90"),
         ({"tensor_parallel": 0}, "engine.tensor_parallel must be at least 1, got 0"),
