@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial, reduce, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -118,7 +118,7 @@ def together_as_rows(*options: Callable[[Command], Command]) -> Callable[[Comman
             names = ("format", "columns", "image_root", "split", "subset")
             command(rows={name: values.pop(name) for name in names}, **values)
 
-        return reduce(lambda added, option: option(added), reversed(options), run)
+        return reduce(lambda added, option: option(added), reversed(options), cast(Command, run))
 
     return add
 

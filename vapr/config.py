@@ -281,7 +281,9 @@ Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" 
 class Config(ConfigFile):
     """A run. ``loss`` is a list of terms; in a file a single one needs no brackets."""
 
-    WANTED: ClassVar = "a run config (YAML) is wanted here; write this line into run.yaml and give that: {line}"
+    OTHER_THING: ClassVar = (
+        "{path}: {found}, but a run config (YAML) is wanted here; write this line into run.yaml and give that: {line}"
+    )
     NOT_KEYS: ClassVar = {"parallel": "several GPUs are not supported yet; leave it out"}
     OLD_PARALLEL: ClassVar = {"engine": "auto", "zero": 2, "offload": "none"}
     """The section ``parallel`` in config.yaml of older runs, where it meant nothing."""

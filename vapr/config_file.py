@@ -40,8 +40,8 @@ Number = Annotated[float, pydantic.Strict(), pydantic.BeforeValidator(_read_numb
 class ConfigFile:
     """A config that is read from a YAML file, and the sentences for what is not one."""
 
-    WANTED: ClassVar[str]
-    """What to give in place of data, a model or a folder; ``{line}`` is a whole run config in one line."""
+    OTHER_THING: ClassVar[str]
+    """What to say of data, a model or a folder in place of a config; ``{line}`` is a whole run config in one line."""
     NOT_KEYS: ClassVar[Mapping[str, str]] = {}
     """Why some names are no keys."""
 
@@ -64,7 +64,7 @@ class ConfigFile:
         Raises:
             UserError: naming the file, and saying what it is if it is data, a model or a run.
         """
-        _refuse_other_things(path, cls.WANTED)
+        _refuse_other_things(path, cls.OTHER_THING)
         raw = read_yaml(path)
         if not isinstance(raw, dict):
             raise UserError(f"{path}: a config is a mapping of keys to values (run_dir:, policy:, data:, ...)")
@@ -97,7 +97,7 @@ def parse_section(section: type[Section], raw: dict[str, Any], where: str) -> Se
 DATA_FILES = (".jsonl", ".parquet", ".arrow", ".tar", ".csv", ".tsv")
 
 
-def _refuse_other_things(path: Path, wanted: str) -> None:
+def _refuse_other_things(path: Path, sentence: str) -> None:
     """Raise UserError for data, the folder of a model, or that of a run."""
     found, model, data = "holds data", "Qwen/Qwen2.5-VL-3B-Instruct", str(path)
     if path.is_dir():
@@ -109,7 +109,7 @@ def _refuse_other_things(path: Path, wanted: str) -> None:
     elif path.suffix not in DATA_FILES and not _is_json_list(path):
         return
     example = {"run_dir": "runs/first", "policy": {"model": model}, "data": {"train": data}}
-    raise UserError(f"{path}: {found}, but {wanted.replace('{line}', json.dumps(example, ensure_ascii=False))}")
+    raise UserError(sentence.format(path=path, found=found, line=json.dumps(example, ensure_ascii=False)))
 
 
 def _is_json_list(path: Path) -> bool:

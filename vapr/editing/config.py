@@ -190,9 +190,9 @@ class EngineConfig:
 class EditConfig(ConfigFile):
     """An edit job. Everything but ``engine`` is fixed when it is begun: it decides what the pairs are."""
 
-    WANTED: ClassVar = (
-        "a config of vapr edit (YAML) is wanted here; docs/edit.md lists its keys, and the data is given by itself: "
-        "vapr edit DATA --out DIR"
+    OTHER_THING: ClassVar = (
+        "{path}: {found}, but a config of vapr edit (YAML) is wanted here; docs/edit.md lists its keys, and the data "
+        "is given by itself: vapr edit DATA --out DIR"
     )
     NOT_KEYS: ClassVar = {"editor": "the editor is given on the command line, with --editor"}
 
