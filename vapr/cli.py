@@ -37,9 +37,10 @@ class _Commands(click.Group):
         except UserError as error:
             raise _Mistake(str(error)) from None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
                 raise
-            raise _Mistake(f"{error.filename or 'the output'}: no space left") from None
+            problem = "no space left" if error.errno == errno.ENOSPC else "this name is too long for a file"
+            raise _Mistake(f"{error.filename or 'the output'}: {problem}") from None
         except Stopped as stopped:
             click.echo(f"Stopped: {stopped}", err=True)
             sys.exit(stopped.exit_code)

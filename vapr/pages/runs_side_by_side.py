@@ -65,7 +65,8 @@ def _read_run(folder: Path, name: str) -> Run:
     except OSError as error:
         near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
         others = f"; runs beside it: {', '.join(near[:5])}" if near else ""
-        raise UserError(f"{folder}: no run, {Path(error.filename).name} cannot be read{others}") from None
+        missing = f"no run, {Path(error.filename).name} cannot be read" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {missing}{others}") from None
     if not evaluation:
         raise UserError(f"{folder}: no held-out figures; set data.eval in its config and train it again")
     return Run(name, folder, config, evaluation)
