@@ -154,7 +154,7 @@ def test_a_number_may_be_written_without_a_dot(text, lr):
     assert read == lr and isinstance(read, float)
 
 
-@pytest.mark.parametrize(("text", "epochs"), [("3", 3), ("'3'", 3), ("3.0", 3)])
+@pytest.mark.parametrize(("text", "epochs"), [("3", 3), ("'3'", 3), ("3.0", 3), ("'3.0'", 3)])
 def test_a_whole_number_may_be_written_as_text(text, epochs):
     read = Config.parse({**MINIMAL, "optim": yaml.safe_load(f"epochs: {text}")}).optim.epochs
     assert read == epochs and isinstance(read, int)

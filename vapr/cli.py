@@ -315,8 +315,8 @@ def edit(
 @bad_row_option
 @json_option
 def audit(
-    sources: tuple[str, ...], out: Path | None, model: str | None, limit: int | None, max_pairs: int, seed: int,
-    rows: dict[str, Any], on_bad_row: str, as_json: bool,
+    sources: tuple[str, ...], out: Path | None, model: str | None, limit: int | None, rows: dict[str, Any],
+    on_bad_row: str, as_json: bool, **draws: int,
 ) -> None:  # fmt: skip
     """Measure what gives rejected answers away without the image; exit code 1 when a gate fails.
 
@@ -330,7 +330,7 @@ def audit(
 
     needed = model is not None
     opened = [read_pairs(source, **rows, on_bad_row=on_bad_row, images_needed=needed) for source in sources]
-    result = measure.audit(measure.named(sources, opened), max_pairs=max_pairs, seed=seed, model=model, limit=limit)
+    result = measure.audit(measure.named(sources, opened), model=model, limit=limit, **draws)
     if out is not None:
         audit_report.write_audit_report(out, result)
     if as_json:

@@ -3,6 +3,7 @@
 Both are frozen pydantic dataclasses. The type and limits of a key stand at its field, and so does its documentation.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,10 +26,9 @@ def _read_number(value: Any) -> Any:
     """Read text as a number (YAML 1.1 takes 1e-6, without a dot, for text), and 3.0 as the whole number it is."""
     if isinstance(value, str):
         for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                value = kind(value)
+                break
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
