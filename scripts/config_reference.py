@@ -1,4 +1,4 @@
-"""The reference of every config key as Markdown, made from the dataclasses and docstrings of a config module.
+"""The reference of every config key as Markdown, made from the fields of the config classes and their documentation.
 
     python scripts/config_reference.py [--of run|edit] [--write docs/config.md | --check docs/config.md]
 
@@ -8,9 +8,6 @@
 """
 
 import argparse
-import ast
-import dataclasses
-import inspect
 import sys
 import types
 import typing
@@ -19,7 +16,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "kernels")]
 
+from pydantic.fields import FieldInfo  # noqa: E402
+
 from vapr.config import Config  # noqa: E402
+from vapr.config_mistakes import fields_of, rule, sections_in  # noqa: E402
 from vapr.editing.config import EditConfig  # noqa: E402
 
 CONFIGS: dict[str, Any] = {"run": Config, "edit": EditConfig}
@@ -64,90 +64,62 @@ def replace_block(text: str, block: str) -> str:
 
 
 def render(of: str = "run") -> str:
-    """Every section: its heading, its docstring, a table of its keys."""
-    docs = read_docs(inspect.getmodule(CONFIGS[of]))
-    return "\n\n".join(part for name, section in sections(CONFIGS[of]) for part in section_parts(name, section, docs))
+    """Return every section: its heading, its docstring, a table of its keys."""
+    return "\n\n".join(part for names, section in sections(CONFIGS[of]) for part in section_parts(names, section))
 
 
-def sections(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """(name, dataclass) of the config and of every section below it; a class that two keys share is named by both."""
+def sections(section: Any, prefix: str = "") -> list[tuple[list[str], Any]]:
+    """Return names and class of the config and of every section below it; a class that two keys share has two names."""
     found: dict[Any, list[str]] = {section: [prefix]}
-    for key, annotation in hints(section).items():
-        for below in dataclasses_in(annotation):
-            for name, inner in sections(below, f"{prefix}.{key}".lstrip(".")):
-                found.setdefault(inner, []).append(name)
-    return [(" and ".join(names), inner) for inner, names in found.items()]
+    for key, field in fields_of(section).items():
+        for below in sections_in(field.annotation):
+            for names, inner in sections(below, f"{prefix}.{key}".lstrip(".")):
+                found.setdefault(inner, []).extend(names)
+    return [(names, inner) for inner, names in found.items()]
 
 
-def section_parts(name: str, section: Any, docs: dict[str, dict[str, str]]) -> list[str]:
-    heading = " and ".join(f"`{part}`" for part in name.split(" and ")) if name else "Top level"
+def section_parts(names: list[str], section: Any) -> list[str]:
+    heading = " and ".join(f"`{name}`" for name in names if name) or "Top level"
     lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
-    for field in dataclasses.fields(section):
-        annotation = hints(section)[field.name]
-        if dataclasses.is_dataclass(annotation) and field.name not in docs[section.__name__]:
+    for key, field in fields_of(section).items():
+        if field.description is None and field.annotation in sections_in(field.annotation):
             continue  # a section of its own says all there is to say
-        full = f"{name.split(' and ')[0]}.{field.name}".lstrip(".")
-        meaning = docs[section.__name__].get(field.name, "")
-        cells = (f"`{full}`", words(annotation), default(field), meaning)
+        limits = rule(field).removeprefix("null or ")
+        value = f"{words(field.annotation)}; {limits}" if limits else words(field.annotation)
+        cells = (f"`{f'{names[0]}.{key}'.lstrip('.')}`", value, default(field), plain(field.description or ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [f"## {heading}", plain(section.__doc__), "\n".join(lines)]
 
 
-def hints(section: Any) -> dict[str, Any]:
-    known = typing.get_type_hints(section)
-    return {field.name: known[field.name] for field in dataclasses.fields(section)}
-
-
-def dataclasses_in(annotation: Any) -> list[Any]:
-    """The sections that a type mentions, each once."""
-    if dataclasses.is_dataclass(annotation):
-        return [annotation]
-    found = [section for part in typing.get_args(annotation) for section in dataclasses_in(part)]
-    return list(dict.fromkeys(found))
-
-
 def words(annotation: Any) -> str:
-    """A type as a user says it."""
+    """Return a type as a user says it."""
     parts = typing.get_args(annotation)
     match typing.get_origin(annotation):
+        case typing.Annotated:
+            return words(parts[0])
         case typing.Literal:
             return ", ".join(f"`{part}`" for part in parts)
         case types.UnionType | typing.Union:
             return " or ".join(dict.fromkeys(words(part) for part in parts))
         case kind if kind is list:
-            return f"list of {words(parts[0]).removesuffix('s')}s"
+            return f"list of {words(parts[0])}" + ("" if words(parts[0]).endswith(("s", "`")) else "s")
         case kind if kind is tuple:
             return f"{len(parts)} numbers"
         case kind if kind is dict:
             return f"mapping of {words(parts[0])} to {words(parts[1])}"
-    return "mapping" if dataclasses.is_dataclass(annotation) else WORDS[annotation]
+    return "mapping" if sections_in(annotation) else WORDS[annotation]
 
 
-def default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+def default(field: FieldInfo) -> str:
+    if field.is_required():
         return "required"
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if dataclasses.is_dataclass(value) or (isinstance(value, list) and value and dataclasses.is_dataclass(value[0])):
+    value = field.default
+    if sections_in(type(value)) or (isinstance(value, list) and value and sections_in(type(value[0]))):
         return "the section's defaults"
     if isinstance(value, bool) or value is None:
         return f"`{str(value).lower().replace('none', 'null')}`"
     shown = list(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, int | float) else value
     return f"`{shown}`"
-
-
-def read_docs(module: Any) -> dict[str, dict[str, str]]:
-    """The string under each field, by class and field."""
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.ClassDef):
-            pairs = zip(node.body, node.body[1:], strict=False)
-            docs[node.name] = {
-                line.target.id: plain(below.value.value)
-                for line, below in pairs
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-                and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            }  # fmt: skip
-    return docs
 
 
 def plain(docstring: str) -> str:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from vapr.cli import main
 from vapr.data.pairs import write_pairs
 
 
@@ -150,6 +153,29 @@ def test_convert_needs_no_torch(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_older_runs_go_on(run_yaml, tmp_path):
+    """Their config.yaml holds a section that was a key once and meant nothing."""
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    held_out = ("--set", f"data.eval={tmp_path / 'pairs.jsonl'}")
+    for name in ("old", "new"):
+        run("train", run_yaml, *held_out, "--set", f"run_dir={tmp_path / name}")
+    config = tmp_path / "old" / "config.yaml"
+    with config.open("a") as file:
+        file.write("parallel:\n  engine: auto\n  zero: 2\n  offload: none\n")
+    assert "finished" in run("train", config, "--resume")
+    assert "finished" in run("train", run_yaml, *held_out, "--set", f"run_dir={tmp_path / 'old'}", "--resume")
+    run("export", tmp_path / "old", "--out", tmp_path / "exported")
+    assert "parallel" not in run("compare", tmp_path / "old", tmp_path / "new")
+    shutil.rmtree(tmp_path / "old" / "final")
+    assert "step 2" in run("train", config, "--resume")
+    assert "parallel" not in config.read_text()
 
 
 def test_names_for_notebooks_load_on_demand():

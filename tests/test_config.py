@@ -1,14 +1,15 @@
 """The config: what is accepted, and one line for everything that is not."""
 
 import dataclasses
+import json
+import pickle
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 import yaml
 
 from vapr.config import Config
-from vapr.config_file import parse_config
+from vapr.config_mistakes import fields_of, mentioned, sections_in
 from vapr.editing.config import EditConfig
 from vapr.errors import UserError
 
@@ -40,7 +41,6 @@ optim: {lr: 5.0e-6, schedule: cosine, warmup_ratio: 0.03, weight_decay: 0.0, cli
         max_steps: null}
 reference: {cache_dir: null}
 kernels: auto
-parallel: {engine: auto, zero: 2, offload: none}
 checkpoint: {every: 100, keep: 3}
 """
 
@@ -66,23 +66,35 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"optim": {"xyzzy": 1}}, "unknown key 'optim.xyzzy'; known keys here: lr, schedule"),
         ({"loss": {"beta": -1.0}}, "loss.beta must be > 0, got -1.0"),
         ({"loss": {"kind": "ppo"}}, "loss.kind: should be 'sigmoid', 'robust'"),
-        ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be in [0, 0.5), got 0.5"),
+        ({"loss": {"kind": "robust", "label_smoothing": 0.5}}, "loss.label_smoothing must be at least 0 and below 0.5, got 0.5"),
         ({"loss": {"kind": "hinge", "label_smoothing": 0.1}}, "loss.label_smoothing means nothing to hinge"),
         ({"loss": "sigmoid"}, "loss: should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them"),
         ({"policy": {"model": "m", "lora": {"targets": "q_proj"}}}, "policy.lora.targets: should be all-linear, or a list of module names"),
-        ({"seed": 2**64}, "seed must be at least 0 and below 2^63"),
+        ({"seed": 2**64}, "seed must be at least 0 and below 9,223,372,036,854,775,808"),
         ({"loss": []}, "loss: give one loss, or a list of at least one"),
         ({"loss": [{"kind": "sigmoid", "weight": 0}]}, "loss: every weight is 0"),
         ({"loss": {"token_weights": {"changed": 0, "unchanged": 0}}}, "token_weights are both 0"),
         ({"optim": {"lr": "fast"}}, "optim.lr: should be a valid number"),
         ({"optim": {"pairs_per_step": 0}}, "optim.pairs_per_step must be at least 1, got 0"),
-        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas must be in [0, 1)"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas.1 must be at least 0 and below 1, got 1.0"),
         ({"packing": {"max_tokens": "many"}}, "packing.max_tokens: should be a valid integer"),
         ({"policy": {}}, "'policy.model' is missing"),
         ({"policy": {"model": "m", "dtype": "float16"}}, "policy.dtype: should be 'float32' or 'bfloat16', got 'float16'"),
         ({"policy": {"model": "m", "train": {"language_model": False}}}, "policy.train freezes every part"),
         ({"data": "pairs.jsonl"}, "data: a mapping of keys to values is needed here, got 'pairs.jsonl'"),
         ({"run_dir": None}, "run_dir: "),
+        ({"run_dir": ""}, "run_dir must be non-empty, got ''"),
+        ({"policy": {"model": "m", "lora": {"targets": [1]}}}, "policy.lora.targets.0: should be all-linear, or a list of module names such as [q_proj, v_proj], got 1"),
+        ({"policy": {"model": "m", "lora": {"targets": []}}}, "policy.lora.targets: should be all-linear, or a list of module names"),
+        ({"data": {"train": [{"path": "p"}, {"path": "p", "wieght": 1}]}}, "unknown key 'data.train.1.wieght'; did you mean 'weight'?"),
+        ({"data": {"train": {}}}, "'data.train.path' is missing"),
+        ({"data": {"train": [5]}}, "data.train.0: should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those, got 5"),
+        ({"loss": [{"kind": "sigmoid"}, {"beta": 0}]}, "loss.1.beta must be > 0, got 0"),
+        ({"loss": ["dpo"]}, "loss.0: should be a mapping such as {kind: sigmoid, beta: 0.1}"),
+        ({"trackers": ["wand"]}, "trackers.0: should be 'tensorboard', 'wandb', 'trackio' or 'mlflow', got 'wand'"),
+        ({"optim": {"betas": [0.9]}}, "'optim.betas.1' is missing"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: should be a finite number, got nan"),
+        ({3: 4}, "unknown key '3'; known keys here: run_dir, policy"),
     ],
     ids=str,
 )  # fmt: skip
@@ -113,13 +125,11 @@ def test_yes_is_no_number(changes, key):
 
 def number_keys(section: type) -> Iterator[tuple[str, ...]]:
     """Every key of a config that takes a number, or numbers."""
-    for field in dataclasses.fields(section):
-        if inner := next(
-            (part for part in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(part)), None
-        ):
-            yield from ((field.name, *key) for key in number_keys(inner))
-        elif {int, float} & {field.type, *get_args(field.type)}:
-            yield (field.name,)
+    for name, field in fields_of(section).items():
+        if inner := sections_in(field.annotation):
+            yield from ((name, *key) for key in number_keys(inner[0]))
+        elif any(part in (int, float) for part in mentioned(field.annotation)):
+            yield (name,)
 
 
 @pytest.mark.parametrize("config", [Config, EditConfig], ids=lambda config: config.__name__)
@@ -134,7 +144,59 @@ def test_no_key_for_a_number_takes_yes(config):
             node = node.setdefault(section, {})
         node[key] = True
         with pytest.raises(UserError, match=rf"{key}\b"):
-            parse_config(config, raw, "run.yaml")
+            config.parse(raw, "run.yaml")
+
+
+@pytest.mark.parametrize(("text", "lr"), [("1e-6", 1e-6), ("'1e-6'", 1e-6), ("1.0e-6", 1e-6), ("1", 1.0)])
+def test_a_number_may_be_written_without_a_dot(text, lr):
+    """YAML 1.1 takes 1e-6 for text."""
+    read = Config.parse({**MINIMAL, "optim": yaml.safe_load(f"lr: {text}")}).optim.lr
+    assert read == lr and isinstance(read, float)
+
+
+@pytest.mark.parametrize(("text", "epochs"), [("3", 3), ("'3'", 3), ("3.0", 3), ("'3.0'", 3)])
+def test_a_whole_number_may_be_written_as_text(text, epochs):
+    read = Config.parse({**MINIMAL, "optim": yaml.safe_load(f"epochs: {text}")}).optim.epochs
+    assert read == epochs and isinstance(read, int)
+
+
+@pytest.mark.parametrize("value", [3.5, "3.5", "three", None, [3], 1e400, "nan"], ids=str)
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(UserError, match=r"^config: optim.epochs: should be a .*got "):
+        Config.parse({**MINIMAL, "optim": {"epochs": value}})
+
+
+OLD_PARALLEL = {"engine": "auto", "zero": 2, "offload": "none"}
+
+
+def test_several_gpus_are_not_offered(tmp_path):
+    told = "unknown key 'parallel'; several GPUs are not supported yet; leave it out"
+    for name, parallel in (
+        ("run.yaml", OLD_PARALLEL),
+        ("config.yaml", {**OLD_PARALLEL, "zero": 3}),
+        ("config.yaml", {}),
+    ):
+        (tmp_path / name).write_text(yaml.safe_dump({**MINIMAL, "parallel": parallel}))
+        with pytest.raises(UserError, match=f"{name}: {told}$"):
+            Config.load(tmp_path / name)
+
+
+def test_the_config_of_an_older_run_is_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**MINIMAL, "parallel": OLD_PARALLEL}))
+    config = Config.load(tmp_path / "config.yaml")
+    assert config == Config.parse(MINIMAL) and "parallel" not in config.as_dict()
+
+
+@pytest.mark.parametrize("config", [Config.parse(MINIMAL), EditConfig()], ids=lambda config: type(config).__name__)
+def test_configs_are_values(config):
+    """They go to other processes, cannot be changed, and are checked again where they are made anew."""
+    assert pickle.loads(pickle.dumps(config)) == config == type(config).parse(config.as_dict())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    assert dataclasses.replace(config, seed=1).seed == 1
+    with pytest.raises(ValueError, match="less than 9223|less than 2147"):
+        dataclasses.replace(config, seed=2**64)
+    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
 
 
 def test_off_without_quotes_is_off():
@@ -162,6 +224,7 @@ def test_overrides(tmp_path):
         ("loss.7=1", "'loss' is a list of 2; write an index"),
         ("run_dir.x=1", "'run_dir' has no keys below it"),
         ("optim.lr=[1", "not valid YAML"),
+        ("run_dir=2024-13-45", "not valid YAML"),
     ],
 )
 def test_wrong_overrides(tmp_path, override, message):
@@ -179,6 +242,7 @@ def test_wrong_overrides(tmp_path, override, message):
         (b"- a list", "a config is a mapping"),
         (b"", "a config is a mapping"),
         (b"\xff\xfe\x00", "cannot be read as a text file"),
+        (b"run_dir: 2024-13-45", "not valid YAML: month must be in 1..12"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, content, message):
@@ -190,5 +254,6 @@ def test_files_that_are_no_config(tmp_path, content, message):
 
 
 def test_a_config_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml"):
-        Config.load(tmp_path / "none.yaml")
+    for path in (tmp_path / "none.yaml", tmp_path / "none" / "none.yaml"):
+        with pytest.raises(UserError, match=r"none\.yaml: no such file$"):
+            Config.load(path)

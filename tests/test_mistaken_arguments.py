@@ -87,6 +87,27 @@ def test_a_folder_in_place_of_a_run_config(work, tiny):
     assert code == 0 and "finished" in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        *(((command, "gone.yaml"), "gone.yaml: no such file") for command in RUN_COMMANDS),
+        (("train", "run.yaml/gone.yaml"), "run.yaml/gone.yaml: no such file"),
+        (("edit", "pairs.jsonl", "--out", "out", "--config", "gone.yaml"), "gone.yaml: no such file"),
+        (("edit", "gone.jsonl", "--out", "out"), "gone.jsonl: no such file or folder"),
+        (("convert", "gone.jsonl", "--to", "trl", "--out", "o.jsonl"), "gone.jsonl: no such file or folder"),
+        (("view", "gone.jsonl", "--out", "o.html"), "gone.jsonl: no such file or folder"),
+        (("audit", "gone.jsonl"), "gone.jsonl: no such file or folder"),
+        (("compare", "gone", "gone2"), "gone: no such folder"),
+        (("export", "gone", "--out", "out"), "gone: no such folder; give that of a run or of a checkpoint"),
+        (("data", "run.yaml", "--set", "data.verdicts=gone"), "verdicts: gone: no such file"),
+        (("train", "n" * 300), f"{'n' * 300}: this name is too long for a file"),
+    ],
+    ids=str,
+)
+def test_what_is_not_there(work, arguments, line):
+    assert refusal(*arguments) == line
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "."])
 def test_data_in_place_of_an_edit_config(work, name):
     line = refusal("edit", "pairs.jsonl", "--out", "out", "--config", name)

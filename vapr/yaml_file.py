@@ -27,19 +27,31 @@ class _EachKeyOnce(Loader):
         return super().construct_mapping(node, deep)
 
 
+def read_text(path: str | Path, where: str | None = None) -> str:
+    """Read a text file; messages name it, or ``where``.
+
+    Raises:
+        UserError: naming the file, if it is not there or is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{where or path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{where or path}: cannot be read as a text file ({reason})") from None
+
+
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
+    """Return what a YAML file holds.
 
     Raises:
         UserError: naming the file, if it cannot be read, is no YAML, or gives a key twice.
     """
-    text = ""
+    text = read_text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         return yaml.load(text, _EachKeyOnce)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({one_line(error)})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         if mark is not None and re.match(r"[ -]*\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
             place = f"{path}:{mark.line + 1}"

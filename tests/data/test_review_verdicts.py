@@ -112,7 +112,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, line, message):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"verdicts: .*none\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"verdicts: .*none\.jsonl: no such file"):
         read_verdicts(tmp_path / "none.jsonl")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="binary: cannot be read as a text file"):

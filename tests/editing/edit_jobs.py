@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vapr.config_file import parse_config
 from vapr.editing.config import EditConfig
 from vapr.editing.job.run import run
 from vapr.editing.job.start import Start
@@ -189,4 +188,4 @@ def run_until(module: str, name: str, times: int, start: Start) -> None:
 
 
 def parse(raw: dict) -> EditConfig:
-    return parse_config(EditConfig, raw, "test")
+    return EditConfig.parse(raw, "test")

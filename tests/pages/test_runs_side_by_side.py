@@ -90,7 +90,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
     [
         (["a"], r"a: one run alone; give two or more"),
         (["a", "b", "a"], r"a: given twice; name each run once"),
-        (["a", "gone"], r"gone: no run, config\.yaml cannot be read; runs beside it: .*/a, .*/b"),
+        (["a", "gone"], r"gone: no such folder; runs beside it: .*/a, .*/b"),
         (["a", "bare"], r"bare: no held-out figures; set data\.eval"),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_command(runs, tmp_path):
     assert_one_line_error(
         vapr("compare", "a", "b", "--out", "page.txt", cwd=tmp_path), "--out page.txt: the page is HTML"
     )
-    assert_one_line_error(vapr("compare", "a", "none", cwd=tmp_path), "none: no run")
+    assert_one_line_error(vapr("compare", "a", "none", cwd=tmp_path), "none: no such folder")
 
 
 @needs_chromium

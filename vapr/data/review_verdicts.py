@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vapr.errors import UserError, one_line
+from vapr.yaml_file import read_text
 
 Verdict = Literal["keep", "drop"]
 
@@ -19,11 +20,7 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
         UserError: naming file and line.
     """
     verdicts: dict[str, Verdict] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"verdicts: {path}: cannot be read as a text file ({one_line(error)})") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, f"verdicts: {path}").split("\n"), start=1):
         if line.strip():
             id, verdict = _verdict(line, f"{path}:{number}")
             verdicts[id] = verdict

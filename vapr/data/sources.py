@@ -52,9 +52,11 @@ def read_pairs(
     Raises:
         UserError: naming file and row.
     """
+    if format not in ("auto", *FORMAT_NAMES):
+        raise UserError(f"unknown format '{format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     described = SourceConfig(
         path=str(source),
-        format=cast(Any, format),  # any text, as open_sets checks it
+        format=cast(Any, format),  # checked above
         columns=dict(columns) if columns is not None else None,
         image_root=str(image_root) if image_root is not None else None,
         split=split,
@@ -74,8 +76,6 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
     root = Path(source.image_root) if source.image_root is not None else None
     if root is not None and not root.is_dir():
         raise UserError(f"data.image_root: {root}: no such folder")
-    if source.format not in (None, "auto", *FORMAT_NAMES):
-        raise UserError(f"unknown format '{source.format}'; known: auto, {', '.join(FORMAT_NAMES)}")
     sets = []
     mappings: dict[tuple[tuple[str, str], ...], list[Rows]] = {}
     wanted = None if source.format == "auto" else source.format

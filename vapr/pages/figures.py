@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vapr.config import LossConfig
+from vapr.config import REFERENCE_FREE
 from vapr.pages.chart import readable
 from vapr.pages.curves import SIDES, Rows, column, number
 
@@ -60,7 +60,7 @@ def setting(config: dict[str, Any]) -> list[str]:
 def reward_beta(config: dict[str, Any]) -> float | None:
     """Beta of the loss whose rewards are logged; None where these do not compare with a reference."""
     terms = [term for term in _terms(config) if term.get("kind") != "sft"]
-    if not terms or not LossConfig(kind=terms[0].get("kind", "sigmoid")).needs_reference:
+    if not terms or terms[0].get("kind") in REFERENCE_FREE:
         return None
     return number(terms[0].get("beta"))
 

@@ -13,7 +13,7 @@ from vapr.errors import UserError
 from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
 
-ALIKE = ("run_dir", "data.workers", "reference", "features")
+ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")  # only older runs have the last
 """Keys (and what lies below them) that change no result and are not listed as differences."""
 
 LAST, BEST, BOTH = "last", "lowest loss", "last, lowest loss"
@@ -65,7 +65,8 @@ def _read_run(folder: Path, name: str) -> Run:
     except OSError as error:
         near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))
         others = f"; runs beside it: {', '.join(near[:5])}" if near else ""
-        raise UserError(f"{folder}: no run, {Path(error.filename).name} cannot be read{others}") from None
+        missing = f"no run, {Path(error.filename).name} cannot be read" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {missing}{others}") from None
     if not evaluation:
         raise UserError(f"{folder}: no held-out figures; set data.eval in its config and train it again")
     return Run(name, folder, config, evaluation)

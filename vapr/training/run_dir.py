@@ -23,6 +23,7 @@ from vapr.training import checkpoint
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
     "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
+    "parallel",  # only older runs have it, and it meant nothing
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 

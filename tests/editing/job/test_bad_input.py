@@ -245,26 +245,26 @@ def test_columns_of_tables(folder, suffix):
     ("override", "message"),
     [
         ("sed=1", "unknown key 'sed'; did you mean 'seed'?"),
-        ("seed=-1", "seed must be at least 0 and below 2^31, got -1"),
+        ("seed=-1", "seed must be at least 0 and below 2,147,483,648, got -1"),
         ("seed=yes", "seed: should be a number, got True (YAML reads yes, no, on and off so, too)"),
         ("plan.turns_per_row=on", "plan.turns_per_row: should be a number, got True"),
         ("ask.temperature=off", "ask.temperature: should be a number, got False"),
         ("checks.length_ratio=[yes, 1.1]", "checks.length_ratio.0: should be a number, got True"),
-        ("turns_per_shard=0", "turns_per_shard must be 1 to 1,000,000, got 0"),
+        ("turns_per_shard=0", "turns_per_shard must be at least 1 and at most 1,000,000, got 0"),
         ("editor=rules", "the editor is given on the command line, with --editor"),
-        ("source.columns={qestion: q}", "source.columns must be a mapping of question, answer, images"),
+        ("source.columns={qestion: q}", "source.columns: unknown key 'qestion'; did you mean 'question'?"),
         ("source.image_root=/nowhere", "source.image_root: /nowhere: no such folder"),
         ("plan.categories=[colour]", "plan.categories: no category 'colour'; there are action"),
-        ("plan.categories=[]", "plan.categories must be null or at least one name, got []"),
+        ("plan.categories=[]", "plan.categories must be null or non-empty, got []"),
         ("plan.balance=none", "plan.balance: should be 'swap' or 'uniform', got 'none'"),
-        ("plan.add_categories=[/nowhere.yaml]", "/nowhere.yaml: cannot be read as a text file"),
+        ("plan.add_categories=[/nowhere.yaml]", "/nowhere.yaml: no such file"),
         ("filters.skip_questions=['(']", "filters.skip_questions: '(' is no regular expression"),
         ("checks.length_ratio=[1.1, 1.2]", "checks.length_ratio must be two numbers around 1"),
         ("checks.wordnet=/nowhere", "checks.wordnet: /nowhere: no WordNet there"),
         ("checks.blind=true", "checks.blind: the rules editor has no language model to ask"),
         ("checks.verifier=nowhere/model", "nowhere/model"),
         ("checks.verifier=http://127.0.0.1:9", "server http://127.0.0.1:9: not reachable"),
-        ("ask.attempts=0", "ask.attempts must be between 1 and 20, got 0"),
+        ("ask.attempts=0", "ask.attempts must be at least 1 and at most 20, got 0"),
     ],
     ids=str,
 )
@@ -337,7 +337,7 @@ def test_folders(folder):
     assert_refused("cat.png: cannot be made a folder (File exists)", source, "--out", folder / "cat.png")
     assert_refused("/proc/x: cannot be made a folder", source, "--out", "/proc/x")
     assert_refused("holds files but no edit job; give a new folder with --out", source, "--out", folder)
-    assert_refused("/nowhere: cannot be read as a text file", source, "--verdicts", "/nowhere")
+    assert_refused("/nowhere: no such file", source, "--verdicts", "/nowhere")
     (folder / "out" / "shards").mkdir()
     (folder / "out" / "shards" / "00000.json").write_text("{")
     assert_refused("00000.json: cannot be read", source)

@@ -75,7 +75,9 @@ def test_columns_and_split(folder):
     out = ("--out", folder / "out")
     assert edit(folder, *columns, "--split", "test", *out) == (0, "")
     assert len(pairs_of(folder)) == 4
-    assert_refused("source.columns must be a mapping of question, answer", folder, "--column", "chosen=a", *out)
+    assert_refused(
+        "source.columns: unknown key 'chosen'; known: question, answer, images", folder, "--column", "chosen=a", *out
+    )
 
 
 def test_the_shape_of_rows_that_have_two(folder):

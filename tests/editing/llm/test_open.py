@@ -13,8 +13,7 @@ import pytest
 pytest.importorskip("openai", reason="the openai package is not installed")
 
 from tests.editing.fake_server import Drop, FakeServer, completion, obedient
-from vapr.config_file import parse_config
-from vapr.editing.config import EngineConfig
+from vapr.editing.config import EditConfig, EngineConfig
 from vapr.editing.llm.open import open_llm
 from vapr.editing.llm.request import Reply, Request
 from vapr.editing.llm.server import ServerModel
@@ -107,7 +106,7 @@ def test_a_server_that_refuses_a_parameter_opens_without_it(serve, refused):
     with pytest.raises(UserError) as caught:
         open_llm(server.url, EngineConfig())
     assert f"failed: HTTP 400: {words}; engine.omit=[{refused}] leaves it out" in str(caught.value)
-    config = parse_config(EngineConfig, {"omit": [refused], "extra_body": {"top_p": 0.9}}, "edit.yaml")
+    config = EngineConfig(omit=[refused], extra_body={"top_p": 0.9})
     assert open_llm(server.url, config).name == "fake"
     assert server.chats[-1]["top_p"] == 0.9
 
@@ -421,22 +420,22 @@ def test_what_a_url_hides(serve):
     ("settings", "message"),
     [
         ({"tries": 0}, "engine.tries must be at least 1, got 0"),
-        ({"concurrency": 5000}, "engine.concurrency must be at least 1 and at most 1000, got 5000"),
+        ({"concurrency": 5000}, "engine.concurrency must be at least 1 and at most 1,000, got 5000"),
         ({"timeout_seconds": 0}, "engine.timeout_seconds must be > 0, got 0"),
         ({"gpu_memory_utilization": 90}, "engine.gpu_memory_utilization must be > 0 and at most 1, got 90"),
         ({"tensor_parallel": 0}, "engine.tensor_parallel must be at least 1, got 0"),
         ({"max_model_len": 0}, "engine.max_model_len must be at least 1, got 0"),
-        ({"model": ""}, "engine.model must be a name or null, got ''"),
+        ({"model": ""}, "engine.model must be null or non-empty, got ''"),
         ({"omit": ["top_p"]}, "omit.0: "),
         (
             {"extra_body": {"messages": []}},
             "engine.extra_body must be keys other than model, messages, response_format",
         ),
-        ({"tires": 3}, "unknown key 'tires'; did you mean 'tries'?"),
+        ({"tires": 3}, "unknown key 'engine.tires'; did you mean 'tries'?"),
     ],
     ids=str,
 )
 def test_the_config_says_what_is_wrong(settings, message):
     with pytest.raises(UserError) as caught:
-        parse_config(EngineConfig, settings, "edit.yaml")
+        EditConfig.parse({"engine": settings}, "edit.yaml")
     assert message in str(caught.value)
