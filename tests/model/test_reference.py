@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 from PIL import Image
 
 from tests.runs import final_bytes, losses
@@ -15,11 +14,13 @@ from vapr.batches.tokenize import Processor
 from vapr.config import Config
 from vapr.data.sources import read_pairs
 from vapr.errors import UserError
-from vapr.model import image_features as features
-from vapr.model import reference
+from vapr.model import image_features, reference, sharded_cache
 from vapr.model.policy import load_policy
+from vapr.model.policy_id import open_cache_folder
 from vapr.training import fill_caches as prepare
 from vapr.training import trainer
+
+NO_SHARD = "cut short, or not of safetensors"
 
 
 def shards(tmp_path: Path, name: str = "reference") -> list[Path]:
@@ -53,9 +54,9 @@ def test_a_damaged_value_costs_one_completion(make_config, tmp_path, capsys):
             lambda file: flip_a_bit(file, int.from_bytes(file.read_bytes()[:8], "little") + 12),
             "its checksum does not match",
         ),
-        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
-        (lambda file: file.write_bytes(b""), "no safetensors header"),
-        (lambda file: file.write_bytes(b"not a shard at all, but long enough"), "no safetensors header"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), NO_SHARD),
+        (lambda file: file.write_bytes(b""), NO_SHARD),
+        (lambda file: file.write_bytes(b"not a shard at all, but long enough"), NO_SHARD),
     ],
     ids=["index", "cut short", "empty", "something else"],
 )
@@ -108,9 +109,9 @@ def test_a_cache_cut_short_during_full_fine_tuning_stops_it_and_resuming_heals_i
 
 
 def test_many_shards_are_found_like_one(make_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reference, "FLUSH_BYTES", 1)  # a shard a pack
+    monkeypatch.setattr(sharded_cache, "FLUSH_BYTES", 1)  # a shard a pack
     trainer.train(make_config("before", packing={"max_tokens": 190}))
-    assert len(shards(tmp_path)) > reference.UNMERGED_SHARDS
+    assert len(shards(tmp_path)) > 8
     capsys.readouterr()
     trainer.train(make_config("after"))
     assert ", 0 computed" in capsys.readouterr().out
@@ -237,7 +238,7 @@ def test_prepared_features_spare_the_tower(make_config, tmp_path, monkeypatch):
     config = with_features(make_config, tmp_path, "run")
     counts = prepare.prepare(config)["features"]
     assert counts["computed"] == counts["on disk"] == 6
-    monkeypatch.setattr(features, "image_features", lambda *_: 1 / 0)
+    monkeypatch.setattr(image_features, "image_features", lambda *_: 1 / 0)
     trainer.train(config)
 
 
@@ -254,7 +255,7 @@ def test_a_cache_of_answers_tokenised_by_themselves_is_never_hit(make_config, tm
     root = tmp_path / "reference"
     cache = reference.Reference(policy, str(root))
     assert cache.key(before) != cache.key(path)
-    old_folder, _ = reference.folder_of_policy(policy, root, "reference.cache_dir", version=2)
+    old_folder, _ = open_cache_folder(policy, "reference", str(root), version=2)
     assert cache.folder != old_folder
 
 
@@ -263,7 +264,7 @@ def test_another_transformers_makes_prepare_look_again(make_config, tmp_path, mo
     config = make_config("run")
     prepare.prepare(config)
     notes = set((tmp_path / "reference").glob("*/prepared-*.json"))
-    monkeypatch.setattr(transformers, "__version__", "5.20.99")
+    monkeypatch.setattr(prepare.transformers, "__version__", "5.20.99")
     prepare.prepare(config)
     assert len(set((tmp_path / "reference").glob("*/prepared-*.json")) - notes) == len(notes) == 1
 
@@ -274,7 +275,7 @@ def test_damaged_features_are_computed_again(make_config, tmp_path, capsys):
         flip_a_bit(shard, -1)
     capsys.readouterr()
     trainer.train(with_features(make_config, tmp_path, "after"))
-    assert "its checksum does not match); set aside" in capsys.readouterr().err
+    assert "is damaged; values that it lost are computed again" in capsys.readouterr().err
     assert losses(with_features(make_config, tmp_path, "after")) == pytest.approx(
         losses(with_features(make_config, tmp_path, "before")), abs=2e-6
     )
