@@ -9,7 +9,6 @@ import contextlib
 import os
 import uuid
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +69,10 @@ class ShardedCache:
         head = np.uint64(int.from_bytes(key[:8], "big"))
         first, last = self._heads.searchsorted(head, "left"), self._heads.searchsorted(head, "right")
         for start, length, shard in reversed(self._places[first:last].tolist()):
-            record = next(self._read(shard, [(start, length)]))
-            if record is not None and record.startswith(key):
-                return np.frombuffer(record, self._dtype, offset=HEAD_BYTES)
-            if record is None and shard not in self._reported:
+            values = self._read(shard, start, length, key)
+            if values is not None:
+                return values
+            if shard not in self._reported:
                 self._reported.add(shard)
                 self.messages.append(f"{self._paths[shard]} is damaged; values that it lost are computed again")
         return None
@@ -102,7 +101,8 @@ class ShardedCache:
         """Read every value once and set aside the files that hold a damaged one."""
         for shard, path in enumerate(self._paths):
             places = self._places[self._places["shard"] == shard]
-            if None in self._read(shard, places[["start", "length"]].tolist()):
+            sizes = HEAD_BYTES + places["length"].astype(np.int64) * self._dtype.itemsize
+            if not _is_sound(path, places["start"], places["start"] + sizes):
                 self._set_aside(path, "a value's checksum does not match")
         self._open_folder()
 
@@ -144,22 +144,30 @@ class ShardedCache:
             f"{path} is damaged ({reason}); set aside as {damaged.name}, what it held is computed again"
         )
 
-    def _read(self, shard: int, places: list[tuple[int, int]]) -> Iterator[bytearray | None]:
-        """Read records of a shard; None for one that is damaged, and as the last if the file cannot be read.
+    def _read(self, shard: int, start: int, length: int, key: bytes) -> np.ndarray | None:
+        """Read the values of a record; None if it is damaged or another key's, or if its file is gone or cut short.
 
         The file is read by position, because reading a memory map of one that was cut short kills the process. It is
         opened each time, because a cache may have more shards than a process may hold open.
         """
+        head, values = bytearray(HEAD_BYTES), np.empty(length, self._dtype)
         try:
             with self._paths[shard].open("rb", buffering=0) as file:
-                for start, length in places:
-                    record = bytearray(HEAD_BYTES + length * self._dtype.itemsize)
-                    num_read = os.preadv(file.fileno(), [record], start)
-                    checksum = _checksum(record[:KEY_BYTES], memoryview(record)[HEAD_BYTES:])
-                    is_sound = num_read == len(record) and record[KEY_BYTES:HEAD_BYTES] == checksum
-                    yield record if is_sound else None
+                num_read = os.preadv(file.fileno(), [head, values.data], start)
         except OSError:
-            yield None
+            return None
+        is_whole = num_read == HEAD_BYTES + values.nbytes
+        return values if is_whole and head == key + _checksum(key, values.data) else None
+
+
+def _is_sound(path: Path, starts: np.ndarray, ends: np.ndarray) -> bool:
+    """Read a shard and return whether the records between ``starts`` and ``ends`` agree with their checksums."""
+    try:
+        data = memoryview(path.read_bytes())
+    except OSError:
+        return False
+    records = (data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
+    return all(record[KEY_BYTES:HEAD_BYTES] == _checksum(record[:KEY_BYTES], record[HEAD_BYTES:]) for record in records)
 
 
 def _write_shard(path: Path, values: dict[bytes, np.ndarray], policy_id: bytes) -> None:
@@ -190,7 +198,7 @@ def _read_index(path: Path, shard: int, value_bytes: int) -> tuple[np.ndarray, n
     return heads, places
 
 
-def _checksum(key: bytes | bytearray, values: bytes | memoryview) -> bytes:
+def _checksum(key: bytes | memoryview, values: memoryview) -> bytes:
     return zlib.crc32(values, zlib.crc32(key)).to_bytes(4, "little")
 
 
