@@ -1,4 +1,4 @@
-"""Where vapr keeps what it can compute again, and how it knows a file without reading it twice."""
+"""The folder for what vapr can compute again, files known without reading them twice, and files written whole."""
 
 import contextlib
 import hashlib
@@ -13,18 +13,18 @@ from vapr.errors import UserError
 
 
 def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/vapr``, by default ``~/.cache/vapr``."""
+    """Return ``$XDG_CACHE_HOME/vapr``, by default ``~/.cache/vapr``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vapr"
 
 
 def file_identity(path: Path) -> str:
-    """Changes whenever the file is written again: path, inode, size and times (of which ctime cannot be set back)."""
+    """Return a text that changes whenever the file is written again; of its times, ctime cannot be set back."""
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def files_hash(files: list[Path], memory_file: Path) -> str:
-    """sha256 over names and contents of files.
+    """Return the sha256 over names and contents of files.
 
     A file's own hash is remembered in ``memory_file`` by :func:`file_identity`, so that it is read once.
 
@@ -56,7 +56,7 @@ def give_ordinary_permissions(file: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name complete or not at all; the folder is made if need be.
+    """Open a binary file that appears under its name complete or not at all; its folder is made if need be.
 
     Raises:
         UserError: if it cannot be written, a full disk included.

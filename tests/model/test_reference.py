@@ -1,13 +1,16 @@
 """The caches of reference log-probs and image features: found by content, sound after damage, built ahead, resumed."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from tests.runs import final_bytes, losses
 from vapr.batches.tokenize import Processor
@@ -17,6 +20,7 @@ from vapr.errors import UserError
 from vapr.model import image_features, reference, sharded_cache
 from vapr.model.policy import load_policy
 from vapr.model.policy_id import open_cache_folder
+from vapr.model.sharded_cache import ShardedCache
 from vapr.training import fill_caches as prepare
 from vapr.training import trainer
 
@@ -297,3 +301,62 @@ def test_cache_files_hold_no_pickle(make_config, tmp_path):
     for file in (*shards(tmp_path), *shards(tmp_path, "features")):
         content = file.read_bytes()
         assert isinstance(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]), dict)
+
+
+def record(key: bytes, values: np.ndarray) -> bytes:
+    return key + zlib.crc32(key + values.tobytes()).to_bytes(4, "little") + values.tobytes()
+
+
+def test_shards_of_earlier_versions_are_found(tmp_path):
+    """The format of the files, written out: whoever changes it makes every cache on users' disks worthless."""
+    keys = [bytes([n]) * 16 for n in (1, 200)]
+    values = [np.arange(n, dtype=np.float32) for n in (3, 7)]
+    starts = np.array([0, 20 + 4 * 3])
+    index = {"heads": np.array([int.from_bytes(key[:8], "big") for key in keys], np.uint64), "starts": starts}
+    index["lengths"] = np.array([3, 7], np.int32)
+    crc32 = zlib.crc32(b"".join(index[name].tobytes() for name in ("heads", "starts", "lengths")))
+    records = np.frombuffer(b"".join(map(record, keys, values)), np.uint8)
+    save_file({**index, "records": records}, tmp_path / "a.safetensors", {"crc32": str(crc32), "reference": "{}"})
+    cache = ShardedCache(tmp_path, b"{}", np.float32)
+    assert len(cache) == 2 and [cache.get(key).tolist() for key in keys] == [value.tolist() for value in values]
+    assert cache.get(b"\2" * 16) is None and not cache.messages
+
+
+def filled_cache(folder: Path, num_shards: int) -> tuple[ShardedCache, list[bytes]]:
+    folder.mkdir(exist_ok=True)
+    cache = ShardedCache(folder, b"{}", np.float32)
+    keys = [hashlib.sha256(bytes([n])).digest()[:16] for n in range(4 * num_shards)]
+    for number, key in enumerate(keys, start=1):
+        cache.put(key, np.full(number, number, np.float32))
+        if number % 4 == 0:
+            cache.flush()
+    return cache, keys
+
+
+def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
+    cache, keys = filled_cache(tmp_path / "whole", 1)
+    content = (cache.folder / cache.shards[0]).read_bytes()
+    for place in range(8 + int.from_bytes(content[:8], "little"), len(content)):
+        folder = tmp_path / str(place)
+        shutil.copytree(cache.folder, folder)
+        flip_a_bit(folder / cache.shards[0], place)
+        damaged = ShardedCache(folder, b"{}", np.float32)
+        found = [damaged.get(key) for key in keys]
+        assert sum(values is None for values in found) in (1, 4) and len(damaged.messages) == 1
+        assert all(values is None or values.tolist() == [n] * n for n, values in enumerate(found, start=1))
+
+
+def test_verify_sets_aside_only_damaged_shards(tmp_path):
+    cache, keys = filled_cache(tmp_path / "cache", 3)
+    flip_a_bit(cache.folder / cache.shards[1], -1)
+    (cache.folder / cache.shards[2]).open("r+b").truncate(200)
+    cache.verify()
+    assert len(cache) == 4 and len(cache.messages) == 2 and len(list(cache.folder.glob("*.damaged"))) == 2
+    assert sum(cache.get(key) is not None for key in keys) == 4
+
+
+def test_a_shard_that_another_run_sets_aside_meanwhile_is_no_mistake(tmp_path, monkeypatch):
+    cache, _ = filled_cache(tmp_path / "cache", 2)
+    gone = cache.folder / cache.shards[0]
+    monkeypatch.setattr(Path, "glob", lambda self, _: [gone.with_name("gone.safetensors"), gone])
+    assert len(ShardedCache(cache.folder, b"{}", np.float32)) == 4

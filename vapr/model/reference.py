@@ -123,7 +123,7 @@ class Reference(ShardedCache):
 
 
 def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatch, ...]) -> tuple[float, float]:
-    """Largest |log-ratio| of a completion before the first update, and the largest that rounding explains.
+    """Return the largest |log-ratio| of a completion before the first update, and the largest that rounding explains.
 
     The tolerance is ``1e-4 + 1e-6 |logp|`` in fp32. In bf16 the factor of ``|logp|`` is what another layout changes,
     measured on the first pack: four times the largest relative change, and at least a quarter of bf16's resolution.
@@ -148,7 +148,10 @@ def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatc
 
 
 def _layout_noise(policy: Policy, batch: PackedBatch, together: Tensor) -> float:
-    """Largest relative change of a completion's log-prob when each path is computed alone."""
+    """Return the largest relative change of a completion's log-prob when each pair is computed alone.
+
+    ``together`` are the log-probs of the whole batch, (C,).
+    """
     alone = []
     for pair in batch.pairs:
         single = pack([pair], "none").to(policy.device)

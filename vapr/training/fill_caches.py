@@ -127,7 +127,7 @@ def _fill(
     features: ImageFeatures | None,
     loader: PairLoader,
     stop: int,
-    label: str,
+    name: str,
 ) -> None:
     """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute.
 
@@ -135,13 +135,13 @@ def _fill(
         Stopped: after a signal; what was computed is saved first.
     """
     caches: list[ShardedCache] = [cache for cache in (reference, features) if cache is not None]
-    name = _note_name(policy, loader)
-    done, images = _steps_done_before(caches, name, loader, stop)
+    note = _note_name(policy, loader)
+    done, images = _steps_done_before(caches, note, loader, stop)
     saved = time.monotonic()
     try:
         with (
             stopped_at_once(lambda: "what was computed so far is kept; the same command goes on"),
-            Display(f"prepare {label}", stop, done=done) as display,
+            Display(f"prepare {name}", stop, done=done) as display,
         ):
             if done:
                 display.say(f"{done:,} of {stop:,} steps were prepared before")
@@ -151,10 +151,10 @@ def _fill(
                 loader.hash_images(number - 1, images)
                 display.advance(_counts(reference, features))
                 for cache in caches:
-                    _say_messages(label, cache, display.say)
+                    _say_messages(name, cache, display.say)
                 if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     saved = time.monotonic()
-                    _save(caches, name, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+                    _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
     except Stopped:
         for cache in caches:
             cache.flush()
