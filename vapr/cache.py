@@ -32,20 +32,20 @@ def files_hash(files: list[Path], memory_file: Path) -> str:
         UserError: if ``memory_file`` cannot be written.
     """
     try:
-        memory = dict(json.loads(memory_file.read_text()))
+        memory: dict[str, str] = dict(json.loads(memory_file.read_text()))
     except (OSError, ValueError, TypeError):
         memory = {}
+    num_remembered = len(memory)
     digest = hashlib.sha256()
-    known = dict(memory)
     for file in files:
         identity = file_identity(file)
-        if identity not in known:
+        if identity not in memory:
             with file.open("rb") as stream:
-                known[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}:{known[identity]}\n".encode())
-    if known != memory:
+                memory[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name}:{memory[identity]}\n".encode())
+    if len(memory) > num_remembered:
         with written_whole(memory_file) as stream:
-            stream.write(json.dumps(known).encode())
+            stream.write(json.dumps(memory).encode())
     return digest.hexdigest()
 
 

@@ -79,13 +79,13 @@ class ImageFeatures(ShardedCache):
             UserError: if the disk has less room than that.
         """
         hidden_size = self._policy.base.config.get_text_config().hidden_size
-        bytes_per_image = tokens_per_image * hidden_size * self._policy.dtype.itemsize
-        wanted = max(num_images - len(self), 0) * bytes_per_image
-        free = shutil.disk_usage(self.folder).free
-        size = f"{bytes_per_image / 2**20:.2f} MiB = {num_images * bytes_per_image / 2**30:.2f} GiB"
-        there = f"{len(self):,} there already, {free / 2**30:.1f} GiB free"
-        line = f"about {num_images:,} images x {size} in {self.folder} ({there})"
-        if wanted > free:
+        mib = tokens_per_image * hidden_size * self._policy.dtype.itemsize / 2**20  # of an image
+        free_gib = shutil.disk_usage(self.folder).free / 2**30
+        line = (
+            f"about {num_images:,} images x {mib:.2f} MiB = {num_images * mib / 2**10:.2f} GiB in {self.folder} "
+            f"({len(self):,} there already, {free_gib:.1f} GiB free)"
+        )
+        if (num_images - len(self)) * mib / 2**10 > free_gib:
             raise UserError(
                 f"features.cache: {line} do not fit; set features.cache_dir to a larger disk, or cache: false"
             )

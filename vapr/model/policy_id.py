@@ -16,15 +16,12 @@ def cache_root(section: str, cache_dir: str | None) -> Path:
 
 
 def open_cache_folder(policy: Policy, section: str, cache_dir: str | None, *, version: int) -> tuple[Path, bytes]:
-    """Make the folder for what a policy's frozen weights determine.
+    """Make the folder for what a policy's frozen weights, dtype, device and attention path determine.
 
-    Args:
-        policy: whose weights, dtype, device and attention path the values depend on.
-        section, cache_dir: of the config, as :func:`cache_root` takes them.
-        version: of the files' format and of how the values are computed.
+    ``section`` and ``cache_dir`` are those of :func:`cache_root`; ``version`` says how the values are computed and kept.
 
     Returns:
-        The folder, and the policy's identity as JSON, from which the folder has its name.
+        The folder, and the policy's identity as JSON, from whose hash the folder has its name.
 
     Raises:
         UserError: if it cannot be made.

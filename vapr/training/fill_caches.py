@@ -25,8 +25,7 @@ from vapr.model.reference import Reference
 from vapr.model.sharded_cache import ShardedCache
 from vapr.progress import Display
 
-SECONDS_BETWEEN_SAVES = 30.0
-"""The most that a killed run loses."""
+SECONDS_BETWEEN_SAVES = 30.0  # the most that a killed run loses
 
 
 def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
         UserError: for a mistake in config, data or model, or if no loss of the config has a reference.
         Stopped: after a signal; what was computed is saved first.
     """
-    if not config.features.cache and not _needs_reference(config):
+    if not config.features.cache and not any(term.needs_reference for term in config.loss):
         kinds = ", ".join(term.kind for term in config.loss)
         raise UserError(f"loss: {kinds} needs no reference, and features.cache is false; there is nothing to prepare")
     with open_workers(config) as workers:
@@ -100,12 +99,8 @@ def open_reference(
     return reference
 
 
-def _needs_reference(config: Config) -> bool:
-    return any(term.needs_reference for term in config.loss)
-
-
 def _new_reference(config: Config, policy: Policy, say: Callable[[str], None]) -> Reference | None:
-    if not _needs_reference(config):
+    if not any(term.needs_reference for term in config.loss):
         return None
     reference = Reference(policy, config.reference.cache_dir, config.packing.share)
     _say_messages("reference", reference, say)
