@@ -18,7 +18,7 @@ def cache_root(section: str, cache_dir: str | None) -> Path:
 def open_cache_folder(policy: Policy, section: str, cache_dir: str | None, *, version: int) -> tuple[Path, bytes]:
     """Make the folder for what a policy's frozen weights, dtype, device and attention path determine.
 
-    ``section`` and ``cache_dir`` are those of :func:`cache_root`; ``version`` says how the values are computed and kept.
+    ``section`` and ``cache_dir`` are those of :func:`cache_root`; ``version`` says how values are computed and kept.
 
     Returns:
         The folder, and the policy's identity as JSON, from whose hash the folder has its name.
