@@ -1,4 +1,4 @@
-"""Where vapr keeps what it can compute again, and how it knows a file without reading it twice."""
+"""The folder for what vapr can compute again, files known without reading them twice, and files written whole."""
 
 import contextlib
 import hashlib
@@ -13,18 +13,18 @@ from vapr.errors import UserError
 
 
 def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/vapr``, by default ``~/.cache/vapr``."""
+    """Return ``$XDG_CACHE_HOME/vapr``, by default ``~/.cache/vapr``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vapr"
 
 
 def file_identity(path: Path) -> str:
-    """Changes whenever the file is written again: path, inode, size and times (of which ctime cannot be set back)."""
+    """Return a text that changes whenever the file is written again; of its times, ctime cannot be set back."""
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def files_hash(files: list[Path], memory_file: Path) -> str:
-    """sha256 over names and contents of files.
+    """Return the sha256 over names and contents of files.
 
     A file's own hash is remembered in ``memory_file`` by :func:`file_identity`, so that it is read once.
 
@@ -32,20 +32,20 @@ def files_hash(files: list[Path], memory_file: Path) -> str:
         UserError: if ``memory_file`` cannot be written.
     """
     try:
-        memory = dict(json.loads(memory_file.read_text()))
+        memory: dict[str, str] = dict(json.loads(memory_file.read_text()))
     except (OSError, ValueError, TypeError):
         memory = {}
+    num_remembered = len(memory)
     digest = hashlib.sha256()
-    known = dict(memory)
     for file in files:
         identity = file_identity(file)
-        if identity not in known:
+        if identity not in memory:
             with file.open("rb") as stream:
-                known[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}:{known[identity]}\n".encode())
-    if known != memory:
+                memory[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name}:{memory[identity]}\n".encode())
+    if len(memory) > num_remembered:
         with written_whole(memory_file) as stream:
-            stream.write(json.dumps(known).encode())
+            stream.write(json.dumps(memory).encode())
     return digest.hexdigest()
 
 
@@ -56,7 +56,7 @@ def give_ordinary_permissions(file: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name complete or not at all; the folder is made if need be.
+    """Open a binary file that appears under its name complete or not at all; its folder is made if need be.
 
     Raises:
         UserError: if it cannot be written, a full disk included.

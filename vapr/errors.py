@@ -30,11 +30,11 @@ class DroppedInReview(NoPair):
 
 
 def reason_kind(reason: str) -> str:
-    """A reason without what is special to one pair: quoted strings and numbers."""
+    """Replace what is special to one pair in a reason, quoted strings and numbers, to count reasons of one kind."""
     unquoted = re.sub(r"""(?<!\w)(['"`]).*?\1(?!\w)|“[^”]*”""", "'…'", reason, flags=re.DOTALL)
     return re.sub(r"\d+(?:[.,]\d+)*", "N", unquoted)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message, however many lines it has, cut after 300 characters."""
+    """Return an exception's message, however many lines it has, as one, cut after 300 characters."""
     return " ".join(str(error).split())[:300]

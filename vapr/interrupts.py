@@ -1,4 +1,4 @@
-"""How a command ends before it is done: by a signal, or for a reason that is no mistake of the config."""
+"""Ways in which a command ends before it is done: by a signal, or for a reason that is no mistake of the config."""
 
 import contextlib
 import os
@@ -74,6 +74,7 @@ class Interrupts:
         self.received = signal.Signals(number)
 
     def stopped(self, saved: Path) -> TrainingStopped:
+        """Return the exception that ends the run after its checkpoint ``saved``."""
         assert self.received is not None
         message = f"{self.received.name}: stopped after writing {saved}; continue with --resume"
         return TrainingStopped(message, 128 + self.received)
@@ -81,10 +82,10 @@ class Interrupts:
 
 @contextlib.contextmanager
 def stopped_at_once(message: Callable[[], str]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end what runs inside, wherever it is: for work of which nothing half done counts.
+    """End what runs inside at SIGTERM or Ctrl-C, wherever it is, because nothing half done of it counts.
 
     Args:
-        message: for the user.
+        message: gives the line for the user, once the work has ended.
 
     Raises:
         Stopped: after a signal.
@@ -106,5 +107,5 @@ def stopped_at_once(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _in_main_thread() -> bool:
-    """The only thread that may set handlers."""
+    """Return whether this is the main thread, the only one that may set handlers."""
     return threading.current_thread() is threading.main_thread()

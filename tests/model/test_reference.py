@@ -1,25 +1,30 @@
 """The caches of reference log-probs and image features: found by content, sound after damage, built ahead, resumed."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 from PIL import Image
+from safetensors.numpy import save_file
 
 from tests.runs import final_bytes, losses
 from vapr.batches.tokenize import Processor
 from vapr.config import Config
 from vapr.data.sources import read_pairs
 from vapr.errors import UserError
-from vapr.model import image_features as features
-from vapr.model import reference
+from vapr.model import image_features, reference, sharded_cache
 from vapr.model.policy import load_policy
+from vapr.model.policy_id import open_cache_folder
+from vapr.model.sharded_cache import ShardedCache
 from vapr.training import fill_caches as prepare
 from vapr.training import trainer
+
+NO_SHARD = "cut short, or not of safetensors"
 
 
 def shards(tmp_path: Path, name: str = "reference") -> list[Path]:
@@ -53,9 +58,9 @@ def test_a_damaged_value_costs_one_completion(make_config, tmp_path, capsys):
             lambda file: flip_a_bit(file, int.from_bytes(file.read_bytes()[:8], "little") + 12),
             "its checksum does not match",
         ),
-        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
-        (lambda file: file.write_bytes(b""), "no safetensors header"),
-        (lambda file: file.write_bytes(b"not a shard at all, but long enough"), "no safetensors header"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), NO_SHARD),
+        (lambda file: file.write_bytes(b""), NO_SHARD),
+        (lambda file: file.write_bytes(b"not a shard at all, but long enough"), NO_SHARD),
     ],
     ids=["index", "cut short", "empty", "something else"],
 )
@@ -108,9 +113,9 @@ def test_a_cache_cut_short_during_full_fine_tuning_stops_it_and_resuming_heals_i
 
 
 def test_many_shards_are_found_like_one(make_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reference, "FLUSH_BYTES", 1)  # a shard a pack
+    monkeypatch.setattr(sharded_cache, "FLUSH_BYTES", 1)  # a shard a pack
     trainer.train(make_config("before", packing={"max_tokens": 190}))
-    assert len(shards(tmp_path)) > reference.UNMERGED_SHARDS
+    assert len(shards(tmp_path)) > 8
     capsys.readouterr()
     trainer.train(make_config("after"))
     assert ", 0 computed" in capsys.readouterr().out
@@ -237,7 +242,7 @@ def test_prepared_features_spare_the_tower(make_config, tmp_path, monkeypatch):
     config = with_features(make_config, tmp_path, "run")
     counts = prepare.prepare(config)["features"]
     assert counts["computed"] == counts["on disk"] == 6
-    monkeypatch.setattr(features, "image_features", lambda *_: 1 / 0)
+    monkeypatch.setattr(image_features, "image_features", lambda *_: 1 / 0)
     trainer.train(config)
 
 
@@ -254,7 +259,7 @@ def test_a_cache_of_answers_tokenised_by_themselves_is_never_hit(make_config, tm
     root = tmp_path / "reference"
     cache = reference.Reference(policy, str(root))
     assert cache.key(before) != cache.key(path)
-    old_folder, _ = reference.folder_of_policy(policy, root, "reference.cache_dir", version=2)
+    old_folder, _ = open_cache_folder(policy, "reference", str(root), version=2)
     assert cache.folder != old_folder
 
 
@@ -263,7 +268,7 @@ def test_another_transformers_makes_prepare_look_again(make_config, tmp_path, mo
     config = make_config("run")
     prepare.prepare(config)
     notes = set((tmp_path / "reference").glob("*/prepared-*.json"))
-    monkeypatch.setattr(transformers, "__version__", "5.20.99")
+    monkeypatch.setattr(prepare.transformers, "__version__", "5.20.99")
     prepare.prepare(config)
     assert len(set((tmp_path / "reference").glob("*/prepared-*.json")) - notes) == len(notes) == 1
 
@@ -274,7 +279,7 @@ def test_damaged_features_are_computed_again(make_config, tmp_path, capsys):
         flip_a_bit(shard, -1)
     capsys.readouterr()
     trainer.train(with_features(make_config, tmp_path, "after"))
-    assert "its checksum does not match); set aside" in capsys.readouterr().err
+    assert "is damaged; values that it lost are computed again" in capsys.readouterr().err
     assert losses(with_features(make_config, tmp_path, "after")) == pytest.approx(
         losses(with_features(make_config, tmp_path, "before")), abs=2e-6
     )
@@ -296,3 +301,62 @@ def test_cache_files_hold_no_pickle(make_config, tmp_path):
     for file in (*shards(tmp_path), *shards(tmp_path, "features")):
         content = file.read_bytes()
         assert isinstance(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]), dict)
+
+
+def record(key: bytes, values: np.ndarray) -> bytes:
+    return key + zlib.crc32(key + values.tobytes()).to_bytes(4, "little") + values.tobytes()
+
+
+def test_shards_of_earlier_versions_are_found(tmp_path):
+    """The format of the files, written out: whoever changes it makes every cache on users' disks worthless."""
+    keys = [bytes([n]) * 16 for n in (1, 200)]
+    values = [np.arange(n, dtype=np.float32) for n in (3, 7)]
+    starts = np.array([0, 20 + 4 * 3])
+    index = {"heads": np.array([int.from_bytes(key[:8], "big") for key in keys], np.uint64), "starts": starts}
+    index["lengths"] = np.array([3, 7], np.int32)
+    crc32 = zlib.crc32(b"".join(index[name].tobytes() for name in ("heads", "starts", "lengths")))
+    records = np.frombuffer(b"".join(map(record, keys, values)), np.uint8)
+    save_file({**index, "records": records}, tmp_path / "a.safetensors", {"crc32": str(crc32), "reference": "{}"})
+    cache = ShardedCache(tmp_path, b"{}", np.float32)
+    assert len(cache) == 2 and [cache.get(key).tolist() for key in keys] == [value.tolist() for value in values]
+    assert cache.get(b"\2" * 16) is None and not cache.messages
+
+
+def filled_cache(folder: Path, num_shards: int) -> tuple[ShardedCache, list[bytes]]:
+    folder.mkdir(exist_ok=True)
+    cache = ShardedCache(folder, b"{}", np.float32)
+    keys = [hashlib.sha256(bytes([n])).digest()[:16] for n in range(4 * num_shards)]
+    for number, key in enumerate(keys, start=1):
+        cache.put(key, np.full(number, number, np.float32))
+        if number % 4 == 0:
+            cache.flush()
+    return cache, keys
+
+
+def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
+    cache, keys = filled_cache(tmp_path / "whole", 1)
+    content = (cache.folder / cache.shards[0]).read_bytes()
+    for place in range(8 + int.from_bytes(content[:8], "little"), len(content)):
+        folder = tmp_path / str(place)
+        shutil.copytree(cache.folder, folder)
+        flip_a_bit(folder / cache.shards[0], place)
+        damaged = ShardedCache(folder, b"{}", np.float32)
+        found = [damaged.get(key) for key in keys]
+        assert sum(values is None for values in found) in (1, 4) and len(damaged.messages) == 1
+        assert all(values is None or values.tolist() == [n] * n for n, values in enumerate(found, start=1))
+
+
+def test_verify_sets_aside_only_damaged_shards(tmp_path):
+    cache, keys = filled_cache(tmp_path / "cache", 3)
+    flip_a_bit(cache.folder / cache.shards[1], -1)
+    (cache.folder / cache.shards[2]).open("r+b").truncate(200)
+    cache.verify()
+    assert len(cache) == 4 and len(cache.messages) == 2 and len(list(cache.folder.glob("*.damaged"))) == 2
+    assert sum(cache.get(key) is not None for key in keys) == 4
+
+
+def test_a_shard_that_another_run_sets_aside_meanwhile_is_no_mistake(tmp_path, monkeypatch):
+    cache, _ = filled_cache(tmp_path / "cache", 2)
+    gone = cache.folder / cache.shards[0]
+    monkeypatch.setattr(Path, "glob", lambda self, _: [gone.with_name("gone.safetensors"), gone])
+    assert len(ShardedCache(cache.folder, b"{}", np.float32)) == 4

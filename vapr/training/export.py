@@ -20,7 +20,7 @@ from vapr.errors import UserError, one_line
 from vapr.model.adapters import merge_layers
 from vapr.model.logps import completion_sums, per_completion, token_logps
 from vapr.model.policy import Policy, frozen, load_policy
-from vapr.model.reference import reference_root, weights_hash
+from vapr.model.policy_id import cache_root, weights_hash
 from vapr.training import checkpoint
 from vapr.training.model_card import write_model_card
 from vapr.training.run_dir import START, weights_at_start
@@ -125,7 +125,7 @@ def _rebuild(config: Config, trained: Trained, wanted: torch.dtype) -> Policy:
     if policy.adapters is None and trained.step is None:
         return policy  # final/ itself
     if not Path(start.model).is_relative_to(trained.run):
-        now = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        now = weights_hash(policy, cache_root("reference", config.reference.cache_dir), config=False)
         if weights_at_start(trained.run) not in (None, now):
             raise UserError(f"{trained.run}: the weights of {start.model} changed since it was started; restore them")
     dtype = wanted if policy.adapters is None else torch.float32

@@ -1,4 +1,4 @@
-"""Computes ahead of training what stays the same: reference log-probs and, on request, image features."""
+"""Fill the caches with what stays the same in training: reference log-probs and, on request, image features."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
 from vapr.batches.loader import PairLoader, open_loader
 from vapr.batches.model_folder import PROCESSOR_FILES
@@ -19,26 +18,27 @@ from vapr.cache import files_hash, user_cache, written_whole
 from vapr.config import Config
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
-from vapr.interrupts import stopped_at_once
-from vapr.model.image_features import Features, announce
-from vapr.model.policy import Policy, image_features, load_policy
+from vapr.interrupts import Stopped, stopped_at_once
+from vapr.model.image_features import ImageFeatures, shared_image_features
+from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
+from vapr.model.sharded_cache import ShardedCache
 from vapr.progress import Display
 
-SECONDS_BETWEEN_SAVES = 30.0
-"""What a killed run loses at most."""
+SECONDS_BETWEEN_SAVES = 30.0  # the most that a killed run loses
 
 
 def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Fill the reference cache, and the feature cache if there is to be one, for every pair of ``config.data``.
 
-    Killed and started again it goes on where it was; a changed row costs that row. ``say`` is shown what was found.
+    Killed and started again, it goes on where it was; a changed row costs that row. ``say`` is shown what was found.
 
     Returns:
-        Counts of completions and images found and computed, and the folders.
+        Counts of completions and images found and computed, the folders, and the skipped rows with their reasons.
 
     Raises:
         UserError: for a mistake in config, data or model, or if no loss of the config has a reference.
+        Stopped: after a signal; what was computed is saved first.
     """
     if not config.features.cache and not any(term.needs_reference for term in config.loss):
         kinds = ", ".join(term.kind for term in config.loss)
@@ -52,159 +52,169 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
             say(f"merged     {policy.merged}")
         reference = _new_reference(config, policy, say)
         features = open_features(config, policy, loaders["train"], say)
-        skipped: dict[str, str] = {}
+        result: dict[str, Any] = {"skipped": {}}
         for name, loader in loaders.items():
-            rows, stop = _rows_to_fill(config, loader, name == "train")
+            rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
             _fill(policy, reference, features, rows, stop, name)
-            skipped |= rows.skipped
-    result: dict[str, Any] = {"skipped": skipped}
-    if reference is not None:
-        result["reference"] = {"found": reference.hits, "computed": reference.misses, "on disk": len(reference)}
-        result["reference"]["folder"] = str(reference.folder)
-    if features is not None:
-        result["features"] = {"found": features.hits, "computed": features.misses, "on disk": len(features)}
-        result["features"]["folder"] = str(features.folder)
+            result["skipped"] |= rows.skipped
+    for name, cache in (("reference", reference), ("features", features)):
+        if cache is not None:
+            counts = {"found": cache.hits, "computed": cache.misses, "on disk": len(cache)}
+            result[name] = {**counts, "folder": str(cache.folder)}
     return result
 
 
 def open_features(
     config: Config, policy: Policy, loader: PairLoader, say: Callable[[str], None] = print
-) -> Features | None:
-    """The cache of image features, if it is asked for; says how large it will be."""
+) -> ImageFeatures | None:
+    """Open the cache of image features, if the config asks for one, and say how large it will be."""
     if not config.features.cache:
         return None
-    features = Features(policy, config.features.cache_dir)
-    _tell("features", features.messages, say)
+    features = ImageFeatures(policy, config.features.cache_dir)
+    _say_messages("features", features, say)
     sample = next(loader.steps(0, 1))
     images = {image.content_hash: image for batch in sample.batches for image in batch.images}
     if images:
         tokens = float(np.mean([image.num_tokens for image in images.values()]))
         num_images = loader.pairs.num_images if isinstance(loader.pairs, Pairs) else len(images)
-        say(f"features   {announce(policy, features, num_images, tokens)}")
+        say(f"features   {features.describe_size(num_images, tokens)}")
     return features
 
 
 def open_reference(
-    config: Config, policy: Policy, features: Features | None, loaders: list[PairLoader]
+    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader]
 ) -> Reference | None:
-    """The reference, if a loss needs one.
+    """Open the reference, if a loss needs one; the first of ``loaders`` is trained on.
 
-    With adapters it is there whenever they are switched off. In full fine-tuning the policy is its own reference only
-    until its first update, so everything the run will see is scored now. The first of ``loaders`` is trained on.
+    With adapters it can be computed whenever they are switched off. In full fine-tuning the policy is its own reference
+    only until its first update, so everything the run will see is scored now.
     """
     reference = _new_reference(config, policy, print)
     if reference is None or policy.adapters is not None:
         return reference
     for number, loader in enumerate(loaders):
-        _fill(policy, reference, features, *_rows_to_fill(config, loader, number == 0), "reference")
-    reference.policy_changes()
+        rows, stop = _rows_to_fill(config, loader, is_trained_on=number == 0)
+        _fill(policy, reference, features, rows, stop, "reference")
+    reference.stop_computing()
     return reference
-
-
-def shared_image_features(policy: Policy, batch: PackedBatch, features: Features | None) -> Tensor | None:
-    """The features that policy and reference have in common, if tower and projector are frozen; else None."""
-    if not batch.images or policy.vision_trained:
-        return None
-    return image_features(policy, batch.images) if features is None else features.of_batch(batch)
 
 
 def _new_reference(config: Config, policy: Policy, say: Callable[[str], None]) -> Reference | None:
     if not any(term.needs_reference for term in config.loss):
         return None
     reference = Reference(policy, config.reference.cache_dir, config.packing.share)
-    _tell("reference", reference.messages, say)
+    _say_messages("reference", reference, say)
     return reference
 
 
-def _rows_to_fill(config: Config, loader: PairLoader, trained_on: bool) -> tuple[PairLoader, int]:
-    """A loader of what the run will see, and its number of steps: every row once, or the first steps of a short run."""
+def _rows_to_fill(config: Config, loader: PairLoader, *, is_trained_on: bool) -> tuple[PairLoader, int]:
+    """Return a loader of what the run will see and its number of steps: each row once, or the first of a short run."""
     max_steps = config.optim.max_steps
-    if trained_on and max_steps is not None and max_steps < loader.steps_per_epoch:
+    if is_trained_on and max_steps is not None and max_steps < loader.steps_per_epoch:
         return loader, max_steps
     rows = loader.once(by_image=True)
     return rows, rows.steps_per_epoch
 
 
 def _fill(
-    policy: Policy, reference: Reference | None, features: Features | None, loader: PairLoader, stop: int, label: str
+    policy: Policy,
+    reference: Reference | None,
+    features: ImageFeatures | None,
+    loader: PairLoader,
+    stop: int,
+    name: str,
 ) -> None:
     """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute.
 
     Raises:
         Stopped: after a signal; what was computed is saved first.
     """
-    caches = [cache for cache in (reference, features) if cache is not None]
-    name = f"prepared-{_processor_and_order(policy, loader)}.json"
-    done, skipped, images = _prepared_before(caches, name, loader, stop)
-    loader.skipped.update(skipped)
+    caches: list[ShardedCache] = [cache for cache in (reference, features) if cache is not None]
+    note = _note_name(policy, loader)
+    done, images = _steps_done_before(caches, note, loader, stop)
     saved = time.monotonic()
-    with stopped_at_once(lambda: _kept(caches)), Display(f"prepare {label}", stop, done=done) as display:
-        if done:
-            display.say(f"{done:,} of {stop:,} steps were prepared before")
-        for number, step in enumerate(loader.steps(done, stop), start=done + 1):
-            for cpu_batch in step.batches:
-                batch = cpu_batch.to(policy.device)
-                try:
-                    shared = shared_image_features(policy, batch, features)
-                    if reference is not None:
-                        reference.logps(batch, shared)
-                except torch.OutOfMemoryError:
-                    raise UserError("packing.max_tokens: a pack does not fit the GPU's memory; lower it") from None
-            loader.hash_images(number - 1, images)
-            display.advance(_counts(reference, features))
-            for cache in caches:
-                _tell(label, cache.messages, display.say)
-            if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                saved = time.monotonic()
-                note = {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped}
+    try:
+        with (
+            stopped_at_once(lambda: "what was computed so far is kept; the same command goes on"),
+            Display(f"prepare {name}", stop, done=done) as display,
+        ):
+            if done:
+                display.say(f"{done:,} of {stop:,} steps were prepared before")
+            for number, step in enumerate(loader.steps(done, stop), start=done + 1):
+                for batch in step.batches:
+                    _look_up(policy, reference, features, batch.to(policy.device))
+                loader.hash_images(number - 1, images)
+                display.advance(_counts(reference, features))
                 for cache in caches:
-                    cache.flush()
-                    with written_whole(cache.folder / name) as file:
-                        file.write(json.dumps({**note, "shards": cache.shards}).encode())
+                    _say_messages(name, cache, display.say)
+                if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    saved = time.monotonic()
+                    _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+    except Stopped:
+        for cache in caches:
+            cache.flush()
+        raise
 
 
-def _kept(caches: list[Reference | Features]) -> str:
+def _look_up(policy: Policy, reference: Reference | None, features: ImageFeatures | None, batch: PackedBatch) -> None:
+    """Have the caches compute what they lack of a batch."""
+    try:
+        shared = shared_image_features(policy, batch, features)
+        if reference is not None:
+            reference.logps(batch, shared)
+    except torch.OutOfMemoryError:
+        raise UserError("packing.max_tokens: a pack does not fit the GPU's memory; lower it") from None
+
+
+def _save(caches: list[ShardedCache], name: str, note: dict[str, Any]) -> None:
+    """Write what the caches hold, and then beside it a note of how far they are filled."""
     for cache in caches:
         cache.flush()
-    return "what was computed so far is kept; the same command goes on"
+        with written_whole(cache.folder / name) as file:
+            file.write(json.dumps({**note, "shards": cache.shards}).encode())
 
 
-def _processor_and_order(policy: Policy, loader: PairLoader) -> str:
-    """Name of rows, order and processor, for which a number of steps always means the same tokens."""
+def _note_name(policy: Policy, loader: PairLoader) -> str:
+    """Name the note after rows, order and processor: for these, a number of steps always means the same tokens."""
     files = [file for name in PROCESSOR_FILES if (file := policy.folder / name).is_file()]
     identity = files_hash(files, user_cache() / "index" / "files.json")
     library = f"transformers {transformers.__version__}"  # which decides what becomes of transparency
-    return hashlib.sha256(f"{loader.place} {identity} {loader.image_backend} {library}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{loader.place} {identity} {loader.image_backend} {library}".encode())
+    return f"prepared-{digest.hexdigest()[:16]}.json"
 
 
-def _prepared_before(
-    caches: list[Reference | Features], name: str, loader: PairLoader, stop: int
-) -> tuple[int, dict[str, str], Any]:
-    """Steps that the caches hold the values of, by their own notes; rows skipped in them; and their images' hash.
+def _steps_done_before(caches: list[ShardedCache], name: str, loader: PairLoader, stop: int) -> tuple[int, Any]:
+    """Return how many steps all caches are filled for, by their own notes, and the hash of these steps' images.
 
-    No step if a file or value was lost since, or an image changed: then everything is looked up again.
+    Rows that were skipped in them are added to ``loader.skipped``. Where a file or a value was lost since, or an image
+    changed, no step counts, and everything is looked up again.
     """
-    nothing: tuple[int, dict[str, str], Any] = 0, {}, hashlib.sha256()
-    images = hashlib.sha256()
-    notes: list[dict[str, Any]] = []
-    for cache in caches:
-        try:
-            notes.append(json.loads((cache.folder / name).read_text()))
-            if isinstance(cache, Reference):  # features can be computed again at any time, values only before training
-                cache.verify()
-            lost = set(notes[-1]["shards"]) - set(cache.shards)
-            if lost or notes[-1]["steps"] != notes[0]["steps"] or not 0 < notes[0]["steps"] <= stop:
-                return nothing
-        except (OSError, ValueError, KeyError, TypeError):
-            return nothing
-    for step in range(notes[0]["steps"]):
-        loader.hash_images(step, images)
-    if any(note["images"] != images.hexdigest() for note in notes):
-        return nothing
-    return notes[0]["steps"], notes[0]["skipped"], images
+    notes = [note for cache in caches if (note := _read_note(cache, name, stop)) is not None]
+    if len(notes) == len(caches) and all(note["steps"] == notes[0]["steps"] for note in notes):
+        images = hashlib.sha256()
+        for step in range(notes[0]["steps"]):
+            loader.hash_images(step, images)
+        if all(note["images"] == images.hexdigest() for note in notes):
+            loader.skipped.update(notes[0]["skipped"])
+            return notes[0]["steps"], images
+    return 0, hashlib.sha256()
 
 
-def _counts(reference: Reference | None, features: Features | None) -> str:
+def _read_note(cache: ShardedCache, name: str, stop: int) -> dict[str, Any] | None:
+    """Read how far a cache was filled; None without a sound note, or if a file or a reference value was lost since."""
+    try:
+        note: dict[str, Any] = json.loads((cache.folder / name).read_text())
+        shards = set(note["shards"])
+        if not 0 < note["steps"] <= stop or not {"images", "skipped"} <= note.keys():
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(cache, Reference):  # features can be computed again at any time, values only before training
+        cache.verify()
+    return note if shards <= set(cache.shards) else None
+
+
+def _counts(reference: Reference | None, features: ImageFeatures | None) -> str:
     counts = []
     if reference is not None:
         counts.append(f"{reference.hits:,} found, {reference.misses:,} computed")
@@ -213,8 +223,8 @@ def _counts(reference: Reference | None, features: Features | None) -> str:
     return "; ".join(counts)
 
 
-def _tell(label: str, messages: list[str], say: Callable[[str], None]) -> None:
+def _say_messages(label: str, cache: ShardedCache, say: Callable[[str], None]) -> None:
     """Show what a cache has to say, once."""
-    for line in messages:
+    for line in cache.messages:
         say(f"{label:<10} {line}")
-    messages.clear()
+    cache.messages.clear()

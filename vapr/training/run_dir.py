@@ -17,7 +17,7 @@ import yaml
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model.policy import Policy
-from vapr.model.reference import reference_root, weights_hash
+from vapr.model.policy_id import cache_root, weights_hash
 from vapr.training import checkpoint
 
 MAY_CHANGE = (
@@ -122,7 +122,7 @@ class RunDir:
         Raises:
             UserError: if a run is there that began with other weights; what it has trained would not fit these.
         """
-        weights = weights_hash(policy, reference_root(config.reference.cache_dir), config=False)
+        weights = weights_hash(policy, cache_root("reference", config.reference.cache_dir), config=False)
         if self.holds_run and weights_at_start(self.path) not in (None, weights):
             raise UserError(
                 f"policy.model: the weights of {config.policy.model} changed since {self.path} was started; restore "

@@ -7,7 +7,7 @@ from pathlib import Path
 from vapr.batches.loader import PairLoader
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError
-from vapr.model.image_features import Features
+from vapr.model.image_features import ImageFeatures
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
 from vapr.training.engine import Engine
@@ -54,7 +54,7 @@ def resume(run: RunDir, engine: Engine, loader: PairLoader) -> RunState:
 
 def save(
     run: RunDir, state: RunState, engine: Engine, loaders: Sequence[PairLoader | None],
-    caches: Sequence[Reference | Features | None], keep: CheckpointConfig,
+    caches: Sequence[Reference | ImageFeatures | None], keep: CheckpointConfig,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, what the caches computed and the list of skipped pairs; return the checkpoint's folder.
 

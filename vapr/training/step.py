@@ -16,20 +16,19 @@ from vapr.batches.packing import PackedBatch
 from vapr.config import LossConfig
 from vapr.errors import UserError
 from vapr.interrupts import TrainingStopped
-from vapr.model.image_features import Features
+from vapr.model.image_features import ImageFeatures, shared_image_features
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
 from vapr.training.checkpoint import write_json
 from vapr.training.engine import Engine
-from vapr.training.fill_caches import shared_image_features
 from vapr.training.metrics import Totals
 from vapr_kernels import naive, preference_loss
 
 
 def train_step(
     policy: Policy, engine: Engine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
-    features: Features | None = None,
+    features: ImageFeatures | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
     """Run forward and backward of every pack of a step; the update is the caller's.
 
@@ -66,7 +65,7 @@ def train_step(
 
 def score(
     policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step, loss: Sequence[LossConfig],
-    features: Features | None = None,
+    features: ImageFeatures | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute log-probs, losses and rewards of a pack on the policy's device.
 
@@ -86,7 +85,7 @@ def score(
 
 def evaluate(
     policy: Policy, reference: Reference | None, held_out: PairLoader, loss: Sequence[LossConfig],
-    features: Features | None, note: Callable[[str], None],
+    features: ImageFeatures | None, note: Callable[[str], None],
 ) -> dict[str, float]:  # fmt: skip
     """Compute the training metrics on held-out pairs, without gradients.
 

@@ -13,7 +13,7 @@ from vapr.batches.workers import open_workers
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
-from vapr.model.image_features import Features
+from vapr.model.image_features import ImageFeatures
 from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
 from vapr.pages.run_report import write_run_report
@@ -93,7 +93,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
 def _set_up(
     config: Config, run: RunDir, opened: contextlib.ExitStack
-) -> tuple[Policy, Engine, Reference | None, Features | None, PairLoader, PairLoader | None]:
+) -> tuple[Policy, Engine, Reference | None, ImageFeatures | None, PairLoader, PairLoader | None]:
     """Open the data, load the policy and fill what has to be known before the first update."""
     check_installed(config.trackers)
     workers = opened.enter_context(open_workers(config))
@@ -132,7 +132,7 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | Features | None], say: Callable[[str], None]) -> None:
+def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
     """Show once what the caches have to say about damaged files."""
     for cache in caches:
         if cache is not None and cache.messages:
