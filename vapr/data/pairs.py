@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from vapr.cache import user_cache, written_whole
-from vapr.data.formats import as_vapr, keys_read, map_columns
+from vapr.data.formats import as_vapr, keys_read
 from vapr.data.pair import PreferencePair, pair_from_row, row_id
 from vapr.data.rendered import rendered_marker, rendered_warning
-from vapr.data.row_values import says_something
+from vapr.data.row_values import map_columns, says_something
 from vapr.data.text_rows import Rows
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.progress import Display

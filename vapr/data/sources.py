@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 
 from vapr.config import SourceConfig
-from vapr.data.formats import detect, map_columns
+from vapr.data.formats import detect
 from vapr.data.pair import encodable
 from vapr.data.pairs import Pairs, PairSet, source_name
+from vapr.data.row_values import map_columns
 from vapr.data.table_rows import TABLES, open_hub, open_saved, open_table, open_tables
 from vapr.data.text_rows import SUFFIXES as TEXTS
 from vapr.data.text_rows import Rows, open_rows
