@@ -1,4 +1,4 @@
-"""Verdicts of a review: which pairs to keep and which to drop."""
+"""Read the verdicts of a review: which pairs to keep and which to drop."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ Verdict = Literal["keep", "drop"]
 
 
 def read_verdicts(path: str | Path) -> dict[str, Verdict]:
-    """The verdict of each id in a file that a review page exported: one JSON object a line.
+    """Return the verdict of each id in a file that a review page exported, one JSON object a line.
 
     Later lines replace earlier ones of the same id, so the files of several sittings can be joined end to end. Keys
     other than ``id`` and ``verdict`` mean nothing here; blank lines are skipped.
@@ -25,8 +25,7 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
         raise UserError(f"verdicts: {path}: cannot be read as a text file ({one_line(error)})") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            id, verdict = _verdict(line, f"{path}:{number}")
-            verdicts[id] = verdict
+            verdicts.update([_verdict(line, f"{path}:{number}")])
     return verdicts
 
 

@@ -282,7 +282,9 @@ class TarSamples:
             names = [Path(name).name for name in named if isinstance(name, str)]
             row.pop("image", None)
             order = names if names and places.keys() >= set(names) else list(places)
-            row["images"] = [_read_at(self._file, *places[name], self._path) for name in order]
+            row["images"] = [
+                _read_at(self._file, start, length, self._path) for start, length in (places[name] for name in order)
+            ]
         return row
 
     def where(self, number: int) -> str:
