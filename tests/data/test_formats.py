@@ -13,7 +13,7 @@ from vapr.data.convert import convert
 from vapr.data.formats import detect
 from vapr.data.pair import PreferencePair
 from vapr.data.sources import open_sets, read_pairs
-from vapr.data.writers import SUFFIXES_OF_FORMATS, WRITER_NAMES
+from vapr.data.writers import WRITER_NAMES, WRITERS
 from vapr.errors import UserError
 from vapr.format_names import FORMAT_NAMES
 from vapr.training import trainer
@@ -158,8 +158,8 @@ def test_trained_on_for_a_step_and_written_back_equal(folder, png, tiny, tmp_pat
     assert entry["pairs"] == 1 and entry["loss"] == pytest.approx(0.6931, abs=1e-3)
     before = read_pairs(file)
     to = name if name in WRITER_NAMES else "vapr"
-    in_tables = ".parquet" in SUFFIXES_OF_FORMATS[to]
-    out = folder / "out" / f"rows{'.parquet' if in_tables else SUFFIXES_OF_FORMATS[to][0]}"
+    in_tables = ".parquet" in WRITERS[to].suffixes
+    out = folder / "out" / f"rows{'.parquet' if in_tables else WRITERS[to].suffixes[0]}"
     result = convert(before, to, out)
     after = read_pairs(out)
     assert [content(pair) for pair in after] == [content(pair) for pair in before]

@@ -9,7 +9,6 @@ import pytest
 
 from vapr.cache import user_cache
 from vapr.data import text_rows as rows
-from vapr.data.table_rows import open_table
 from vapr.data.text_rows import open_rows
 from vapr.errors import BadRow, UserError
 
@@ -89,9 +88,10 @@ def test_a_list_of_rows_is_read_piece_by_piece(tmp_path, monkeypatch):
 def test_parquet_files_are_one_table(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
+    table_rows = pytest.importorskip("vapr.data.table_rows")
     for name, values in (("a", [1, 2]), ("b", [3]), ("c", [4, 5])):
         parquet.write_table(pa.table({"n": values}), tmp_path / f"{name}.parquet", row_group_size=1)
-    read = open_table(sorted(tmp_path.glob("*.parquet")))
+    read = table_rows.open_table(sorted(tmp_path.glob("*.parquet")))
     assert [read[n]["n"] for n in range(len(read))] == [1, 2, 3, 4, 5]
     assert [read.where(n).rsplit("/", 1)[1] for n in range(5)] == [
         "a.parquet:1",

@@ -13,7 +13,7 @@ from vapr.data.convert import convert
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
 from vapr.data.sources import read_pairs
-from vapr.data.writers import SUFFIXES_OF_FORMATS, WRITER_NAMES
+from vapr.data.writers import WRITER_NAMES, WRITERS
 from vapr.errors import UserError
 
 IMAGE = {"type": "image"}
@@ -58,7 +58,7 @@ def content(pair: PreferencePair) -> dict:
     return {"images": images, **{key: getattr(pair, key) for key in ("id", "prompt", "chosen", "rejected")}}
 
 
-@pytest.mark.parametrize(("to", "suffix"), [(to, suffix) for to in WRITER_NAMES for suffix in SUFFIXES_OF_FORMATS[to]])
+@pytest.mark.parametrize(("to", "suffix"), [(to, suffix) for to in WRITER_NAMES for suffix in WRITERS[to].suffixes])
 def test_every_writer_is_read_back_equal(folder, to, suffix):
     rows = [SHOWN] if to == "rlaif-v" else [SHOWN, TOLD, LONG]
     before = pairs_of(folder, *rows)
@@ -191,7 +191,7 @@ def test_a_refused_row_leaves_no_image_behind(folder):
     row = {**SHOWN, "images": [{"bytes": file.getvalue(), "path": None}], "chosen": "An <image>.", "rejected": "B."}
     parquet.write_table(pa.Table.from_pylist([row]), folder / "in.parquet")
     for to in ("llava", "povid", "rlaif-v", "llama-factory", "ms-swift"):
-        suffix = SUFFIXES_OF_FORMATS[to][-1]
+        suffix = WRITERS[to].suffixes[-1]
         with pytest.raises(UserError, match="stands in a text"):
             convert(read_pairs(folder / "in.parquet"), to, folder / to / f"rows{suffix}")
         assert not list((folder / to).iterdir())
@@ -222,7 +222,7 @@ def test_columns_of_structs_that_are_lost_are_counted(folder, to):
     in_tables = {**SHOWN, "images": [{"bytes": None, "path": "cat.png"}]}
     rows = [{**in_tables, **EDITED}, {**in_tables, "id": "2", **EMPTY}, {**in_tables, "id": "3", **EDITED}]
     parquet.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
-    for suffix in SUFFIXES_OF_FORMATS[to]:
+    for suffix in WRITERS[to].suffixes:
         result = convert(read_pairs(folder / "in.parquet"), to, folder / suffix / f"rows{suffix}")
         assert result["written"] == 3
         assert result["lost"] == {"checks": 2, "licence": 2, "provenance": 2, "source": 2}
@@ -307,4 +307,4 @@ def test_help_and_docs_name_every_format():
     table = docs[docs.index("## Writing") : docs.index("## What cannot be used")]
     for name in WRITER_NAMES:
         assert name in helped
-        assert f"| {name} | {', '.join(s[1:] for s in SUFFIXES_OF_FORMATS[name])} |" in table
+        assert f"| {name} | {', '.join(s[1:] for s in WRITERS[name].suffixes)} |" in table

@@ -1,7 +1,8 @@
-"""Writes pairs in the formats of other trainers. What a format cannot hold is refused, or counted and said."""
+"""Write pairs in the formats of other trainers. What a format cannot hold is refused, or counted and said."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 from vapr.cache import written_whole
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
-from vapr.data.writers import ORIGIN_KEYS, SUFFIXES_OF_FORMATS, WRITER_NAMES, WRITERS, keep_origin
+from vapr.data.writers import ORIGIN_KEYS, WRITER_NAMES, WRITERS, keep_origin
 from vapr.errors import BadRow, UserError
 from vapr.progress import Display
 
@@ -36,8 +37,8 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
     """
     if to not in WRITER_NAMES:
         raise UserError(f"--to {to}: unknown format; vapr writes {', '.join(WRITER_NAMES)}")
-    if out.suffix not in SUFFIXES_OF_FORMATS[to]:
-        raise UserError(f"{out}: {to} is written as {' or '.join(SUFFIXES_OF_FORMATS[to])}")
+    if out.suffix not in WRITERS[to].suffixes:
+        raise UserError(f"{out}: {to} is written as {' or '.join(WRITERS[to].suffixes)}")
     if out.exists():
         raise UserError(f"{out}: already exists; give a new file with --out")
     try:
@@ -56,7 +57,7 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
 
 
 def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images") -> tuple[Counter[str], int]:
-    """Which keys were lost, and how many pairs were written."""
+    """Write every pair; return how many pairs lost which key, and how many were written."""
     lost: Counter[str] = Counter()
     written = 0
     with _sink(out, to) as write, Display("convert", len(pairs), unit="row") as display:
@@ -66,7 +67,7 @@ def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images") -> tuple[Cou
             if not isinstance(pair, PreferencePair):
                 continue
             try:
-                row = WRITERS[to](pair, images.names)
+                row = WRITERS[to].row(pair, images.names)
             except BadRow as error:
                 if pairs.on_bad_row == "error":
                     raise UserError(f"{pair.where}: {error}; --on-bad-row skip leaves such rows out") from None
@@ -89,9 +90,10 @@ def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
 
 
 class _Images:
-    """Images as ``out`` refers to them; writes those that have no file. ``read_files``: a table holds all of them.
+    """Names images as ``out`` refers to them, and writes those that have no file.
 
-    In a ``with`` that an error ends, the files are taken away again.
+    With ``read_files`` a table holds the bytes of all images. Used in a ``with`` block: if an error ends it, the files
+    are removed again.
     """
 
     def __init__(self, out: Path, *, read_files: bool) -> None:
@@ -153,23 +155,21 @@ def _new_name(image: bytes) -> str:
 
 @contextlib.contextmanager
 def _sink(out: Path, to: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that takes rows one by one; the file appears when all are in."""
+    """Yield a function that takes rows one by one; the file appears when all are in."""
     with written_whole(out) as file:
         if out.suffix == ".parquet":
             with _parquet_writer(file, to) as write:
                 yield write
-        elif out.suffix == ".jsonl":
-            yield lambda row: _ignore(file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n"))
-        else:
-            between = iter([b"[\n"])
-            yield lambda row: _ignore(
-                file.write(next(between, b",\n") + json.dumps(row, ensure_ascii=False, indent=1).encode())
-            )
+            return
+        start, between, end, indent = ("", "", "\n", None) if out.suffix == ".jsonl" else ("[\n", ",\n", "", 1)
+        separators = itertools.chain([start], itertools.repeat(between))
+
+        def write_text(row: dict[str, Any]) -> None:
+            file.write(f"{next(separators)}{json.dumps(row, ensure_ascii=False, indent=indent)}{end}".encode())
+
+        yield write_text
+        if out.suffix == ".json":
             file.write(b"\n]\n")
-
-
-def _ignore(_: object) -> None:
-    """The number of bytes written is nobody's business."""
 
 
 @contextlib.contextmanager
@@ -198,7 +198,7 @@ def _parquet_writer(file: Any, to: str) -> Iterator[Callable[[dict[str, Any]], N
 
 
 def _schema(pa: Any) -> Any:
-    """Columns of vapr's and TRL's rows."""
+    """Return the columns of vapr's and TRL's rows."""
     part = pa.struct({"type": pa.string(), "text": pa.string()})
     messages = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(part)}))
     images = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
@@ -210,7 +210,7 @@ def _schema(pa: Any) -> Any:
 
 
 def _schema_of_rlaif_v(pa: Any) -> Any:
-    """Columns, and their order, of the hub's openbmb/RLAIF-V-Dataset."""
+    """Return the columns, in order, of the hub's openbmb/RLAIF-V-Dataset."""
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     texts = ("question", "chosen", "rejected", "origin_dataset", "origin_split")
     return pa.schema(
@@ -220,7 +220,11 @@ def _schema_of_rlaif_v(pa: Any) -> Any:
 
 
 def _entries_of_llama_factory(out: Path) -> dict[str, Any]:
-    """The folder's dataset_info.json, which LLaMA-Factory looks a file up in, if there is room for ``out`` in it."""
+    """Read the folder's dataset_info.json, where LLaMA-Factory looks a file up.
+
+    Raises:
+        UserError: if it cannot be read, or has an entry of the name of ``out``.
+    """
     file = out.parent / "dataset_info.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -234,6 +238,7 @@ def _entries_of_llama_factory(out: Path) -> dict[str, Any]:
 
 
 def _describe_for_llama_factory(out: Path, entries: dict[str, Any]) -> None:
+    """Add ``out`` to the entries and write them."""
     file = out.parent / "dataset_info.json"
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
     entries[out.stem] = {"file_name": out.name, "formatting": "sharegpt", "ranking": True, "columns": columns}

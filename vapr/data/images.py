@@ -1,4 +1,4 @@
-"""Decodes images, without torch."""
+"""Decode images, without torch."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ READABLE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCb
 
 
 def read_image(source: Path | bytes) -> Image.Image:
-    """Decode an image and turn it upright. Its mode is left as it is: image processors differ in what they make of it.
+    """Decode an image and turn it upright. Its mode stays, because image processors differ in how they convert it.
 
     Raises:
         UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
@@ -46,7 +46,7 @@ def read_image(source: Path | bytes) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The colours that a model is shown: what image processors of the installed transformers make of transparency."""
+    """Return the colours that a model is shown, as the installed transformers' image processors treat transparency."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     from transformers import CLIPImageProcessorPil  # seconds, for a picture in a hundred
@@ -57,5 +57,5 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_name(source: Path | bytes) -> str:
-    """How messages call an image."""
+    """Return how messages name an image."""
     return "in the row" if isinstance(source, bytes) else f"'{source}'"

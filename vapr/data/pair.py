@@ -1,12 +1,11 @@
-"""PreferencePair, and the checks that make one of a row."""
+"""PreferencePair, and the checks that make one from a row of vapr's own shape."""
 
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vapr.data.formats import OneOf
-from vapr.data.row_values import refuse_near_misses
+from vapr.data.row_values import PLACEHOLDER, OneOf, are_missing, image_list, num_shared, refuse_near_misses
 from vapr.errors import BadRow
 
 Message = dict[str, Any]
@@ -47,7 +46,7 @@ KNOWN_KEYS = frozenset({
 
 
 def pair_from_row(
-    row: Any, *, root: Path, confined: bool, where: str, number: int = -1, images_needed: bool = True
+    row: dict[str, Any], *, root: Path, confined: bool, where: str, number: int = -1, images_needed: bool = True
 ) -> PreferencePair:
     """Check a row of vapr's own shape and make a pair of it.
 
@@ -55,52 +54,33 @@ def pair_from_row(
         row: ``id, images, prompt, chosen, rejected`` and the optional keys; texts, one message or lists of messages.
         root: folder that relative image paths start at.
         confined: whether every image must lie inside ``root``.
-        where, number: the row's place in its file and in the data, for messages and lookups.
+        where: the row's place in its file, for messages.
+        number: the row's number in the data.
         images_needed: whether an image whose file is missing makes the row a bad one.
 
     Raises:
         BadRow: saying what is wrong.
     """
-    if not isinstance(row, dict):
-        raise BadRow("a row must be an object with prompt, chosen and rejected")
     row = {key: value for key, value in row.items() if value is not None}  # null means absent, as in parquet
-    others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
-    implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
-    if "prompt" not in row and not implicit:
-        missing.insert(0, "prompt")
-    refuse_near_misses(others, missing)
-    if not image_list(row.get("images")) and "image" not in row:  # else no image would be missed
-        pictures = {key: value for key, value in others.items() if value and isinstance(value, str | list | dict)}
-        refuse_near_misses(pictures, ("images", "image"))
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        names = " and ".join(f"'{key}'" for key in missing)
-        raise BadRow(
-            f"{names} {verb} missing; a pair needs prompt, chosen and rejected (this row has "
-            f"{', '.join(row) or 'nothing'}; data.columns can map other names)"
-        )
-    chosen = messages_from(row["chosen"], "chosen", "assistant")
-    rejected = messages_from(row["rejected"], "rejected", "assistant")
-    if implicit:
-        prompt, chosen, rejected = _split_implicit_prompt(chosen, rejected)
-    else:
-        prompt = messages_from(row["prompt"], "prompt", "user")
+    prompt, chosen, rejected = _conversation(row)
     images = image_list(row.get("images"))
     other_images = image_list(row["rejected_images"]) if "rejected_images" in row else None
     if other_images is not None and len(other_images) != len(images):
         raise BadRow(f"'rejected_images' has {len(other_images)} image(s) but 'images' has {len(images)}")
-    prompt = _check_turns(prompt, chosen, rejected, len(images), same_images=other_images in (None, images))
+    check_roles(prompt)
+    _check_completions(chosen, rejected, same_images=other_images in (None, images))
+    prompt = place_images(prompt, len(images))
+
+    def sources(images: list[Any]) -> tuple[Path | bytes, ...]:
+        return tuple(image_source(image, root, confined, images_needed) for image in images)
+
     return PreferencePair(
         id=row_id(row, where),
-        images=tuple(image_source(image, root, confined, images_needed) for image in images),
+        images=sources(images),
         prompt=tuple(prompt),
         chosen=tuple(chosen),
         rejected=tuple(rejected),
-        rejected_images=None
-        if other_images is None
-        else tuple(image_source(image, root, confined, images_needed) for image in other_images),
+        rejected_images=None if other_images is None else sources(other_images),
         weight=_weight(row.get("weight", 1.0)),
         edits=_edits(row.get("edits"), chosen),
         category=_category(row.get("category")),
@@ -109,22 +89,44 @@ def pair_from_row(
     )
 
 
-def image_list(images: Any) -> list[Any]:
-    """What a row gives as its images, as a list."""
-    if images is None:
-        return []
-    return images if isinstance(images, list) else [images]
+def _conversation(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Return prompt, chosen and rejected as messages; their order is not yet checked."""
+    missing = [key for key in ("chosen", "rejected") if key not in row]
+    # TRL's implicit prompt: chosen and rejected are whole conversations that begin alike.
+    implicit = "prompt" not in row and not missing and all(isinstance(row[k], list) for k in ("chosen", "rejected"))
+    if "prompt" not in row and not implicit:
+        missing.insert(0, "prompt")
+    others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
+    refuse_near_misses(others, missing)
+    if not image_list(row.get("images")) and "image" not in row:  # else no image would be missed
+        pictures = {key: value for key, value in others.items() if value and isinstance(value, str | list | dict)}
+        refuse_near_misses(pictures, ("images", "image"))
+    if missing:
+        raise BadRow(
+            f"{are_missing(missing)}; a pair needs prompt, chosen and rejected (this row has "
+            f"{', '.join(row) or 'nothing'}; data.columns can map other names)"
+        )
+    chosen = messages_from(row["chosen"], "chosen", "assistant")
+    rejected = messages_from(row["rejected"], "rejected", "assistant")
+    if not implicit:
+        return messages_from(row["prompt"], "prompt", "user"), chosen, rejected
+    shared = num_shared(chosen, rejected)
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if shared == 0:
+        raise BadRow("'prompt' is missing, and chosen and rejected do not begin with the same messages")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def whole_text(value: str, key: str) -> str:
-    """The text, if it can be written as UTF-8. Raises BadRow."""
+    """Return the text. Raise BadRow, naming ``key``, if it cannot be written as UTF-8."""
     if not encodable(value):
         raise BadRow(f"'{key}' holds half a character (a lone surrogate, from a cut emoji)")
     return value
 
 
 def encodable(text: str) -> bool:
-    """Whether the text can be written as UTF-8: it holds no lone surrogate."""
+    """Return whether the text can be written as UTF-8: it holds no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -139,16 +141,15 @@ def _category(category: Any) -> str | None:
 
 
 def row_id(row: dict[str, Any], where: str) -> str:
-    """A row's ``id`` as text; where it has none, its place. Raises BadRow if it cannot be one."""
+    """Return a row's ``id`` as text, or its place if it has none. Raise BadRow if it cannot be an id."""
     given = where.rsplit("/", 1)[-1] if row.get("id") is None else row["id"]
     if not isinstance(given, str | int):
         raise BadRow(f"'id' must be text, got {given!r}")
     try:
-        return whole_text(str(given), "id")
-    except ValueError as error:
-        if isinstance(error, BadRow):
-            raise
+        text = str(given)
+    except ValueError:
         raise BadRow("'id' is a number of thousands of digits") from None
+    return whole_text(text, "id")
 
 
 def _weight(weight: Any) -> float:
@@ -165,7 +166,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def messages_from(value: Any, key: str, role: str) -> list[Message]:
-    """Plain text becomes one message; contents become lists of parts, as every chat template accepts them.
+    """Turn plain text into one message, and contents into lists of parts, which every chat template accepts.
 
     Raises:
         BadRow: naming ``key``.
@@ -209,24 +210,8 @@ def _parts(content: Any, key: str) -> list[dict[str, str]]:
     return parts
 
 
-def _split_implicit_prompt(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
-    if shared == 0:
-        raise BadRow("'prompt' is missing, and chosen and rejected do not begin with the same messages")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _check_turns(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message], num_images: int, *, same_images: bool
-) -> list[Message]:
-    """Roles in order, nothing empty, completions that differ, one image part for each image; returns the prompt."""
-    check_roles(prompt)
+def _check_completions(chosen: list[Message], rejected: list[Message], *, same_images: bool) -> None:
+    """Raise BadRow for completions whose turns are out of order, empty, with images, or (of one prompt) the same."""
     for key, completion in (("chosen", chosen), ("rejected", rejected)):
         speakers = [message["role"] for message in completion]
         if speakers != ["assistant", *["user", "assistant"] * (len(speakers) // 2)]:
@@ -240,11 +225,10 @@ def _check_turns(
             raise BadRow(f"'{key}' is empty")
     if chosen == rejected and same_images:
         raise BadRow("chosen and rejected are the same text; there is nothing to prefer")
-    return place_images(prompt, num_images)
 
 
 def check_roles(prompt: list[Message]) -> None:
-    """An optional system message, then user and assistant in turn, ending with user. Raises BadRow."""
+    """Raise BadRow unless an optional system message, then user and assistant in turn make the prompt, user last."""
     roles = [message["role"] for message in prompt]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
@@ -252,12 +236,12 @@ def check_roles(prompt: list[Message]) -> None:
 
 
 def place_images(prompt: list[Message], num_images: int) -> list[Message]:
-    """The prompt; where images are given but no part places them, they are put before the first user text.
+    """Return the prompt with the images before the first user text, if no part of it places them.
 
     Raises:
         BadRow: if the number of image parts is not that of the images.
     """
-    if num_images and any("<image>" in part.get("text", "") for message in prompt for part in message["content"]):
+    if num_images and any(PLACEHOLDER in part.get("text", "") for message in prompt for part in message["content"]):
         raise BadRow("'prompt' holds '<image>' as text; write an image part {\"type\": \"image\"} in its place")
     num_parts = sum(part["type"] == "image" for message in prompt for part in message["content"])
     if num_parts == 0 and num_images:
@@ -270,7 +254,7 @@ def place_images(prompt: list[Message], num_images: int) -> list[Message]:
 
 
 def image_source(image: Any, root: Path, confined: bool, needed: bool = True) -> Path | bytes:
-    """An image's file, or its encoded bytes.
+    """Return an image's file, or its encoded bytes.
 
     Raises:
         BadRow: if it is neither, lies outside ``root`` where ``confined`` to it, or is ``needed`` and not there.

@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from vapr.cache import user_cache, written_whole
-from vapr.data.formats import as_vapr, keys_read, map_columns
+from vapr.data.formats import as_vapr, keys_read
 from vapr.data.pair import PreferencePair, pair_from_row, row_id
 from vapr.data.rendered import rendered_marker, rendered_warning
-from vapr.data.row_values import says_something
+from vapr.data.row_values import map_columns, says_something
 from vapr.data.text_rows import Rows
 from vapr.errors import BadRow, NoPair, UserError
 from vapr.progress import Display
@@ -36,10 +36,7 @@ NOTES = frozenset({"provenance", "checks", "source", "licence", "license"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairSet:
-    """Rows of one format with one image folder.
-
-    ``weight`` is how often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch.
-    """
+    """Rows of one format with one image folder."""
 
     rows: Rows
     format: str
@@ -47,13 +44,14 @@ class PairSet:
     root: Path
     confined: bool
     weight: float = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch."""
     source: object = None
     """The same for all sets of one source, whose weight they share."""
     images_needed: bool = True
     """Whether an image whose file is missing makes a row a bad one."""
 
     def as_vapr(self, number: int) -> Any:
-        """A row in vapr's own shape, not yet checked."""
+        """Return a row in vapr's own shape, not yet checked."""
         row = self.rows[number]
         return as_vapr(map_columns(row, self.columns) if self.columns else row, self.format)
 
@@ -82,7 +80,7 @@ class Pairs(Sequence[PreferencePair]):
         self._starts = [0, *itertools.accumulate(len(part.rows) for part in sets)]
 
     def __len__(self) -> int:
-        """Rows, good and bad."""
+        """Return the number of rows, good and bad."""
         return self._starts[-1]
 
     def __getitem__(self, number: Any) -> Any:
@@ -107,14 +105,13 @@ class Pairs(Sequence[PreferencePair]):
                 yield pair
 
     def read(self, number: int) -> PreferencePair | BadRow:
-        """Row ``number``, or why it is skipped (which is also noted in ``skipped``).
+        """Return pair ``number``, or the reason why its row is skipped, which is also noted in ``skipped``.
 
         Raises:
             UserError: if it is bad and bad rows are errors.
         """
         try:
-            pair: PreferencePair = self[number]
-            return pair
+            return cast(PreferencePair, self[number])
         except BadRow as error:
             if self.on_bad_row == "error" and not isinstance(error, NoPair):
                 raise
@@ -122,27 +119,27 @@ class Pairs(Sequence[PreferencePair]):
             return error
 
     def raw(self, number: int) -> Any:
-        """Row ``number`` as its file has it, with keys that a pair has no place for. Raises BadRow if undecodable."""
+        """Return row ``number`` as its file has it, all keys included. Raise BadRow if it cannot be decoded."""
         part, row = self._find(number)
         return part.rows[row]
 
     def rows_in(self, others: "Pairs") -> int:
-        """How many of the rows are in files (or data sets) that hold what one of the others' holds, under any name."""
+        """Count the rows in files or data sets whose content is that of one of the others', whatever their names."""
         known = {part.rows.digest for part in others.sets}
         return sum(len(part.rows) for part in self.sets if part.rows.digest in known)
 
     def folder(self, number: int) -> Path:
-        """The folder that relative image paths of row ``number`` start at."""
+        """Return the folder where relative image paths of row ``number`` start."""
         return self._find(number)[0].root
 
     def extra_keys(self, number: int) -> list[str]:
-        """Keys of a row that a pair does not take anything from."""
+        """Return the keys of a row that no part of its pair comes from."""
         part, _ = self._find(number)
         used = keys_read(part.format, part.columns)
         return sorted(key for key, value in self.raw(number).items() if says_something(value) and key not in used)
 
     def where(self, number: int) -> str:
-        """The place of row ``number``: ``file:line``."""
+        """Return the place of row ``number`` as ``file:line``."""
         part, row = self._find(number)
         return part.rows.where(row)
 
@@ -152,13 +149,13 @@ class Pairs(Sequence[PreferencePair]):
 
     @property
     def weighted_sizes(self) -> list[tuple[int, float]]:
-        """Rows and weight of each source, in order."""
+        """The number of rows and the weight of each source, in order."""
         sources = itertools.groupby(self.sets, key=lambda part: (id(part.source), part.weight))
         return [(sum(len(part.rows) for part in parts), weight) for (_, weight), parts in sources]
 
     @property
     def digest(self) -> str:
-        """Hash of the rows and how they are read; a place in the data means nothing in other data."""
+        """Hash of the rows and of how they are read: a row's number means nothing in data of another digest."""
         digest = hashlib.sha256()
         for part in self.sets:
             columns = sorted(part.columns.items()) if part.columns else None
@@ -168,7 +165,7 @@ class Pairs(Sequence[PreferencePair]):
 
     @property
     def formats(self) -> list[str]:
-        """One line a set: where it is from, its size and format."""
+        """One line for each set: where it is from, its size and its format."""
         return [
             f"{source_name(part.rows)} ({len(part.rows):,} rows, format {part.format}"
             + (f", weight {part.weight:g}" if part.weight != 1 else "")
@@ -177,7 +174,7 @@ class Pairs(Sequence[PreferencePair]):
         ]
 
     def check(self, limit: int = CHECKED_AT_START) -> str:
-        """Check the first rows of each set, about ``limit`` in all, and its last; no id may be used twice among them.
+        """Check the first rows of each set, about ``limit`` in all, and its last row; their ids must be unique.
 
         Returns:
             A line that says how many rows were checked and how many of them have images.
@@ -208,53 +205,48 @@ class Pairs(Sequence[PreferencePair]):
         return f"checked {checked}; {num_with_images:,} have images"
 
     def image_groups(self) -> np.ndarray:
-        """A number for each row (n,) int64, equal where rows show the same first image; NO_IMAGE for those without.
+        """Number the images that rows show first, in the order in which they appear.
 
-        Images are numbered as they first appear. Every row is read once for that; the result is kept in the user's
-        cache folder.
+        Every row is read once for that; the result is kept in the user's cache folder.
+
+        Returns:
+            The number of each row's first image, or NO_IMAGE, (number of rows,) int64.
         """
-        known = user_cache() / "index" / f"images-{self.digest[:32]}.npy"
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            return np.load(known, mmap_mode="r", allow_pickle=False)
-        keys = self._key_of_every_row("group by image", self._image_key)
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        rank = np.empty(len(first), np.int64)
-        rank[np.argsort(first)] = np.arange(len(first))
-        groups = np.where(keys == 0, NO_IMAGE, rank[inverse])
-        with written_whole(known) as file:
-            np.save(file, groups, allow_pickle=False)
-        return groups
+
+        def compute() -> np.ndarray:
+            keys = self._key_of_every_row("group by image", self._image_key)
+            _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+            rank = np.empty(len(first), np.int64)
+            rank[np.argsort(first)] = np.arange(len(first))
+            return np.where(keys == 0, NO_IMAGE, rank[inverse])
+
+        return _computed_once(f"images-{self.digest[:32]}", compute)
 
     @property
     def notes(self) -> list[str]:
-        """A line on the columns that the checked rows have and no pair uses; none if there are no such columns."""
+        """A line on the columns of the checked rows that no pair uses; empty if there are none."""
         among = "" if self._num_checked == len(self) else f" among the {self._num_checked:,} rows checked"
         return [f"columns that no pair uses{among}: {columns_told(self.unused)}"] if self.unused else []
 
     @property
     def num_images(self) -> int:
-        """Distinct first images; every row is read once for that."""
+        """The number of distinct first images; every row is read once for that."""
         groups = np.unique(self.image_groups())
         return len(groups) - int(NO_IMAGE in groups)
 
     def ids_among(self, wanted: Collection[str]) -> set[str]:
-        """Those of ``wanted`` that are the id of a row.
+        """Return those of ``wanted`` that are the id of a row.
 
         Every row is read once for that; what is found (8 bytes a row) is kept in the user's cache folder.
         """
         name = hashlib.sha256(repr((self.digest, self.formats)).encode()).hexdigest()[:32]
-        known = user_cache() / "index" / f"ids-{name}.npy"
-        try:
-            keys = np.load(known, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            keys = self._key_of_every_row("look up ids", self._id_key)
-            with written_whole(known) as file:
-                np.save(file, keys, allow_pickle=False)
+        keys = _computed_once(f"ids-{name}", lambda: self._key_of_every_row("look up ids", self._id_key))
         ids = list(wanted)
         there = np.isin(np.array([_hash(id.encode(errors="surrogatepass")) for id in ids], np.uint64), keys)
         return {id for id, found in zip(ids, there, strict=True) if found}
 
     def _key_of_every_row(self, label: str, key: Callable[[int], int]) -> np.ndarray:
+        """Return ``key`` of each row, (number of rows,) uint64, and show the progress."""
         keys = np.empty(len(self), np.uint64)
         with Display(label, len(self), unit="row") as display:
             for number in range(len(self)):
@@ -267,25 +259,33 @@ class Pairs(Sequence[PreferencePair]):
         part, row = self._find(number)
         try:
             return _hash(row_id(part.as_vapr(row), part.rows.where(row)).encode())
-        except (BadRow, AttributeError):
+        except BadRow:
             return 0  # its fault is told when it is read
 
     def _image_key(self, number: int) -> int:
         part, row = self._find(number)
-        image: object = None
         try:
             images = part.as_vapr(row).get("images")
-            first = images[0] if isinstance(images, list) and images else images
-            if isinstance(first, dict):
-                first = first.get("bytes") or first.get("path")
-            image = first or None
-        except (BadRow, AttributeError):
-            pass  # a row of its own; its fault is told when it is read
-        if image is None:
+        except BadRow:
+            return 0  # its fault is told when it is read
+        image = images[0] if isinstance(images, list) and images else images
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if not image:
             return 0
         root = self._roots.index(part.root)
-        data = image if isinstance(image, bytes) else f"{root}|{image}".encode(errors="replace")
-        return _hash(data)
+        return _hash(image if isinstance(image, bytes) else f"{root}|{image}".encode(errors="replace"))
+
+
+def _computed_once(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Load an array from the user's cache folder, or compute it and keep it there."""
+    known = user_cache() / "index" / f"{name}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.load(known, mmap_mode="r", allow_pickle=False)
+    array = compute()
+    with written_whole(known) as file:
+        np.save(file, array, allow_pickle=False)
+    return array
 
 
 def _hash(data: bytes) -> int:
@@ -293,19 +293,19 @@ def _hash(data: bytes) -> int:
 
 
 def columns_told(counts: Mapping[str, int], most: int = 10) -> str:
-    """Columns with the number of their rows, as text; beyond ``most`` of them only how many more there are."""
+    """List columns with the number of their rows, common ones first; beyond ``most`` of them say how many more."""
     common_first = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     told = [f"{key} ({count:,} row{'s' if count > 1 else ''})" for key, count in common_first]
     return ", ".join(told[:most]) + (f" and {len(told) - most:,} more" if len(told) > most else "")
 
 
 def source_name(rows: Rows) -> str:
-    """The file or data set that rows are from."""
+    """Return the file or data set that rows are from."""
     return rows.where(0).rsplit(":", 1)[0]
 
 
 def check_id(pair: PreferencePair, places: dict[str, str]) -> None:
-    """Remember where the pair's id is used. Raises UserError if that was before."""
+    """Remember where the pair's id is used. Raise UserError if it was used before."""
     if pair.id in places:
         raise UserError(f"{pair.where}: id '{pair.id}' was already used at {places[pair.id]}; ids must be unique")
     places[pair.id] = pair.where

@@ -1,4 +1,4 @@
-"""Finds prompts that already hold a rendered conversation, which a chat template would render a second time."""
+"""Find prompts that already hold a rendered conversation, which a chat template would render a second time."""
 
 import re
 
@@ -16,7 +16,7 @@ LONGEST_SHOWN = 30
 
 
 def rendered_marker(pair: PreferencePair) -> str | None:
-    """What in a prompt's texts only a chat template writes, shortened to be shown; None if there is nothing."""
+    """Return what only a chat template writes in a prompt's texts, shortened to be shown; None if there is nothing."""
     for message in pair.prompt:
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
         if message["role"] != "assistant" and (found := MARKERS.search(text)):
@@ -26,7 +26,7 @@ def rendered_marker(pair: PreferencePair) -> str | None:
 
 
 def rendered_warning(where: str, marker: str, count: int, rows: int) -> str:
-    """A line about ``count`` of ``rows`` rows, the first of which is at ``where``."""
+    """Return a warning about ``count`` of ``rows`` rows, the first of which is at ``where``."""
     return (
         f"warning: {where}: the prompt already holds a rendered conversation ({marker!r}), and the chat template "
         f"renders it once more; give its turns as messages ({count:,} of {rows:,} rows are so)"

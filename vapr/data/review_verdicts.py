@@ -1,4 +1,4 @@
-"""Verdicts of a review: which pairs to keep and which to drop."""
+"""Read the verdicts of a review: which pairs to keep and which to drop."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ Verdict = Literal["keep", "drop"]
 
 
 def read_verdicts(path: str | Path) -> dict[str, Verdict]:
-    """The verdict of each id in a file that a review page exported: one JSON object a line.
+    """Return the verdict of each id in a file that a review page exported, one JSON object a line.
 
     Later lines replace earlier ones of the same id, so the files of several sittings can be joined end to end. Keys
     other than ``id`` and ``verdict`` mean nothing here; blank lines are skipped.
@@ -22,8 +22,7 @@ def read_verdicts(path: str | Path) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
     for number, line in enumerate(read_text(path, f"verdicts: {path}").split("\n"), start=1):
         if line.strip():
-            id, verdict = _verdict(line, f"{path}:{number}")
-            verdicts[id] = verdict
+            verdicts.update([_verdict(line, f"{path}:{number}")])
     return verdicts
 
 

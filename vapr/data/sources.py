@@ -1,4 +1,4 @@
-"""Opens what ``data.train`` can name: files, folders, globs, hub data sets, LLaMA-Factory's dataset_info.json."""
+"""Open what ``data.train`` can name: files, folders, globs, hub data sets, LLaMA-Factory's dataset_info.json."""
 
 import contextlib
 import glob
@@ -13,16 +13,24 @@ from typing import Any, cast
 import numpy as np
 
 from vapr.config import SourceConfig
-from vapr.data.formats import detect, map_columns
+from vapr.data.formats import detect
 from vapr.data.pair import encodable
 from vapr.data.pairs import Pairs, PairSet, source_name
-from vapr.data.table_rows import TABLES, open_hub, open_saved, open_table, open_tables
-from vapr.data.text_rows import SUFFIXES as TEXTS
+from vapr.data.row_values import map_columns
 from vapr.data.text_rows import Rows, open_rows
 from vapr.errors import BadRow, UserError
 from vapr.format_names import FORMAT_NAMES
 
-SUFFIXES = (*TEXTS[:2], *TABLES, *TEXTS[2:])
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
+TABLES = (".parquet", ".arrow")
+
+SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.])")
+"""As the hub names its shards: train-00000-of-00010.parquet. Rows to test on are not to be trained on."""
+
+LLAMA_FACTORY_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system",
+}  # fmt: skip
+"""The tags of LLaVA's turns, which are LLaMA-Factory's defaults."""
 
 
 def read_pairs(
@@ -68,7 +76,7 @@ def read_pairs(
 
 
 def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairSet]:
-    """The sets of one source: one for each file, or for all tables of a folder.
+    """Open the sets of one source: one for each file, or for all tables of a folder.
 
     Raises:
         UserError: naming the source, if nothing can be read there.
@@ -76,28 +84,24 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
     root = Path(source.image_root) if source.image_root is not None else None
     if root is not None and not root.is_dir():
         raise UserError(f"data.image_root: {root}: no such folder")
-    sets = []
-    mappings: dict[tuple[tuple[str, str], ...], list[Rows]] = {}
+    sets: list[PairSet] = []
     wanted = None if source.format == "auto" else source.format
     for rows, folder, given, mapped in open_files(source.path, source.split, source.subset, source.columns):
-        if not len(rows):
-            continue
-        name = wanted or given or ("columns" if source.columns else _detect(rows))
-        if mapped:
-            mappings.setdefault(tuple(mapped.items()), []).append(rows)
-        confined = root is not None
-        sets.append(PairSet(rows, name, mapped, root or folder, confined, source.weight, source, images_needed))
+        if len(rows):
+            name = wanted or given or ("columns" if source.columns else _detect(rows))
+            confined = root is not None
+            sets.append(PairSet(rows, name, mapped, root or folder, confined, source.weight, source, images_needed))
     if not sets:
         raise UserError(f"{source.path}: no pairs in it")
-    for mapping, parts in mappings.items():
-        check_columns(parts, dict(mapping))
+    if sets[0].columns:  # those of a source are the same for all of its files
+        check_columns([part.rows for part in sets], sets[0].columns)
     return sets
 
 
 def check_columns(parts: Sequence[Rows], columns: Mapping[str, str], section: str = "data") -> None:
-    """A column that no row has is a mistake, above all one for images: the pairs would be trained on without them.
+    """Refuse a column that no row has: if it is one for images, the pairs would be trained on without them.
 
-    It may be missing from some of the ``parts``: not every shard of a set has each column.
+    It may be missing from some of the ``parts``, because not every shard of a set has each column.
 
     Raises:
         UserError: naming the key of ``section``.
@@ -121,6 +125,7 @@ def check_columns(parts: Sequence[Rows], columns: Mapping[str, str], section: st
 
 
 def _detect(rows: Rows) -> str:
+    """Return the format of the first row that can be decoded."""
     for number in range(min(len(rows), 10)):
         try:
             return detect(rows[number])
@@ -132,7 +137,7 @@ def _detect(rows: Rows) -> str:
 def open_files(
     source: str, split: str, subset: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[tuple[Rows, Path, str | None, Mapping[str, str] | None]]:
-    """Rows, the folder relative image paths start at, the format if the source says it, and renamed columns.
+    """Yield rows, the folder where relative image paths start, the format if the source says it, and renamed columns.
 
     Raises:
         UserError: naming the source, if nothing can be read there.
@@ -144,19 +149,33 @@ def open_files(
         folder = path.parent if path.name == "dataset_info.json" else path
         yield _llama_factory(folder, subset)
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield open_saved(path, split), path, None, columns
+        yield _table_rows().open_saved(path, split), path, None, columns
     elif path.exists() or any(c in source for c in "*?["):
-        for is_table, folder, group in _pair_files(path, source, split):
-            for rows in open_tables(group) if is_table else map(open_rows, group):
+        for folder, files in _pair_files(path, source, split):
+            for rows in _open_alike(files):
                 yield rows, folder, None, columns
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
-        yield open_hub(source, subset, split), Path(), None, columns
+        yield _table_rows().open_hub(source, subset, split), Path(), None, columns
     else:
         raise UserError(f"{source}: no such file or folder")
 
 
-def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, list[Path]]]:
-    """Files to read: whether they are tables, the folder relative image paths start at, and the files."""
+def _table_rows() -> Any:
+    """Import the door to the datasets library, which takes seconds and may not be installed."""
+    try:
+        from vapr.data import table_rows
+    except ImportError:
+        raise UserError("tables and hub data sets need the datasets library; pip install 'vapr[data]'") from None
+    return table_rows
+
+
+def _open_alike(files: Sequence[Path]) -> Iterable[Rows]:
+    """Open files that are all tables, or all texts."""
+    return _table_rows().open_tables(files) if files[0].suffix in TABLES else map(open_rows, files)
+
+
+def _pair_files(path: Path, source: str, split: str) -> list[tuple[Path, list[Path]]]:
+    """Return the files to read, tables and texts apart, each group with the folder where relative image paths start."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: unknown file type; use {', '.join(SUFFIXES)}")
@@ -175,11 +194,11 @@ def _pair_files(path: Path, source: str, split: str) -> list[tuple[bool, Path, l
     def kind(file: Path) -> tuple[bool, Path]:
         return file.suffix in TABLES, path if path.is_dir() else file.parent
 
-    return [(*key, list(group)) for key, group in itertools.groupby(files, key=kind)]
+    return [(folder, list(group)) for (_, folder), group in itertools.groupby(files, key=kind)]
 
 
 def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:
-    """Pair files in name order; where every one is named after a split, only those of ``split``."""
+    """Return the pair files in name order; if every one is named after a split, only those of ``split``."""
     files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file() and file.name[0] != ".")
     if not files:
         raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
@@ -193,26 +212,10 @@ def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:
     return wanted
 
 
-SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.])")
-"""As the hub names its shards: train-00000-of-00010.parquet. Rows to test on are not to be trained on."""
-
-
 def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, Mapping[str, str] | None]:
-    """The preference set that a ``dataset_info.json`` describes."""
+    """Open the preference set that a ``dataset_info.json`` describes, as :func:`open_files` yields it."""
     file = folder / "dataset_info.json"
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        ranked = {name: entry for name, entry in entries.items() if entry.get("ranking")}
-        for entry in ranked.values():
-            texts = [
-                entry.get("file_name", ""),
-                *(entry.get("columns") or {}).values(),
-                *(entry.get("tags") or {}).values(),
-            ]
-            if not all(isinstance(text, str) for text in texts if text is not None):
-                raise ValueError("file_name, columns and tags must be names")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a readable dataset_info.json ({error})") from None
+    ranked = _ranked_entries(file)
     if not ranked:
         raise UserError(f'{file}: no entry with "ranking": true; name the pair file itself if there is one')
     if subset is None and len(ranked) > 1:
@@ -225,25 +228,30 @@ def _llama_factory(folder: Path, subset: str | None) -> tuple[Rows, Path, str, M
         raise UserError(f"{file}: '{name}' is not in sharegpt formatting; name its file and map it with data.columns")
     if "file_name" not in entry:
         raise UserError(f"{file}: '{name}' has no file_name; download it first")
-    tags = {
-        key: value
-        for key, value in (entry.get("tags") or {}).items()
-        if value is not None and LLAMA_FACTORY_TAGS.get(key) != value
-    }
-    if tags:
-        raise UserError(f"{file}: '{name}' has tags other than LLaVA's ({', '.join(tags)}); convert it first")
+    tags = {key: tag for key, tag in (entry.get("tags") or {}).items() if tag is not None}
+    if other_tags := [key for key, tag in tags.items() if LLAMA_FACTORY_TAGS.get(key) != tag]:
+        raise UserError(f"{file}: '{name}' has tags other than LLaVA's ({', '.join(other_tags)}); convert it first")
     given = {key: column for key, column in (entry.get("columns") or {}).items() if column is not None}
-    named = {"messages": "conversations", **given}
-    columns = {{"messages": "conversations"}.get(key, key): column for key, column in named.items()}
+    columns = {"conversations": given.pop("messages", "conversations"), **given}
     data = folder / entry["file_name"]
     if not data.is_file():
         raise UserError(f"{file}: '{name}' names {data}, which is not there")
-    rows = open_table([data]) if data.suffix in TABLES else open_rows(data)
+    [rows] = _open_alike([data])
     with contextlib.suppress(BadRow, IndexError):
         columns |= {"id": "id"} if "id" in rows[0] else {}
     return rows, folder, "llama-factory", columns
 
 
-LLAMA_FACTORY_TAGS = {
-    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system",
-}  # fmt: skip
+def _ranked_entries(file: Path) -> dict[str, Any]:
+    """Read the preference sets of a ``dataset_info.json``, by name."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        ranked = {name: entry for name, entry in entries.items() if entry.get("ranking")}
+        for entry in ranked.values():
+            columns, tags = (entry.get(key) or {} for key in ("columns", "tags"))
+            texts = [entry.get("file_name", ""), *columns.values(), *tags.values()]
+            if not all(isinstance(text, str) for text in texts if text is not None):
+                raise ValueError("file_name, columns and tags must be names")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a readable dataset_info.json ({error})") from None
+    return ranked

@@ -1,4 +1,7 @@
-"""Rows of parquet and Arrow files and of hub data sets by number: the only door to the datasets library."""
+"""Rows of parquet and Arrow files and of hub data sets by number: the only door to the datasets library.
+
+Importing this takes seconds, and fails without the library, so :mod:`vapr.data.sources` does so only when needed.
+"""
 
 import itertools
 import sys
@@ -7,10 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet as parquet
+
 from vapr.cache import files_hash, user_cache
 from vapr.errors import BadRow, UserError, one_line
 
-TABLES = (".parquet", ".arrow")
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,7 @@ class Table:
     Args:
         dataset: the data set.
         digest: hash of its content.
-        names: what to name a row's place after, and the number of rows of each.
+        names: the files or data sets after which a row's place is named, with the number of rows of each.
         unreadable: columns that ``dataset`` leaves out.
     """
 
@@ -64,12 +72,13 @@ class Table:
 
 
 def _holds_json(feature: Any) -> bool:
-    """Whether some of a column is stored as JSON text, as ``datasets`` does with objects of different keys."""
+    """Return whether some of a column is JSON text, as ``datasets`` stores objects of different keys."""
     inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return type(feature).__name__ == "Json" or any(_holds_json(inner) for inner in inside if inner is not None)
 
 
 def _decoded(value: Any, feature: Any) -> Any:
+    """Decode the JSON in a value of a column."""
     if value is None:
         return None
     if type(feature).__name__ == "Json":
@@ -81,34 +90,32 @@ def _decoded(value: Any, feature: Any) -> Any:
     return value
 
 
-def open_tables(files: list[Path]) -> list["Table"]:
+def open_tables(files: list[Path]) -> list[Table]:
     """Open parquet and Arrow files as few tables, in order: a table has one schema, which its shards may not share.
 
     One shard may hold nothing but nulls where another has texts, or whole numbers where another has fractions.
 
     Raises:
-        UserError: naming the file that cannot be read, or the library that is missing.
+        UserError: naming the file that cannot be read.
     """
-    return [open_table(list(group)) for _, group in itertools.groupby(files, key=_schema)]
+    return [open_table(list(group)) for _, group in itertools.groupby(files, key=_kind_and_schema)]
 
 
-def _schema(file: Path) -> str:
-    """Kind and schema of a file, as text; of one that cannot be read, which opening it will say, its name."""
-    _datasets()
-    import pyarrow
-    import pyarrow.parquet
-
+def _kind_and_schema(file: Path) -> str:
+    """Return the kind and schema of a file as text; its name if it cannot be read, which opening it will say."""
     try:
-        if file.suffix == ".parquet":
-            schema = pyarrow.parquet.read_schema(file)
-        else:
-            try:
-                schema = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).schema
-            except pyarrow.ArrowInvalid:
-                schema = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).schema
+        schema = parquet.read_schema(file) if file.suffix == ".parquet" else _arrow_reader(file).schema
     except (pyarrow.ArrowException, OSError):
         return str(file)
     return f"{file.suffix} {schema.to_string(show_field_metadata=False, show_schema_metadata=False)}"
+
+
+def _arrow_reader(file: Path) -> Any:
+    """Open a file of Arrow's stream format, which ``datasets`` writes, or of its file format."""
+    try:
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
 
 
 def open_table(files: list[Path]) -> Table:
@@ -117,81 +124,68 @@ def open_table(files: list[Path]) -> Table:
     ``datasets`` turns parquet into Arrow in its cache, once.
 
     Raises:
-        UserError: naming the file that cannot be read, or the library that is missing.
+        UserError: naming the file that cannot be read.
     """
-    datasets = _datasets()
-    import pyarrow
-    import pyarrow.parquet
-
+    is_parquet = files[0].suffix == ".parquet"
     sizes, parts = [], []
     for file in files:
         try:
-            if file.suffix == ".parquet":
-                sizes.append((str(file), pyarrow.parquet.read_metadata(file).num_rows))
+            if is_parquet:
+                size = parquet.read_metadata(file).num_rows
             else:
-                parts.append(_open_arrow(datasets, file))
-                sizes.append((str(file), len(parts[-1])))
+                parts.append(_open_arrow(file))
+                size = len(parts[-1])
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable {file.suffix[1:]} file ({one_line(error)})") from None
-    unreadable = _unreadable(datasets, files[0]) if files[0].suffix == ".parquet" else {}
+        sizes.append((str(file), size))
+    unreadable, options = _unreadable_columns(files[0]) if is_parquet else ({}, {})
     digest = files_hash(files, user_cache() / "index" / "files.json")
+    names = [name for name, size in sizes if size]
     try:
         if parts:
             dataset = datasets.concatenate_datasets(parts)
-        elif not any(size for _, size in sizes):
+        elif not names:
             dataset = datasets.Dataset.from_dict({})
         else:  # by content: the library itself would take a file of the same name and time for the same
             folder = str(user_cache() / "tables" / digest[:24])
-            names = [name for name, size in sizes if size]
-            dataset = datasets.Dataset.from_parquet(names, cache_dir=folder, **_without(datasets, files[0], unreadable))
+            dataset = datasets.Dataset.from_parquet(names, cache_dir=folder, **options)
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{_first_damaged(files)}: cannot be read as a table ({one_line(cause)})") from None
     return Table(dataset, digest, sizes, unreadable)
 
 
-def _unreadable(datasets: Any, file: Path) -> dict[str, Unreadable]:
-    """Columns whose Arrow type has no counterpart in ``datasets``: maps, UUIDs."""
-    import pyarrow
-    import pyarrow.parquet
+def _unreadable_columns(file: Path) -> tuple[dict[str, Unreadable], dict[str, Any]]:
+    """Find columns whose Arrow type has no counterpart in ``datasets``: maps, UUIDs.
 
-    found = {}
-    for field in pyarrow.parquet.read_schema(file):
+    Returns:
+        The columns, and the options of ``from_parquet`` that leave them out.
+    """
+    schema = parquet.read_schema(file)
+    unreadable = {}
+    for field in schema:
         try:
             datasets.Features.from_arrow_schema(pyarrow.schema([field]))
         except ValueError:
-            found[field.name] = Unreadable(str(field.type))
-    return found
-
-
-def _without(datasets: Any, file: Path, unreadable: dict[str, Unreadable]) -> dict[str, Any]:
-    """Settings of from_parquet that leave columns out."""
-    import pyarrow.parquet
-
-    schema = pyarrow.parquet.read_schema(file)
+            unreadable[field.name] = Unreadable(str(field.type))
     kept = [field for field in schema if field.name not in unreadable]
     if not unreadable or not kept:
-        return {}
+        return unreadable, {}
     features = datasets.Features.from_arrow_schema(pyarrow.schema(kept, metadata=schema.metadata))
-    return {"columns": list(features), "features": features}
+    return unreadable, {"columns": list(features), "features": features}
 
 
 def _first_damaged(files: list[Path]) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
     for file in files:
         try:
-            for _ in pyarrow.parquet.ParquetFile(file).iter_batches() if file.suffix == ".parquet" else ():
+            for _ in parquet.ParquetFile(file).iter_batches() if file.suffix == ".parquet" else ():
                 pass
         except (pyarrow.ArrowException, OSError):
             return file
     return files[0]
 
 
-def _open_arrow(datasets: Any, file: Path) -> Any:
-    import pyarrow
-
+def _open_arrow(file: Path) -> Any:
     try:
         return datasets.Dataset.from_file(str(file))
     except pyarrow.ArrowInvalid:  # Arrow's file format instead of its stream format
@@ -200,12 +194,11 @@ def _open_arrow(datasets: Any, file: Path) -> Any:
 
 def open_saved(folder: Path, split: str) -> Table:
     """Open a folder written by ``save_to_disk`` of the ``datasets`` library."""
-    datasets = _datasets()
     try:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a readable saved data set ({one_line(error)})") from None
-    return _one_split(datasets, dataset, str(folder), split)
+    return _one_split(dataset, str(folder), split)
 
 
 def open_hub(name: str, subset: str | None, split: str) -> Table:
@@ -214,29 +207,18 @@ def open_hub(name: str, subset: str | None, split: str) -> Table:
     Raises:
         UserError: if there is none of that name, or it cannot be reached.
     """
-    datasets = _datasets()
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - the library raises whatever its network and parsers raise
         raise UserError(
             f"{name}: no such file or folder here, and the hub gave no data set of that name ({one_line(error)})"
         ) from None
-    return _one_split(datasets, dataset, name, split)
+    return _one_split(dataset, name, split)
 
 
-def _one_split(datasets: Any, dataset: Any, name: str, split: str) -> Table:
+def _one_split(dataset: Any, name: str, split: str) -> Table:
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise UserError(f"{name}: no split '{split}'; there are {', '.join(dataset)}")
         dataset = dataset[split]
     return Table(dataset, dataset._fingerprint, [(name, len(dataset))])
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("tables and hub data sets need the datasets library; pip install 'vapr[data]'") from None
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets

@@ -1,6 +1,6 @@
-"""Rows of a text file or tar shard by number, without holding the file: an index of places.
+"""Rows of a text file or tar shard by number, found through an index of their places, without holding the file.
 
-An index is built the first time a file is seen, in one pass, and kept in the user's cache folder; after that opening a
+The index is built in one pass when a file is first seen, and kept in the user's cache folder. After that, opening a
 file of a million rows takes as long as opening one of ten.
 """
 
@@ -25,20 +25,32 @@ from vapr.errors import BadRow, UserError, one_line
 SUFFIXES = (".jsonl", ".json", ".tar")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+BLOCK = 1 << 20
+"""Characters of a JSON list that are read at a time."""
+SPACE = re.compile(r"[ \t\r\n]*")
+
+DESCRIBE = (
+    "Describe this image in detail.",
+    "What can be seen in this picture? Give a detailed description.",
+    "Please write down everything this image shows.",
+    "Tell me in detail what is going on in this picture.",
+)
+"""HA-DPO's descriptions come without a question; the image id picks one of these."""
+
 
 class Rows(Protocol):
     """Raw rows by number."""
 
     digest: str
-    """Hash of the content: equal only for equal rows."""
+    """Hash of the content, equal only for equal rows."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Any:
-        """One row as plain data. Raises BadRow if it cannot be decoded."""
+        """Return one row as plain data. Raise BadRow if it cannot be decoded."""
 
     def where(self, number: int) -> str:
-        """``file:line`` of a text file, ``file:row`` of others, counted from 1."""
+        """Return ``file:line`` for a text file, ``file:row`` for others, counted from 1."""
 
 
 def open_rows(file: Path) -> Rows:
@@ -60,17 +72,16 @@ def open_rows(file: Path) -> Rows:
 
 
 class JsonLines:
-    """One JSON value a line. Blank lines are no rows.
+    """One JSON value a line. Blank lines are not rows.
 
     Args:
         path: the file.
-        name: the file a row's place is named after, where ``path`` was made from another one.
+        name: the file that ``path`` was made from, if it was; a row's place is named after that one.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self._name = name or str(path)
         self._by_row = name is not None
-        self._path = path
         self._file = path.open("rb")
         self._index, self.digest = _line_index(path)
 
@@ -79,10 +90,7 @@ class JsonLines:
 
     def __getitem__(self, number: int) -> Any:
         start, length, line = (int(value) for value in self._index[number])
-        # pread has no file position, so threads and forked workers can share the descriptor.
-        text = os.pread(self._file.fileno(), length, start)
-        if len(text) < length:
-            raise UserError(f"{self._name}: was cut short while it was being read; restore it and continue")
+        text = _read_at(self._file, start, length, self._name)
         try:
             return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
         except UnicodeDecodeError:
@@ -98,11 +106,27 @@ class JsonLines:
         return f"{self._name}:{number + 1 if self._by_row else int(self._index[number][2])}"
 
 
+def _read_at(file: IO[bytes], start: int, length: int, name: str | Path) -> bytes:
+    """Read bytes of a file. Threads and forked workers can share its descriptor: pread has no file position."""
+    data = os.pread(file.fileno(), length, start)
+    if len(data) < length:
+        raise UserError(f"{name}: was cut short while it was being read; restore it and continue")
+    return data
+
+
+def _cache_place(file: Path) -> Path:
+    """Return the beginning of the names under which the cache keeps what is made of a file."""
+    return user_cache() / "index" / hashlib.sha256(file_identity(file).encode()).hexdigest()[:24]
+
+
 def _line_index(path: Path) -> tuple[np.ndarray, str]:
-    """(start, length, line number) of each line that is not blank, memory-mapped; and the file's hash."""
-    folder = user_cache() / "index"
-    key = hashlib.sha256(file_identity(path).encode()).hexdigest()[:24]
-    for known in folder.glob(f"{key}.*.npy") if folder.is_dir() else ():
+    """Find the lines that are not blank.
+
+    Returns:
+        Start, length and line number of each, (number of lines, 3) int64, memory-mapped; and the file's hash.
+    """
+    place = _cache_place(path)
+    for known in place.parent.glob(f"{place.name}.*.npy"):
         try:
             _, digest, checksum, _ = known.name.split(".")
             index = np.load(known, mmap_mode="r", allow_pickle=False)
@@ -125,34 +149,32 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
     digest = sha.hexdigest()
     if len(index) == 0:
         return index, digest
-    name = folder / f"{key}.{digest}.{crc32(index.data):08x}.npy"
+    name = place.with_name(f"{place.name}.{digest}.{crc32(index.data):08x}.npy")
     with written_whole(name) as out:
         np.save(out, index, allow_pickle=False)
     return np.load(name, mmap_mode="r", allow_pickle=False), digest
 
 
 def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> JsonLines:
-    """A file's rows copied as JSON lines into the user's cache folder, the first time the file is seen."""
-    folder = user_cache() / "index"
-    key = hashlib.sha256(file_identity(file).encode()).hexdigest()[:24]
-    for known in folder.glob(f"{key}.{kind}.*.jsonl") if folder.is_dir() else ():
+    """Copy a file's rows as JSON lines into the user's cache folder, if it does not hold them yet."""
+    place = _cache_place(file)
+    for known in place.parent.glob(f"{place.name}.{kind}.*.jsonl"):
         lines = JsonLines(known, name=str(file))
         if lines.digest == known.name.split(".")[2]:
             return lines
         known.unlink(missing_ok=True)  # damaged: written again
-    texts = (json.dumps(row).encode() + b"\n" for row in rows(file))
-    sha = hashlib.sha256()
-    with written_whole(folder / f"{key}.{kind}.new") as out:
-        for text in texts:
+    new, sha = place.with_name(f"{place.name}.{kind}.new"), hashlib.sha256()
+    with written_whole(new) as out:
+        for row in rows(file):
+            text = json.dumps(row).encode() + b"\n"
             sha.update(text)
             out.write(text)
-    path = folder / f"{key}.{kind}.{sha.hexdigest()}.jsonl"
-    (folder / f"{key}.{kind}.new").replace(path)
+    path = new.replace(place.with_name(f"{place.name}.{kind}.{sha.hexdigest()}.jsonl"))
     return JsonLines(path, name=str(file))
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    """The elements of one long JSON list, a piece of the file at a time; or the pairs of HA-DPO's object."""
+    """Yield the elements of one long JSON list, a piece of the file at a time, or the pairs of HA-DPO's object."""
     with _read_errors(path), path.open(encoding="utf-8-sig") as file:
         if file.read(1024).lstrip().startswith("["):
             file.seek(0)
@@ -186,7 +208,7 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def _list_elements(file: IO[str], path: Path) -> Iterator[Any]:
-    """The elements of a JSON list, by the standard library's own parser. Only the element in hand is held."""
+    """Yield the elements of a JSON list, parsed by the standard library. Only the element in hand is held."""
     decoder = json.JSONDecoder()
     text = file.read(BLOCK)
     at = text.index("[") + 1
@@ -220,19 +242,8 @@ def _list_elements(file: IO[str], path: Path) -> Iterator[Any]:
         text, at = text[at:] + more, 0
 
 
-BLOCK = 1 << 20
-SPACE = re.compile(r"[ \t\r\n]*")
-
-DESCRIBE = (
-    "Describe this image in detail.",
-    "What can be seen in this picture? Give a detailed description.",
-    "Please write down everything this image shows.",
-    "Tell me in detail what is going on in this picture.",
-)
-"""HA-DPO's descriptions come without a question; the image id picks one of these."""
-
-
 def _is_description(value: Any) -> bool:
+    """Return whether a value is what HA-DPO's ``desc_data.json`` holds for an image."""
     return isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("chosen", "rejected"))
 
 
@@ -270,23 +281,18 @@ class TarSamples:
             named = named if isinstance(named, list) else [named]
             names = [Path(name).name for name in named if isinstance(name, str)]
             row.pop("image", None)
+            order = names if names and places.keys() >= set(names) else list(places)
             row["images"] = [
-                self._read(*places[name]) for name in (names if places.keys() >= set(names) and names else places)
+                _read_at(self._file, start, length, self._path) for start, length in (places[name] for name in order)
             ]
         return row
-
-    def _read(self, start: int, length: int) -> bytes:
-        data = os.pread(self._file.fileno(), length, start)
-        if len(data) < length:
-            raise UserError(f"{self._path}: was cut short while it was being read; restore it and continue")
-        return data
 
     def where(self, number: int) -> str:
         return self._samples.where(number)
 
 
 def _tar_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """key, JSON text, and (name, start, length) of each image of every sample; a sample's members lie side by side."""
+    """Yield key, JSON text, and (name, start, length) of each image of every sample, whose members lie side by side."""
     try:
         with _read_errors(path), tarfile.open(path, "r:") as tar:
             for key, members in itertools.groupby(_tar_files(tar), key=_sample_key):
@@ -309,7 +315,7 @@ def _tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _by_number(name: str) -> list[Any]:
-    """Sort key in which 10 comes after 9."""
+    """Return a key for sorting in which 10 comes after 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 

@@ -1,37 +1,37 @@
-"""The shapes in which other trainers take preference rows: what makes a row of each of a pair.
+"""Turn pairs into rows of the shapes that other trainers read: the counterpart of :mod:`vapr.data.formats`.
 
-The counterpart of :mod:`vapr.data.formats`. A writer is a function of a pair, and of a function that says how the file
-names images. It raises :class:`vapr.errors.BadRow` for a pair that the format cannot hold.
+A writer is a function of a pair, and of a function that says how the file names images. It raises
+:class:`vapr.errors.BadRow` for a pair that the format cannot hold. :data:`WRITERS` lists them.
 """
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from vapr.data.formats import PLACEHOLDER, Row, origin_of
-from vapr.data.llama_factory import messages_of_side
+from vapr.data.formats import SIDES, origin_of
 from vapr.data.pair import Message, PreferencePair, encodable
+from vapr.data.row_values import PLACEHOLDER, Row
 from vapr.errors import BadRow
-
-WriterName = Literal["vapr", "trl", "llava", "llama-factory", "llama-factory-v1", "ms-swift", "povid", "rlaif-v"]
-WRITER_NAMES: tuple[str, ...] = get_args(WriterName)
-
-SUFFIXES_OF_FORMATS = {
-    "vapr": (".jsonl", ".json", ".parquet"),
-    "trl": (".jsonl", ".json", ".parquet"),
-    "llava": (".json", ".jsonl"),
-    "llama-factory": (".json", ".jsonl"),
-    "llama-factory-v1": (".jsonl", ".json"),
-    "ms-swift": (".jsonl", ".json"),
-    "povid": (".json",),
-    "rlaif-v": (".parquet", ".jsonl"),
-}
 
 OTHER_MEDIA = ("<video>", "<audio>")
 """Placeholders of LLaMA-Factory and ms-swift, like ``<image>``."""
 
+ORIGIN_KEYS = frozenset({"ds_name", "origin_dataset", "origin_split", "idx", "image_path"})
+"""Keys of RLAIF-V's rows that say where a row is from."""
+
 Names = Callable[[tuple[Path | bytes, ...]], list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """How pairs are written in one format."""
+
+    row: Callable[[PreferencePair, Names], Row]
+    suffixes: tuple[str, ...]
+    """Kinds of files that readers of the format take."""
 
 
 def _vapr(pair: PreferencePair, names: Names) -> Row:
@@ -49,7 +49,7 @@ def _vapr(pair: PreferencePair, names: Names) -> Row:
 
 
 def _trl(pair: PreferencePair, names: Names) -> Row:
-    _same_images(pair, "trl")
+    _refuse_rejected_images(pair, "trl")
     return _sides(pair, names)
 
 
@@ -59,13 +59,13 @@ def _sides(pair: PreferencePair, names: Names) -> Row:
 
 
 def _llama_factory(pair: PreferencePair, names: Names) -> Row:
-    _same_images(pair, "llama-factory")
-    _no_other_media(pair, "llama-factory")
+    _refuse_rejected_images(pair, "llama-factory")
+    _refuse_other_media(pair, "llama-factory")
     return {
         "id": pair.id,
         "conversations": _llava_turns(pair.prompt),
-        "chosen": _llava_turns(_one_answer(pair.chosen))[0],
-        "rejected": _llava_turns(_one_answer(pair.rejected))[0],
+        "chosen": _llava_turns([_only_turn(pair.chosen)])[0],
+        "rejected": _llava_turns([_only_turn(pair.rejected)])[0],
         "images": names(pair.images),
     }
 
@@ -73,41 +73,53 @@ def _llama_factory(pair: PreferencePair, names: Names) -> Row:
 def _llama_factory_v1(pair: PreferencePair, names: Names) -> Row:
     images = names(pair.images)
     others = images if pair.rejected_images is None else names(pair.rejected_images)
-    [chosen], [rejected] = _one_answer(pair.chosen), _one_answer(pair.rejected)
-    return {
-        "id": pair.id,
-        "chosen_messages": messages_of_side(pair.prompt, chosen, images),
-        "rejected_messages": messages_of_side(pair.prompt, rejected, others),
-    }
+    sides = zip(SIDES, (_only_turn(pair.chosen), _only_turn(pair.rejected)), (images, others), strict=True)
+    return {"id": pair.id, **{key: _whole_conversation(pair.prompt, answer, shown) for key, answer, shown in sides}}
+
+
+def _whole_conversation(prompt: Sequence[Message], answer: Message, images: Sequence[Any]) -> list[Row]:
+    """Return LLaMA-Factory's messages: the prompt, which shows ``images``, and the answer, which alone is scored."""
+    names = iter(images)
+
+    def converted(message: Message, weight: float) -> Row:
+        content = [
+            {"type": "text", "value": part["text"]}
+            if part["type"] == "text"
+            else {"type": "image_url", "value": next(names)}
+            for part in message["content"]
+        ]
+        return {"role": message["role"], "content": content, "loss_weight": weight}
+
+    return [*(converted(message, 0.0) for message in prompt), converted(answer, 1.0)]
 
 
 def _ms_swift(pair: PreferencePair, names: Names) -> Row:
-    _no_other_media(pair, "ms-swift")
-    chosen = [*pair.prompt, *_one_answer(pair.chosen)]
+    _refuse_other_media(pair, "ms-swift")
+    chosen = [*pair.prompt, _only_turn(pair.chosen)]
     row: Row = {
         "id": pair.id,
-        "messages": [{"role": message["role"], "content": _text([message])} for message in chosen],
+        "messages": [{"role": message["role"], "content": _text(message["content"])} for message in chosen],
         "images": names(pair.images),
     }
     if pair.rejected != pair.chosen:
-        row["rejected_response"] = _text(_one_answer(pair.rejected))
+        row["rejected_response"] = _answer(pair.rejected)
     if pair.rejected_images is not None:
         row["rejected_images"] = names(pair.rejected_images)
     return row
 
 
 def _llava(pair: PreferencePair, names: Names) -> Row:
-    _fits_llava(pair, "llava")
+    _refuse_what_llava_lacks(pair, "llava")
     row = {
         "id": pair.id,
-        "conversations": _llava_turns((*pair.prompt, *_one_answer(pair.chosen)), own_line=True),
-        "rejected": _text(_one_answer(pair.rejected)),
+        "conversations": _llava_turns([*pair.prompt, _only_turn(pair.chosen)], own_line=True),
+        "rejected": _answer(pair.rejected),
     }
     return {**row, "image": names(pair.images)[0]} if pair.images else row
 
 
 def _povid(pair: PreferencePair, names: Names) -> Row:
-    _fits_llava(pair, "povid")
+    _refuse_what_llava_lacks(pair, "povid")
     prompt = _llava_turns(pair.prompt, own_line=True)
     if pair.chosen[0] == pair.rejected[0]:
         raise BadRow("povid takes what both sides begin with for the prompt, and these completions begin alike")
@@ -119,29 +131,29 @@ def _povid(pair: PreferencePair, names: Names) -> Row:
     return {**row, "image": names(pair.images)[0]} if pair.images else row
 
 
-def _fits_llava(pair: PreferencePair, name: str) -> None:
-    """LLaVA's own trainer knows one image at most, and no system turn."""
-    _same_images(pair, name)
+def _refuse_what_llava_lacks(pair: PreferencePair, name: str) -> None:
+    """Raise BadRow for several images or a system turn, which LLaVA's own trainer does not know."""
+    _refuse_rejected_images(pair, name)
     if len(pair.images) > 1:
         raise BadRow(f"{name} rows show one image; this pair has {len(pair.images)}")
-    _no_system_turn(pair, name)
+    _refuse_system_turn(pair, name)
 
 
 def _rlaif_v(pair: PreferencePair, names: Names) -> Row:
-    """RLAIF-V's trainer puts the image before the question, and takes ``origin_split`` for a JSON object."""
-    _same_images(pair, "rlaif-v")
+    """Write a row for RLAIF-V, which puts the image before the question and a JSON object into ``origin_split``."""
+    _refuse_rejected_images(pair, "rlaif-v")
     if len(pair.images) != 1:
         raise BadRow(f"rlaif-v rows show one image; this pair has {len(pair.images)}")
-    _no_system_turn(pair, "rlaif-v")
+    _refuse_system_turn(pair, "rlaif-v")
     if len(pair.prompt) > 1:
         raise BadRow(f"rlaif-v rows hold one question; this pair's prompt has {len(pair.prompt)} turns")
     first, *question = pair.prompt[0]["content"]
     if first["type"] != "image":
         raise BadRow("rlaif-v rows show their image before the question; this pair's stands within or after it")
     texts = {
-        "question": _text([{"content": question}]),
-        "chosen": _text(_one_answer(pair.chosen)),
-        "rejected": _text(_one_answer(pair.rejected)),
+        "question": _text(question),
+        "chosen": _answer(pair.chosen),
+        "rejected": _answer(pair.rejected),
     }
     category = {} if pair.category is None else {"category": pair.category}
     [image] = names(pair.images)
@@ -157,18 +169,14 @@ def _rlaif_v(pair: PreferencePair, names: Names) -> Row:
     }
 
 
-ORIGIN_KEYS = frozenset({"ds_name", "origin_dataset", "origin_split", "idx", "image_path"})
-"""What RLAIF-V's rows say of where they are from."""
-
-
 def keep_origin(row: Row, raw: Row) -> set[str]:
-    """Put what ``raw``, the row a pair was read from, says of its origin into its rlaif-v ``row``.
+    """Copy what ``raw``, the row a pair was read from, says of its origin into its rlaif-v ``row``.
 
     Returns:
-        Those of :data:`ORIGIN_KEYS` that are not as RLAIF-V has them, and are lost.
+        Those of :data:`ORIGIN_KEYS` that are lost because their values do not fit RLAIF-V's columns.
     """
     said = {key: raw[key] for key in ORIGIN_KEYS if raw.get(key) is not None}
-    kept = {key: value for key, value in said.items() if _like(row[key], value)}
+    kept = {key: value for key, value in said.items() if _fits_column_of(row[key], value)}
     before, ours = origin_of(raw), json.loads(row["origin_split"])
     if before is None:
         kept.pop("origin_split", None)
@@ -178,8 +186,8 @@ def keep_origin(row: Row, raw: Row) -> set[str]:
     return said.keys() - kept.keys()
 
 
-def _like(ours: Any, value: Any) -> bool:
-    """Whether the value can stand in a column of ours: UTF-8 text, or an int64."""
+def _fits_column_of(ours: Any, value: Any) -> bool:
+    """Return whether a value can stand in the column of one of ours: UTF-8 text, or an int64."""
     if type(value) is not type(ours):
         return False
     if isinstance(value, int):
@@ -187,66 +195,67 @@ def _like(ours: Any, value: Any) -> bool:
     return encodable(value)
 
 
-def _same_images(pair: PreferencePair, name: str) -> None:
+def _refuse_rejected_images(pair: PreferencePair, name: str) -> None:
     if pair.rejected_images is not None:
         raise BadRow(f"{name} rows have no place for 'rejected_images'")
 
 
-def _no_other_media(pair: PreferencePair, name: str) -> None:
+def _refuse_other_media(pair: PreferencePair, name: str) -> None:
     for message in (*pair.prompt, *pair.chosen, *pair.rejected):
         for part in message["content"]:
             if found := next((media for media in OTHER_MEDIA if media in part.get("text", "")), None):
                 raise BadRow(f"'{found}' stands in a text, where {name} would look for such a file")
 
 
-def _no_system_turn(pair: PreferencePair, name: str) -> None:
+def _refuse_system_turn(pair: PreferencePair, name: str) -> None:
     if pair.prompt[0]["role"] == "system":
         raise BadRow(f"{name} rows have no system turn")
 
 
-def _one_answer(completion: tuple[Message, ...]) -> tuple[Message, ...]:
+def _only_turn(completion: tuple[Message, ...]) -> Message:
     if len(completion) > 1:
         raise BadRow("a completion of several turns does not fit this format; vapr, trl and povid can hold it")
-    return completion
+    return completion[0]
 
 
-def _llava_turns(messages: tuple[Message, ...], *, own_line: bool = False) -> list[dict[str, str]]:
+def _answer(completion: tuple[Message, ...]) -> str:
+    return _text(_only_turn(completion)["content"])
+
+
+def _llava_turns(messages: Sequence[Message], *, own_line: bool = False) -> list[dict[str, str]]:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
-    return [{"from": names[message["role"]], "value": _text([message], own_line=own_line)} for message in messages]
+    return [
+        {"from": names[message["role"]], "value": _text(message["content"], own_line=own_line)} for message in messages
+    ]
 
 
-def _text(messages: Any, *, own_line: bool = False) -> str:
-    """Text of messages with ``<image>`` for every image part, as :func:`vapr.data.formats.with_image_parts` reads it.
+def _text(parts: Sequence[dict[str, str]], *, own_line: bool = False) -> str:
+    """Join the texts of parts, with ``<image>`` for every image.
 
-    That takes one line break beside a placeholder away, so one is added where the text has its own; with ``own_line``,
-    LLaVA's custom, everywhere.
+    Reading it again takes one line break beside a placeholder away, so one is added where the text has its own; with
+    ``own_line``, LLaVA's custom, everywhere.
     """
-    runs: list[str | None] = []  # texts, and None for an image
-    for part in (part for message in messages for part in message["content"]):
-        if part["type"] == "image":
-            runs.append(None)
-        elif part["text"] and runs and runs[-1] is not None:
-            runs[-1] += part["text"]
-        elif part["text"]:
-            runs.append(part["text"])
-    if any(PLACEHOLDER in run for run in runs if run is not None):
-        raise BadRow(f"'{PLACEHOLDER}' stands in a text, where this format would take it for an image")
+    texts = (None if part["type"] == "image" else part["text"] for part in parts)
     text = ""
-    for before, run in zip([None, *runs], runs, strict=False):
-        if text and (before is None) != (run is None):
-            touching = run[:1] if run is not None else text[-1:]
-            text += "\n" if own_line or touching == "\n" else ""
-        text += PLACEHOLDER if run is None else run
+    for is_image, run in itertools.groupby((text for text in texts if text != ""), key=lambda text: text is None):
+        piece = "".join(PLACEHOLDER if text is None else text for text in run)
+        if not is_image and PLACEHOLDER in piece:
+            raise BadRow(f"'{PLACEHOLDER}' stands in a text, where this format would take it for an image")
+        touching = text[-1:] if is_image else piece[0]
+        if text and (own_line or touching == "\n"):
+            text += "\n"
+        text += piece
     return text
 
 
-WRITERS: dict[str, Callable[[PreferencePair, Names], Row]] = {
-    "vapr": _vapr,
-    "trl": _trl,
-    "llava": _llava,
-    "llama-factory": _llama_factory,
-    "llama-factory-v1": _llama_factory_v1,
-    "ms-swift": _ms_swift,
-    "povid": _povid,
-    "rlaif-v": _rlaif_v,
+WRITERS = {
+    "vapr": Writer(_vapr, (".jsonl", ".json", ".parquet")),
+    "trl": Writer(_trl, (".jsonl", ".json", ".parquet")),
+    "llava": Writer(_llava, (".json", ".jsonl")),
+    "llama-factory": Writer(_llama_factory, (".json", ".jsonl")),
+    "llama-factory-v1": Writer(_llama_factory_v1, (".jsonl", ".json")),
+    "ms-swift": Writer(_ms_swift, (".jsonl", ".json")),
+    "povid": Writer(_povid, (".json",)),
+    "rlaif-v": Writer(_rlaif_v, (".parquet", ".jsonl")),
 }
+WRITER_NAMES = tuple(WRITERS)

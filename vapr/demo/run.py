@@ -1,4 +1,4 @@
-"""The demo: draw, teach with ``sft``, align with DPO on hard negatives, measure before and after. Nothing is canned."""
+"""The demo: draw pictures, teach with ``sft``, align with DPO on hard negatives, and measure before and after."""
 
 import json
 import time
@@ -42,8 +42,8 @@ class DemoSizes:
     dpo_lr: float = 4e-4
     beta: float = 0.1
     sft_weight: float = 0.2
-    """Of the chosen answer's log-prob in the DPO stage. Without it, DPO on one-word errors pushes the wrong word down
-    and lets other wrong words rise: the other kinds of question get worse."""
+    """Weight of the chosen answer's log-prob in the DPO stage. Without it, DPO on one-word errors pushes the wrong word
+    down and lets other wrong words rise: the other kinds of question get worse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,15 @@ class Answered:
 
 
 def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[str, Any]:
-    """Run the whole story and leave everything it made in ``out``.
+    """Run all stages of the demo, and leave everything that they make in ``out``.
 
     Args:
         out: a new or empty folder.
-        seed: of the pictures, the weights and the order.
-        sizes: smaller ones make a quick check that teaches the policy nothing.
+        seed: seed of the pictures, the weights and the order.
+        sizes: how much is drawn and trained; small sizes make a quick check that teaches the policy nothing.
 
     Returns:
-        What is written to ``out/result.json``.
+        The content of ``out/result.json``.
 
     Raises:
         UserError: if ``out`` holds something already or cannot be written.
@@ -76,12 +76,12 @@ def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[s
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run_story(out, seed, sizes or DemoSizes())
+        return _run_stages(out, seed, sizes or DemoSizes())
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _run_story(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
+def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
     began = time.monotonic()
     _make_folder(out)
     console = Console(highlight=False, soft_wrap=True)
@@ -102,7 +102,18 @@ def _run_story(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
         seconds[stage] = time.monotonic() - started
         console.print(f"   Asking the policy of {final} about pictures it has never seen")
         answers[when] = answer_all(final, out / "held_out" / "pairs.jsonl")
-    answered = _read_answered(out, answers["before"], answers["after"])
+    pairs = read_pairs(out / "held_out" / "pairs.jsonl")
+    answered = [
+        Answered(
+            picture=f"held_out/{Path(str(pair.images[0])).name}",
+            category=str(pair.category),
+            question=pair.prompt[0]["content"][1]["text"],
+            truth=pair.chosen[0]["content"][0]["text"],
+            before=before,
+            after=after,
+        )
+        for pair, before, after in zip(pairs, answers["before"], answers["after"], strict=True)
+    ]
     seconds["total"] = time.monotonic() - began
     result = {
         "seed": seed, "sizes": asdict(sizes), "seconds": seconds, **score(answered),
@@ -124,7 +135,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -> None:
-    """Pictures and pair files of the three sets, and the untrained policy."""
+    """Draw the pictures and write the pair files of the three sets, and build the untrained policy."""
     random = np.random.default_rng(seed)
     sft = draw_set(out / "sft", random, sizes.sft_pictures, yes_share=sizes.yes_share, hard=False, grow=True)
     dpo = draw_set(out / "dpo", random, sizes.dpo_pictures, yes_share=0.5, hard=True, balance=True)
@@ -219,24 +230,23 @@ def _config_file(out: Path, stage: str, seed: int, sizes: DemoSizes) -> Path:
 
 
 def answer_all(model: Path, pairs_file: Path) -> list[str]:
-    """Greedy answers of an untouched Hugging Face model to every question of a pair file, in its order."""
+    """Answer every question of a pair file greedily with an untouched Hugging Face model, in the file's order."""
     pairs = list(read_pairs(pairs_file))
     config = load_model_config(str(model))
     processor = Processor(str(model), config)
     policy = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     tokenized = [processor.tokenize_pair(pair) for pair in pairs]
     answers = [""] * len(pairs)
-    display = Display("answer", len(pairs), unit="question")
-    for numbers in _equal_prompts(tokenized, batch_size=64):
-        for number, ids in zip(numbers, _generate(policy, [tokenized[n] for n in numbers]), strict=True):
-            answers[number] = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        display.advance("", len(numbers))
-    display.close()
+    with Display("answer", len(pairs), unit="question") as display:
+        for numbers in _batches_of_equal_length(tokenized, batch_size=64):
+            for number, ids in zip(numbers, _generate(policy, [tokenized[n] for n in numbers]), strict=True):
+                answers[number] = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            display.advance("", len(numbers))
     return answers
 
 
-def _equal_prompts(tokenized: list[TokenizedPair], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of questions whose prompts have one length: batches that need no padding."""
+def _batches_of_equal_length(tokenized: list[TokenizedPair], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of questions whose prompts are equally long, so that a batch needs no padding."""
     by_length: dict[int, list[int]] = {}
     for number, pair in enumerate(tokenized):
         by_length.setdefault(pair.paths[0].completion_start, []).append(number)
@@ -246,7 +256,7 @@ def _equal_prompts(tokenized: list[TokenizedPair], batch_size: int) -> Iterator[
 
 
 def _generate(policy: Any, pairs: list[TokenizedPair]) -> list[list[int]]:
-    """Greedy completions of the prompts that the trainer's own tokeniser made."""
+    """Complete prompts of one length greedily; they are tokenised as the trainer does it."""
     paths = [pair.paths[0] for pair in pairs]
     prompts = torch.from_numpy(np.stack([path.input_ids[: path.completion_start] for path in paths]))
     images = [image for path in paths for image in path.images]
@@ -263,19 +273,12 @@ def _generate(policy: Any, pairs: list[TokenizedPair]) -> list[list[int]]:
     return out[:, prompts.shape[1] :].tolist()
 
 
-def _read_answered(out: Path, before: list[str], after: list[str]) -> list[Answered]:
-    answered = []
-    lines = (out / "held_out" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    for line, first, second in zip(lines, before, after, strict=True):
-        row = json.loads(line)
-        question = row["prompt"][0]["content"][1]["text"]
-        picture = f"held_out/{row['images'][0]}"
-        answered.append(Answered(picture, row["category"], question, row["chosen"], first, second))
-    return answered
-
-
 def score(answered: list[Answered]) -> dict[str, Any]:
-    """Exact-match accuracy, overall and by category, and the share of "Yes" among the yes/no questions."""
+    """Return exact-match accuracy, overall and by category, and the share of "Yes" among the yes/no questions."""
+
+    def share(holds: list[bool]) -> float:
+        return sum(holds) / max(1, len(holds))
+
     groups: dict[str, list[Answered]] = {
         "overall": answered,
         **{c: [one for one in answered if one.category == c] for c in CATEGORIES},
@@ -283,16 +286,13 @@ def score(answered: list[Answered]) -> dict[str, Any]:
     accuracy = {
         name: {
             "questions": len(members),
-            "before": sum(one.before == one.truth for one in members) / max(1, len(members)),
-            "after": sum(one.after == one.truth for one in members) / max(1, len(members)),
+            "before": share([one.before == one.truth for one in members]),
+            "after": share([one.after == one.truth for one in members]),
         }
         for name, members in groups.items()
     }
-    existence = groups["existence"]
-    yes_share = {
-        name: sum(getattr(one, name).startswith("Yes") for one in existence) / max(1, len(existence))
-        for name in ("truth", "before", "after")
-    }
+    said = ("truth", "before", "after")
+    yes_share = {name: share([getattr(one, name).startswith("Yes") for one in groups["existence"]]) for name in said}
     changes = Counter((one.before == one.truth, one.after == one.truth) for one in answered)
     return {
         "accuracy": accuracy,
@@ -304,6 +304,7 @@ def score(answered: list[Answered]) -> dict[str, Any]:
 
 
 def _say_result(console: Console, out: Path, result: dict[str, Any]) -> None:
+    """Print the accuracies as a table, and where to look next."""
     table = Table(title="Held-out pictures, greedy answers, exact match")
     for column in ("", "questions", "after sft", "after DPO"):
         table.add_column(column, justify="left" if not column else "right")

@@ -46,7 +46,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
@@ -74,7 +74,7 @@ class Question:
 
 
 def random_scene(random: np.random.Generator, fewest: int = 2, most: int = 3) -> Scene:
-    """``fewest`` to ``most`` things in cells of their own, on a dark background."""
+    """Place ``fewest`` to ``most`` things in cells of their own, on a dark background."""
     cells = random.permutation(GRID * GRID)[: random.integers(fewest, most + 1)]
     shade = int(random.integers(45, 75))
     return Scene(tuple(_random_thing(random, *divmod(int(cell), GRID)) for cell in cells), (shade, shade, shade))
@@ -88,7 +88,7 @@ def _random_thing(random: np.random.Generator, row: int, column: int) -> Thing:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, SIDE x SIDE pixels, RGB."""
+    """Draw the picture, SIDE x SIDE pixels, RGB."""
     large = Image.new("RGB", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING), scene.background)
     pen = ImageDraw.Draw(large)
     for thing in scene.things:
@@ -117,13 +117,13 @@ def _draw_thing(
 def ask(
     scene: Scene, category: Category, random: np.random.Generator, *, wants_yes: bool, hard: bool
 ) -> Question | None:
-    """A question of a category, or None where the picture has no unambiguous one.
+    """Ask a question of a category; return None if the picture has no unambiguous one.
 
     Args:
-        scene: what is asked about.
+        scene: the content of the picture.
         category: kind of question.
-        random: chooses what is asked about, and the error.
-        wants_yes: for ``existence``, the true answer.
+        random: chooses the thing that is asked about, and the error.
+        wants_yes: for ``existence``, whether the true answer is yes.
         hard: for ``existence`` with the answer no, ask about a colour and a shape that are both in the picture, on
             different things. Otherwise neither is.
     """

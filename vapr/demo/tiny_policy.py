@@ -51,9 +51,9 @@ def build_tiny_policy(
         family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
         folder: created; loads with ``from_pretrained``.
         corpus: lines the tokenizer is trained on.
-        seed: of the weights.
-        vocab_size: of the tokenizer, special tokens included.
-        sizes: overrides of the text config, such as ``hidden_size``.
+        seed: seed of the weights.
+        vocab_size: size of the tokenizer's vocabulary, special tokens included.
+        sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
         ``folder``.
@@ -87,11 +87,11 @@ def build_tiny_policy(
 
 
 def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    return (_train_llama if family == "llava" else _train_qwen)(corpus, vocab_size)
+    return _train_llama(corpus, vocab_size) if family == "llava" else _train_qwen(corpus, vocab_size)
 
 
 def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens."""
+    """Train a byte-level BPE tokenizer with Qwen's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +109,7 @@ def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrain
 
 
 def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of SentencePiece's kind: pieces that begin with a mark where a word does, and bytes for the rest."""
+    """Train a tokenizer of SentencePiece's kind, in which a mark begins each word and bytes spell unknown letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # While training only: a piece is part of one word, and no piece holds a line break.
@@ -127,7 +127,7 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
 
 
 def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer that treats text as llava-hf's does, of given pieces; ``<image>`` and ``<pad>`` come last."""
+    """Build a tokenizer of given pieces that treats text as llava-hf's does; ``<image>`` and ``<pad>`` come last."""
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
@@ -162,11 +162,8 @@ def _qwen(
 ) -> transformers.PreTrainedModel:
     ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
-    mrope = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [half - 2 * (half * 3 // 8)] + [half * 3 // 8] * 2,
-    }
+    sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     text_config = {
         **text, "rope_parameters": mrope, "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
@@ -177,14 +174,8 @@ def _qwen(
     }  # fmt: skip
     patches: dict[str, Any] = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
-        vision = {
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": text["hidden_size"],
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            **patches,
-        }
+        sizes = {"depth": 2, "embed_dim": 64, "hidden_size": text["hidden_size"], "num_heads": 4, "mlp_ratio": 2}
+        vision = {**sizes, **patches}
         return transformers.Qwen2VLForConditionalGeneration(
             transformers.Qwen2VLConfig(text_config=text_config, vision_config=vision, **special)
         )

@@ -1,4 +1,4 @@
-"""Writes what a run has trained as a Hugging Face folder, from the fp32 weights of its checkpoints."""
+"""Write the trained policy of a run as a Hugging Face folder, from the fp32 weights of its checkpoints."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,11 +31,11 @@ NUM_PAIRS = 8
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What is exported: a checkpoint of a run, or its final model."""
+    """The weights that are exported: a checkpoint of a run, or its final model."""
 
     run: Path
-    folder: Path  # of the trained weights
-    step: int | None  # None: the run's end
+    folder: Path  # where the trained weights are
+    step: int | None  # None for the run's end
 
 
 def export(
@@ -48,9 +48,9 @@ def export(
         run: folder of a run, finished or not, or of one of its checkpoints.
         out: new folder.
         adapter: write the PEFT adapter instead of merged weights.
-        which: ``last``, ``best`` (of the held-out figure ``checkpoint.best_metric``), or a checkpoint's name.
-        dtype: of the written weights; None: ``policy.dtype``.
-        say: is shown what is exported and what merging took.
+        which: ``last``, ``best`` (by the held-out figure ``checkpoint.best_metric``), or a checkpoint's name.
+        dtype: dtype of the written weights; None for ``policy.dtype``.
+        say: called with lines on which weights are exported and how much merging rounded.
 
     Raises:
         UserError: if there is nothing to export, the policy cannot be rebuilt, or ``out`` holds something already.
@@ -87,7 +87,7 @@ def export(
 
 
 def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[str], None]) -> Trained:
-    """Find the weights that are asked for, and say which they are."""
+    """Find the weights that ``which`` asks for, and say which they are."""
     final = run_dir / "final"
     there = checkpoint.list_checkpoints(run_dir)
     if run != run_dir:
@@ -119,7 +119,7 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
 
 
 def _rebuild(config: Config, trained: Trained, wanted: torch.dtype) -> Policy:
-    """Load the policy as its run loaded it, and put the trained weights in: those of adapters in fp32."""
+    """Load the policy as its run loaded it, and put the trained weights in, in fp32 for adapters."""
     start = _start(config, trained)
     policy = load_policy(start, kernels="off")
     if policy.adapters is None and trained.step is None:
@@ -141,7 +141,7 @@ def _rebuild(config: Config, trained: Trained, wanted: torch.dtype) -> Policy:
 
 
 def _start(config: Config, trained: Trained) -> PolicyConfig:
-    """The policy that training began with: kept by the run itself where it can be, else as the config names it."""
+    """Return the config of the policy that training began with: the run's own copy if there is one."""
     policy = dataclasses.replace(config.policy, attention="sdpa", gradient_checkpointing=False)
     final = trained.run / "final"
     kept = ""
@@ -155,7 +155,7 @@ def _start(config: Config, trained: Trained) -> PolicyConfig:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Trained weights by the names they have in the policy."""
+    """Load trained weights by the names they have in the policy."""
     if checkpoint.is_checkpoint(folder):
         return load_file(folder / "weights.safetensors")
     weights = load_file(folder / "adapter_model.safetensors")
@@ -164,7 +164,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _name_base(policy: Policy, trained: Trained, say: Callable[[str], None]) -> None:
-    """Where the run began from an adapter, its own one needs the merged policy that the run keeps."""
+    """Name the base of an adapter whose run began from another one: the merged policy that the run keeps."""
     start = (trained.run / START).resolve()
     if start.is_dir():
         assert policy.adapters is not None
@@ -173,7 +173,7 @@ def _name_base(policy: Policy, trained: Trained, say: Callable[[str], None]) -> 
 
 
 def _merged(policy: Policy, config: Config, trained: Trained, say: Callable[[str], None]) -> Policy:
-    """Merge the adapters, if there are any, and say what that took."""
+    """Merge the adapters, if there are any, and say how much that rounded."""
     if policy.adapters is None:
         return policy
     pairs = _some_pairs(config, trained, say)
@@ -197,7 +197,7 @@ def _merged(policy: Policy, config: Config, trained: Trained, say: Callable[[str
 
 
 def _some_pairs(config: Config, trained: Trained, say: Callable[[str], None]) -> tuple[PackedBatch, ...]:
-    """A few held-out pairs, else training pairs; none if they are no longer there, which is said."""
+    """Pack a few held-out pairs, or training pairs if none are held out; say so if they are no longer there."""
     data = dataclasses.replace(config.data, shuffle=False, workers=0, on_bad_row="skip", too_long="skip", verdicts=None)
     few = dataclasses.replace(
         config, policy=_start(config, trained), data=data, checkpoint=CheckpointConfig(),
@@ -214,7 +214,7 @@ def _some_pairs(config: Config, trained: Trained, say: Callable[[str], None]) ->
 
 
 def _logps(policy: Policy, batches: tuple[PackedBatch, ...]) -> Tensor:
-    """Log-probs of the completions, (C,)."""
+    """Return the fp32 log-probs of the completions, (C,)."""
     sums = [torch.empty(0)]
     with frozen(policy):
         for cpu_batch in batches:
@@ -224,7 +224,7 @@ def _logps(policy: Policy, batches: tuple[PackedBatch, ...]) -> Tensor:
 
 
 def _converted(policy: Policy, dtype: torch.dtype, *, adapter: bool) -> Policy:
-    """Round the weights to be written. Adapters that are to be merged stay in fp32: they are rounded merged."""
+    """Round the weights to be written. Adapters to be merged stay in fp32, and are rounded after that."""
     for name, parameter in policy.base.named_parameters():
         if adapter or ".lora_" not in name:
             parameter.data = parameter.data.to(dtype)

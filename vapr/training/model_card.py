@@ -11,14 +11,9 @@ from vapr.config import Config, SourceConfig
 from vapr.training import checkpoint
 
 FIGURES = (
-    "loss",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-    "logps/chosen",
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
     "logps/rejected",
-)
+)  # fmt: skip
 
 LOAD_MERGED = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -56,10 +51,10 @@ def write_model_card(folder: Path, config: Config, run_dir: Path, step: int | No
     """Write ``folder/README.md``. Local folders are named without the path to them.
 
     Args:
-        folder: of the exported model.
-        config: of the run.
-        run_dir: whose held-out figures are shown.
-        step: optimizer steps the exported weights have behind them; None: the run's end.
+        folder: folder of the exported model.
+        config: config of the run.
+        run_dir: folder of the run, whose held-out figures are shown.
+        step: number of optimizer steps of the exported weights; None for the run's end.
         adapter: whether a PEFT adapter was exported.
     """
     evaluations = checkpoint.evaluations(run_dir)
@@ -94,15 +89,11 @@ def _header(config: Config, *, adapter: bool) -> dict[str, Any]:
 
 def _training(config: Config, step: int | None) -> dict[str, str]:
     policy, optim = config.policy, config.optim
-    parts = ", ".join(
-        part.replace("_", " ")
-        for part in ("language_model", "projector", "vision_tower")
-        if getattr(policy.train, part)
-    )
+    parts = [part for part in ("language_model", "projector", "vision_tower") if getattr(policy.train, part)]
     how = "full fine-tuning" if policy.lora is None else f"LoRA, rank {policy.lora.rank}, alpha {policy.lora.alpha}"
     return {
         "began with": _name(policy.model) + (f" on {_name(policy.base)}" if policy.base is not None else ""),
-        "trained": f"{parts} ({how})",
+        "trained": f"{', '.join(parts).replace('_', ' ')} ({how})",
         "data": ", ".join(_source(source) for source in config.data.sources("train")),
         "loss": _losses(config),
         **({"steps": f"{step:,} of {optim.pairs_per_step:,} pairs each"} if step is not None else {}),
@@ -133,5 +124,5 @@ def _source(source: SourceConfig) -> str:
 
 
 def _name(place: str) -> str:
-    """A hub id as it is; of a path the last part alone, which says nothing of the machine."""
+    """Return a hub id as it is, and only the last part of a path, which says nothing of the machine."""
     return Path(place).name if is_path(place) or Path(place).exists() else place

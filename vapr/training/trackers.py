@@ -1,6 +1,6 @@
-"""Sends the metrics of a run to where people watch them: TensorBoard, Weights & Biases, Trackio, MLflow.
+"""Send the metrics of a run to where people watch them: TensorBoard, Weights & Biases, Trackio, MLflow.
 
-Where accelerate's trackers set up its state of processes and start a new run each time, these go on with the same one.
+accelerate's trackers start a new run each time; these go on with the curves of a resumed one.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ class Tracker(Protocol):
     """Where metrics go besides metrics.jsonl."""
 
     cuts_off: bool
-    """Whether a resumed run's tracker forgets what was sent after the checkpoint; else that must not be sent twice."""
+    """Whether a resumed run's tracker forgets what was sent after the checkpoint. If not, it must not be sent twice."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 
 
 def check_installed(names: Sequence[TrackerName]) -> None:
-    """Raises UserError if the library of a tracker is missing."""
+    """Raise UserError if the library of a tracker is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
@@ -41,9 +41,10 @@ def open_trackers(config: Config, run_dir: Path, resume_step: int | None) -> lis
     """Open the trackers that the config names.
 
     Args:
-        config: also shown by those that show a run's settings.
-        run_dir: holds what a tracker keeps on disk, and ``trackers.json``, by which a resumed run finds its curves.
-        resume_step: the step after which the run goes on; None for a new run.
+        config: the run's config, which some trackers show.
+        run_dir: folder for what a tracker keeps on disk, and for ``trackers.json``, with which a resumed run finds its
+            curves.
+        resume_step: step after which the run goes on; None for a new run.
 
     Raises:
         UserError: if a tracker refuses to start, because nobody is logged in for example.
@@ -63,7 +64,7 @@ def open_trackers(config: Config, run_dir: Path, resume_step: int | None) -> lis
 
 
 def _ids_of(run_dir: Path, new: bool) -> dict[str, str]:
-    """Ids of a run by tracker; ``all`` is the one that vapr gives it."""
+    """Return the ids of a run by tracker; ``all`` is the one that vapr gives it."""
     try:
         ids: dict[str, str] = {} if new else json.loads((run_dir / "trackers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -137,7 +138,7 @@ class _MLflow:
 
 
 def _errors_of(name: TrackerName) -> tuple[type[Exception], ...]:
-    """What a library raises where it cannot start."""
+    """Return the errors that a library raises if it cannot start."""
     if name == "wandb":
         from wandb.errors import Error
 

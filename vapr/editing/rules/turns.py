@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vapr.data.formats import images_of, map_columns, with_image_parts
 from vapr.data.pair import (
     Message,
     check_roles,
-    image_list,
     image_source,
     messages_from,
     place_images,
@@ -22,7 +20,7 @@ from vapr.data.pair import (
     whole_text,
 )  # fmt: skip
 from vapr.data.pairs import NOTES
-from vapr.data.row_values import says_something, without_nulls
+from vapr.data.row_values import image_list, images_of, map_columns, says_something, with_image_parts, without_nulls
 from vapr.data.sources import check_columns, open_files
 from vapr.data.text_rows import Rows
 from vapr.editing.config import EditConfig, FilterConfig, SourceConfig
