@@ -115,9 +115,9 @@ def _verdict(config: dict[str, Any], training: Rows) -> Markup:
     changes = [figure.mean(training[-count:]) for figure in figures_of(config) if figure.key in SIDE_REWARDS]
     said = [f"{'higher' if by > 0 else 'lower'} by {readable(abs(by))}" for by in changes if by is not None]
     if len(said) == 2:
-        words += (
-            f"There the policy's log-prob of chosen was {said[0]} than the reference's, that of rejected {said[1]}. "
-        )
+        words += Markup(
+            "There the policy's log-prob of chosen was {} than the reference's, that of rejected {}. "
+        ).format(*said)
     return words
 
 
