@@ -12,14 +12,17 @@ Z = 1.959964
 MIN_GROUPS = 20
 """Below, what varies from group to group cannot be told, and a cross-validated number is one about the split."""
 
-
 PRIOR = 0.1
 """Weight of the guess that all pairs of an image agree, against the sum of share (1 - share) over the images: about
 that of one more image where nine in ten pairs are right. It counts where few images show any failure at all."""
 
 
 def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[float] | int | None]:
-    """Mean of values in [0, 1] as ``value`` in percent, its 95 % ``interval`` [low, high], and ``pairs``.
+    """Return the mean of values in [0, 1] as ``value`` in percent, its 95 % ``interval`` [low, high], and ``pairs``.
+
+    Args:
+        values: of each pair, (P,).
+        groups: equal numbers for pairs that stand or fall together, (P,).
 
     Wilson's interval at the effective number of pairs, with Student's t for the number of groups (E. L. Korn and
     B. I. Graubard, Survey Methodology 24 (1998) 193; N. Dean and M. Pagano, J. Surv. Stat. Methodol. 3 (2015) 484).
@@ -42,7 +45,7 @@ def percent(values: np.ndarray, groups: np.ndarray) -> dict[str, float | list[fl
 
 
 def _effective_number(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> float:
-    """Number of independent pairs whose mean varies as much as that of ``values``; between groups and pairs."""
+    """Return the number of independent pairs whose mean varies as much as that of ``values``."""
     count, num_groups, share = len(values), len(sizes), float(np.mean(values))
     largest_effect = float((sizes**2).sum()) / count  # where pairs of a group are always equal
     spread = share * (1 - share)
@@ -56,14 +59,17 @@ def _effective_number(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray)
 
 
 def wilson(share: float, count: float, quantile: float = Z) -> tuple[float, float]:
-    """Wilson's score interval of a share among ``count`` independent trials; 95 % unless ``quantile`` says else."""
+    """Return Wilson's score interval of a share among ``count`` independent trials (JASA 22 (1927) 209), in [0, 1].
+
+    It is a 95 % interval unless ``quantile``, of the standard normal distribution, says else.
+    """
     centre = (share + quantile**2 / (2 * count)) / (1 + quantile**2 / count)
     reach = quantile / (1 + quantile**2 / count) * math.sqrt(share * (1 - share) / count + quantile**2 / (4 * count**2))
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def relative_gap(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    """How much larger the mean of ``values`` is than that of ``base``, in percent of it, and the number of ``groups``.
+    """Return how much larger the mean of ``values`` (P,) is than that of ``base`` (P,), in percent of the latter.
 
     The interval is the delta method's, with Student's t for the number of groups; None for fewer than
     :data:`MIN_GROUPS`.
@@ -81,7 +87,7 @@ def relative_gap(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> di
 
 
 def _variance_of_ratio(values: np.ndarray, base: np.ndarray, groups: np.ndarray) -> float:
-    """Cluster-robust variance of ``sum(values) / sum(base)``; groups are drawn, not pairs."""
+    """Return the cluster-robust variance of ``sum(values) / sum(base)``; groups are drawn, not pairs."""
     ratio = values.sum() / base.sum()
     _, number = np.unique(groups, return_inverse=True)
     residuals = np.bincount(number, weights=values - ratio * base)
@@ -92,11 +98,11 @@ def _variance_of_ratio(values: np.ndarray, base: np.ndarray, groups: np.ndarray)
 def bootstrap(
     statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int, resamples: int = 1000
 ) -> list[float]:
-    """Percentile interval of a statistic over resampled groups.
+    """Return the 95 % percentile interval of a statistic over resampled groups.
 
     Args:
-        statistic: its value for weights of the pairs (n,): how often each was drawn.
-        groups: group of each pair (n,).
+        statistic: its value for weights of the pairs (P,) float64: how often each was drawn.
+        groups: group of each pair (P,).
         seed: of the draws.
         resamples: how many.
     """

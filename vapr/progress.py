@@ -33,6 +33,7 @@ class Display:
             self._bar.start()
 
     def advance(self, note: str, amount: int = 1) -> None:
+        """Count ``amount`` more units as done, and show the note beside them."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note)
@@ -85,7 +86,7 @@ class _Rate(ProgressColumn):
 
 
 def rate_in_words(rate: float | None, unit: str) -> str:
-    """``12.3 steps/s``, or ``2.0 s/step`` where that is slower than one a second; empty if nothing is known yet."""
+    """Write a rate as ``12.3 steps/s``, or ``2.0 s/step`` below one a second; empty if nothing is known yet."""
     if not rate:
         return ""
     if rate < 1:

@@ -1,4 +1,4 @@
-"""What a text looks like, whatever it says: words, sentences, style features, distance, and whether it says yes or no.
+"""Measures how a text is written, whatever it says: words, sentences, style, distance, and whether it says yes or no.
 
 Shared by the audit and the editor's checks. Word lists are English; other languages are counted, not understood.
 """
@@ -46,7 +46,7 @@ STYLE_KEYS = (
     "markdown_marks", "hedges", "first_person", "contractions", "line_breaks", "mean_word_length",
     "words_per_sentence", "type_token_ratio",
 )  # fmt: skip
-"""Of :func:`style_vector`, in its order."""
+"""Names of the features of :func:`style_vector`, in its order."""
 
 _YES = re.compile(r"(?:yes|yeah|yep|yup)\b(?!-\w)", re.IGNORECASE)
 _NO = re.compile(
@@ -58,7 +58,7 @@ _OPENING = re.compile(r"(?:answer\s*:)?[\s\"'“‘(*_`#>-]*", re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
-    """Words and single punctuation marks, in order.
+    """Split a text into words and single punctuation marks.
 
     A word is letters and digits, with apostrophes and hyphens inside it (``it's``, ``well-lit``); a number keeps its
     inner points and commas (``3.5``). Chinese and Japanese are taken by the character.
@@ -67,12 +67,12 @@ def words(text: str) -> list[str]:
 
 
 def num_words(text: str) -> int:
-    """Words of :func:`words`, without the punctuation marks."""
+    """Count the words of a text, without the punctuation marks."""
     return sum(word[0].isalnum() for word in words(text))
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences, without the space around them. A line break ends one, too.
+    """Split a text into sentences, without the space around them. A line break ends one, too.
 
     Abbreviations (``e.g.``, ``Mr.``, ``J. Smith``) and decimals (``3.5``) end none; ``etc.``, ``p.m.`` and the like
     only before a capital letter or at the end; dots (``...``) not before a small letter; ``No.`` not before a number.
@@ -108,7 +108,7 @@ def _ends_sentence(line: str, start: int, mark: re.Match[str]) -> bool:
 
 
 def style_vector(text: str) -> dict[str, float]:
-    """Features of how a text is written, under :data:`STYLE_KEYS`.
+    """Measure how a text is written; the features are named by :data:`STYLE_KEYS`.
 
     Counts, except: ``ends_...`` and ``starts_upper`` are 0 or 1 (no ``ends_...`` at all: the last character is no mark;
     closing quotes and brackets are looked through), ``mean_word_length`` is in characters, ``words_per_sentence`` is a
@@ -151,12 +151,12 @@ def style_vector(text: str) -> dict[str, float]:
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> float:
-    """Levenshtein distance of two lists of words, divided by the longer length: 0 is equal, 1 has nothing in common."""
+    """Return the Levenshtein distance of two lists of words, divided by the longer length: 0 if equal, 1 at most."""
     return float(Levenshtein.normalized_distance(a, b))
 
 
 def polarity(text: str) -> str | None:
-    """``"yes"`` or ``"no"`` if the text begins by saying so, else None.
+    """Return ``"yes"`` or ``"no"`` if the text begins by saying so, else None.
 
     Quotes and markdown before it are looked through. Yeah, yep and yup are yes; nope and nah are no. "No" counts before
     a mark, the end, or a word it cannot belong to (``No there is none``), so ``No one is there``, ``No dogs are

@@ -13,7 +13,8 @@ from packaging.version import Version
 from PIL import Image
 
 from vapr.pages.chart import MAX_POINTS, MINUS, Series, line_chart, readable, running_mean, thinned
-from vapr.pages.page import thumbnail, word_diff
+from vapr.pages.page import thumbnail
+from vapr.pages.word_diff import word_diff
 
 ATTACK = "<script>document.title = 'owned'</script>"
 

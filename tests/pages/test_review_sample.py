@@ -55,11 +55,11 @@ def data_of(page: Path) -> dict:
 
 
 def test_a_sample_is_shared_out_by_hand():
-    assert view.shares({"a": 600, "b": 300, "c": 100}, 100, least=0) == {"a": 60, "b": 30, "c": 10}
+    assert view.shares({"a": 6_000, "b": 3_000, "c": 1_000}, 1_000) == {"a": 600, "b": 300, "c": 100}
     assert view.shares({"a": 600, "b": 300, "c": 100}, 100) == {"a": 40, "b": 30, "c": 30}  # c and then b get their 30
     assert view.shares({"a": 900, "b": 95, "c": 5}, 200) == {"a": 165, "b": 30, "c": 5}
     assert view.shares({"a": 90, "b": 10}, 10) == {"a": 5, "b": 5}  # 30 each do not fit: an equal part is the floor
-    assert view.shares({"a": 5, "b": 5, "c": 90}, 2, least=30) == {"a": 0, "b": 0, "c": 2}
+    assert view.shares({"a": 5, "b": 5, "c": 90}, 2) == {"a": 0, "b": 0, "c": 2}
     assert view.shares({"a": 7, "b": 2}, 9) == {"a": 7, "b": 2}
     for seed in range(200):
         random = np.random.default_rng(seed)

@@ -138,11 +138,11 @@ def test_skipped_pairs_are_counted_by_reason(tmp_path):
         },
     )
     page = write_run_report(run, []).read_text()
-    summaries = [re.sub(r"<[^>]+>", "", found) for found in re.findall(r"<summary>.*?</summary>", page)]
+    summaries = [html.unescape(re.sub(r"<[^>]+>", "", one)) for one in re.findall(r"<summary>.*?</summary>", page)]
     assert summaries == [
-        "70 x row &#x27;…&#x27; has N tokens but packing.max_tokens is N",
-        "2 x image &#x27;…&#x27; not found",
-        "2 x can&#x27;t read &#x27;…&#x27;",
+        "70 x row '…' has N tokens but packing.max_tokens is N",
+        "2 x image '…' not found",
+        "2 x can't read '…'",
     ]
     assert "74 pairs" in page
     assert "9,050 tokens" in page and "9,051 tokens" not in page and "and 20 more in skipped.json" in page

@@ -1,1 +1,1 @@
-"""Measures what gives the rejected answer away without the image."""
+"""The audit: how far the rejected answer gives itself away without the image."""

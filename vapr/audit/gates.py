@@ -1,4 +1,4 @@
-"""The limits a pair set is held against, and what is said of it.
+"""The limits that a pair set is held against, and its verdict on each.
 
 A gate fails only if the whole 95 % interval lies beyond its limit, so that a small set does not fail by chance; where
 the figure is beyond the limit but the interval is not, it warns. No evidence against a set is no proof for it: where
@@ -31,7 +31,7 @@ Gate = dict[str, Any]
 
 
 def judge(result: Mapping[str, Any]) -> list[Gate]:
-    """The gates of one set's result (:func:`vapr.audit.measure.audit`)."""
+    """Return the gates of one set's result (:func:`vapr.audit.measure.audit`)."""
     overall = result["overall"]
     gates = [
         _probe("surface probe", overall["surface"], SURFACE_LIMIT, SURFACE_LIMIT),
@@ -71,7 +71,7 @@ def _probe(name: str, figures: Mapping[str, Any], warning: float, failing: float
 
 
 def _passed(name: str, value: float, interval: Any, limit: str, within: tuple[float, float]) -> Gate:
-    """A figure inside its limit: passes if its interval tells enough, too, which ends outside ``within`` do not."""
+    """Judge a figure inside its limit: it passes unless its interval ends outside ``within``, and tells too little."""
     if interval[0] < within[0] or interval[1] > within[1]:
         why = (
             f"the interval reaches from {interval[0]:.1f} to {interval[1]:.1f}; more pairs, of more images, would tell"
@@ -95,7 +95,7 @@ def _between(name: str, figure: Mapping[str, Any], bounds: tuple[float, float], 
 
 
 def _polarity(result: Mapping[str, Any]) -> Gate:
-    """The set as a whole or its worst source decides. A source that is too small to tell says nothing about the set."""
+    """Judge the set by itself or its worst source. A source that is too small to tell says nothing about the set."""
     name, limit = "yes is chosen", "48 to 52 %, in every source, too"
     parts = {"": result["overall"]["polarity"]}
     parts |= {source: part["polarity"] for source, part in result["sources"].items()}
@@ -119,7 +119,7 @@ def _polarity(result: Mapping[str, Any]) -> Gate:
 
 
 def _duplicates(duplicates: Mapping[str, Any]) -> Gate:
-    """A count, not an estimate: it needs no interval."""
+    """Judge duplicates by their count, which needs no interval."""
     name, limit, value = "duplicates", f"none, fails above {DUPLICATES:g} %", duplicates["percent"]
     status = "fail" if value > DUPLICATES else "warn" if value else "pass"
     why = f"{duplicates['extra']:,} pairs repeat images, prompt and rejected text of another" if value else ""

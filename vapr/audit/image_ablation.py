@@ -1,4 +1,4 @@
-"""What a reference model prefers with the image and without: how much of it the text alone explains."""
+"""Preferences of a reference model with the image and without: how much of them the text alone explains."""
 
 import dataclasses
 import sys
@@ -61,7 +61,7 @@ class Scorer:
         self._workers.close()
 
     def scores(self, pairs: Pairs, table: PairTable, rows: np.ndarray) -> "Scores":
-        """Log-probs of the table's pairs ``rows``. What cannot be tokenised is left out and counted."""
+        """Score the table's pairs ``rows``. Those that cannot be tokenised are left out and counted."""
         sums = np.full((len(rows), 2, 2), np.nan)
         tokens = np.zeros((len(rows), 2))
         skipped: dict[int, str] = {}
@@ -79,7 +79,7 @@ class Scorer:
     def _tokenised(
         self, pairs: Pairs, numbers: np.ndarray
     ) -> Iterator[tuple[int, list[tuple[Result | None, Result | None]]]]:
-        """Chunks of pairs with and without their images, the next one begun before one is given out."""
+        """Yield chunks of pairs with and without their images; the next one is begun before."""
 
         def begin(first: int) -> list[tuple[Callable[[], Result], Callable[[], Result] | None]]:
             chunk = [pairs[int(number)] for number in numbers[first : first + AT_ONCE]]
@@ -92,7 +92,7 @@ class Scorer:
             yield first, [(shown(), blind() if blind is not None else None) for shown, blind in waiting]
 
     def _score(self, answers: Mapping[int, Result | None]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Place, log-probs (2,) and tokens (2,) of chosen and rejected, for every tokenised pair."""
+        """Yield place, log-probs in nats (2,) and tokens (2,) of chosen and rejected, for every tokenised pair."""
         numbered = [
             dataclasses.replace(pair, number=place)
             for place, pair in answers.items()
@@ -108,7 +108,7 @@ class Scorer:
 
 
 def without_images(pair: PreferencePair) -> PreferencePair:
-    """The same pair, its prompt without the image parts."""
+    """Return the same pair, its prompt without the image parts."""
     return dataclasses.replace(
         pair, images=(), rejected_images=None, prompt=tuple(_without_images(message) for message in pair.prompt)
     )
@@ -121,17 +121,17 @@ def _without_images(message: Message) -> Message:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """Log-probs of n pairs: sums over the completion's tokens, in nats."""
+    """Log-probs of P pairs: sums over the completion's tokens, in nats."""
 
-    rows: np.ndarray  # (n,) indices into the table
-    groups: np.ndarray  # (n,)
-    with_images: np.ndarray  # (n,)
-    sums: np.ndarray  # (n, 2, 2): with image and blind; chosen and rejected. NaN: not scored
-    tokens: np.ndarray  # (n, 2)
+    rows: np.ndarray  # (P,) indices into the table
+    groups: np.ndarray  # (P,)
+    with_images: np.ndarray  # (P,)
+    sums: np.ndarray  # (P, 2, 2): with image and blind; chosen and rejected. NaN: not scored
+    tokens: np.ndarray  # (P, 2)
     skipped: Sequence[str]
 
     def figures(self, rows: np.ndarray, seed: int) -> dict[str, Any]:
-        """Preference accuracies with and without the image, and their difference, of the table's pairs ``rows``.
+        """Return preference accuracies with and without the image, and their difference, of the table's pairs ``rows``.
 
         ``accuracy`` is how often chosen has the larger log-prob (equal ones count half), ``accuracy_per_token`` the
         same after division by the number of tokens; ``margin`` is the mean of logp(chosen) - logp(rejected) in nats,
@@ -150,7 +150,7 @@ class Scores:
         return {**result, "why": few}
 
     def summary(self, seed: int) -> dict[str, Any]:
-        """Figures of all scored pairs, how many were asked for, and what was left out."""
+        """Return the figures of all scored pairs, how many were asked for, and those left out."""
         skipped = {"rows": len(self.skipped), "first": list(self.skipped[:3])}
         return {"asked": len(self.rows), **self.figures(self.rows, seed), "skipped": skipped}
 

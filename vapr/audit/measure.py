@@ -1,4 +1,4 @@
-"""The bias audit of pair sets: what gives the rejected text away to someone who never saw the image."""
+"""The bias audit of pair sets: how far the rejected text gives itself away to someone who never saw the image."""
 
 import contextlib
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 
 from vapr.audit.gates import judge
 from vapr.audit.near_duplicates import near_duplicates, repeated
-from vapr.audit.pair_table import SAYS, PairTable, question, read_table, said
+from vapr.audit.pair_table import SAYS, PairTable, answer_text, question, read_table
 from vapr.audit.text_probes import FOLDS, in_two_pairs, ngram_differences, probe, require_scikit_learn
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
@@ -66,9 +66,7 @@ def audit(
 def _open_scorer(model: str | None) -> contextlib.AbstractContextManager[Any]:
     if model is None:
         return contextlib.nullcontext()
-    from vapr.audit.image_ablation import (
-        Scorer,  # with torch and transformers, which the rest of the audit does without
-    )
+    from vapr.audit.image_ablation import Scorer  # with torch, which the rest of the audit does without
 
     return Scorer(model)
 
@@ -81,38 +79,31 @@ def _some(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 
 def _set_result(pairs: Pairs, table: PairTable, scores: Any, seed: int) -> dict[str, Any]:
     with Display("probe", _num_parts(table), unit="part") as display:
-        features = _Features(table)
-        figures = partial(_figures, table, features, scores, seed, display)
-        return _results(pairs, table, scores, figures, seed)
-
-
-def _results(
-    pairs: Pairs, table: PairTable, scores: Any, figures: Callable[..., dict[str, Any]], seed: int
-) -> dict[str, Any]:
-    return {
-        "read": pairs.formats,
-        "notes": pairs.notes,
-        "unused_columns": dict(sorted(pairs.unused.items())),
-        "rows": len(pairs),
-        "pairs": len(table),
-        "images": table.num_images,
-        "pairs_without_images": int((~table.with_images).sum()),
-        "pairs_with_missing_images": int(table.missing_images.sum()),
-        "probed": len(table.sampled),
-        "skipped": {"rows": len(pairs.skipped), "first": list(pairs.skipped.values())[:3]},
-        "overall": figures(np.arange(len(table)), thorough=True),
-        "style": _style(table),
-        "histograms": _histograms(table),
-        "categories": _parts(table, table.categories, figures),
-        "sources": _parts(table, table.sources, figures),
-        "duplicates": _duplicates(pairs, table),
-        "near_duplicates": _near_duplicates(pairs, table),
-        "model": scores.summary(seed) if scores is not None else None,
-    }
+        figures = partial(_figures, table, _Features(table), scores, seed, display)
+        return {
+            "read": pairs.formats,
+            "notes": pairs.notes,
+            "unused_columns": dict(sorted(pairs.unused.items())),
+            "rows": len(pairs),
+            "pairs": len(table),
+            "images": table.num_images,
+            "pairs_without_images": int((~table.with_images).sum()),
+            "pairs_with_missing_images": int(table.missing_images.sum()),
+            "probed": len(table.sampled),
+            "skipped": {"rows": len(pairs.skipped), "first": list(pairs.skipped.values())[:3]},
+            "overall": figures(np.arange(len(table)), thorough=True),
+            "style": _style(table),
+            "histograms": _histograms(table),
+            "categories": _parts(table, table.categories, figures),
+            "sources": _parts(table, table.sources, figures),
+            "duplicates": _duplicates(pairs, table),
+            "near_duplicates": _near_duplicates(pairs, table),
+            "model": scores.summary(seed) if scores is not None else None,
+        }
 
 
 class _Features:
-    """What the probes see of the sampled pairs."""
+    """The features of the sampled pairs that the probes see: chosen minus rejected."""
 
     def __init__(self, table: PairTable) -> None:
         style = table.style[table.sampled].astype(float)
@@ -126,7 +117,7 @@ def _figures(
     table: PairTable, features: _Features, scores: Any, seed: int, display: Display, rows: np.ndarray, *,
     thorough: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that is measured of a set, a category and a source alike. ``rows`` are indices into the table."""
+    """Measure what a set, a category and a source have alike. ``rows`` are indices into the table."""
     groups = table.groups[rows]
     places = np.flatnonzero(np.isin(table.sampled, rows))
     probed = table.groups[table.sampled[places]]
@@ -179,7 +170,7 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _polarity(polarity: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    """``counts[chosen][rejected]``, and among pairs that answer yes against no how often yes is the chosen one."""
+    """Count ``counts[chosen][rejected]``, and among pairs that answer yes against no how often yes is chosen."""
     counts = {
         chosen: {
             rejected: int(((polarity[:, 0] == n) & (polarity[:, 1] == m)).sum()) for m, rejected in enumerate(SAYS)
@@ -191,7 +182,7 @@ def _polarity(polarity: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
 
 
 def _style(table: PairTable) -> dict[str, dict[str, float]]:
-    """Of every style feature: means, and in how many percent of the pairs the two sides differ."""
+    """Measure every style feature: means, and in how many percent of the pairs the two sides differ."""
     means = table.style.mean(axis=0, dtype=float)
     more = [100 * (table.style[:, side] > table.style[:, 1 - side]).mean(axis=0) for side in (0, 1)]
     return {
@@ -206,7 +197,7 @@ def _style(table: PairTable) -> dict[str, dict[str, float]]:
 
 
 def _histograms(table: PairTable) -> dict[str, dict[str, list[float]]]:
-    """Counts between edges. Length differences beyond the last edges are counted in the outermost bins."""
+    """Count pairs between edges. Length differences beyond the last edges go into the outermost bins."""
     difference = table.lengths[:, 1] - table.lengths[:, 0]
     reach = max(5, min(60, int(np.percentile(np.abs(difference), 99)) + 1))
     step = max(1, -(-(2 * reach + 1) // 41))
@@ -220,7 +211,7 @@ def _histograms(table: PairTable) -> dict[str, dict[str, list[float]]]:
 
 
 def _parts(table: PairTable, labels: np.ndarray, figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
-    """Figures by label, the largest first; empty where all have one label, which the overall figures are about."""
+    """Return figures by label, the largest first; none where all have one label, as the overall figures say it all."""
     shown = _by_size(labels)
     parts: dict[str, Any] = {name: figures(np.flatnonzero(labels == name)) for name, _ in shown[:MAX_SHOWN]}
     if rest := shown[MAX_SHOWN:]:
@@ -232,7 +223,7 @@ def _parts(table: PairTable, labels: np.ndarray, figures: Callable[[np.ndarray],
 
 
 def _by_size(labels: np.ndarray) -> list[tuple[str, int]]:
-    """Labels and how many pairs have each; none if it is only one."""
+    """Return the labels and how many pairs have each; none if there is only one."""
     counts = Counter(labels.tolist())
     return sorted(counts.items(), key=lambda one: (-one[1], one[0])) if len(counts) > 1 else []
 
@@ -263,11 +254,11 @@ def _near_duplicates(pairs: Pairs, table: PairTable) -> dict[str, Any]:
 
 def _shown(pairs: Pairs, table: PairTable, row: int) -> dict[str, str]:
     pair = pairs[int(table.numbers[row])]
-    return {"question": question(pair), "rejected": said(pair.rejected)}
+    return {"question": question(pair), "rejected": answer_text(pair.rejected)}
 
 
 def named(sources: Sequence[str], opened: Sequence[Pairs]) -> dict[str, Pairs]:
-    """The sets by the shortest ends of their names that tell them apart.
+    """Return the sets by the shortest ends of their names that tell them apart.
 
     Raises:
         UserError: if one is given twice.

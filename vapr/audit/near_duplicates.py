@@ -1,4 +1,4 @@
-"""Pairs that are there twice, and rejected texts that are nearly so."""
+"""Finds pairs that are there twice, and rejected texts that are nearly so."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ EXAMPLES = 5
 
 
 def repeated(identities: np.ndarray) -> list[list[int]]:
-    """Groups of two or more indices with the same identity, the largest groups first."""
+    """Return groups of two or more indices with the same identity (P,), the largest groups first."""
     order = np.argsort(identities, kind="stable")
     borders = np.flatnonzero(np.diff(identities[order])) + 1
     groups = [group.tolist() for group in np.split(order, borders) if len(group) > 1]
@@ -29,9 +29,13 @@ def repeated(identities: np.ndarray) -> list[list[int]]:
 
 
 def near_duplicates(texts: Sequence[str], questions: np.ndarray) -> dict[str, Any]:
-    """Texts that have a near-duplicate under another question or image. Edits of one answer are alike by design.
+    """Find texts that have a near-duplicate under another question or image. Edits of one answer are alike by design.
 
     Candidates come from MinHash with locality-sensitive hashing (datasketch) and are confirmed exactly.
+
+    Args:
+        texts: the rejected text of P pairs.
+        questions: equal numbers for pairs of the same images and prompt, (P,).
 
     Returns:
         ``compared`` (texts of at least :data:`MIN_WORDS` words), ``found`` of them, ``percent`` and ``examples``:
@@ -61,7 +65,7 @@ def near_duplicates(texts: Sequence[str], questions: np.ndarray) -> dict[str, An
 
 
 def _under_two_questions(first: list[int], second: list[int], questions: np.ndarray) -> tuple[int, int]:
-    """One index of each whose questions differ; not all of both lists have one question."""
+    """Return one index of each whose questions differ; not all of both lists have one question."""
     for n, m in ((first[0], m) for m in second):
         if questions[n] != questions[m]:
             return n, m
@@ -74,7 +78,7 @@ def _shingles(text: str) -> frozenset[bytes]:
 
 
 def _alike(shingles: dict[str, frozenset[bytes]]) -> Iterator[tuple[str, str, float]]:
-    """Each text with itself, and every two texts that are similar enough."""
+    """Yield each text with itself, and every two texts that are similar enough."""
     from datasketch import MinHash, MinHashLSH
 
     texts = list(shingles)

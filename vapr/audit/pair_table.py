@@ -1,6 +1,7 @@
-"""One pass over a pair set: what the audit measures of every pair, in columns, and the texts of a sample."""
+"""One pass over a pair set: the audit's measures of every pair, in columns, and the texts of a sample."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vapr.progress import Display
 from vapr.text import STYLE_KEYS, edit_distance, polarity, style_vector, words
 
 SAYS = ("neither", "yes", "no")
-"""What a completion's ``polarity`` number means."""
+"""Meaning of a completion's ``polarity`` number."""
 
 SOURCE_KEYS = ("source", "origin_dataset", "ds_name", "dataset")
 """Keys of a row that name where it is from, the first of them that holds text."""
@@ -24,21 +25,21 @@ NO_CATEGORY = "(none)"
 
 @dataclass(frozen=True, eq=False)
 class PairTable:
-    """n readable pairs. Index 0 of the second axis is chosen, 1 is rejected."""
+    """The P readable pairs. Index 0 of the second axis is chosen, 1 is rejected."""
 
-    numbers: np.ndarray  # (n,) rows in the data
-    style: np.ndarray  # (n, 2, len(STYLE_KEYS)) float32
-    characters: np.ndarray  # (n, 2)
-    distance: np.ndarray  # (n,) edit distance in words
-    polarity: np.ndarray  # (n, 2) index into SAYS
-    groups: np.ndarray  # (n,) equal for pairs that share an image, or are linked by others; without, of one prompt
-    questions: np.ndarray  # (n,) equal for pairs of the same images and prompt
-    identities: np.ndarray  # (n,) equal for pairs of the same images, prompt and rejected text
+    numbers: np.ndarray  # (P,) rows in the data
+    style: np.ndarray  # (P, 2, len(STYLE_KEYS)) float32
+    characters: np.ndarray  # (P, 2)
+    distance: np.ndarray  # (P,) edit distance in words
+    polarity: np.ndarray  # (P, 2) index into SAYS
+    groups: np.ndarray  # (P,) equal for pairs that share an image, or are linked by others; without, of one prompt
+    questions: np.ndarray  # (P,) equal for pairs of the same images and prompt
+    identities: np.ndarray  # (P,) equal for pairs of the same images, prompt and rejected text
     num_images: int  # distinct ones
-    with_images: np.ndarray  # (n,) bool
-    missing_images: np.ndarray  # (n,) bool: the file of an image is not there
-    categories: np.ndarray  # (n,) text
-    sources: np.ndarray  # (n,) text
+    with_images: np.ndarray  # (P,) bool
+    missing_images: np.ndarray  # (P,) bool: the file of an image is not there
+    categories: np.ndarray  # (P,) text
+    sources: np.ndarray  # (P,) text
     sampled: np.ndarray  # indices of the pairs that probes and models see, ascending
     texts: list[tuple[str, str]]  # chosen and rejected of the sampled ones
 
@@ -47,7 +48,7 @@ class PairTable:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Words of chosen and rejected, (n, 2)."""
+        """Words of chosen and rejected, (P, 2) float64."""
         return self.style[:, :, STYLE_KEYS.index("words")].astype(float)
 
 
@@ -62,21 +63,20 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     drawn = set(range(size) if size <= max_pairs else generator.choice(size, max_pairs, replace=False).tolist())
     style = np.empty((size, 2, len(STYLE_KEYS)), np.float32)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    linked, num_images = _Linked(), 0
+    groups, num_images = _Groups(), 0
     sampled, texts = [], []
     with Display("read", size, unit="row") as display:
         for number in range(size):
             pair = pairs.read(number)
             if isinstance(pair, PreferencePair):
                 count = len(columns["numbers"])
-                chosen, rejected = said(pair.chosen), said(pair.rejected)
+                chosen, rejected = answer_text(pair.chosen), answer_text(pair.rejected)
                 for side, text in enumerate((chosen, rejected)):
                     style[count, side] = list(style_vector(text).values())
                 for name, value in _measure(pairs, number, pair, chosen, rejected).items():
                     columns[name].append(value)
-                known = linked.count
-                columns["groups"].append(linked.add(*_linked_by(pair)))
-                num_images += linked.count - known if pair.images or pair.rejected_images else 0
+                new = groups.add(_group_keys(pair))
+                num_images += new if pair.images or pair.rejected_images else 0
                 if number in drawn:
                     sampled.append(count)
                     texts.append((chosen, rejected))
@@ -86,64 +86,65 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     if not count:
         first = next(iter(pairs.skipped.values()), "no rows")
         raise UserError(f"{pairs.formats[0] if pairs.sets else 'the set'}: holds no pair; the first: {first}")
-    columns["groups"] = [linked.first(number) for number in columns["groups"]]
     # Texts as objects: numpy would give every one the room of the longest.
     arrays = {name: np.array(values, object if name in TEXTS else None) for name, values in columns.items()}
-    return PairTable(style=style[:count], sampled=np.array(sampled, int), texts=texts, num_images=num_images, **arrays)
+    return PairTable(
+        style=style[:count], groups=groups.of_pairs(), sampled=np.array(sampled, int), texts=texts,
+        num_images=num_images, **arrays,
+    )  # fmt: skip
 
 
 TEXTS = ("categories", "sources")
 COLUMNS = (
-    "numbers", "characters", "distance", "polarity", "groups", "questions", "identities", "with_images",
+    "numbers", "characters", "distance", "polarity", "questions", "identities", "with_images",
     "missing_images", *TEXTS,
 )  # fmt: skip
 
 
-class _Linked:
-    """Numbers of things in the order they come, and which of them belong together."""
+class _Groups:
+    """Puts pairs into groups: those that share a key belong together, and those that others link."""
 
     def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-        self._earlier: list[int] = []  # of each number, one that it belongs together with, or itself
+        self._numbers: dict[int, int] = {}  # key -> its number, in the order they come
+        self._links: list[tuple[int, int]] = []
+        self._first_keys: list[int] = []  # of each pair
 
-    @property
-    def count(self) -> int:
-        return len(self._numbers)
-
-    def add(self, *keys: int) -> int:
-        """The first one's number; all of them belong together from now on."""
+    def add(self, keys: Sequence[int]) -> int:
+        """Add a pair with its keys; return how many of them are new."""
+        known = len(self._numbers)
         numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
-        self._earlier.extend(range(len(self._earlier), len(self._numbers)))
-        firsts = [self.first(number) for number in numbers]
-        for number in firsts:
-            self._earlier[number] = min(firsts)
-        return numbers[0]
+        self._links += [(numbers[0], number) for number in numbers]
+        self._first_keys.append(numbers[0])
+        return len(self._numbers) - known
 
-    def first(self, number: int) -> int:
-        """The smallest of those that it belongs together with."""
-        while (earlier := self._earlier[number]) != number:
-            self._earlier[number] = self._earlier[earlier]
-            number = earlier
-        return number
+    def of_pairs(self) -> np.ndarray:
+        """Return the group of each pair (P,), numbered in the order of their first keys."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        size = len(self._numbers)
+        ends = np.array(self._links).T
+        graph = coo_array((np.ones(len(self._links)), (ends[0], ends[1])), shape=(size, size))
+        return connected_components(graph, directed=False)[1][self._first_keys]
 
 
-def _linked_by(pair: PreferencePair) -> list[int]:
-    """What a pair must share with no pair of another fold: its images, or without any its prompt."""
+def _group_keys(pair: PreferencePair) -> list[int]:
+    """Return what a pair must share with no pair of another fold: its images, or without any its prompt."""
     images = [_image_key(image) for image in (*pair.images, *(pair.rejected_images or ()))]
-    return [_hash(image) for image in images] or [_hash(b"", _asked(pair))]
+    return [_hash(image) for image in images] or [_hash(b"", _prompt(pair))]
 
 
 def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejected: str) -> dict[str, Any]:
     images = [_image_key(image) for image in pair.images]
     other_images = [_image_key(image) for image in pair.rejected_images or ()]
-    asked = _asked(pair)
+    prompt = _prompt(pair)
     return {
         "numbers": number,
         "characters": (len(chosen), len(rejected)),
         "distance": edit_distance(words(chosen), words(rejected)),
         "polarity": (_says(chosen), _says(rejected)),
-        "questions": _hash(*images, asked),
-        "identities": _hash(*images, *other_images, asked, rejected.encode()),
+        "questions": _hash(*images, prompt),
+        "identities": _hash(*images, *other_images, prompt, rejected.encode()),
         "with_images": bool(images),
         "missing_images": any(
             isinstance(image, Path) and not image.is_file() for image in (*pair.images, *(pair.rejected_images or ()))
@@ -153,12 +154,12 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
     }
 
 
-def _asked(pair: PreferencePair) -> bytes:
+def _prompt(pair: PreferencePair) -> bytes:
     return "\n".join(f"{message['role']}: {_text(message)}" for message in pair.prompt).encode()
 
 
-def said(messages: tuple[Message, ...]) -> str:
-    """Text of the assistant's turns, one below the other."""
+def answer_text(messages: tuple[Message, ...]) -> str:
+    """Return the text of the assistant's turns, one below the other."""
     return "\n".join(_text(message) for message in messages if message["role"] == "assistant")
 
 
@@ -167,7 +168,7 @@ def _text(message: Message) -> str:
 
 
 def question(pair: PreferencePair) -> str:
-    """Text of the prompt's last turn."""
+    """Return the text of the prompt's last turn."""
     return _text(pair.prompt[-1]).strip()
 
 
@@ -176,7 +177,7 @@ def _says(text: str) -> int:
 
 
 def _source(pairs: Pairs, number: int, pair: PreferencePair) -> str:
-    """Where a row is from: what it says itself, else the first folder of its image's path, else its file."""
+    """Return where a row is from: what it says itself, else the first folder of its image's path, else its file."""
     row = pairs.raw(number)
     named = (row.get(key) for key in SOURCE_KEYS) if isinstance(row, dict) else ()
     for name in named:
@@ -190,7 +191,7 @@ def _source(pairs: Pairs, number: int, pair: PreferencePair) -> str:
 
 
 def _printable(label: str) -> str:
-    """The label as a terminal can take it."""
+    """Replace the characters of a label that a terminal cannot take."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in label)
 
 

@@ -1,14 +1,13 @@
 """The audit's figures in words and rows, for the terminal and the page."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from vapr.audit.gates import TOO_SMALL
+from vapr.terminal import table_console, text_table
 
 Result = Mapping[str, Any]
 
@@ -31,31 +30,27 @@ class Row(NamedTuple):
 def show(result: Result) -> None:
     """Print the audit: figures side by side, then the parts and the telling n-grams of each set."""
     sets: dict[str, Result] = result["sets"]
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:  # a log has no edge
-        console = Console(highlight=False, emoji=False, width=max(200, 30 + 45 * len(sets)))
+    console = table_console(len(sets))
     for name, one in sets.items():
-        for line in one["read"]:
-            console.print(f"{name}: read {line}", style="dim", markup=False)
-        for line in one["notes"]:
+        for line in (*(f"read {line}" for line in one["read"]), *one["notes"]):
             console.print(f"{name}: {line}", style="dim", markup=False)
-    console.print(_side_by_side({name: summary(one) for name, one in sets.items()}))
+    console.print(text_table(*figure_rows(sets, _with_status), gap=3))
     for name, one in sets.items():
         for title, parts in (("category", one["categories"]), ("source", one["sources"])):
             if parts:
-                console.print(_parts_table(f"{name}, by {title}", parts))
+                console.print(text_table(*part_rows(parts), title=f"{name}, by {title}"))
         if top := one["overall"]["ngrams"].get("top"):
             for side in ("chosen", "rejected"):
                 told = ", ".join(repr(entry["feature"]) for entry in top[side][:SHOWN_NGRAMS]) or "nothing"
                 console.print(f"{name}: marks {side}: {told}", markup=False)
         for row in summary(one):
-            if row.why and row.status in COLOURS:
+            if row.why:
                 console.print(Text(f"{name}: {row.name}: {row.status}: {row.why}", style=COLOURS[row.status]))
     console.print(Text(verdict(result), style="bold"))
 
 
 def verdict(result: Result) -> str:
-    """What came out, in one sentence."""
+    """Return the outcome in one sentence."""
     sets = result["sets"]
     failing = {name: [gate["name"] for gate in one["gates"] if gate["status"] == "fail"] for name, one in sets.items()}
     failing = {name: gates for name, gates in failing.items() if gates}
@@ -72,7 +67,7 @@ def verdict(result: Result) -> str:
 
 
 def summary(one: Result) -> list[Row]:
-    """The rows of one set: size, gates, and what stands beside them."""
+    """Return the rows of one set: size, gates, and the figures that stand beside them."""
     overall = one["overall"]
     length, distance = overall["length"], overall["edit_distance"]
     skipped = one["skipped"]["rows"]
@@ -80,12 +75,12 @@ def summary(one: Result) -> list[Row]:
         Row("pairs", f"{one['pairs']:,}" + (f" ({skipped:,} rows skipped)" if skipped else "")),
         Row("seen by the probes", f"{one['probed']:,}" + (", drawn" if one["probed"] < one["pairs"] else "")),
         Row("images", f"{one['images']:,}" + _without_images(one)),
-        *(Row(gate["name"], _gate_text(gate), gate["status"], gate["why"]) for gate in one["gates"]),
+        *(Row(gate["name"], gate_text(gate), gate["status"], gate["why"]) for gate in one["gates"]),
         Row("words, chosen / rejected", f"{length['chosen_mean']:.1f} / {length['rejected_mean']:.1f}"),
-        Row("length ratio", spread(length["ratio"])),
+        Row("length ratio", _spread(length["ratio"])),
         Row("ratio outside 0.9-1.1", f"{length['outside_0.9_1.1']:.1f} %"),
         Row("ratio outside 0.8-1.25", f"{length['outside_0.8_1.25']:.1f} %"),
-        Row("edit distance", spread(distance)),
+        Row("edit distance", _spread(distance)),
         Row("above 0.35, long answers", _percent(distance["above_0.35"])),
         Row("AUC, surface / n-grams", f"{_auc(overall['surface'])} / {_auc(overall['ngrams'])}"),
         Row("near-duplicate rejected", _near(one["near_duplicates"])),
@@ -104,7 +99,8 @@ def _without_images(one: Result) -> str:
     return f" ({said})" if said else ""
 
 
-def _gate_text(gate: Result) -> str:
+def gate_text(gate: Result) -> str:
+    """Return the value of a gate with its interval."""
     if gate["value"] is None:
         return "not measured"
     if gate["name"] == "gain by the image":
@@ -113,15 +109,15 @@ def _gate_text(gate: Result) -> str:
 
 
 def estimate(figure: Result, unit: str = " %") -> str:
-    """``61.0 % [58.3, 63.6]``."""
+    """Return a figure with its interval, as in ``61.0 % [58.3, 63.6]``."""
     if figure["value"] is None:
         return "none"
     interval = f" [{figure['interval'][0]:.1f}, {figure['interval'][1]:.1f}]" if figure["interval"] else ""
     return f"{figure['value']:.1f}{unit}{interval}".replace("-0.0", "0.0")
 
 
-def spread(quantiles: Result) -> str:
-    """Median, and where nine tenths lie."""
+def _spread(quantiles: Result) -> str:
+    """Return the median, and between which values nine tenths lie."""
     return f"{quantiles['median']:.2f} ({quantiles['p5']:.2f} to {quantiles['p95']:.2f})"
 
 
@@ -159,7 +155,7 @@ def _nats(value: float | None) -> str:
 
 
 def part_rows(parts: Mapping[str, Result]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Column heads and rows of a table of categories or sources."""
+    """Return column heads and rows of a table of categories or sources."""
     with_model = any("model" in part for part in parts.values())
     heads = PART_COLUMNS + (MODEL_COLUMNS if with_model else ())
     return heads, [_part_row(name, part, len(heads)) for name, part in parts.items()]
@@ -174,8 +170,8 @@ def _part_row(name: str, part: Result, width: int) -> list[str]:
         estimate(part["length"]["rejected_longer"]),
         estimate({**part["length"]["gap"], "interval": None}),
         f"{part['edit_distance']['median']:.2f}",
-        _accuracy(part["surface"]),
-        _accuracy(part["ngrams"]),
+        accuracy_text(part["surface"]),
+        accuracy_text(part["ngrams"]),
         estimate(part["polarity"]["yes_chosen"]),
     ]
     if "model" in part:
@@ -183,35 +179,22 @@ def _part_row(name: str, part: Result, width: int) -> list[str]:
     return cells
 
 
-def _accuracy(probe: Result) -> str:
+def accuracy_text(probe: Result) -> str:
+    """Return the accuracy of a probe with its interval."""
     return "too few pairs" if probe["accuracy"] is None else estimate({**probe, "value": probe["accuracy"]})
 
 
-def _side_by_side(columns: Mapping[str, Sequence[Row]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("")
-    for name in columns:
-        table.add_column(Text(name), overflow="fold")
-    by_name = [{row.name: row for row in rows} for rows in columns.values()]
-    for name in dict.fromkeys(name for rows in by_name for name in rows):
-        table.add_row(name, *(_cell(rows.get(name)) for rows in by_name))
-    return table
+def figure_rows(
+    sets: Mapping[str, Result], cell: Callable[[Row], str | Text] = lambda row: row.text
+) -> tuple[list[str], list[list[str | Text]]]:
+    """Return heads and rows of the table of all figures, with a column for each set; ``cell`` makes its cells."""
+    columns = [{row.name: cell(row) for row in summary(one)} for one in sets.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return ["", *sets], [[name, *(column.get(name, "") for column in columns)] for name in names]
 
 
-def _cell(row: Row | None) -> Text:
-    if row is None:
-        return Text("")
+def _with_status(row: Row) -> Text:
     status = row.status.upper() if row.status == "fail" else row.status
     if not status or status == row.text:
         return Text(row.text, style=COLOURS.get(row.status, ""))
     return Text.assemble(row.text, " ", (status, COLOURS[row.status]))
-
-
-def _parts_table(title: str, parts: Mapping[str, Result]) -> Table:
-    heads, rows = part_rows(parts)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=Text(title), title_justify="left")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table

@@ -21,7 +21,7 @@ AUC_RESAMPLES = 200
 
 
 def require_scikit_learn() -> None:
-    """Raises UserError if the audit's libraries are missing."""
+    """Raise UserError if the audit's libraries are missing."""
     try:
         import datasketch  # noqa: F401
         import sklearn  # noqa: F401
@@ -32,15 +32,15 @@ def require_scikit_learn() -> None:
 def probe(
     differences: Any, groups: np.ndarray, names: Sequence[str], *, seed: int, scaled: bool, thorough: bool = True
 ) -> dict[str, Any]:
-    """Pairwise logistic regression, cross-validated by group.
+    """Fit a pairwise logistic regression, cross-validated by group.
 
     The model sees features(chosen) - features(rejected), half of the rows with the sign turned, and says which; no
     intercept, so that turning a row turns its score and nothing else. Folds keep groups whole (GroupKFold). L2 with
     C = 1. A pair whose features do not differ counts half right.
 
     Args:
-        differences: (n, features), dense or sparse.
-        groups: group of each pair (n,).
+        differences: features of P pairs, (P, features) float64, dense or sparse.
+        groups: group of each pair (P,).
         names: of the features.
         seed: of the turned half and of the bootstrap.
         scaled: divide features by their spread in the training folds.
@@ -93,7 +93,7 @@ def _fit(differences: Any, signs: np.ndarray, scaled: bool) -> Any:
 
 
 def _auc(scores: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    """Each pair once as it is and once turned: the area does not depend on which half was turned."""
+    """Take each pair once as it is and once turned: the area does not depend on which half was turned."""
     from sklearn.metrics import roc_auc_score
 
     both, truth = np.concatenate([scores, -scores]), np.repeat([1, 0], len(scores))
@@ -105,7 +105,7 @@ def _auc(scores: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def _top(model: Any, differences: Any, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Features with the largest weights both ways, and in how many pairs each side has more of it."""
+    """Return the features with the largest weights both ways, and in how many pairs each side has more of it."""
     weights = model[-1].coef_[0]
     more = [np.asarray((differences > 0).sum(axis=0)).ravel(), np.asarray((differences < 0).sum(axis=0)).ravel()]
     order = np.argsort(-weights, kind="stable")
@@ -126,7 +126,7 @@ def _top(model: Any, differences: Any, names: Sequence[str]) -> dict[str, list[d
 
 
 def ngram_differences(chosen: Sequence[str], rejected: Sequence[str]) -> tuple[Any, list[str]]:
-    """Counts of words, marks and pairs of them in chosen minus rejected, sparse (n, features), and their names.
+    """Count words, marks and pairs of them in chosen minus rejected: sparse (P, features) float64, and their names.
 
     Lower case, words as :func:`vapr.text.words` has them.
     """
@@ -145,6 +145,6 @@ def ngram_differences(chosen: Sequence[str], rejected: Sequence[str]) -> tuple[A
 
 
 def in_two_pairs(differences: Any, names: Sequence[str]) -> tuple[Any, list[str]]:
-    """Only the features that set apart at least two pairs: one alone teaches nothing about another."""
+    """Keep only the features that set apart at least two pairs: one alone teaches nothing about another."""
     kept = np.flatnonzero(np.asarray((differences != 0).sum(axis=0)).ravel() >= 2)
     return differences[:, kept], [names[int(n)] for n in kept]

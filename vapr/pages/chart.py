@@ -1,10 +1,11 @@
 """Line charts as inline SVG: readable ticks, gaps where a value is missing, few points that keep every extreme."""
 
-import html
 import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 340, 200
 TOP, BASE, RIGHT = 10, 160, 322  # of the plotted area
@@ -24,9 +25,14 @@ class Series(NamedTuple):
     points: Sequence[Point]  # (x, y) by rising x; None is a gap
     marks: bool = False
 
+    @property
+    def last(self) -> str:
+        """The newest value as the legend shows it; empty if there is none."""
+        return next((readable(y) for _, y in reversed(self.points) if y is not None), "")
+
 
 class _Axes(NamedTuple):
-    """From values to pixels."""
+    """The values at the edges of the plot, and where they lie in pixels."""
 
     left: float
     xs: tuple[float, float]
@@ -40,54 +46,42 @@ class _Axes(NamedTuple):
 
 
 def line_chart(
-    series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False, x_name: str = "step"
-) -> str:
-    """One SVG with every series.
+    series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False
+) -> Markup:
+    """Draw every series by step.
 
     Args:
-        series: what is drawn; those without any value are left out.
+        series: the lines and dots; those without any value are left out.
         label: what a screen reader says.
         include: values that the vertical axis must reach.
         smooth: draw lines thin, and a thick running mean over them.
-        x_name: what the horizontal axis counts.
 
     Returns:
         The SVG, or an empty string if there is no value at all.
     """
-    series = [one._replace(points=[(x, _clamp(y)) for x, y in one.points]) for one in series]
-    series = [one for one in series if any(y is not None for _, y in one.points)]
-    if not series:
-        return ""
+    series = [one._replace(points=[(x, _clamp(y)) for x, y in one.points]) for one in series if one.last]
     values = [y for one in series for _, y in one.points if y is not None]
+    if not values:
+        return Markup("")
     xs = [x for one in series for x, _ in one.points]
-    ticks = _ticks(*_spread(min(*values, *include, values[0]), max(*values, *include, values[0])), 4)
+    first, last = min(xs), max(xs)
+    ticks = _ticks(*_ends(min(*values, *include, values[0]), max(*values, *include, values[0])), 4)
     labels = _labels(ticks)
     left = 12 + 6.8 * max(len(text) for text in labels)
-    wide = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 1, xs[0] + 1)
-    axes = _Axes(left, wide, (ticks[0], ticks[-1]))
+    axes = _Axes(left, (first, last) if first < last else (first - 1, first + 1), (ticks[0], ticks[-1]))
     drawn = "".join(
-        f'<g class="{html.escape(one.colour)}">{_marks(one, axes) if one.marks else _line(one, axes, smooth)}</g>'
+        f'<g class="{escape(one.colour)}">{_marks(one, axes) if one.marks else _line(one, axes, smooth)}</g>'
         for one in series
     )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
-        f"{_grid(axes, ticks, labels)}{_steps_axis(axes, min(xs), max(xs))}"
-        f'<text class="axis" x="{(left + RIGHT) / 2:.1f}" y="{HEIGHT - 6}">{html.escape(x_name)}</text>{drawn}</svg>'
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{_grid(axes, ticks, labels)}{_steps(axes, first, last)}"
+        f'<text class="axis" x="{(left + RIGHT) / 2:.1f}" y="{HEIGHT - 6}">step</text>{drawn}</svg>'
     )
-
-
-def swatch(colour: str, kind: Literal["line", "mark", "bar"] = "line") -> str:
-    """The legend's sample of a line, a dot or a bar. It is drawn, because browsers print no backgrounds."""
-    shape = {
-        "line": '<line class="mean" x1="0" x2="26" y1="5" y2="5"/>',
-        "mark": '<circle class="mark" cx="13" cy="5" r="4"/>',
-        "bar": '<rect class="dot" x="13" y="0" width="13" height="10" rx="2"/>',
-    }[kind]
-    return f'<svg class="swatch {html.escape(colour)}" viewBox="0 0 26 10" aria-hidden="true">{shape}</svg>'
 
 
 def readable(value: float) -> str:
-    """A number as a person would write it: about four digits, with k, M or G where that is shorter."""
+    """Write a number as a person would: about four digits, with k, M or G where that is shorter."""
     for bound, divisor, suffix in UNITS[1:]:
         if divisor > 1 and UNITS[0][0] > abs(value) >= bound:
             return f"{value / divisor:.4g}{suffix}".replace("-", MINUS)
@@ -95,7 +89,7 @@ def readable(value: float) -> str:
 
 
 def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most ``most`` of the points: the ends, and of each stretch its smallest and largest value and a gap."""
+    """Keep at most ``most`` of the points: the ends, and of each stretch its smallest and largest value and a gap."""
     if len(points) <= most:
         return list(points)
     num_stretches = (most - 2) // 3
@@ -111,16 +105,13 @@ def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 
 
 def running_mean(points: Sequence[Point], reach: int) -> list[Point]:
-    """Each value replaced by the mean of the values up to ``reach`` places around it; gaps stay."""
-    # A shared scale keeps sums of huge values finite.
-    scale = max((abs(y) for _, y in points if y is not None), default=1.0) or 1.0
-    sums = [0.0, *accumulate(0.0 if y is None else y / scale for _, y in points)]
-    counts = [0, *accumulate(int(y is not None) for _, y in points)]
+    """Replace each value by the mean of the values up to ``reach`` places around it; gaps stay."""
+    sums = [0.0, *accumulate(y or 0.0 for _, y in points)]
+    counts = [0, *accumulate(y is not None for _, y in points)]
     means: list[Point] = []
     for n, (x, y) in enumerate(points):
         first, stop = max(0, n - reach), min(len(points), n + reach + 1)
-        mean = None if y is None else (sums[stop] - sums[first]) / (counts[stop] - counts[first]) * scale
-        means.append((x, mean))
+        means.append((x, None if y is None else (sums[stop] - sums[first]) / (counts[stop] - counts[first])))
     return means
 
 
@@ -163,7 +154,7 @@ def _grid(axes: _Axes, ticks: Sequence[float], labels: Sequence[str]) -> str:
     return "".join(lines)
 
 
-def _steps_axis(axes: _Axes, first: float, last: float) -> str:
+def _steps(axes: _Axes, first: float, last: float) -> str:
     ticks = [tick for tick in _ticks(first, max(last, first + 1), 5, smallest=1) if first <= tick <= last]
     # So that a short run names its ends, and no two labels meet.
     ticks = ticks if len(ticks) > 1 else sorted({first, last})
@@ -180,15 +171,15 @@ def _clamp(value: float | None) -> float | None:
     return 0.0 if abs(value) < 1 / HUGE else max(-HUGE, min(HUGE, value))
 
 
-def _spread(low: float, high: float) -> tuple[float, float]:
-    """The ends of an axis; one value (but for rounding) is shown with zero, so that its size can be seen."""
+def _ends(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of an axis. One value (but for rounding) is shown with zero, so that its size can be seen."""
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
     return min(low, 0.0), max(high, 0.0) or float(low == 0)
 
 
 def _ticks(low: float, high: float, intervals: int, smallest: float = 0.0) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``."""
+    """Return round numbers from at or below ``low`` to at or above ``high``."""
     rough = (high - low) / intervals
     power = 10.0 ** math.floor(math.log10(rough))
     step = max(smallest, next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999))
@@ -196,7 +187,7 @@ def _ticks(low: float, high: float, intervals: int, smallest: float = 0.0) -> li
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:
-    """The ticks in one unit, with as many decimals as their distance needs."""
+    """Write the ticks in one unit, with as many decimals as their distance needs."""
     largest = max(abs(tick) for tick in ticks)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else max(largest, 1.0)
     divisor, suffix = next(((d, s) for bound, d, s in UNITS if largest >= bound), (0.0, ""))

@@ -1,13 +1,11 @@
 """The metrics of a run as curves, each with a sentence that says what it shows."""
 
-import html
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vapr.pages.chart import Point, Series, line_chart, readable, swatch
+from vapr.pages.chart import Point, Series, line_chart
 
 Rows = list[dict[str, Any]]
 
@@ -85,7 +83,7 @@ CURVES = (
 
 
 def read_metrics(path: Path) -> tuple[Rows, Rows]:
-    """Training and evaluation objects of a metrics.jsonl; lines that are not whole are left out."""
+    """Read the training and the evaluation objects of a metrics.jsonl; lines that are not whole are left out."""
     training: Rows = []
     evaluation: Rows = []
     try:
@@ -106,10 +104,17 @@ def read_metrics(path: Path) -> tuple[Rows, Rows]:
     return training, evaluation
 
 
-def curves_section(training: Rows, evaluation: Rows) -> str:
-    """Every curve that has a value; metrics without any are named."""
-    if not training and not evaluation:
-        return ""
+class CurveBox(NamedTuple):
+    """A curve as the page shows it."""
+
+    title: str
+    series: list[Series]
+    svg: str
+    meaning: str
+
+
+def curve_boxes(training: Rows, evaluation: Rows) -> tuple[list[CurveBox], list[str]]:
+    """Draw every curve that has a value; the second list names those without any."""
     boxes, absent = [], []
     for curve in CURVES:
         single = len(curve.lines) == 1
@@ -121,51 +126,41 @@ def curves_section(training: Rows, evaluation: Rows) -> str:
         ]
         svg = line_chart(series, label=f"{curve.title} by step", include=curve.include, smooth=curve.smooth)
         if svg:
-            meaning = curve.meaning + (_shared(training) if curve.title.startswith("tokens") else "")
-            boxes.append(f'<div class="box"><h3>{curve.title}</h3>{_legend(series)}{svg}<p>{meaning}</p></div>')
+            meaning = curve.meaning + (_saved(training) if curve.title.startswith("tokens") else "")
+            boxes.append(CurveBox(curve.title, series, svg, meaning))
         else:
             absent.append(curve.title)
-    missing = f" Without any value: {', '.join(absent)}." if absent else ""
-    return (
-        '<h2>Curves</h2><p class="soft">By step. Thin: every step. Thick: mean of the steps around it. Dots: held-out '
-        "pairs. Beside a name stands its last value. Gaps are values that were not finite, or not known."
-        f'{missing}</p><div class="curves">{"".join(boxes)}</div>'
-    )
+    return boxes, absent
 
 
-def _legend(series: Sequence[Series]) -> str:
-    entries = []
-    for one in series:
-        known = [y for _, y in one.points if y is not None]
-        if known:
-            sample = swatch(one.colour, "mark" if one.marks else "line")
-            entries.append(f"<span>{sample}{html.escape(one.name)} {readable(known[-1])}</span> ")
-    return f'<p class="legend">{"".join(entries)}</p>'
+def _saved(training: Rows) -> str:
+    return f" Over the whole run sharing saved {saved_share(training):.1%} of the plain layout's tokens."
 
 
-def _shared(training: Rows) -> str:
+def saved_share(training: Rows) -> float:
+    """Return the share of the plain layout's tokens that sharing prefixes saved."""
     tokens, saved = (sum(column(training, key)) for key in ("tokens", "tokens_saved"))
-    return f" Over the whole run sharing saved {saved / max(1, tokens + saved):.1%} of the plain layout's tokens."
+    return saved / max(1, tokens + saved)
 
 
 def best_evaluation(evaluation: Rows) -> dict[str, Any] | None:
-    """The evaluation with the lowest held-out loss, the first of equal ones; None if there is none."""
+    """Return the evaluation with the lowest held-out loss, the first of equal ones; None if there is none."""
     scored = [row for row in evaluation if number(row.get("eval/loss")) is not None]
     return min(scored, key=lambda row: (row["eval/loss"], row["step"]), default=None)
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else stands in a file."""
+    """Return a finite number as float, and None for whatever else stands in a file."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def column(rows: Rows, key: str) -> list[float]:
-    """A metric's values, without the missing ones."""
+    """Return a metric's values, without the missing ones."""
     return [value for row in rows if (value := number(row.get(key))) is not None]
 
 
 def points(rows: Rows, key: str) -> list[Point]:
-    """A metric by step, None where it is missing."""
+    """Return a metric by step, None where it is missing."""
     return [(float(row["step"]), number(row.get(key))) for row in rows]

@@ -1,4 +1,4 @@
-"""What a run is and how it went, in a few words and figures: for its report and for comparing runs."""
+"""A run in a few words and figures: its setting and how it went, for its report and for comparing runs."""
 
 import statistics
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from vapr.pages.curves import SIDES, Rows, column, number
 
 
 class Figure(NamedTuple):
-    """A row of a table: its name, the metric, how a value is written, and what the metric is divided by."""
+    """A row of a table: its name, the metric, the function that writes a value, and the divisor of the metric."""
 
     name: str
     key: str
@@ -20,7 +20,7 @@ class Figure(NamedTuple):
     divisor: float = 1.0
 
     def mean(self, rows: Rows, prefix: str = "") -> float | None:
-        """Mean over rows of metrics.jsonl, None without a value; ``prefix`` is ``eval/`` for evaluations."""
+        """Return the mean over rows of metrics.jsonl, None without a value; ``prefix`` is ``eval/`` for evaluations."""
         values = column(rows, f"{prefix}{self.key}")
         return statistics.fmean(values) / self.divisor if values else None
 
@@ -30,7 +30,7 @@ class Figure(NamedTuple):
 
 
 def figures_of(config: dict[str, Any]) -> list[Figure]:
-    """What is shown of a run with this config.
+    """Return the figures that are shown of a run with this config.
 
     The change of log-probs is the rewards over beta: policy and reference on the same pairs.
     """
@@ -45,12 +45,12 @@ def figures_of(config: dict[str, Any]) -> list[Figure]:
 
 
 def signed(value: float) -> str:
-    """A readable number with its sign."""
+    """Write a readable number with its sign."""
     return f"+{readable(value)}" if value > 0 else readable(value)
 
 
 def setting(config: dict[str, Any]) -> list[str]:
-    """Model, what is trained and loss of a config, in a few words each."""
+    """Return model, trained part and loss of a config, in a few words each."""
     lora = at(config, "policy", "lora")
     how = f"LoRA, rank {at(config, 'policy', 'lora', 'rank')}" if lora else "full fine-tuning"
     model = str(at(config, "policy", "model") or "unknown model")
@@ -58,7 +58,7 @@ def setting(config: dict[str, Any]) -> list[str]:
 
 
 def reward_beta(config: dict[str, Any]) -> float | None:
-    """Beta of the loss whose rewards are logged; None where these do not compare with a reference."""
+    """Return beta of the loss whose rewards are logged; None where these do not compare with a reference."""
     terms = [term for term in _terms(config) if term.get("kind") != "sft"]
     if not terms or terms[0].get("kind") in REFERENCE_FREE:
         return None
@@ -81,7 +81,7 @@ def _terms(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def mapping(text: str | None) -> dict[str, Any]:
-    """YAML or JSON as a mapping; empty if it is none."""
+    """Parse YAML or JSON; empty if it is no mapping."""
     try:
         value = yaml.safe_load(text or "")
     except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
@@ -90,7 +90,7 @@ def mapping(text: str | None) -> dict[str, Any]:
 
 
 def at(config: dict[str, Any], *keys: str) -> Any:
-    """What stands under nested keys; None where there is nothing."""
+    """Return the value under nested keys; None where there is nothing."""
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -98,7 +98,7 @@ def at(config: dict[str, Any], *keys: str) -> Any:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A config by dotted keys, ``loss.0.beta`` included."""
+    """Return a config by dotted keys, such as ``loss.0.beta``."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = {str(n): item for n, item in enumerate(value)}
     if isinstance(value, dict) and value:

@@ -9,11 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.pairs import Pairs, source_name
 from vapr.errors import UserError
-from vapr.pages.page import Marked, marked_words, page, thumbnail
+from vapr.pages.page import thumbnail, write_page
+from vapr.pages.word_diff import Pieces, marked_words
 from vapr.progress import Display
 
 SIDES = ((200, 768), (1_000, 448))
@@ -40,11 +43,11 @@ class Choice:
     """Rows that are no pair: reason by place."""
 
 
-def review_page(pairs: Pairs, numbers: Sequence[int], choice: Choice) -> tuple[str, dict[str, int]]:
-    """The page that shows rows ``numbers`` of ``pairs``, in that order.
+def write_review(out: Path, pairs: Pairs, numbers: Sequence[int], choice: Choice) -> dict[str, int]:
+    """Write the page that shows rows ``numbers`` of ``pairs``, in that order.
 
     Returns:
-        Its HTML, and counts: distinct ``pictures`` on it, and ``unreadable`` ones named on it.
+        Counts: distinct ``pictures`` on the page, and ``unreadable`` ones named on it.
     """
     side = next((side for most, side in SIDES if len(numbers) <= most), SMALLEST_SIDE)
     pictures = _Pictures(side)
@@ -62,28 +65,10 @@ def review_page(pairs: Pairs, numbers: Sequence[int], choice: Choice) -> tuple[s
     content = hashlib.sha256(json.dumps(data).encode())
     for picture in pictures.found:
         content.update(picture.encode())
-    data["page"] = content.hexdigest()[:16]
-    body = "".join(
-        (
-            _asset("review.html"),
-            f'<script type="application/json" id="data">{_inlined(data)}</script>',
-            *(f'<script type="text/plain" id="picture-{n}">{uri}</script>' for n, uri in enumerate(pictures.found)),
-        )
-    )
-    text = page(
-        f"Review: {data['title']}", body, css=_asset("review.css"), script=_asset("estimate.js") + _asset("review.js")
-    )
-    return text, {"pictures": len(pictures.found), "unreadable": len(pictures.problems)}
-
-
-def _asset(name: str) -> str:
-    return (resources.files("vapr.pages") / name).read_text(encoding="utf-8")
-
-
-def _inlined(data: Any) -> str:
-    """JSON that no HTML parser takes for anything else."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    data["page"] = content.hexdigest()[:16]  # under this name a browser keeps the verdicts
+    script = "".join((resources.files("vapr.pages") / name).read_text("utf-8") for name in ("estimate.js", "review.js"))
+    write_page(out, "review.html", data=data, pictures=list(pictures.found), script=Markup(script))
+    return {"pictures": len(pictures.found), "unreadable": len(pictures.problems)}
 
 
 class _Pictures:
@@ -96,7 +81,7 @@ class _Pictures:
         self._known: dict[object, int | None] = {}
 
     def add(self, source: Path | bytes, label: str) -> dict[str, Any]:
-        """How the page refers to an image; one that cannot be read is named with its problem."""
+        """Return how the page refers to an image; one that cannot be read is named with its problem."""
         key = source if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
         name = str(source) if isinstance(source, Path) else ""
         if key not in self._known:
@@ -113,7 +98,7 @@ class _Pictures:
 
 
 def _notes(choice: Choice, shown: list[dict[str, Any]], pictures: _Pictures) -> list[str]:
-    """What the reader of the page has to know about how it came about."""
+    """Return sentences that tell the reader how the page came about."""
     total, size = sum(choice.sizes.values()), len(shown)
     if size == total:
         notes = [
@@ -137,13 +122,13 @@ def _notes(choice: Choice, shown: list[dict[str, Any]], pictures: _Pictures) -> 
 
 
 def _extras(pairs: Pairs, number: int) -> dict[str, Any]:
-    """Columns of a row that a pair has no place for."""
+    """Return the columns of a row that a pair has no place for."""
     row = pairs.raw(number)
     return {key: row[key] for key in dict.fromkeys((*NAMED, *pairs.extra_keys(number))) if row.get(key) is not None}
 
 
 def _shown(pair: PreferencePair, extras: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
-    """A pair as the page's script takes it: plain data, all of it text."""
+    """Return a pair as the page's script takes it: plain data, all of it text."""
     several = len(pair.images) > 1
     labels = [f"picture {n + 1}" if several else "" for n in range(len(pair.images))]
     chosen_only = [f"{label or 'picture'} of the chosen answer" for label in labels]
@@ -172,7 +157,7 @@ def _shown(pair: PreferencePair, extras: dict[str, Any], pictures: _Pictures) ->
 
 
 def _turns(messages: tuple[Message, ...], *, name_images: bool) -> list[dict[str, str]]:
-    """Role and text of each message; where it matters, ``[picture 2]`` says where an image stands."""
+    """Return role and text of each message; where it matters, ``[picture 2]`` says where an image stands."""
     turns, number = [], 0
     for message in messages:
         text = ""
@@ -186,8 +171,8 @@ def _turns(messages: tuple[Message, ...], *, name_images: bool) -> list[dict[str
     return turns
 
 
-def marked(pair: PreferencePair) -> tuple[Marked, Marked, bool]:
-    """Both completions in pieces, changed ones marked, and whether the marks are the row's edits, to the character.
+def marked(pair: PreferencePair) -> tuple[Pieces, Pieces, bool]:
+    """Return both completions in pieces, and whether the marks are exact: the row's edits, to the character.
 
     Without ``edits``, or where they do not turn the chosen text into the rejected one, words are compared.
     """
@@ -202,27 +187,27 @@ def marked(pair: PreferencePair) -> tuple[Marked, Marked, bool]:
             end = max(end, edit.end)
         rest = (texts[0][end:], False)
         if ["".join(text for text, _ in (*side, rest)) for side in (chosen, rejected)] == texts:
-            return _whole([*chosen, rest]), _whole([*rejected, rest]), True
+            return _non_empty([*chosen, rest]), _non_empty([*rejected, rest]), True
     whole = [
         "\n".join(turn["text"] if len(side) == 1 else f"{turn['role']}: {turn['text']}" for turn in side)
         for side in sides
     ]
     left, right = marked_words(*whole)
-    return _whole(left), _whole(right), False
+    return _non_empty(left), _non_empty(right), False
 
 
-def _only_space(pair: PreferencePair, chosen: Marked, rejected: Marked) -> list[tuple[str, str]]:
-    """A difference that no mark shows."""
-    told = pair.chosen == pair.rejected or any(marked for _, marked in (*chosen, *rejected))
-    return [] if told else [("difference", "in white space only")]
+def _only_space(pair: PreferencePair, chosen: Pieces, rejected: Pieces) -> list[tuple[str, str]]:
+    """Return a fact about a difference that no mark shows."""
+    shown = pair.chosen == pair.rejected or any(marked for _, marked in (*chosen, *rejected))
+    return [] if shown else [("difference", "in white space only")]
 
 
-def _whole(pieces: Marked) -> Marked:
+def _non_empty(pieces: Pieces) -> Pieces:
     return [(text, mark) for text, mark in pieces if text]
 
 
 def _checks(extras: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row's ``checks``, taken out of ``extras`` if they have the shape that vapr writes."""
+    """Take the row's ``checks`` out of ``extras``; none if they have not the shape that vapr writes."""
     checks = _parsed(extras.get("checks"))
     if not isinstance(checks, list) or not all(isinstance(check, dict) and "name" in check for check in checks):
         return []
@@ -239,7 +224,7 @@ def _checks(extras: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _facts(pair: PreferencePair, extras: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of everything else that is known of a pair."""
+    """Return names and values of everything else that is known of a pair."""
     facts = [("place", pair.where)]
     if pair.weight != 1:
         facts.append(("weight", f"{pair.weight:g}"))
@@ -251,7 +236,7 @@ def _facts(pair: PreferencePair, extras: dict[str, Any]) -> list[tuple[str, str]
 
 
 def _parsed(value: Any) -> Any:
-    """Tables hold what has no fixed shape as JSON text."""
+    """Parse JSON text, as which tables hold what has no fixed shape; leave other values as they are."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return json.loads(value)

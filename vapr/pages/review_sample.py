@@ -9,8 +9,7 @@ import numpy as np
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
-from vapr.pages.page import write_page
-from vapr.pages.review import Choice, review_page
+from vapr.pages.review import Choice, write_review
 from vapr.progress import Display
 
 LARGEST_WHOLE = 1_000
@@ -48,8 +47,7 @@ def view(pairs: Pairs, out: Path, *, sample: int | None = None, seed: int = 0) -
     drawn = [random.choice(members, parts[name], replace=False) for name, members in rows.items()]
     order = random.permutation(np.concatenate(drawn)).tolist()
     choice = Choice(sizes=sizes, drawn=parts, seed=seed, skipped=dict(pairs.skipped))
-    text, counts = review_page(pairs, order, choice)
-    write_page(out, text)
+    counts = write_review(out, pairs, order, choice)
     categories = {name: {"shown": parts[name], "of": size} for name, size in sizes.items()}
     return {
         "pairs": wanted, "of": total, "categories": categories, **counts, "skipped": dict(pairs.skipped),
@@ -58,7 +56,7 @@ def view(pairs: Pairs, out: Path, *, sample: int | None = None, seed: int = 0) -
 
 
 def show(result: dict[str, Any], formats: list[str], out: Path) -> str:
-    """What :func:`view` returned, as text."""
+    """Return the result of :func:`view` as text."""
     lines = [f"read       {line}" for line in formats]
     counted = f"{result['pairs']:,} of {result['of']:,} pairs, {result['pictures']:,} pictures"
     lines.append(f"wrote      {out} ({counted}, {result['bytes'] / 2**20:.1f} MiB)")
@@ -73,7 +71,7 @@ def show(result: dict[str, Any], formats: list[str], out: Path) -> str:
 
 
 def _rows_by_category(pairs: Pairs) -> dict[str, np.ndarray]:
-    """Row numbers of each category, by name; pairs without a category are under ''."""
+    """Return the row numbers (int64) of each category, by name; pairs without a category are under ''."""
     names: dict[str, int] = {}
     codes = np.full(len(pairs), -1, np.int32)
     with Display("read", len(pairs), unit="row") as display:
@@ -86,18 +84,17 @@ def _rows_by_category(pairs: Pairs) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(codes == names[name]) for name in sorted(names)}
 
 
-def shares(sizes: dict[str, int], total: int, least: int = LEAST_PER_CATEGORY) -> dict[str, int]:
-    """How many of ``total`` pairs to draw from each category.
+def shares(sizes: dict[str, int], total: int) -> dict[str, int]:
+    """Return how many of ``total`` pairs to draw from each category.
 
-    In proportion to its size, but at least ``least`` (or all it has, or an equal part of ``total`` if that is less).
-    What the small ones get beyond their share is taken from the others in proportion.
+    In proportion to its size, but at least :data:`LEAST_PER_CATEGORY` (or all it has, or an equal part of ``total`` if
+    that is less). What the small ones get beyond their share is taken from the others in proportion.
 
     Args:
         sizes: pairs of each category, at least 1.
         total: pairs in all, at most the sum of ``sizes``.
-        least: pairs that a category should have.
     """
-    floor = {name: min(size, least, total // len(sizes)) for name, size in sizes.items()}
+    floor = {name: min(size, LEAST_PER_CATEGORY, total // len(sizes)) for name, size in sizes.items()}
     fixed: dict[str, int] = {}
     while True:
         free = {name: size for name, size in sizes.items() if name not in fixed}

@@ -1,25 +1,24 @@
 """report.html of a training run: what happened, its curves, its extreme pairs, what was skipped, how it was set up."""
 
-import html
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from vapr.pages.chart import MINUS, readable
-from vapr.pages.curves import SIDES, Rows, best_evaluation, column, curves_section, number, read_metrics
+from vapr.pages.curves import SIDES, Rows, best_evaluation, column, curve_boxes, number, read_metrics, saved_share
 from vapr.pages.figures import at, figures_of, mapping, setting
-from vapr.pages.page import folding_table, page, word_diff, write_page
-from vapr.pages.skipped import skipped_section
+from vapr.pages.page import write_page
+from vapr.pages.skipped import read_skipped
+from vapr.pages.word_diff import word_diff
 
 SIDE_REWARDS = tuple(f"rewards/{side}" for side in SIDES)
 
 NUM_AVERAGED = 20
 """Steps at the start and at the end that the headline compares."""
-
-
-WHEN_MEASURED = "Of the newest epoch, measured in the step that trained on the pair, before its update."
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,16 @@ class ShownPair:
     problem: str | None = None
     """Why a part of it cannot be shown."""
 
+    @property
+    def margin_text(self) -> str:
+        """The margin with its sign."""
+        return f"{self.margin:+.3f}".replace("-", MINUS)
+
+    @property
+    def marked(self) -> list[tuple[str, Markup]]:
+        """Both completions by their side, the words marked that the other lacks."""
+        return list(zip(SIDES, word_diff(self.chosen, self.rejected), strict=True))
+
 
 def write_run_report(
     run_dir: Path, extremes: Sequence[ShownPair], notes: Sequence[str] = (), *, num_steps: int | None = None
@@ -57,80 +66,77 @@ def write_run_report(
     training, evaluation = read_metrics(run_dir / "metrics.jsonl")
     config_text = _text(run_dir / "config.yaml")
     config = mapping(config_text)
-    name = run_dir.resolve().name
-    of_steps = num_steps or number(at(config, "optim", "max_steps"))
-    parts = (
-        f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(setting(config)))}</p>',
-        _headline(config, training, evaluation, notes, of_steps),
-        curves_section(training, evaluation),
-        _extremes(extremes),
-        skipped_section(run_dir / "skipped.json"),
-        _setup(config_text, run_dir / "environment.json"),
-    )
+    boxes, absent = curve_boxes(training, evaluation)
     path = run_dir / "report.html"
-    write_page(path, page(f"{name}: vapr run", "".join(parts)))
+    write_page(
+        path,
+        "run_report.html",
+        name=run_dir.resolve().name,
+        setting=setting(config),
+        trained=bool(training),
+        verdict=_verdict(config, training) + _held_out_verdict(evaluation),
+        notes=notes,
+        figures=_figures(config, training, evaluation) if training else None,
+        cards=_cards(training, num_steps or number(at(config, "optim", "max_steps"))) if training else None,
+        boxes=boxes,
+        absent=absent,
+        margins=_by_margin(extremes),
+        skipped=read_skipped(run_dir / "skipped.json"),
+        config_text=config_text,
+        environment=_entries(mapping(_text(run_dir / "environment.json"))),
+    )
     return path
 
 
-def _headline(
-    config: dict[str, Any], training: Rows, evaluation: Rows, notes: Sequence[str], num_steps: float | None
-) -> str:
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    if not training:
-        return f"<p>No training step is in metrics.jsonl, so there is nothing to plot yet.</p>{said}"
-    done = int(training[-1]["step"])
+def _cards(training: Rows, num_steps: float | None) -> list[tuple[str, str, str]]:
+    """Return name, value and note of the figures that stand large on the page."""
+    steps = f"{int(training[-1]['step']):,}"
+    if num_steps:
+        steps = Markup("{} <i>of {:,}</i>").format(steps, int(num_steps))
     pairs, tokens, saved = (sum(column(training, key)) for key in ("pairs", "tokens", "tokens_saved"))
     speed = column(training, "pairs_per_second")
-    cards = (
-        ("Steps", f"{done:,} <i>of {int(num_steps):,}</i>" if num_steps else f"{done:,}", f"{int(pairs):,} pairs"),
+    return [
+        ("Steps", steps, f"{int(pairs):,} pairs"),
         ("Pairs/s", readable(statistics.median(speed)) if speed else "none", "median over the steps"),
-        ("Saved by sharing", f"{saved / max(1, tokens + saved):.0%}", f"of {readable(tokens + saved)} tokens"),
-    )
-    shown = "".join(
-        f'<div class="card"><div class="soft">{name}</div><div class="big">{value}</div>'
-        f'<div class="soft">{note}</div></div>'
-        for name, value, note in cards
-    )
-    words = f"<p>{_verdict(config, training)} {_held_out_verdict(evaluation)}</p>"
-    return f'{words}{said}{_figures(config, training, evaluation)}<div class="cards narrow">{shown}</div>'
+        ("Saved by sharing", f"{saved_share(training):.0%}", f"of {readable(tokens + saved)} tokens"),
+    ]
 
 
-def _verdict(config: dict[str, Any], training: Rows) -> str:
-    """What happened to accuracy and log-probs, in words that fit the numbers."""
+def _verdict(config: dict[str, Any], training: Rows) -> Markup:
+    """Say what happened to accuracy and log-probs, in words that fit the numbers."""
     accuracy = column(training, "rewards/accuracies")
     if len(accuracy) < 2:
-        return "Too few steps to say where the run is heading."
+        return Markup("Too few steps to say where the run is heading. ")
     count = _num_averaged(accuracy)
-    first, last = statistics.fmean(accuracy[:count]), statistics.fmean(accuracy[-count:])
     steps = "step" if count == 1 else f"{count} steps"
-    words = (
-        f"In the first {steps} chosen had the larger reward in {first:.0%} of the pairs, in the last {steps} in "
-        f"<b>{last:.0%}</b>."
-    )
+    words = Markup(
+        "In the first {} chosen had the larger reward in {:.0%} of the pairs, in the last {} in <b>{:.0%}</b>. "
+    ).format(steps, statistics.fmean(accuracy[:count]), steps, statistics.fmean(accuracy[-count:]))
     changes = [figure.mean(training[-count:]) for figure in figures_of(config) if figure.key in SIDE_REWARDS]
     said = [f"{'higher' if by > 0 else 'lower'} by {readable(abs(by))}" for by in changes if by is not None]
     if len(said) == 2:
-        words += (
-            f" There the policy's log-prob of chosen was {said[0]} than the reference's, that of rejected {said[1]}."
-        )
+        words += Markup(
+            "There the policy's log-prob of chosen was {} than the reference's, that of rejected {}. "
+        ).format(*said)
     return words
 
 
-def _held_out_verdict(evaluation: Rows) -> str:
+def _held_out_verdict(evaluation: Rows) -> Markup:
     best = best_evaluation(evaluation)
     if best is None:
-        return ""
+        return Markup("")
     if best["step"] == evaluation[-1]["step"]:
-        return "The loss on held-out pairs was lowest at the last evaluation."
-    return f"The loss on held-out pairs was lowest at step <b>{int(best['step']):,}</b> and has risen since."
+        return Markup("The loss on held-out pairs was lowest at the last evaluation.")
+    words = Markup("The loss on held-out pairs was lowest at step <b>{:,}</b> and has risen since.")
+    return words.format(int(best["step"]))
 
 
 def _num_averaged(values: Sequence[Any]) -> int:
     return max(1, min(NUM_AVERAGED, len(values) // 2))
 
 
-def _figures(config: dict[str, Any], training: Rows, evaluation: Rows) -> str:
-    """The table of the headline: training beside held out, at the last evaluation and at the best."""
+def _figures(config: dict[str, Any], training: Rows, evaluation: Rows) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the headline's table: training beside held out, at the last evaluation and the best."""
     best = best_evaluation(evaluation)
     count = _num_averaged(training)
     columns = [(f"training, last {count} steps" if count > 1 else "training, last step", training[-count:], "")]
@@ -140,60 +146,29 @@ def _figures(config: dict[str, Any], training: Rows, evaluation: Rows) -> str:
     if best is not None and best is not evaluation[-1]:
         columns.append((f"held out, step {int(best['step']):,}, the lowest loss", [best], "eval/"))
     rows = [[figure.name, *(figure.text(rows, prefix) for _, rows, prefix in columns)] for figure in figures_of(config)]
-    return f'<div class="box tall">{folding_table(["", *(head for head, _, _ in columns)], rows)}</div>'
+    return ["", *(head for head, _, _ in columns)], rows
 
 
-def _extremes(pairs: Sequence[ShownPair]) -> str:
+def _by_margin(pairs: Sequence[ShownPair]) -> list[tuple[str, str, list[ShownPair]]]:
+    """Return title, meaning and pairs of both sections."""
     ranked = sorted(pairs, key=lambda pair: pair.margin, reverse=True)
     half = (len(ranked) + 1) // 2
-    sections = (
+    smallest = (
+        "Where it moved least, or the wrong way (a negative margin). Hard pairs stand here, and wrongly labelled "
+        "ones: read them."
+    )
+    return [
         ("Largest margins", "Where the policy moved furthest towards the chosen completion.", ranked[:half]),
-        (
-            "Smallest margins",
-            "Where it moved least, or the wrong way (a negative margin). Hard pairs stand here, and wrongly labelled "
-            "ones: read them.",
-            ranked[half:][::-1],
-        ),
-    )
-    return "".join(
-        f'<h2>{title}</h2><p class="soft">{meaning} {WHEN_MEASURED}</p>'
-        + ("".join(_pair(pair) for pair in members) or '<p class="soft">No pair to show.</p>')
-        for title, meaning, members in sections
-    )
+        ("Smallest margins", smallest, ranked[half:][::-1]),
+    ]
 
 
-def _pair(pair: ShownPair) -> str:
-    answers = "".join(
-        f'<div class="answer {side}"><div class="soft">{side}</div>{text}</div>'
-        for side, text in zip(SIDES, word_diff(pair.chosen, pair.rejected), strict=True)
-    )
-    pictures = "".join(f'<img alt="" src="{html.escape(picture)}">' for picture in pair.pictures)
-    problem = f'<p class="wrong">{html.escape(pair.problem)}</p>' if pair.problem else ""
-    return (
-        '<div class="box pair">'
-        + (f'<div class="pictures">{pictures}</div>' if pictures else "")
-        + f'<div class="said"><div class="soft">margin <b>{f"{pair.margin:+.3f}".replace("-", MINUS)}</b> at step '
-        f"{pair.step:,} · {html.escape(pair.id)} · {html.escape(pair.where)}</div>{problem}"
-        f'<div class="q">{html.escape(pair.question)}</div><div class="answers">{answers}</div></div></div>'
-    )
-
-
-def _setup(config_text: str | None, environment: Path) -> str:
-    config = f"<pre>{html.escape(config_text)}</pre>" if config_text else "<p>config.yaml cannot be read.</p>"
-    facts = mapping(_text(environment))
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape('none' if value is None else str(value))}</td></tr>"
-        for name, value in _flat(facts)
-    )
-    table = f'<div class="box"><table>{rows}</table></div>' if rows else "<p>environment.json cannot be read.</p>"
-    return f"<h2>Config</h2>{config}<h2>Environment</h2>{table}"
-
-
-def _flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+def _entries(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return names and values of nested facts in one list."""
     return [
         entry
         for key, value in facts.items()
-        for entry in (_flat(value) if isinstance(value, dict) else [(str(key).replace("_", " "), value)])
+        for entry in (_entries(value) if isinstance(value, dict) else [(str(key).replace("_", " "), value)])
     ]
 
 

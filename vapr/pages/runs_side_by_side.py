@@ -1,22 +1,19 @@
-"""Puts the held-out figures of several runs side by side."""
+"""The held-out figures of several runs side by side, as data and as rows of a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from vapr.errors import UserError
 from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
+from vapr.terminal import table_console, text_table
 
 ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")  # only older runs have the last
 """Keys (and what lies below them) that change no result and are not listed as differences."""
-
-LAST, BEST, BOTH = "last", "lowest loss", "last, lowest loss"
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,17 @@ class Run:
         return figures_of(self.config)
 
     @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest loss; None if no loss was finite."""
+        return best_evaluation(self.evaluation)
+
+    @property
     def points(self) -> list[tuple[str, dict[str, Any]]]:
-        """The evaluations that are shown, by what they are: the last, and that with the lowest loss."""
-        last, best = self.evaluation[-1], best_evaluation(self.evaluation)
+        """The evaluations that are shown, each after its name: the last, and that with the lowest loss."""
+        last, best = self.evaluation[-1], self.best
         if best is None:
-            return [(LAST, last)]
-        return [(BOTH, last)] if best is last else [(LAST, last), (BEST, best)]
+            return [("last", last)]
+        return [("last, lowest loss", last)] if best is last else [("last", last), ("lowest loss", best)]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -73,20 +75,14 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """The held-out figures of runs at their last evaluation and at the one with the lowest loss.
+    """Compare the held-out figures of runs, at their last evaluation and at the one with the lowest loss.
 
     Returns:
         Plain data: ``runs`` (``name``, ``folder``, ``last`` and ``best``, objects of metrics.jsonl), ``differences``
         (values by key of the config, in the order of the runs) and ``notes`` (what does not compare, in sentences).
     """
     shown = [
-        {
-            "name": run.name,
-            "folder": str(run.folder),
-            "last": run.evaluation[-1],
-            "best": best_evaluation(run.evaluation),
-        }
-        for run in runs
+        {"name": run.name, "folder": str(run.folder), "last": run.evaluation[-1], "best": run.best} for run in runs
     ]
     differences = _differences(runs)
     return {"runs": shown, "differences": differences, "notes": _notes(differences)}
@@ -112,40 +108,30 @@ def _notes(differences: dict[str, list[Any]]) -> list[str]:
     return notes
 
 
-def rows_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table: a run's last evaluation, then its best where that is another."""
+def figure_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the table: a run's last evaluation, then its best where that is another."""
     names = list(dict.fromkeys(figure.name for run in runs for figure in run.figures))
     rows = []
     for run in runs:
         by_name = {figure.name: figure for figure in run.figures}
-        for what, row in run.points:
+        for point, row in run.points:
             cells = [by_name[name].text([row], "eval/") if name in by_name else "" for name in names]
-            rows.append([run.name, f"{int(row['step']):,} ({what})", *cells])
+            rows.append([run.name, f"{int(row['step']):,} ({point})", *cells])
     return ["run", "step", *names], rows
+
+
+def config_rows(differences: dict[str, list[Any]]) -> list[list[str]]:
+    """Return a row for each key of the config that differs, with the runs' values."""
+    return [
+        [key, *("none" if value is None else str(value) for value in values)] for key, values in differences.items()
+    ]
 
 
 def show(runs: Sequence[Run], result: dict[str, Any]) -> None:
     """Print the table, what differs between the configs, and what does not compare."""
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:  # a log has no edge
-        console = Console(highlight=False, emoji=False, width=max(200, 30 + 45 * len(runs)))
-    console.print(_table(*rows_of(runs)))
-    if result["differences"]:
-        rows = [[key, *(in_words(value) for value in values)] for key, values in result["differences"].items()]
-        console.print(_table(["config", *(run.name for run in runs)], rows))
+    console = table_console(len(runs))
+    console.print(text_table(*figure_rows(runs)))
+    if rows := config_rows(result["differences"]):
+        console.print(text_table(["config", *(run.name for run in runs)], rows))
     for note in result["notes"]:
         console.print(Text(note, style="yellow"))
-
-
-def in_words(value: Any) -> str:
-    """A value of a config in a table."""
-    return "none" if value is None else str(value)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in heads:
-        table.add_column(Text(head), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table

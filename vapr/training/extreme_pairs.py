@@ -14,7 +14,7 @@ KEPT = 8
 
 
 class Extremes:
-    """Margins are those of the step that trained on the pair, before its update."""
+    """The pairs with the largest and smallest margins, as the step that trained on them measured before its update."""
 
     def __init__(self) -> None:
         self.epoch = -1
@@ -22,11 +22,11 @@ class Extremes:
         self.smallest: list[list[Any]] = []  # the smallest first
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Take over a state that :meth:`state` returned."""
         self.epoch, self.largest, self.smallest = state["epoch"], state["largest"], state["smallest"]
 
     def add(self, epoch: int, step: int, margins: list[tuple[int, float]]) -> None:
-        """Note a step's margins as (row number, margin). A new epoch begins anew, so that no pair is listed twice."""
+        """Add a step's margins, (row number, margin). A new epoch begins anew, so that no pair is listed twice."""
         if epoch != self.epoch:
             self.epoch, self.largest, self.smallest = epoch, [], []
         entries = [[margin, number, step] for number, margin in margins]
@@ -34,12 +34,12 @@ class Extremes:
         self.smallest = heapq.nsmallest(KEPT, self.smallest + entries)
 
     def state(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
+        """Return plain data for a checkpoint."""
         return {"epoch": self.epoch, "largest": self.largest, "smallest": self.smallest}
 
 
 def shown_pairs(extremes: Extremes, pairs: Sequence[PreferencePair]) -> list[ShownPair]:
-    """The pairs read again, with small pictures; what cannot be read any more is said in its place."""
+    """Read the pairs again, with small pictures; a pair that cannot be read any more says so in its place."""
     entries = {number: (margin, step) for margin, number, step in [*extremes.largest, *extremes.smallest]}
     return [_shown(pairs, number, margin, step) for number, (margin, step) in entries.items()]
 
@@ -60,7 +60,7 @@ def _shown(pairs: Sequence[PreferencePair], number: int, margin: float, step: in
 
 
 def _text(messages: Sequence[dict[str, Any]]) -> str:
-    """Texts of messages; earlier turns are told apart by their speaker."""
+    """Join the texts of messages; where there are several, each names its speaker."""
     texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
     if len(texts) == 1:
         return texts[0]
