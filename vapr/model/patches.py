@@ -4,19 +4,19 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 
 | what | by what | why | the test that would miss it |
 | --- | --- | --- | --- |
-| attention of the decoder and of Qwen's tower | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; the tower makes one call for all windows | `test_patches`, "stays as it is"; `test_gpu`, "vision tower" |
-| dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`, "dropout" |
-| peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`, "adapters" |
-| patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product; on a CPU Conv3d is slower, and its sums stop growing in bf16 | `test_policy`, "equal patches" |
-| the loop over decoder layers | `run_decoder`, `decoder_layer` | add and norm in one kernel, rotation inside the gather of keys; the last layer skips tokens that predict nothing | `test_patches`, "launches"; `test_policy`, "last layer" |
-| RMSNorms | `fused_norm`, only with kernels | 8 passes over the memory become 4 | `test_patches`, "every module" |
-| gated MLPs | `fused_mlp`, only with kernels | silu(gate) is neither stored nor read again | `test_patches`, "every module" |
-| attention of Qwen's tower | `tower_attention`, only with kernels on a GPU in half precision | rotation in one pass instead of one for each product and sum in fp32 | `test_tower_patches` |
-| frozen gated MLPs of Qwen2.5-VL's tower | `padded_mlp`, as above | rows that begin at multiples of 16 bytes; others take slow kernels of cuBLAS | `test_tower_patches` |
+| attention of the decoder and of Qwen's tower | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; the tower makes one call for all windows | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
+| dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
+| peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
+| patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product; on a CPU Conv3d is slower, and its sums stop growing in bf16 | `test_policy`: `equal_patches` |
+| the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel adds and norms, one rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
+| RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
+| gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
+| attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
+| frozen gated MLPs of Qwen2.5-VL's tower, likewise | `padded_mlp` | rows that begin at multiples of 16 bytes; cuBLAS is slow at others | `test_tower_patches`: `padded` |
 
-transformers' own way to exchange layers, ``kernelize``, needs another package, replaces all modules of a class, and has no
-norm that adds. It is used for attention alone. Nothing here is slower for being plain: the add and norm of a layer are one
-launch as the residual stream is a local variable of ``decoder_layer``.
+All of it is plain and none of it costs anything: a step dispatches fewer operations than with transformers' own loop. The
+library's own way to exchange layers, ``kernelize``, needs another package, takes all modules of a class, and knows no norm
+that adds; so of transformers' ways only the attention interface and the arguments of the tower are used.
 
 A name promises nothing about what a module computes. So of every kind (class, sizes, settings) one module is run on
 random input before and after. A kind whose outputs differ by more than rounding stays as it is, and the caller is told.
@@ -236,13 +236,9 @@ def tower_attention(
 
 @torch.no_grad()
 def patch_tower(tower: Any) -> list[str]:
-    """Let attention of Qwen's tower rotate in a kernel, and its frozen gated MLPs of odd width run in a wider one.
+    """Replace attention and the frozen MLPs of odd width in Qwen's tower, whose attention is ``VISION_TOWER``.
 
-    Args:
-        tower: on the device where it runs, with attention ``vapr_flash_vision``.
-
-    Returns:
-        Classes that stay as they are, because they compute something else.
+    Returns the classes that stay as they are, because they compute something else.
     """
     left = _replace_where_same([block.attn for block in tower.blocks], tower_attention, _try_tower_attention)
     mlps = [block.mlp for block in tower.blocks if _is_odd(block.mlp)]
