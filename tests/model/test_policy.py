@@ -260,9 +260,17 @@ def test_the_embedding_gradient_of_4000_equal_tokens():
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_gradient_of_4000_equal_patches(family, tiny):
+def test_the_gradient_of_4000_equal_patches(family, tiny, monkeypatch):
+    """As a matrix product, not as a convolution, which is slower on a CPU."""
     train = TrainConfig(vision_tower=True)
     policy = load_policy(PolicyConfig(model=str(tiny(family)), dtype="bfloat16", train=train), CPU)
     embed = policy.base.model.visual.patch_embed
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", None)
     embed(torch.ones(4000, embed.proj.weight[0].numel(), dtype=torch.bfloat16)).sum().backward()
     assert set(embed.proj.weight.grad.flatten().tolist()) == {4000.0}
+
+
+def test_the_gradient_of_the_bias_of_4000_equal_patches():
+    convolution = torch.nn.Conv3d(3, 5, (2, 2, 2), dtype=torch.bfloat16)
+    patches.patches_by_matmul(convolution, torch.ones(4000, 3, 2, 2, 2, dtype=torch.bfloat16)).sum().backward()
+    assert set(convolution.bias.grad.tolist()) == {4000.0}

@@ -7,7 +7,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | attention of the decoder and of Qwen's tower | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; the tower makes one call for all windows | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
 | dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
 | peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
-| patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product; on a CPU Conv3d is slower, and its sums stop growing in bf16 | `test_policy`: `equal_patches` |
+| patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
 | the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel adds and norms, one rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
 | RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
