@@ -21,7 +21,8 @@ that adds; so of transformers' ways only the attention interface and the argumen
 A name promises nothing about what a module computes. So of every kind (class, sizes, settings) one module is run on
 random input before and after. A kind whose outputs differ by more than rounding stays as it is, and the caller is told.
 
-T = packed tokens or patches, R = tokens that predict something, H = query heads, G = key heads, E = head dim, D = hidden.
+T = packed tokens, or patches of the tower; H = query heads, G = key heads, E = head size, D = hidden size, O = output
+size of a linear layer.
 """  # noqa: E501
 
 import functools
@@ -120,7 +121,7 @@ def run_decoder(
         x: embeddings, shape (T, D).
         tables: what :func:`rotary_tables` returns for the tokens' positions.
         attend: ``segment_attention`` over the batch's forest.
-        predicting: the tokens whose hidden states are wanted, (R,) int64.
+        predicting: the tokens whose hidden states are wanted, int64, one-dimensional.
         written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
         kernels: as :func:`patch` was given.
 
@@ -144,7 +145,7 @@ def decoder_layer(
     layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *,
     kernels: bool, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D), or (R, D) if only some ``rows`` (R,) are wanted.
+    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D), or (rows, D) if only some ``rows`` (int64) are wanted.
 
     Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
     no query, no output projection and no MLP.
@@ -179,7 +180,7 @@ def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], att
 
 
 def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Put the rows of ``x`` (R, ...) at ``rows`` (R,) among zeros, (num_rows, ...)."""
+    """Put the rows of ``x`` at ``rows`` among zeros, (num_rows, ...)."""
     return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
 
 

@@ -1,6 +1,6 @@
 """Load a policy, freeze it, add LoRA, and run a PackedBatch through the modules of transformers.
 
-T = packed tokens, I = image tokens, V = vocabulary, D = hidden.
+T = packed tokens, V = vocabulary, D = hidden size.
 """
 
 import contextlib
