@@ -20,7 +20,7 @@ from bench.arms import packed_steps, vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Subject
 from tests.test_gpu import shrink
 from vapr.config import TrainConfig
-from vapr.model import attention, fused
+from vapr.model import patches
 from vapr.model import policy as model
 from vapr.model.logps import per_completion, token_logps
 from vapr.model.policy import frozen, image_features
@@ -52,8 +52,8 @@ def as_on_a_gpu():
 
     with (
         mock.patch.object(launch, "runs_triton", lambda x: True),
-        mock.patch.object(attention, "choose_backend", lambda *wanted: "varlen"),
-        mock.patch.object(fused, "_agree", lambda got, own: got.shape == own.shape),  # there is nothing to compare
+        mock.patch.object(model, "choose_backend", lambda *wanted: "varlen"),
+        mock.patch.object(patches, "_agree", lambda got, own: got.shape == own.shape),  # there is nothing to compare
         mock.patch.object(model, "_tower_layout", layout_of_real_sizes),
         mock.patch.object(HEAD, "_budget", lambda device: 2**30),
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", make_adapter_beside_its_layer),

@@ -9,6 +9,7 @@ T = packed tokens, S = attention sequences, K = gathered keys, H = query heads, 
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def segment_attention(
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale, causal=True)
+        return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale)
     bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.lengths_q), max(segments.lengths_k))
     return _varlen(q, k, v, *bounds, scale=scale, causal=True, backend=backend)
 
@@ -113,26 +114,16 @@ def _varlen(
 
 
 def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths_q: tuple[int, ...],
-    lengths_k: tuple[int, ...],
-    *,
-    scale: float,
-    causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], *, scale: float
 ) -> Tensor:
-    """One PyTorch call per sequence, for a CPU and for fp32 on a GPU."""
+    """Call PyTorch's causal attention once per sequence, on a CPU and in fp32 on a GPU."""
     outs = []
     for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
         num_q, num_k = len(q_n), len(k_n)
-        mask = None
-        if causal and 1 < num_q < num_k:
-            mask = _bottom_right(num_q, num_k, q.device)
+        mask = _bottom_right(num_q, num_k, q.device) if 1 < num_q < num_k else None
         q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))  # (1, H, tokens, E)
-        is_causal, grouped = causal and num_q == num_k, q_n.shape[1] != k_n.shape[1]
         out = F.scaled_dot_product_attention(
-            q_n, k_n, v_n, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            q_n, k_n, v_n, mask, is_causal=num_q == num_k, scale=scale, enable_gqa=q_n.shape[1] != k_n.shape[1]
         )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
@@ -145,20 +136,12 @@ def _bottom_right(num_q: int, num_k: int, device: torch.device) -> Tensor:
 
 
 def _language_model_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    segments: SegmentAttention,
-    backend: str,
-    scaling: float,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return segment_attention(q, k, v, segments, scale=scaling, backend=backend, rotary=rotary)[None], None
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
+    attend: Callable[..., Tensor], scaling: float, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Let transformers' own attention call ``attend``, which its model was given: segment_attention over a forest."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, E) and twice (T, G, E)
+    return attend(q, k, v, scale=scaling)[None], None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float) -> Tensor:
@@ -178,18 +161,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
 
 
 def _vision_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Qwen's tower: full attention inside images or windows."""
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
+    scaling: float, cu_seq_lens_q: Tensor, max_length_q: int, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend inside the images or windows of Qwen's tower."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), scale=scaling)[None], None
 

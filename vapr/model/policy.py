@@ -1,8 +1,11 @@
-"""Loads a policy, freezes it, adds LoRA, and runs a PackedBatch through transformers' own modules."""
+"""Load a policy, freeze it, add LoRA, and run a PackedBatch through the modules of transformers.
+
+T = packed tokens, V = vocabulary, D = hidden size.
+"""
 
 import contextlib
+import functools
 import sys
-import types
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +27,10 @@ from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import ProcessedImage
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
-from vapr.model import attention, fused
+from vapr.model import patches
 from vapr.model.adapters import merge_adapter
-from vapr.model.fused_tower import fuse_tower
-from vapr.model.last_layer import trim_last_layer
-from vapr_kernels import lora_linear
-from vapr_kernels.gather_rows import gather_rows
+from vapr.model.attention import choose_backend, segment_attention
+from vapr_kernels import gather_rows
 
 # Pixels that come from a worker process are read-only, and only read.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -49,7 +50,8 @@ class Policy:
     kernels: bool  # whether layers, head and loss run fused Triton kernels
     dtype: torch.dtype
     vision_trained: bool  # whether tower or projector change
-    left_unfused: tuple[str, ...] = ()  # classes whose modules compute something else than the kernels
+    left_unfused: tuple[str, ...]  # classes whose modules compute something else than patches.py writes out
+    written_out: frozenset[int]  # numbers of the decoder layers that run as patches.py writes them out
 
     @property
     def device(self) -> torch.device:
@@ -61,12 +63,12 @@ class Policy:
         return self.base.get_output_embeddings().weight
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, in a fixed order; tied weights appear once."""
+        """Return the parameters that are trained by name, in a fixed order; tied weights appear once."""
         return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
 
     @property
     def operations(self) -> str:
-        """What its layers, head and loss run on, for people."""
+        """Say what its layers, head and loss run on."""
         if not self.kernels:
             return "PyTorch's operations"
         if not self.left_unfused:
@@ -74,15 +76,18 @@ class Policy:
         return f"fused kernels except in {', '.join(self.left_unfused)} (the kernels compute something else)"
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the policy is its own reference, if it has adapters."""
         return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
 
 
 def load_policy(
     config: PolicyConfig, device: torch.device | None = None, *, kernels: Literal["auto", "off"] = "auto"
 ) -> Policy:
-    """Load a model of a supported family, freeze what is not trained, add adapters.
+    """Load a model of a supported family, freeze what is not trained, and add adapters.
 
-    ``kernels``: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
+    Args:
+        device: a GPU if there is one, unless given.
+        kernels: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
 
     Raises:
         UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
@@ -91,60 +96,37 @@ def load_policy(
         transformers_logging.disable_progress_bar()  # a log has no use for bars
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = find_model(config.model, config.base)
-    model_config = load_model_config(source.model)
+    family = load_model_config(source.model).model_type
     dtype = getattr(torch, config.dtype)
-    backend = attention.choose_backend(config.attention, device, dtype)
-    model_class, tower, projector = FAMILIES[model_config.model_type]
-    base = _load_weights(model_class, source, config.model, dtype)
+    backend = choose_backend(config.attention, device, dtype)
+    base = _load_weights(family, source, config.model, dtype)
     merged = None
     if source.adapter is not None:
         merged = f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
-    if getattr(base.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"policy.model: {config.model} has an LM head with a bias, which vapr does not support")
-    _use_attention(base, backend, tower)
-    _disable_dropout(base)
-    if tower == "visual":
-        convolution = base.model.visual.patch_embed.proj
-        convolution.forward = types.MethodType(_patches_by_matmul, convolution)
-    parts = {
-        part: _part_modules(base, part, tower, projector) for part in ("language_model", "projector", "vision_tower")
-    }
-    trained = [name for part, names in parts.items() if getattr(config.train, part) for name in names]
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(config.lora is None and name in trained)
+    trained = _freeze(base, config, family)
     adapters = _add_lora(base, config, trained) if config.lora else None
-    torch.nn.Module.to(base, device)
-    layers = base.model.language_model.layers
-    kernels_run = kernels == "auto" and fused.kernels_run(device, dtype)
-    left_unfused: tuple[str, ...] = ()
-    if kernels_run:
-        positions = _rotary_positions(model_config.model_type, torch.arange(fused.ROWS, device=device).expand(3, -1))
-        tables = base.model.language_model.rotary_emb(torch.empty(0, device=device, dtype=dtype), positions)
-        left_unfused = fused.fuse(base, layers, tables)
-        if backend != "sdpa" and tower == "visual":
-            left_unfused += tuple(fuse_tower(base.model.visual))
-    trim_last_layer(layers[-1])
+    nn.Module.to(base, device)
+    kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
+    written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run)
     if config.gradient_checkpointing:
         newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
         (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
     base.train()
-    folder = Path(str(cached_file(source.model, "config.json"))).parent
-    vision_trained = config.train.projector or config.train.vision_tower
-    family = model_config.model_type
     return Policy(
-        base, adapters, folder, source, merged, family, backend, kernels_run, dtype, vision_trained, left_unfused
-    )
+        base=base, adapters=adapters, folder=Path(str(cached_file(source.model, "config.json"))).parent, source=source,
+        merged=merged, family=family, attention_backend=backend, kernels=kernels_run, dtype=dtype,
+        vision_trained=config.train.projector or config.train.vision_tower,
+        left_unfused=left_unfused, written_out=written_out,
+    )  # fmt: skip
 
 
-def _load_weights(
-    model_class: type[transformers.PreTrainedModel], source: ModelSource, name: str, dtype: torch.dtype
-) -> transformers.PreTrainedModel:
+def _load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Load the base's weights, all of them; those that an adapter will change keep the dtype of their file."""
     # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
     place = str(Path(source.model).resolve()) if Path(source.model).is_dir() else source.model
     loaded: Any
     try:
-        loaded = model_class.from_pretrained(
+        loaded = FAMILIES[family][0].from_pretrained(
             place, dtype="auto" if source.adapter is not None else dtype, attn_implementation="sdpa",
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
@@ -154,105 +136,78 @@ def _load_weights(
     info: dict[str, Any] = loaded[1]
     if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
         raise UserError(f"policy.model: {name} lacks weights or has wrong shapes, first {absent[0]}")
+    if getattr(base.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"policy.model: {name} has an LM head with a bias, which vapr does not support")
     return base
 
 
-def _use_attention(base: transformers.PreTrainedModel, backend: str, tower: str) -> None:
-    base.model.language_model.config._attn_implementation = attention.LANGUAGE_MODEL
-    if backend != "sdpa" and tower == "visual":  # Qwen's tower has windows; its SDPA path loops over them
-        base.model.visual.config._attn_implementation = attention.VISION_TOWER
+def _freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: str) -> set[str]:
+    """Freeze the parts that are not trained, and with LoRA all. Returns the names of the trained parts' parameters."""
+    _, tower, projector = FAMILIES[family]
 
-
-def _patches_by_matmul(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
-    """Qwen's patch embedding has one output position a patch: a matrix product, which Conv3d computes more slowly on a
-    CPU. (patches, channels, time, height, width) -> (patches, D)"""
-    return nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
-
-
-def _disable_dropout(base: nn.Module) -> None:
-    """Dropout would make shared and separate sequences differ by construction."""
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
-
-
-def _part_modules(base: transformers.PreTrainedModel, part: str, tower: str, projector: str) -> list[str]:
-    """Names of the parameters of a part; every parameter belongs to exactly one."""
-
-    def part_of(name: str) -> str:
+    def is_trained(name: str) -> bool:
         if name.startswith(f"model.{projector}."):
-            return "projector"
-        return "vision_tower" if name.startswith(f"model.{tower}.") else "language_model"
+            return config.train.projector
+        return config.train.vision_tower if name.startswith(f"model.{tower}.") else config.train.language_model
 
-    return [name for name, _ in base.named_parameters() if part_of(name) == part]
+    trained = {name for name, _ in base.named_parameters() if is_trained(name)}
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(config.lora is None and name in trained)
+    return trained
 
 
-def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: list[str]) -> peft.PeftModel:
+def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
+    """Add adapters to the wanted linear layers of the trained parts, in the compute dtype; never to the LM head."""
     assert config.lora is not None
     head = base.get_output_embeddings()
-    in_trained_part = set(trained)
     linear = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in in_trained_part
+        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in trained
     ]
     if config.lora.targets != "all-linear":
-        wanted = config.lora.targets
-        known = linear
-        linear = [name for name in linear if any(name == end or name.endswith(f".{end}") for end in wanted)]
-        for end in wanted:
-            if not any(name == end or name.endswith(f".{end}") for name in linear):
+        known, linear = linear, []
+        for end in config.lora.targets:
+            found = [name for name in known if name == end or name.endswith(f".{end}")]
+            if not found:
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known}))
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
+            linear += found
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
-    # Adapters in the compute dtype: their fp32 master copy lives in the optimizer.
     with warnings.catch_warnings():  # peft 0.21 asks for what transformers renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapters = peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
-    layers: list[Any] = [module for module in base.modules() if isinstance(module, peft.tuners.lora.Linear)]
-    for layer in layers:
-        layer.forward = types.MethodType(_adapted, layer)
-    return adapters
-
-
-def _adapted(layer: Any, x: Tensor) -> Tensor:
-    """Forward of a linear layer with vapr's own adapter, without peft's passes over the output."""
-    if layer.disable_adapters:
-        return layer.base_layer(x)
-    (name,) = layer.active_adapters
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[name])
+        # Without autocast adapters have the compute dtype: their fp32 master copy lives in the optimizer.
+        return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
 
 
 def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
-    """Last hidden states, after the final norm, of every packed token that predicts something, shape (T, D).
-
-    Other rows hold nothing of use: the last layer skips them.
+    """Return the last hidden states, after the final norm, of every packed token that predicts something.
 
     Args:
         batch: on the policy's device.
-        features: what :func:`image_features` gives for its images, if known already.
+        features: what :func:`image_features` returns for its images, if known already.
+
+    Returns:
+        Shape (T, D), in the policy's dtype. Rows of other tokens hold nothing of use: the last layer skips them.
     """
     model = policy.base.model
     embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
     if batch.images:
         features = image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
-    out = model.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=_rotary_positions(policy.family, batch.position_ids),
-        use_cache=False,
-        segments=batch.attention,
-        backend=policy.attention_backend,
-        predicting=batch.predicting,
+    return patches.run_decoder(
+        model.language_model,
+        embeds,
+        patches.rotary_tables(model.language_model, policy.family, batch.position_ids),
+        functools.partial(segment_attention, segments=batch.attention, backend=policy.attention_backend),
+        batch.predicting,
+        written_out=policy.written_out,
+        kernels=policy.kernels,
     )
-    return out.last_hidden_state[0]
 
 
 def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
-    """Embeddings of tokens, (T, D), whose gradient does not lose what many equal tokens add up to.
+    """Return the embeddings of tokens, (T, D), whose gradient does not lose what many equal tokens add up to.
 
     On a CPU nn.Embedding adds gradients in the dtype of its weight, where a sum of ones stops at 256 in bf16;
     index_select adds in fp32.
@@ -265,13 +220,11 @@ def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
     return embeds
 
 
-def _rotary_positions(family: str, position_ids: Tensor) -> Tensor:
-    """Positions (3, T) as the family's language model takes them: three axes, or for LLaVA one."""
-    return position_ids[:1] if family == "llava" else position_ids[:, None]
-
-
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
-    """Features of images laid end to end, (sum of their tokens, D). The tower runs once."""
+    """Return the features of images laid end to end, (sum of their tokens, D). The tower runs once for all of them.
+
+    They are in the policy's dtype, and carry a gradient only if tower or projector are trained.
+    """
     model = policy.base.model
     with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         pixels = _pixels(images, policy.device).to(policy.dtype)
@@ -281,8 +234,8 @@ def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
 
 
 def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
-    """Pixels of images laid end to end on the device, in fp32. Each goes there by itself: joining and casting them on
-    the host first takes three times as long as the transfer."""
+    """Lay the pixels of images end to end on the device, in fp32. Each goes there by itself: joining and casting them
+    on the host first takes three times as long as the transfer."""
     first = images[0].pixel_values
     pixels = torch.empty(sum(len(image.pixel_values) for image in images), *first.shape[1:], device=device)
     start = 0
@@ -293,9 +246,9 @@ def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
 
 
 def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
-    """Sizes of images for Qwen's tower, and what it derives from them: positions, windows, bounds of its attention.
+    """Return what Qwen's tower takes: the sizes of images, and positions, windows and bounds of its attention.
 
-    Computed on the host, where the sizes are; the tower itself would wait for the device at each of them.
+    They are computed on the host, where the sizes are; the tower itself would wait for the device at each of them.
     """
     grid = torch.tensor([image.grid_thw for image in images])  # (images, 3)
     bounds = get_vision_cu_seqlens(grid)
@@ -312,7 +265,7 @@ def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.de
 
 @contextlib.contextmanager
 def frozen(policy: Policy) -> Iterator[None]:
-    """Evaluation: no gradients, no checkpointing."""
+    """Evaluate the policy: no gradients, no checkpointing."""
     policy.base.eval()
     try:
         with torch.no_grad():

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from vapr.model import attention, fused_tower
+from vapr.model import attention, patches
 from vapr.model.attention import VISION_TOWER
 from vapr_kernels import naive
 
@@ -55,7 +55,7 @@ def features(model):
 
 def fuse(model):
     model.model.visual.config._attn_implementation = VISION_TOWER
-    return fused_tower.fuse_tower(model.model.visual)
+    return patches.patch_tower(model.model.visual)
 
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
@@ -73,8 +73,8 @@ def test_padded_weights_keep_their_names_shapes_and_values(model, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fuse(model)
     mlp = model.model.visual.blocks[0].mlp
-    assert mlp.forward.down.shape == (32, 56) and mlp.forward.gate.shape == (56, 32)
-    assert mlp.forward.down[:, 52:].abs().sum() == 0
+    assert mlp.padded_down.shape == (32, 56) and mlp.padded_gate.shape == (56, 32)
+    assert mlp.padded_down[:, 52:].abs().sum() == 0
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     model.save_pretrained(tmp_path)
@@ -113,7 +113,7 @@ def test_modules_that_compute_something_else_are_left(model, monkeypatch):
     """A tower whose MLP is no SwiGLU, and whose attention turns the other way."""
     for block in model.model.visual.blocks:
         block.mlp.act_fn = nn.GELU()
-    monkeypatch.setattr(fused_tower, "rotary", lambda x, cos, sin: naive.rotary(x, cos, -sin))
+    monkeypatch.setattr(patches, "rotate", lambda x, cos, sin: naive.rotary(x, cos, -sin))
     model.model.visual.config._attn_implementation = "eager"
     truth = features(model)
     assert fuse(model) == ["Qwen2_5_VLVisionAttention", "Qwen2_5_VLMLP"]

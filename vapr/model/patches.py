@@ -1,0 +1,381 @@
+"""Every change that vapr makes to the modules of transformers and peft, and the decoder written out.
+
+Weights, their names and the classes of modules stay. What is replaced is a module's ``forward``, by a function below.
+
+| what | by what | why | the test that would miss it |
+| --- | --- | --- | --- |
+| attention of the decoder and of Qwen's tower | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; the tower makes one call for all windows | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
+| dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
+| peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
+| patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
+| the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel adds and norms, one rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
+| RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
+| gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
+| attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
+| frozen gated MLPs of Qwen2.5-VL's tower, likewise | `padded_mlp` | rows that begin at multiples of 16 bytes; cuBLAS is slow at others | `test_tower_patches`: `padded` |
+
+All of it is plain and none of it costs anything: a step dispatches fewer operations than with transformers' own loop. The
+library's own way to exchange layers, ``kernelize``, needs another package, takes all modules of a class, and knows no norm
+that adds; so of transformers' ways only the attention interface and the arguments of the tower are used.
+
+A name promises nothing about what a module computes. So of every kind (class, sizes, settings) one module is run on
+random input before and after. A kind whose outputs differ by more than rounding stays as it is, and the caller is told.
+
+T = packed tokens, or patches of the tower; H = query heads, G = key heads, E = head size, D = hidden size, O = output
+size of a linear layer.
+"""  # noqa: E501
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
+from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
+from vapr_kernels.rotary import rotary as rotate
+
+Forward = Callable[..., Any]
+Attend = Callable[..., Tensor]
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+MULTIPLE = 8
+"""Rows of 16 bytes in bf16: what cuBLAS' fast kernels ask of a matrix."""
+
+ROWS = 16
+"""Rows of the random input on which modules are tried."""
+
+
+def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether Triton kernels can serve a policy of this dtype on this device."""
+    return launch.runs_triton(torch.empty(0, device=device)) and dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+@torch.no_grad()
+def patch(base: Any, family: str, backend: str, *, kernels: bool) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Change the modules of a model as the table above says.
+
+    Args:
+        base: a model of one of the families, on the device where it will run, its adapters included.
+        backend: of attention, one of ``attention.BACKENDS``.
+        kernels: whether norms, gated MLPs, rotations and additions run fused.
+
+    Returns:
+        The numbers of the decoder layers that compute what :func:`decoder_layer` does, and the classes of which some
+        modules compute something else and stay as they are.
+    """
+    decoder, tower = base.model.language_model, getattr(base.model, "visual", None)  # only Qwen's tower is changed
+    decoder.config._attn_implementation = LANGUAGE_MODEL
+    left = []
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+        if isinstance(module, LoraLinear):
+            _replace([module], adapted_linear)
+    if tower is not None:
+        _replace([tower.patch_embed.proj], patches_by_matmul)
+        if backend != "sdpa":  # whose path loops over windows
+            tower.config._attn_implementation = VISION_TOWER
+            left += patch_tower(tower) if kernels else []
+    if kernels:
+        norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
+        mlps = [module for module in base.modules() if _is_gated_mlp(module) and "forward" not in vars(module)]
+        left += _replace_where_same(norms, fused_norm, _try_norm)
+        left += _replace_where_same(mlps, fused_mlp, _try_mlp)
+    positions = torch.arange(ROWS, device=decoder.norm.weight.device).expand(3, -1)
+    tables = rotary_tables(decoder, family, positions)
+    written_out = functools.partial(decoder_layer, kernels=kernels)
+    try_layer = functools.partial(_try_layer, tables=tables)
+    same, different = same_with(written_out, decoder.layers, try_layer, transformers_layer)
+    numbers = frozenset(number for number, layer in enumerate(decoder.layers) if layer in same)
+    return numbers, tuple(dict.fromkeys([*left, *different]))
+
+
+# The decoder of Llama and Qwen2.
+
+
+def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each (T, E), of positions (3, T). LLaVA's have one axis, Qwen's three."""
+    positions = position_ids[:1] if family == "llava" else position_ids[:, None]
+    cos, sin = decoder.rotary_emb(decoder.norm.weight.new_empty(0), positions)  # in the dtype of the weights
+    return cos[0], sin[0]
+
+
+def run_decoder(
+    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, predicting: Tensor, *,
+    written_out: frozenset[int], kernels: bool,
+) -> Tensor:  # fmt: skip
+    """Run the layers and the last norm of a language model over packed tokens.
+
+    Args:
+        decoder: transformers' Llama or Qwen2 language model.
+        x: embeddings, shape (T, D).
+        tables: what :func:`rotary_tables` returns for the tokens' positions.
+        attend: ``segment_attention`` over the batch's forest.
+        predicting: the tokens whose hidden states are wanted, int64, one-dimensional.
+        written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
+        kernels: as :func:`patch` was given.
+
+    Returns:
+        Hidden states, shape (T, D), in the rows ``predicting``; the others may be zero.
+    """
+    num_tokens, last = len(x), len(decoder.layers) - 1
+    for number, layer in enumerate(decoder.layers):
+        if number not in written_out:
+            x = transformers_layer(layer, x, tables, attend)
+            continue
+        rows = predicting if number == last else None
+        run = functools.partial(decoder_layer, layer, tables=tables, attend=attend, kernels=kernels, rows=rows)
+        recomputed = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+        x = checkpoint(run, x, use_reentrant=False) if recomputed else run(x)
+    x = decoder.norm(x)
+    return _spread(x, predicting, num_tokens) if last in written_out else x
+
+
+def decoder_layer(
+    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *,
+    kernels: bool, rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D), or (rows, D) if only some ``rows`` (int64) are wanted.
+
+    Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
+    no query, no output projection and no MLP.
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(x)
+    q = attention.q_proj(normed if rows is None else normed.index_select(0, rows))
+    k, v = attention.k_proj(normed), attention.v_proj(normed)
+    if rows is not None:
+        q = _spread(q, rows, len(x))
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
+    if kernels:
+        attended = attend(q, k, v, scale=attention.scaling, rotary=tables).flatten(1)
+    else:
+        q, k = apply_rotary_pos_emb(q, k, *tables)
+        attended = attend(q, k, v, scale=attention.scaling).flatten(1)
+    if rows is not None:
+        attended, x = attended.index_select(0, rows), x.index_select(0, rows)
+    update = attention.o_proj(attended)
+    if kernels:
+        normed, x = layer.post_attention_layernorm(update, residual=x)
+    else:
+        x = x + update
+        normed = layer.post_attention_layernorm(x)
+    return x + layer.mlp(normed)
+
+
+def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D)."""
+    cos, sin = tables
+    return layer(x[None], attention_mask=None, position_embeddings=(cos[None], sin[None]), attend=attend)[0]
+
+
+def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Put the rows of ``x`` at ``rows`` among zeros, (num_rows, ...)."""
+    return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
+
+
+# What forwards are replaced by.
+
+
+def adapted_linear(layer: Any, x: Tensor) -> Tensor:
+    """Run a linear layer with an adapter, (..., D) -> (..., O), without peft's passes over the output."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    (name,) = layer.active_adapters
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[name])
+
+
+def patches_by_matmul(convolution: Any, patches: Tensor) -> Tensor:
+    """Embed patches (T, channels, time, height, width) -> (T, D). Each has one position: a matrix product."""
+    return F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+
+
+def fused_norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """Run an RMSNorm on (..., D). With a residual (..., D), norm the sum and return the sum, too."""
+    weight, eps = module.weight, module.variance_epsilon
+    if residual is None:
+        return rms_norm(x.flatten(0, -2), weight, eps).view_as(x)
+    normed, total = add_rms_norm(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
+    return normed.view_as(x), total.view_as(x)
+
+
+def fused_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Run ``down(silu(gate(x)) * up(x))`` on (..., D)."""
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    return mlp.down_proj(swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up))
+
+
+def padded_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Run a gated MLP on (T, D) with the padded weights that :func:`_pad_mlp` made."""
+    gate = F.linear(x, mlp.padded_gate, mlp.padded_gate_bias)
+    up = F.linear(x, mlp.padded_up, mlp.padded_up_bias)
+    return F.linear(swiglu(gate, up), mlp.padded_down, mlp.down_proj.bias)
+
+
+def tower_attention(
+    module: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor],
+    max_seqlen: int | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Run attention of Qwen's tower on (T, D), inside images or windows that ``cu_seqlens`` (int32) bounds."""
+    q, k, v = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # each (T, H, E)
+    q, k = (rotate(x, *position_embeddings) for x in (q, k))
+    longest = int(cu_seqlens.diff().max()) if max_seqlen is None else int(max_seqlen)
+    out = varlen_attention(q, k, v, cu_seqlens, longest, scale=module.scaling)
+    return module.proj(out.flatten(1))
+
+
+@torch.no_grad()
+def patch_tower(tower: Any) -> list[str]:
+    """Replace attention and the frozen MLPs of odd width in Qwen's tower, whose attention is ``VISION_TOWER``.
+
+    Returns the classes that stay as they are, because they compute something else.
+    """
+    left = _replace_where_same([block.attn for block in tower.blocks], tower_attention, _try_tower_attention)
+    mlps = [block.mlp for block in tower.blocks if _is_odd(block.mlp)]
+    for mlp in mlps:
+        _pad_mlp(mlp)
+    return left + _replace_where_same(mlps, padded_mlp, _try_mlp)
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return all(hasattr(module, name) for name in parts) and isinstance(module.act_fn, SILU)
+
+
+def _is_odd(mlp: Any) -> bool:
+    """Return whether a gated MLP is frozen and its matrix products are slow at its width: Qwen2.5-VL's 3,420."""
+    layers = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    plain = all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers)
+    return plain and mlp.down_proj.in_features % MULTIPLE != 0
+
+
+def _pad_mlp(mlp: Any) -> None:
+    """Pad the intermediate columns of a gated MLP with zeros, which add nothing.
+
+    Its weights stay parameters of the same names and shapes: they become parts of the padded ones, which are not saved.
+    """
+    width = -(-mlp.down_proj.in_features // MULTIPLE) * MULTIPLE
+    for name, layer in (("padded_gate", mlp.gate_proj), ("padded_up", mlp.up_proj)):
+        mlp.register_buffer(name, _padded(layer.weight, 0, width), persistent=False)
+        bias = None if layer.bias is None else _padded(layer.bias, 0, width)
+        mlp.register_buffer(f"{name}_bias", bias, persistent=False)
+    mlp.register_buffer("padded_down", _padded(mlp.down_proj.weight, 1, width), persistent=False)
+
+
+def _padded(own: nn.Parameter, dim: int, width: int) -> Tensor:
+    """Return ``own`` padded with zeros to ``width`` along ``dim``; its data becomes a part of what is returned."""
+    padded = own.new_zeros([width if d == dim else size for d, size in enumerate(own.shape)])
+    part = padded.narrow(dim, 0, own.shape[dim])
+    part.copy_(own)
+    own.data = part
+    return padded
+
+
+# Trials.
+
+
+def _replace(modules: Iterable[Any], forward: Forward) -> None:
+    for module in modules:
+        module.forward = types.MethodType(forward, module)
+
+
+def _replace_where_same(modules: Iterable[Any], forward: Forward, attempt: Callable[..., list[Tensor]]) -> list[str]:
+    """Replace the forward of modules that compute the same with it. Returns the classes of the others."""
+    same, left = same_with(forward, modules, attempt, nn.Module.__call__)
+    _replace(same, forward)
+    return left
+
+
+def same_with(
+    forward: Forward, modules: Iterable[Any], attempt: Callable[..., list[Tensor]], own: Forward
+) -> tuple[list[Any], list[str]]:
+    """Return the modules whose kind computes the same with ``forward`` as with ``own``, and the classes of the others.
+
+    ``attempt`` takes a module and one of the two, and returns outputs for random input, each (..., ROWS, width).
+    """
+    kinds: dict[Any, list[Any]] = {}
+    for module in modules:
+        kinds.setdefault(_kind(module), []).append(module)
+    same, left = [], []
+    for alike in kinds.values():
+        truth = attempt(alike[0], own)
+        try:
+            agree = all(_agree(*outs) for outs in zip(attempt(alike[0], forward), truth, strict=True))
+        except (AttributeError, TypeError, ValueError):  # it lacks a part, or a part takes something else
+            agree = False
+        if agree:
+            same += alike
+        else:
+            left.append(type(alike[0]).__name__)
+    return same, left
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Return what modules that compute the same have in common: classes, sizes, and settings of their parts."""
+
+    def settings(part: nn.Module) -> list[tuple[str, Any]]:
+        plain = [(name, value) for name, value in vars(part).items() if isinstance(value, bool | int | float | str)]
+        return sorted((name, value) for name, value in plain if name != "layer_idx")
+
+    parts = [(name, type(part), *settings(part)) for name, part in module.named_modules()]
+    return (*parts, *((name, parameter.shape) for name, parameter in module.named_parameters()))
+
+
+def _agree(got: Tensor, own: Tensor) -> bool:
+    """Return whether every row is the same to a few roundings of its dtype (to sums in another order in fp32)."""
+    allowed = max(4 * torch.finfo(own.dtype).eps, 1e-4)
+    difference = (got.float() - own.float()).square().mean(-1)
+    return bool((difference <= allowed**2 * own.float().square().mean(-1)).all())
+
+
+def _random_rows(width: int, like: Tensor) -> Tensor:
+    """Return the same input each time, (ROWS, width), from a generator of its own."""
+    drawn = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0))
+    return drawn.to(like.device, like.dtype)
+
+
+def _try_norm(norm: Any, forward: Forward) -> list[Tensor]:
+    """Run rows from very small, where epsilon counts, to large."""
+    x = _random_rows(len(norm.weight), norm.weight)
+    scale = torch.logspace(-3, 2, ROWS).to(x.device, x.dtype)
+    return [forward(norm, x * scale[:, None])]
+
+
+def _try_mlp(mlp: Any, forward: Forward) -> list[Tensor]:
+    """Run gates of about 2, where activations that look alike around 0 differ."""
+    x = _random_rows(mlp.gate_proj.in_features, mlp.down_proj.weight)
+    return [forward(mlp, x * (2 / mlp.gate_proj(x).float().std()).to(x.dtype))]
+
+
+def _try_tower_attention(attention: Any, forward: Forward) -> list[Tensor]:
+    """Run two images of different length."""
+    x = _random_rows(attention.qkv.in_features, attention.qkv.weight)
+    cu_seqlens = torch.tensor([0, 5, len(x)], device=x.device, dtype=torch.int32)
+    angles = _random_rows(attention.head_dim // 2, attention.qkv.weight).float().repeat(1, 2)
+    tables = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return [forward(attention, x, cu_seqlens=cu_seqlens, position_embeddings=tables, max_seqlen=len(x) - 5)]
+
+
+def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Return queries, keys and values as attention gets them, and what the layer makes of what attention returns."""
+    seen: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if rotary is not None:
+            q, k = (rotate(x, *rotary) for x in (q, k))
+        seen.extend((q * scale, k, v))
+        return q
+
+    out = forward(layer, _random_rows(layer.self_attn.q_proj.in_features, tables[0]), tables, attend)
+    return [*seen, out]
