@@ -11,7 +11,7 @@ from typing import Any
 from vapr.cache import written_whole
 from vapr.data.pair import Message
 from vapr.editing.draft.editor import Draft
-from vapr.editing.job.set_aside import as_it_was
+from vapr.editing.job.over_target import saved_draft
 from vapr.editing.rules.turns import Turn
 from vapr.errors import UserError, one_line
 
@@ -115,7 +115,7 @@ def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "attempts": draft.attempts,
         "refused": draft.refused,
         "raw": draft.raw,
-        "as_it_was": as_it_was(draft, drafts) if draft.status == "over_target" else None,
+        "as_it_was": saved_draft(draft, drafts) if draft.status == "over_target" else None,
     }
 
 
@@ -140,19 +140,19 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
 
 
-def write_table(path: Path, table: Any, announce: Callable[[str], object] = str) -> str:
-    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256.
+def write_table(path: Path, table: Any, before_it_appears: Callable[[str], object] = str) -> str:
+    """Write an Arrow table as parquet, whole or not at all; return the file's sha256.
 
     Args:
-        path: of the file.
-        table: to be written.
-        announce: is told the sha256 before the file is there.
+        path: the file to write.
+        table: the Arrow table.
+        before_it_appears: called with the sha256 before the file is there under its name.
     """
     with written_whole(path) as file:
         _pyarrow().parquet.write_table(table, file, compression="zstd")
         file.flush()
         digest = digest_of(Path(file.name))
-        announce(digest)
+        before_it_appears(digest)
     return digest
 
 

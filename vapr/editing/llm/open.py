@@ -10,6 +10,11 @@ from vapr.editing.llm.request import CUT_OFF, LanguageModel, Request
 from vapr.errors import UserError
 
 
+def is_server(model: str) -> bool:
+    """Return whether a model's name is the address of a server."""
+    return model.startswith(("http://", "https://"))
+
+
 def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
     """Open a server (``http://`` or ``https://``), or load a folder or hub id with vLLM.
 
@@ -17,7 +22,7 @@ def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
         UserError: if it does not open, or if its replies do not follow a schema.
     """
     llm: LanguageModel
-    if model.startswith(("http://", "https://")):
+    if is_server(model):
         from vapr.editing.llm.server import ServerModel
 
         llm = ServerModel(model, engine)
