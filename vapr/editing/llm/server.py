@@ -1,6 +1,6 @@
 """A language model behind any OpenAI-compatible server: bounded concurrency, retries, and rows that fail alone.
 
-The openai package's own retries are off: they do not wait for a server that asks for more than a minute, never wait
+The openai package's own retries are off: they do not wait for a server that asks for more than two minutes, never wait
 longer than 8 seconds otherwise, and take what a proxy sends with HTTP 200 for an answer.
 """
 
