@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,33 @@ def run_until_a_worker_signals(number: int, start: Start) -> None:
         run(start, print)
     except Stopped as stopped:
         os._exit(stopped.exit_code)
+
+
+def test_the_workers_of_a_killed_command_end_too(source, unbroken, out):
+    start = start_of(source, out, workers=2)
+    killed(run_until_a_worker_signals, signal.SIGKILL, start)
+    lease, deadline = out / "leases" / "00000.1", time.monotonic() + SECONDS
+    while lease.read_text() != '{"free": true}' and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert json.loads(lease.read_text()) == {"free": True}  # the worker came to its own end, where engines are closed
+    done(replace(start, workers=1))
+    assert contents(out) == contents(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("visible", "each", "divided"),
+    [("0,1,2,3", 2, ["0,1", "2,3"]), ("GPU-a,GPU-b,GPU-c", 1, ["GPU-a", "GPU-b"]), ("", 1, [None, None])],
+)
+def test_gpus_are_divided_among_workers(source, out, monkeypatch, visible, each, divided):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = parse({"engine": {"tensor_parallel": each}})
+    assert workers._divide_gpus(start_of(source, out, workers=2, config=config)) == divided
+
+
+def test_too_few_gpus_are_said(source, out, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match="--workers 2 with 2 GPUs each need 4 GPUs; there are 3"):
+        done(start_of(source, out, workers=2, config=parse({"engine": {"tensor_parallel": 2}})))
 
 
 def test_a_signal_ends_the_workers_too(source, unbroken, tmp_path):

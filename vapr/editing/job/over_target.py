@@ -64,12 +64,20 @@ def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "asked": draft.plan.ask,
         "trades": [
             {
-                "set": trade.value.set.name, "market": trade.market, "start": trade.value.start,
-                "value": trade.value.text, "target": trade.target,
+                **trade_row(trade),
                 "with": _place(drafts[trade.partner.turn].turn, trade.partner) if trade.partner else None,
             }
             for trade in draft.plan.trades
         ],
+    }
+
+
+def trade_row(trade: Trade) -> dict[str, Any]:
+    """Return a trade as a row holds it."""
+    value = trade.value
+    return {
+        "set": value.set.name, "market": trade.market, "start": value.start, "value": value.text,
+        "target": trade.target,
     }  # fmt: skip
 
 
