@@ -12,15 +12,14 @@ Manifests = list[dict[str, Any]]
 Counts = dict[str, Counter[str]]
 
 
-def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None = None) -> dict[str, Any]:
+def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """Add up counts, tokens and speed, and estimate the rest.
 
     Args:
         job: the folder.
-        editor: name, revision, engine, prompt_hash, seed, temperature.
         price_per_gpu_hour: in any currency; None: no estimate of the cost.
     """
-    manifests = job.manifests()
+    editor, manifests = job.editor, job.manifests()
     first_rounds = [manifest for manifest in manifests if manifest["round"] == 0]
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
     reasons, categories = _count_reasons(manifests, newest), _count_categories(manifests, newest)
@@ -39,7 +38,7 @@ def ledger(job: Job, editor: Mapping[str, Any], price_per_gpu_hour: float | None
     done = sum(manifest["turns"] for manifest in first_rounds)
     scan = {key: value for key, value in job.scan.items() if key != "first_bad_rows"}
     return {
-        "editor": dict(editor),
+        "editor": editor,
         "source": {**job.described["source"], **scan, "licence": job.config.source.licence},
         "turns": {"total": job.num_turns, "done": done, "left": job.num_turns - done},
         "accepted": accepted,

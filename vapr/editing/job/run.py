@@ -57,19 +57,19 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
             run_workers(start, job)
         except BaseException:
             if (job.folder / EDITOR).exists():
-                finish(start, job)  # whatever has stopped it, ledger and card say how far it came
+                _write_ledger(start, job)  # whatever has stopped it, ledger and card say how far it came
             raise
     if start.target is not None:
         if job.accepted >= start.target:
             job.remove_unfinished_pairs()
         else:
             say(f"--target {start.target:,} was not reached: the source gave {job.accepted:,} accepted pairs")
-    return finish(start, job)
+    return _write_ledger(start, job)
 
 
-def finish(start: Start, job: Job) -> dict[str, Any]:
+def _write_ledger(start: Start, job: Job) -> dict[str, Any]:
     """Write ledger.json and the card, and return the ledger."""
-    result = ledger(job, job.editor, start.price_per_gpu_hour)
+    result = ledger(job, start.price_per_gpu_hour)
     write_json(job.folder / "ledger.json", result)
     write_card(job.folder, result)
     return result
