@@ -11,8 +11,8 @@ import torch
 
 from vapr.editing.draft.editor import Editor
 from vapr.editing.job.folder import Job
-from vapr.editing.job.start import Start, identity, open_job
-from vapr.editing.job.worker import work
+from vapr.editing.job.start import Start, open_job
+from vapr.editing.job.worker import Worker
 from vapr.editing.llm.request import LanguageModel, Reply, Request, tell_nobody
 from vapr.editing.llm.vllm_offline import OfflineModel
 from vapr.progress import Display
@@ -37,7 +37,6 @@ class WholeUnit:
 
     def __init__(self, start: Start, editor: Editor, folder: Path) -> None:
         self._start, self._editor, self._folder = start, editor, folder
-        self._described = identity(start, editor)
         self._job: Job | None = None
         self.generated = 0
 
@@ -48,7 +47,7 @@ class WholeUnit:
 
     def __call__(self) -> None:
         with Display("edit", self._job.num_turns, unit="answer") as display:
-            work(self._job, self._editor, self._described, target=None, retry_failed=False, display=display)
+            Worker(self._start, self._job, self._editor, display).work()
         self.generated = self._job.manifests()[0]["tokens"]["generated"]
 
 

@@ -96,7 +96,7 @@ def test_growing_targets_end_with_the_pairs_of_one_run(tmp_path, balance):
         assert last[key] == expected[key], key
 
 
-@pytest.mark.parametrize(("name", "times"), [("write_lines", 2), ("write_pairs", 1), ("_manifest", 1)])
+@pytest.mark.parametrize(("name", "times"), [("write_lines", 2), ("write_pairs", 1), ("_counts", 1)])
 def test_killed_while_it_takes_up_what_was_over_a_target(source, tmp_path, name, times):
     for folder in ("unbroken", "killed"):
         done(start_of(source, tmp_path / folder, target=7))
@@ -114,7 +114,7 @@ def test_a_target_that_is_out_of_reach_is_said(source, unbroken, capsys, out):
 
 
 def test_a_lower_target_leaves_no_pairs_of_a_killed_worker(source, out):
-    killed(run_until, "vapr.editing.job.worker", "_manifest", 2, start_of(source, out))
+    killed(run_until, "vapr.editing.job.worker", "_counts", 2, start_of(source, out))
     accepted = manifests(out)[0]["accepted"]
     assert len(pairs_in(out)) > accepted
     done(start_of(source, out, target=accepted))

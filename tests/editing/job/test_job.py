@@ -33,8 +33,7 @@ from tests.editing.edit_jobs import (
 from vapr.cache import written_whole
 from vapr.data.sources import read_pairs
 from vapr.editing.draft.editor import Editor
-from vapr.editing.job import folder as job
-from vapr.editing.job import pair_rows, scan
+from vapr.editing.job import json_files, pair_rows, scan
 from vapr.editing.job.run import run
 from vapr.editing.job.start import Start
 from vapr.errors import UserError
@@ -48,7 +47,7 @@ pytest_plugins = ["tests.editing.edit_jobs"]
 @pytest.mark.parametrize(
     ("module", "name", "times", "redone"),
     [
-        ("vapr.editing.job.claim", "os.link", 2, 0),  # before the folder is claimed
+        ("vapr.editing.job.json_files", "os.link", 2, 0),  # before the folder is claimed
         ("vapr.editing.job.folder", "take", 1, 0),  # after it
         ("vapr.editing.job.scan", "to_edit", 20, 0),  # while the source is read
         ("vapr.editing.job.scan", "np.save", 1, 0),
@@ -57,7 +56,7 @@ pytest_plugins = ["tests.editing.edit_jobs"]
         ("vapr.editing.draft.editor", "Editor.edit", 2, 1),
         ("vapr.editing.job.worker", "write_lines", 4, 1),  # between rejects and plans
         ("vapr.editing.job.worker", "write_pairs", 2, 1),  # between plans and pairs
-        ("vapr.editing.job.worker", "_manifest", 2, 1),  # between pairs and manifest
+        ("vapr.editing.job.worker", "_counts", 2, 1),  # between pairs and manifest
         ("vapr.editing.job.leases", "Lease._write_free", 4, 0),  # between manifest and the end of the lease
         ("vapr.editing.job.run", "ledger", 1, 0),
     ],
@@ -72,7 +71,7 @@ def test_killed_and_run_again(source, unbroken, module, name, times, redone, out
     assert result["shards"] == {"total": 5, "done": 5, "redone": redone}
     again = {m["unit"]: m["times_taken"] for m in manifests(start.folder)}
     assert sum(times > 1 for times in again.values()) == redone
-    assert finished == {"Editor.edit": 1, "write_lines": 1, "write_pairs": 1, "_manifest": 1, "ledger": 5,
+    assert finished == {"Editor.edit": 1, "write_lines": 1, "write_pairs": 1, "_counts": 1, "ledger": 5,
                         "Lease._write_free": 2}.get(name, 0)  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def run_until_half_of(name: str, start: Start) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield file
 
-    for module in (scan, pair_rows, job):
+    for module in (scan, pair_rows, json_files):
         module.written_whole = half_written
     run(start, print)
 
@@ -108,15 +107,15 @@ def test_killed_in_the_middle_of_a_file(source, unbroken, name, out):
 
 def test_killed_twice_in_one_shard_is_counted_twice(source, out):
     start = start_of(source, out)
-    killed(run_until, "vapr.editing.job.worker", "_manifest", 2, start)
-    killed(run_until, "vapr.editing.job.worker", "_manifest", 1, start)
+    killed(run_until, "vapr.editing.job.worker", "_counts", 2, start)
+    killed(run_until, "vapr.editing.job.worker", "_counts", 1, start)
     assert done(start)["shards"]["redone"] == 2
 
 
 def test_a_part_of_a_killed_worker_does_not_outlive_a_rerun_that_accepts_nothing(source, monkeypatch, out):
     """An editor that is no function of its input, such as a server, may refuse the second time what it made before."""
     start = start_of(source, out)
-    killed(run_until, "vapr.editing.job.worker", "_manifest", 1, start)
+    killed(run_until, "vapr.editing.job.worker", "_counts", 1, start)
     assert [file.name for file in (start.folder / "pairs").iterdir()] == ["part-00000.parquet"]
     edit = Editor.edit
 

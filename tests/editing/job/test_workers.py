@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from tests.editing.edit_jobs import (
     start_of,
 )
 from vapr.editing.draft.editor import Editor
-from vapr.editing.job import leases
+from vapr.editing.job import leases, worker, workers
 from vapr.editing.job import run as runs
-from vapr.editing.job import worker as work
 from vapr.editing.job.run import run
 from vapr.editing.job.start import Start
 from vapr.errors import UserError
@@ -103,13 +103,13 @@ def test_workers_of_one_command(source, unbroken, out):
 
 
 def test_a_problem_of_a_worker_is_the_commands(source, out, monkeypatch):
-    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: FORK)  # sooner there
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: FORK)  # sooner there
     with pytest.raises(UserError, match=r"server http://127.0.0.1:9: not reachable"):
         done(start_of(source, out, workers=2, editor="http://127.0.0.1:9"))
 
 
 def test_a_worker_that_is_killed_is_said(source, unbroken, out, monkeypatch):
-    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: FORK)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: FORK)
     monkeypatch.setattr(Editor, "edit", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="2 of 2 workers were killed; finished shards are kept, start again"):
         done(start_of(source, out, workers=2))
@@ -126,12 +126,39 @@ def run_until_a_worker_signals(number: int, start: Start) -> None:
             os.kill(os.getppid(), number)
         signal.pause()
 
-    runs.multiprocessing.get_context = lambda method: FORK
+    workers.multiprocessing.get_context = lambda method: FORK
     Editor.edit = signal_and_wait
     try:
         run(start, print)
     except Stopped as stopped:
         os._exit(stopped.exit_code)
+
+
+def test_the_workers_of_a_killed_command_end_too(source, unbroken, out):
+    start = start_of(source, out, workers=2)
+    killed(run_until_a_worker_signals, signal.SIGKILL, start)
+    lease, deadline = out / "leases" / "00000.1", time.monotonic() + SECONDS
+    while lease.read_text() != '{"free": true}' and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert json.loads(lease.read_text()) == {"free": True}  # the worker came to its own end, where engines are closed
+    done(replace(start, workers=1))
+    assert contents(out) == contents(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("visible", "each", "divided"),
+    [("0,1,2,3", 2, ["0,1", "2,3"]), ("GPU-a,GPU-b,GPU-c", 1, ["GPU-a", "GPU-b"]), ("", 1, [None, None])],
+)
+def test_gpus_are_divided_among_workers(source, out, monkeypatch, visible, each, divided):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = parse({"engine": {"tensor_parallel": each}})
+    assert workers._divide_gpus(start_of(source, out, workers=2, config=config)) == divided
+
+
+def test_too_few_gpus_are_said(source, out, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match="--workers 2 with 2 GPUs each need 4 GPUs; there are 3"):
+        done(start_of(source, out, workers=2, config=parse({"engine": {"tensor_parallel": 2}})))
 
 
 def test_a_signal_ends_the_workers_too(source, unbroken, tmp_path):
@@ -177,7 +204,7 @@ def test_several_workers_do_not_overshoot_the_target(source, out):
 
 
 def holder(**changes) -> str:
-    mine = {"host": leases.socket.gethostname(), "pid": os.getpid(), "began": leases._began(os.getpid())}
+    mine = {"host": leases.socket.gethostname(), "pid": os.getpid(), "began": leases._start_of_process(os.getpid())}
     return json.dumps({**mine, **changes})
 
 
@@ -248,7 +275,7 @@ def test_a_shard_that_a_living_worker_holds_is_waited_for(source, unbroken, monk
         other.kill()
         other.join()
 
-    monkeypatch.setattr(work.time, "sleep", other_dies)
+    monkeypatch.setattr(worker.time, "sleep", other_dies)
     result = done(start)
     assert waited == [{"00000", "00001", "00003", "00004", "00000-again1"}]  # all but that one; and taken over at once
     assert result["turns"]["left"] == 0 and result["shards"]["redone"] == 1
@@ -272,7 +299,7 @@ def test_a_worker_that_was_taken_for_dead_publishes_nothing(source, unbroken, mo
         os.utime(start.folder / "leases" / "00000.2", (0, 0))
 
     monkeypatch.setattr(Editor, "edit", steal)
-    monkeypatch.setattr(work.time, "sleep", dies)
+    monkeypatch.setattr(worker.time, "sleep", dies)
     assert done(start)["shards"]["redone"] == 2  # the stolen one's own, and the thief's
     assert contents(start.folder) == contents(unbroken)
 
@@ -308,12 +335,14 @@ def test_ray_makes_the_same_pairs_and_survives(source, unbroken, out):
     assert_nothing_lost(out)
 
 
-def test_a_problem_of_a_ray_worker_comes_back_as_a_row(source, out):
-    from vapr.editing.job.on_ray import _Worker
-
-    worker = _Worker(start_of(source, out, editor="http://127.0.0.1:9"))
-    [problem] = worker({"shard": [0], "round": [0]})["problem"]
-    assert problem.startswith("server http://127.0.0.1:9: not reachable") and "\n" not in problem
+def test_a_problem_of_a_ray_worker_is_the_commands(source, out):
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    try:
+        with pytest.raises(UserError, match=r"^server http://127.0.0.1:9: not reachable") as caught:
+            done(start_of(source, out, ray=True, editor="http://127.0.0.1:9"))
+    finally:
+        ray.shutdown()
+    assert "\n" not in str(caught.value)
     assert not manifests(out)
 
 

@@ -23,8 +23,20 @@ SCHEMA = {"type": "object", "properties": {"echo": {"type": "string"}}, "require
 KEY = "sk-test-0123456789abcdef"
 
 
+SLEPT: list[float] = []
+"""The waits of a test, none of which takes time."""
+
+
 @pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
+def _no_proxy_and_no_waits(monkeypatch):
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        SLEPT.append(seconds)
+        await sleep(0)
+
+    SLEPT.clear()
+    monkeypatch.setattr(asyncio, "sleep", note)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -49,14 +61,8 @@ def ask_for(text: str, **changes) -> Request:
 
 
 def opened(server: FakeServer, **settings) -> tuple[ServerModel, list[float]]:
-    """A model, and the list of its waits, none of which takes time."""
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        await asyncio.sleep(0)
-
-    return ServerModel(server.url, EngineConfig(**settings), sleep), slept
+    """A model, and the list of its waits."""
+    return ServerModel(server.url, EngineConfig(**settings)), SLEPT
 
 
 def echo(text: str) -> Reply:

@@ -21,14 +21,13 @@ from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.operations import apply, changed_spans
 from vapr.editing.rules.turns import Turn, answer_hash, bare
 from vapr.errors import UserError
+from vapr.progress import Display
 
-Told = Callable[[int, str], None]
-"""Is told how many turns more are through, and in words what is going on."""
-
+RULES = "rules"
+"""The name of the editor that has no language model."""
 SAME_PAIR = "another pair has the same images, prompt and rejected answer"
 TRUE_HERE = "another row gives the edited answer as the truth of this image"
-LABEL_TOKENS = 64
-TRUTH_TOKENS = 64
+LABEL_TOKENS = TRUTH_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -46,35 +45,72 @@ class Draft:
     refused: list[str] = field(default_factory=list)  # why earlier edits were
     status: str = "open"  # accepted | rejected | failed | partner_lost | over_target
     reason: str | None = None
-    taken_up: bool = False  # as an earlier round left it, which has noted its plan
+    restored: bool = False  # from an earlier round, which has noted its plan
 
     def end(self, status: str, reason: str) -> None:
         self.status, self.reason, self.rejected, self.edits = status, reason, None, []
 
+    @property
+    def category(self) -> Category:
+        """The category of a draft that has one."""
+        assert self.plan.category is not None
+        return self.plan.category
+
 
 @dataclass(slots=True)
 class Tokens:
-    """Of all requests of a shard."""
+    """The tokens of all requests of a shard."""
 
     prompt: int = 0
     cached: int = 0
     generated: int = 0
 
-    def add(self, reply: Reply) -> None:
-        self.prompt += reply.prompt_tokens
-        self.cached += reply.cached_tokens
-        self.generated += reply.generated_tokens
+
+class _Asker:
+    """Sends the requests of one shard: each has its own seed, tokens are added up, replies are shown as progress."""
+
+    def __init__(self, config: EditConfig, shard: str, display: Display | None) -> None:
+        self._seed, self._temperature, self._display = f"{config.seed}|{shard}", config.ask.temperature, display
+        self.tokens = Tokens()
+
+    def advance(self, turns: int) -> None:
+        """Show that so many turns more are through."""
+        if turns and self._display is not None:
+            self._display.advance("", turns)
+
+    def request(
+        self, draft: Draft, purpose: str, messages: prompts.Messages, schema: dict[str, Any], max_tokens: int
+    ) -> Request:
+        """Make a request about a draft; the same one for the same purpose, whatever else is in the shard."""
+        digest = hashlib.sha256(f"{self._seed}|{purpose}|{draft.turn.digest()}".encode()).digest()
+        return Request(messages, schema, int.from_bytes(digest[:4], "little") >> 1, max_tokens, self._temperature)
+
+    def ask(self, llm: LanguageModel, requests: Sequence[Request], what: str) -> list[Reply]:
+        """Return the replies, in the order of the requests."""
+        came = itertools.count(1)
+
+        def show() -> None:
+            note = f"{what}: {next(came):,} of {len(requests):,} replies"
+            if self._display is not None:
+                self._display.note(note)
+
+        replies = llm.ask(requests, show)
+        for reply in replies:
+            self.tokens.prompt += reply.prompt_tokens
+            self.tokens.cached += reply.cached_tokens
+            self.tokens.generated += reply.generated_tokens
+        return replies
 
 
 class Editor:
     """Makes drafts of turns; one for each process.
 
     Args:
-        config: of the job.
-        categories: of the job.
+        config: the settings of the job.
+        categories: the categories of the job.
         llm: the language model; None edits by rules alone.
-        verifier: looks at the image; None: nobody does.
-        pictures: an image source as a data URI, for the verifier.
+        verifier: a model that looks at the image; None: nobody does.
+        pictures: gives an image source as a data URI, for the verifier.
     """
 
     def __init__(
@@ -88,196 +124,173 @@ class Editor:
         self.pictures = pictures
         self.nouns = Nouns(Path(config.checks.wordnet) if config.checks.wordnet else None)
         self.planner = Planner(categories, self.nouns, llm.name if llm else None, config.plan.balance)
+        self.identity = {
+            "name": llm.name if llm else RULES,
+            "revision": llm.revision if llm else None,
+            "engine": llm.engine if llm else None,
+            "prompt_hash": prompts.prompt_hash(categories),
+            "seed": config.seed,
+            "temperature": config.ask.temperature if llm else None,
+        }
+        """Who edits, for provenance."""
 
     def edit(
-        self, turns: Sequence[Turn], seed: str, told: Told = lambda count, what: None,
+        self, turns: Sequence[Turn], shard: str, display: Display | None = None,
         published: Callable[[], AbstractSet[int]] = frozenset,
     ) -> tuple[list[Draft], Tokens]:  # fmt: skip
-        """A draft for each turn, in their order, each accepted, rejected or failed.
+        """Make a draft of each turn, in their order, each accepted, rejected or failed.
 
         Args:
-            turns: of one shard.
-            seed: names the shard; with the job's seed it decides trades and the model's sampling.
-            told: of the progress.
+            turns: the turns of one shard.
+            shard: its name; with the job's seed it decides trades and the model's sampling.
+            display: shows progress.
             published: gives the identities of pairs that are written already; no draft becomes one of them again.
         """
-        tokens = Tokens()
-        drafts = [Draft(turn) for turn in turns]
-        self._plan(drafts, seed, tokens, told)
-        waiting = sum(draft.plan.ask and draft.plan.reason is None for draft in drafts)
-        told(len(drafts) - waiting, "")
-        self._trade(drafts)
-        self._ask(drafts, seed, tokens, told)
-        self._settle(drafts)
-        self._other_answers(drafts)
-        self._blind_check(drafts, seed, tokens, told)
-        self._verify(drafts, seed, tokens, told)
-        self._settle(drafts)
-        while self._end_repeated(drafts, published()):
-            self._settle(drafts)
-        for draft in drafts:
-            if draft.status == "open":
-                draft.status = "accepted"
-        return drafts, tokens
-
-    # Planning
-
-    def _plan(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
-        for number, draft in enumerate(drafts):
-            draft.plan = self.planner.by_rules(draft.turn, number)
-        unclear = [n for n, draft in enumerate(drafts) if draft.plan.category is None and not draft.plan.reason]
-        if self.llm is not None and unclear:
-            requests = [
-                self._request(
-                    prompts.label_messages(self.categories, drafts[n].turn), prompts.label_schema(self.categories),
-                    LABEL_TOKENS, drafts[n].turn, f"{seed}|label",
-                )
-                for n in unclear
-            ]  # fmt: skip
-            replies = self._replies(self.llm, requests, tokens, told, "categories")
-            for number, reply in zip(unclear, replies, strict=True):
-                draft = drafts[number]
-                try:
-                    label = prompts.read_label(_text(reply), self.categories)
-                except prompts.BadReply as error:
-                    draft.plan.decided_by = f"model {self.llm.name}"
-                    draft.end("failed", f"no category: {error}")
-                else:
-                    draft.plan = self.planner.labelled(draft.turn, number, label)
-        self.planner.trade([draft.plan for draft in drafts], f"{self.config.seed}|{seed}")
+        asker = _Asker(self.config, shard, display)
+        drafts = [Draft(turn, self.planner.by_rules(turn, number)) for number, turn in enumerate(turns)]
+        self._label(drafts, asker)
+        self.planner.trade([draft.plan for draft in drafts], f"{self.config.seed}|{shard}")
         for draft in drafts:
             if draft.plan.reason and draft.status == "open":
                 draft.end("rejected", draft.plan.reason)
-
-    def _trade(self, drafts: list[Draft]) -> None:
+        asker.advance(sum(not draft.plan.ask or draft.plan.reason is not None for draft in drafts))
         for draft in drafts:
             if draft.status == "open" and not draft.plan.ask:
                 self._apply_trades(draft)
+        self._ask_for_edits(drafts, asker)
+        self._end_torn_trades(drafts)
+        self._end_true_answers(drafts)
+        self._check_blind(drafts, asker)
+        self._verify(drafts, asker)
+        self._end_torn_trades(drafts)
+        while self._end_repeated(drafts, published()):
+            self._end_torn_trades(drafts)
+        for draft in drafts:
+            if draft.status == "open":
+                draft.status = "accepted"
+        return drafts, asker.tokens
+
+    # Rules
 
     def _apply_trades(self, draft: Draft) -> None:
-        plan, category = draft.plan, _category(draft)
-        if len(plan.trades) < category.min_edits:
+        if len(draft.plan.trades) < draft.category.min_edits:
             draft.end("rejected", NO_PARTNER)
             return
         try:
-            draft.rejected, draft.edits = apply(draft.turn.answer, plan.operations())
+            draft.rejected, draft.edits = apply(draft.turn.answer, draft.plan.operations())
         except CannotEdit as error:
             draft.end("rejected", str(error))
             return
-        draft.verdicts = self._check(draft)
-        if failed := _failed(draft.verdicts):
-            draft.end("rejected", failed)
+        if problem := self._check(draft):
+            draft.end("rejected", problem)
 
-    def _check(self, draft: Draft) -> list[Verdict]:
+    def _check(self, draft: Draft) -> str | None:
+        """Check a draft that has been edited; return what is wrong with it, if anything."""
         assert draft.rejected is not None
-        return check_pair(
-            draft.turn.answer,
-            draft.rejected,
-            draft.edits,
-            _category(draft),
-            self.config.checks,
-            self.nouns,
-            traded=not draft.plan.ask,
+        answer, checks, traded = draft.turn.answer, self.config.checks, not draft.plan.ask
+        draft.verdicts = check_pair(
+            answer, draft.rejected, draft.edits, draft.category, checks, self.nouns, traded=traded
         )
+        return next((f"{verdict.name}: {verdict.note}" for verdict in draft.verdicts if not verdict.passed), None)
 
     # The language model
 
-    def _ask(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
+    def _label(self, drafts: list[Draft], asker: _Asker) -> None:
+        """Ask for the category of turns that no rule fits."""
+        unclear = [n for n, draft in enumerate(drafts) if draft.plan.category is None and not draft.plan.reason]
+        if self.llm is None or not unclear:
+            return
+        schema = prompts.label_schema(self.categories)
+        requests = []
+        for number in unclear:
+            messages = prompts.label_messages(self.categories, drafts[number].turn)
+            requests.append(asker.request(drafts[number], "label", messages, schema, LABEL_TOKENS))
+        for number, reply in zip(unclear, asker.ask(self.llm, requests, "categories"), strict=True):
+            draft = drafts[number]
+            try:
+                label = prompts.read_label(_text(reply), self.categories)
+            except prompts.BadReply as error:
+                draft.plan.decided_by = f"model {self.llm.name}"
+                draft.end("failed", f"no category: {error}")
+            else:
+                draft.plan = self.planner.labelled(draft.turn, number, label)
+
+    def _ask_for_edits(self, drafts: list[Draft], asker: _Asker) -> None:
         """Ask for an edit, and again where it was refused, with the reason."""
-        open_drafts = [draft for draft in drafts if draft.status == "open" and draft.plan.ask]
-        if not open_drafts:
+        waiting = [draft for draft in drafts if draft.status == "open" and draft.plan.ask]
+        if not waiting:
             return
         assert self.llm is not None
         # One category after the other: their prompts begin alike, which the engine computes once.
-        open_drafts.sort(key=lambda draft: (_category(draft).order, _category(draft).name))
-        for attempt in range(self.config.ask.attempts):
-            last = attempt + 1 == self.config.ask.attempts
-            requests = [self._edit_request(draft, f"{seed}|{attempt}") for draft in open_drafts]
-            replies = self._replies(self.llm, requests, tokens, told, f"edits, attempt {attempt + 1}")
-            for draft, reply in zip(open_drafts, replies, strict=True):
-                draft.attempts += 1
-                draft.raw = reply.text
-                problem = self._read(draft, reply)
-                if problem is None:
-                    told(1, "")
-                elif last:
-                    draft.end("failed", problem)
-                    told(1, "")
-                else:
+        waiting.sort(key=lambda draft: (draft.category.order, draft.category.name))
+        for attempt in range(1, self.config.ask.attempts + 1):
+            requests = [self._edit_request(draft, asker, attempt) for draft in waiting]
+            refused = []
+            for draft, reply in zip(waiting, asker.ask(self.llm, requests, f"edits, attempt {attempt}"), strict=True):
+                draft.attempts, draft.raw = attempt, reply.text
+                problem = self._read_edit(draft, reply)
+                if problem is not None and attempt < self.config.ask.attempts:
                     draft.rejected = None
                     draft.refused.append(problem)
-            open_drafts = [d for d in open_drafts if d.status == "open" and d.rejected is None]
-            if not open_drafts:
+                    refused.append(draft)
+                    continue
+                if problem is not None:
+                    draft.end("failed", problem)
+                asker.advance(1)
+            waiting = refused
+            if not waiting:
                 return
 
-    def _edit_request(self, draft: Draft, seed: str) -> Request:
-        category = _category(draft)
+    def _edit_request(self, draft: Draft, asker: _Asker, attempt: int) -> Request:
+        category = draft.category
         messages = prompts.edit_messages(category, draft.turn, must_begin=draft.plan.must_begin, refused=draft.refused)
         longer = len(draft.turn.answer) // 2 if category.mode == "rewrite" else 0  # two characters a token at worst
-        limit = self.config.ask.max_tokens + longer
-        return self._request(messages, prompts.edit_schema(category), limit, draft.turn, seed)
+        max_tokens = self.config.ask.max_tokens + longer
+        return asker.request(draft, str(attempt - 1), messages, prompts.edit_schema(category), max_tokens)
 
-    def _read(self, draft: Draft, reply: Reply) -> str | None:
-        """Take the edit out of a reply; what is wrong with it, if anything."""
-        category = _category(draft)
+    def _read_edit(self, draft: Draft, reply: Reply) -> str | None:
+        """Take the edit out of a reply; return what is wrong with it, if anything."""
         try:
             text = _text(reply)
-            if category.mode == "rewrite":
+            if draft.category.mode == "rewrite":
                 draft.rejected, why = prompts.read_rewrite(text)
                 draft.edits, draft.why = changed_spans(draft.turn.answer, draft.rejected), [why]
             else:
-                operations = prompts.read_edits(text, category)
+                operations = prompts.read_edits(text, draft.category)
                 draft.rejected, draft.edits = apply(draft.turn.answer, operations)
                 draft.why = [operation.why for operation in operations]
         except (prompts.BadReply, CannotEdit) as error:
             return str(error)
-        draft.verdicts = self._check(draft)
-        return _failed(draft.verdicts)
-
-    def _request(
-        self, messages: tuple[dict[str, Any], ...], schema: dict[str, Any], max_tokens: int, turn: Turn, seed: str
-    ) -> Request:
-        digest = hashlib.sha256(f"{self.config.seed}|{seed}|{turn.digest()}".encode()).digest()
-        number = int.from_bytes(digest[:4], "little") >> 1
-        return Request(messages, schema, number, max_tokens, self.config.ask.temperature)
-
-    @staticmethod
-    def _replies(llm: LanguageModel, requests: Sequence[Request], tokens: Tokens, told: Told, what: str) -> list[Reply]:
-        came = itertools.count(1)
-        replies = llm.ask(requests, lambda: told(0, f"{what}: {next(came):,} of {len(requests):,} replies"))
-        for reply in replies:
-            tokens.add(reply)
-        return replies
+        return self._check(draft)
 
     # Balance
 
-    def _settle(self, drafts: list[Draft]) -> None:
+    def _end_torn_trades(self, drafts: list[Draft]) -> None:
         """Where one half of a trade was refused, undo the other, until every trade left has both halves."""
         plans = [draft.plan for draft in drafts]
-        ended = [n for n, draft in enumerate(drafts) if draft.status != "open" and draft.plan.trades]
+        ended = [draft for draft in drafts if draft.status != "open" and draft.plan.trades]
         while ended:
-            draft = drafts[ended.pop()]
+            draft = ended.pop()
             for trade in list(draft.plan.trades):
-                for number in release(trade, plans):
-                    other = drafts[number]
+                for other in (drafts[number] for number in release(trade, plans)):
                     if other is draft or other.status != "open":
                         continue
                     # What is left of a caption's edits is still a pair, unless somebody has judged it as a whole.
-                    if other.plan.trades and not other.plan.ask and not _judged(other):
+                    judged = any(verdict.name in ("blind", "verifier") for verdict in other.verdicts)
+                    keeps_some = other.plan.trades and not other.plan.ask and not judged
+                    if keeps_some:
                         self._apply_trades(other)
-                        if other.reason == NO_PARTNER:
-                            other.end("partner_lost", PARTNER_LOST)
-                    else:
+                    if not keeps_some or other.reason == NO_PARTNER:
                         other.end("partner_lost", PARTNER_LOST)
                     if other.status != "open" and other.plan.trades:
-                        ended.append(number)
+                        ended.append(other)
 
     # Judges
 
-    def _other_answers(self, drafts: list[Draft]) -> None:
+    def _end_true_answers(self, drafts: list[Draft]) -> None:
         """Refuse a rejected answer that another row gives as the truth for the same image and question.
 
-        Of rows in other shards the turn knows by hashes.
+        About rows in other shards the turn knows hashes.
         """
         answers: dict[tuple[Any, str], set[str]] = defaultdict(set)
         for draft in drafts:
@@ -292,7 +305,7 @@ class Editor:
 
     @staticmethod
     def _end_repeated(drafts: Sequence[Draft], published: AbstractSet[int]) -> bool:
-        """Refuse what would be a pair that there is already; whether there was any."""
+        """Refuse what would be a pair that there is already; return whether there was any."""
         times = Counter((draft.turn.images, draft.turn.question) for draft in drafts)
         known, ended = set(published), False
         for draft in drafts:
@@ -306,16 +319,16 @@ class Editor:
             known.add(identity)
         return ended
 
-    def _blind_check(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
+    def _check_blind(self, drafts: list[Draft], asker: _Asker) -> None:
+        """Ask without the image whether both answers could be true; refuse those that could."""
         if not self.config.checks.blind or self.llm is None:
             return
         judged = [draft for draft in drafts if draft.status == "open"]
         requests = []
         for draft in judged:
             messages = prompts.both_messages(draft.turn, str(draft.rejected))
-            requests.append(self._request(messages, prompts.BOTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|both"))
-        replies = self._replies(self.llm, requests, tokens, told, "blind check")
-        for draft, reply in zip(judged, replies, strict=True):
+            requests.append(asker.request(draft, "both", messages, prompts.BOTH_SCHEMA, TRUTH_TOKENS))
+        for draft, reply in zip(judged, asker.ask(self.llm, requests, "blind check"), strict=True):
             try:
                 both = prompts.read_both(_text(reply))
             except prompts.BadReply as error:
@@ -325,64 +338,44 @@ class Editor:
             if both:
                 draft.end("rejected", "blind check: both answers could be true of one image")
 
-    def _look(self, drafts: list[Draft]) -> tuple[list[Draft], list[list[str]]]:
-        """Open drafts with their pictures; one whose picture cannot be read fails alone."""
-        assert self.pictures is not None
-        judged, seen = [], []
-        for draft in drafts:
-            if draft.status != "open":
-                continue
-            try:
-                seen.append([self.pictures(image) for image in draft.turn.images])
-            except UserError as error:
-                draft.end("failed", f"verifier: {error}")
-            else:
-                judged.append(draft)
-        return judged, seen
-
-    def _verify(self, drafts: list[Draft], seed: str, tokens: Tokens, told: Told) -> None:
+    def _verify(self, drafts: list[Draft], asker: _Asker) -> None:
         """Ask twice, with the order swapped: a verifier that likes the first answer best says nothing."""
         if self.verifier is None:
             return
-        judged, seen = self._look(drafts)
+        seen = [(draft, self._look(draft)) for draft in drafts if draft.status == "open"]
+        judged = [(draft, pictures) for draft, pictures in seen if pictures is not None]
         votes: list[list[bool]] = [[] for _ in judged]
         for right in ("A", "B"):
             requests = []
-            for draft, pictures in zip(judged, seen, strict=True):
+            for draft, pictures in judged:
                 texts = (draft.turn.answer, str(draft.rejected))
                 first, second = texts if right == "A" else texts[::-1]
                 messages = prompts.truth_messages(draft.turn, pictures, first, second)
-                requests.append(
-                    self._request(messages, prompts.TRUTH_SCHEMA, TRUTH_TOKENS, draft.turn, f"{seed}|truth|{right}")
-                )
-            for number, reply in enumerate(self._replies(self.verifier, requests, tokens, told, "verifier")):
+                requests.append(asker.request(draft, f"truth|{right}", messages, prompts.TRUTH_SCHEMA, TRUTH_TOKENS))
+            replies = asker.ask(self.verifier, requests, "verifier")
+            for (draft, _), vote, reply in zip(judged, votes, replies, strict=True):
                 try:
-                    votes[number].append(prompts.read_truth(_text(reply)) == right)
+                    vote.append(prompts.read_truth(_text(reply)) == right)
                 except prompts.BadReply as error:
-                    if judged[number].status == "open":
-                        judged[number].end("failed", f"verifier: {error}")
-        for draft, vote in zip(judged, votes, strict=True):
+                    if draft.status == "open":
+                        draft.end("failed", f"verifier: {error}")
+        for (draft, _), vote in zip(judged, votes, strict=True):
             if draft.status == "open":
                 draft.verdicts.append(Verdict("verifier", all(vote), float(sum(vote))))
                 if not all(vote):
                     draft.end("rejected", "verifier: the image does not tell the two answers apart")
 
-
-def _category(draft: Draft) -> Category:
-    assert draft.plan.category is not None
-    return draft.plan.category
+    def _look(self, draft: Draft) -> list[str] | None:
+        """Return the pictures of a draft; one whose pictures cannot be read fails alone."""
+        assert self.pictures is not None
+        try:
+            return [self.pictures(image) for image in draft.turn.images]
+        except UserError as error:
+            draft.end("failed", f"verifier: {error}")
+            return None
 
 
 def _text(reply: Reply) -> str:
     if reply.text is None:
         raise prompts.BadReply(reply.problem or "no text")
     return reply.text
-
-
-def _failed(verdicts: Sequence[Verdict]) -> str | None:
-    failed = [verdict for verdict in verdicts if not verdict.passed]
-    return f"{failed[0].name}: {failed[0].note}" if failed else None
-
-
-def _judged(draft: Draft) -> bool:
-    return any(verdict.name in ("blind", "verifier") for verdict in draft.verdicts)

@@ -12,19 +12,21 @@ from typing import Any
 import pydantic
 
 from vapr import __version__
-from vapr.cache import written_whole
 from vapr.data.review_verdicts import read_verdicts
 from vapr.editing.config import EditConfig
-from vapr.editing.job.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim, claim_folder, differences, read_json
+from vapr.editing.job.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim_folder, differences
+from vapr.editing.job.identities import IDENTITIES, Identities
+from vapr.editing.job.json_files import read_json, write_json, write_json_once
 from vapr.editing.job.leases import take
 from vapr.editing.job.pair_rows import digest_of, num_rows
-from vapr.editing.job.published import Published
 from vapr.editing.job.scan import READ_AGAIN, SCAN, TURNS, Scan, Truths, read_array, write_scan
 from vapr.editing.rules.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
 
 PAIRS, REJECTS, PLANS = "pairs", "rejects", "plans"
 VERDICTS = "verdicts.jsonl"
+RETRIED = ("failed", "over_target", "partner_lost")
+"""How turns have ended that a later round goes through: it plans anew what had failed, with what was lost with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,15 @@ class Unit:
         return f"{self.shard:05d}" if self.round == 0 else f"{self.shard:05d}-again{self.round}"
 
     @classmethod
-    def named(cls, name: str) -> "Unit | None":
-        """The unit of that name; None if units are not called so."""
-        match = re.fullmatch(r"(\d+)(?:-again(\d+))?", name)
+    def of_file(cls, file: Path) -> "Unit | None":
+        """Return the unit that a part or a manifest belongs to; None if its name is not that of a unit's file."""
+        match = re.fullmatch(r"(?:part-)?(\d+)(?:-again(\d+))?\..*", file.name)
         return cls(int(match[1]), int(match[2] or 0)) if match else None
 
 
 @dataclass
 class Manifest:
-    """What the manifest of a finished unit holds."""
+    """The content of the manifest of a finished unit."""
 
     unit: str
     shard: int
@@ -70,7 +72,7 @@ class Manifest:
 
 @dataclass
 class EditedBy:
-    """What editor.json holds."""
+    """The content of editor.json."""
 
     name: str
     revision: str | None
@@ -85,31 +87,24 @@ EDITOR_SHAPE = pydantic.TypeAdapter(EditedBy)
 SCAN_SHAPE = pydantic.TypeAdapter(Scan)
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    manifest = read_json(file, MANIFEST_SHAPE, "delete it to have its shard made again")
-    if not manifest["unit"] == file.stem == Unit(manifest["shard"], manifest["round"]).name:
-        raise UserError(f"{file}: is the manifest of {manifest['unit']}; give it back its name, or delete it")
-    return manifest
-
-
 class Job:
     """An edit job's folder, made or found.
 
     Args:
-        folder: of the job; new, empty, or of the same job.
-        source: path of the instruction data.
-        config: of the job.
+        folder: the folder of the job; new, empty, or of the same job.
+        source: the path of the instruction data.
+        config: the settings of the job.
         identity: what else decides the pairs: prompts, categories, the editor as the command line names it.
 
     Raises:
-        UserError: if the folder is of another job or not of a job, or the source cannot be read.
+        UserError: if the folder belongs to another job or to no job, or the source cannot be read.
     """
 
     def __init__(self, folder: Path, source: str, config: EditConfig, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.config = config
         self.data = InstructionData(source, config.source)
-        self.published = Published(folder)
+        self.identities = Identities(folder)
         described = {
             "vapr": __version__,
             "source": {"path": source, "digest": self.data.digest, "rows": len(self.data)},
@@ -126,7 +121,7 @@ class Job:
             self._at_work = stack.pop_all()
 
     def close(self) -> None:
-        """Be at work in the folder no longer."""
+        """Give the folder back: this process is at work in it no longer."""
         self._at_work.close()
 
     def check_editor(self, editor: Mapping[str, Any]) -> None:
@@ -135,20 +130,20 @@ class Job:
         Raises:
             UserError: naming what differs.
         """
-        claim(self.folder / EDITOR, dict(editor))
+        write_json_once(self.folder / EDITOR, editor)
         for key, ours, theirs in differences(dict(editor), self.editor):
             if key not in ("engine", "num_gpus"):
                 raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
 
     @property
     def editor(self) -> dict[str, Any]:
-        """Who edits, as :meth:`check_editor` noted it."""
+        """The editor, as :meth:`check_editor` noted it."""
         return read_json(self.folder / EDITOR, EDITOR_SHAPE)
 
     # The source
 
     def _scan(self) -> dict[str, Any]:
-        """Counts of the source and, in turns.npy, (row, answer) of every turn to edit. Made once."""
+        """Return the counts of the source, which is read once."""
         file = self.folder / SCAN
         while not file.exists():
             lease = take(self.folder / LEASES, "scan")
@@ -169,13 +164,13 @@ class Job:
         return -(-self.num_turns // self.config.turns_per_shard)
 
     def turns_of(self, shard: int) -> list[Turn]:
-        """The turns of a shard."""
+        """Return the turns of a shard."""
         start = shard * self.config.turns_per_shard
         places = self._turns[start : start + self.config.turns_per_shard]
         return self.turns_at([(int(row), int(number)) for row, number in places])
 
     def turns_at(self, places: Sequence[tuple[int, int]]) -> list[Turn]:
-        """The turns of these rows and numbers.
+        """Return the turns of these rows and numbers.
 
         Raises:
             UserError: if the source was changed since it was scanned.
@@ -192,25 +187,27 @@ class Job:
             turns.append(replace(turn, truths=self._truths.of(turn)))
         return turns
 
-    # What is done
+    # Finished units
 
-    def manifest(self, unit: Unit) -> dict[str, Any] | None:
-        """What is known of a finished unit; None if it is not finished."""
-        file = self.folder / SHARDS / f"{unit.name}.json"
-        return _read_manifest(file) if file.exists() else None
+    def manifest_file(self, unit: Unit) -> Path:
+        """Return where the manifest of a unit is; the unit is finished when it is there."""
+        return self.folder / SHARDS / f"{unit.name}.json"
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Return whether a unit is finished."""
+        return self.manifest_file(unit).exists()
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Say that a unit is finished, or what has become of it since."""
-        with written_whole(self.folder / SHARDS / f"{manifest['unit']}.json") as file:
-            file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+        write_json(self.folder / SHARDS / f"{manifest['unit']}.json", manifest)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Of all finished units, by shard and round."""
+        """Return the manifests of all finished units, by shard and round."""
         found = [_read_manifest(file) for file in (self.folder / SHARDS).glob("*.json")]
         return sorted(found, key=lambda manifest: (manifest["shard"], manifest["round"]))
 
     def check_files(self) -> None:
-        """Read everything that finished units have written: it is as long in coming as a copy of the folder would be.
+        """Read everything that finished units have written, which takes as long as a copy of the folder would.
 
         Raises:
             UserError: naming the first file that is damaged, and the way out.
@@ -219,66 +216,64 @@ class Job:
         if manifests:
             _ = self.editor  # who has made them
         for manifest in manifests:
-            unit = Unit(manifest["shard"], manifest["round"])
+            file = self.folder / SHARDS / f"{manifest['unit']}.json"
             for name in manifest["files"]:
-                problem = self._problem(unit, name) and self._problem(unit, name)  # a review may just have been at it
+                problem = self._damage(file, name) and self._damage(file, name)  # a review may just have been at it
                 if problem:
-                    again = self.folder / SHARDS / f"{unit.name}.json"
                     raise UserError(
-                        f"{self.folder / name}: {problem}; restore it, or delete {again} to have it made again"
+                        f"{self.folder / name}: {problem}; restore it, or delete {file} to have it made again"
                     )
 
-    def _problem(self, unit: Unit, name: str) -> str | None:
-        manifest = self.manifest(unit)
+    def _damage(self, manifest_file: Path, name: str) -> str | None:
+        """Say what is wrong with a file of a unit; None if it is as its manifest says, or the manifest is gone."""
+        if not manifest_file.exists():
+            return None
+        manifest = _read_manifest(manifest_file)
         try:
             digest = digest_of(self.folder / name)
         except FileNotFoundError:
             return "is gone"
         except OSError as error:
             return f"cannot be read ({error.strerror or error})"
-        known = [manifest["files"][name], manifest.get("reviewed", {}).get(name)] if manifest else [digest]
+        known = (manifest["files"][name], manifest.get("reviewed", {}).get(name))
         return None if digest in known else "is not as it was written"
 
-    def rejects(self, unit: Unit) -> list[dict[str, Any]]:
-        """The rows of a finished unit that became no pair."""
-        file = self.folder / REJECTS / f"part-{unit.name}.jsonl"
+    def left_for(self, unit: Unit) -> list[dict[str, Any]]:
+        """Return the rejects of the round before that this round is to go through."""
+        file = self.folder / REJECTS / f"part-{Unit(unit.shard, unit.round - 1).name}.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({error}); restore it, or begin again in a new folder") from None
+        return [row for row in rows if row["status"] in RETRIED]
 
-    def left_for(self, unit: Unit) -> list[dict[str, Any]]:
-        """The rejects of the round before that this one is to go through."""
-        return [row for row in self.rejects(Unit(unit.shard, unit.round - 1)) if row["status"] in RETRIED]
-
-    def units(self, *, retry_failed: bool) -> list[Unit]:
-        """Units to do: shards that no manifest names, and again what was over an earlier target.
+    def units_left(self, *, retry_failed: bool) -> list[Unit]:
+        """Return the units to do: shards that no manifest names, and again what was over an earlier target.
 
         Args:
             retry_failed: also what failed, and what was lost with it.
         """
-        finished = {(manifest["shard"], manifest["round"]) for manifest in self.manifests()}
-        todo = []
+        finished = {(manifest["shard"], manifest["round"]): manifest for manifest in self.manifests()}
+        left = []
         for shard in range(self.num_shards):
-            done = 0
-            while (shard, done) in finished:  # rounds after a gap, where somebody has deleted a manifest, do not count
-                done += 1
-            if done == 0:
-                todo.append(Unit(shard, 0))
-            else:
-                last = self.manifest(Unit(shard, done - 1))
-                assert last is not None
-                if last["over_target"] or (retry_failed and last["to_retry"]):
-                    todo.append(Unit(shard, done))
-        return todo
+            round = 0
+            while (shard, round) in finished:  # rounds after a gap, where a manifest was deleted, do not count
+                round += 1
+            last = finished.get((shard, round - 1))
+            if last is None or last["over_target"] or (retry_failed and last["to_retry"]):
+                left.append(Unit(shard, round))
+        return left
 
-    def progress(self, *, retry_failed: bool) -> tuple[int, int]:
-        """Turns that finished units have been through, and those that :meth:`units` are still to go through."""
-        known = {manifest["unit"]: manifest for manifest in self.manifests()}
-        left = self.num_turns - sum(manifest["turns"] for manifest in known.values() if manifest["round"] == 0)
-        later = [unit for unit in self.units(retry_failed=retry_failed) if unit.round > 0]
-        left += sum(known[Unit(unit.shard, unit.round - 1).name]["to_retry"] for unit in later)
-        return sum(manifest["turns"] for manifest in known.values()), left
+    def turns_done(self) -> int:
+        """Return how many turns finished units have been through; those of a later round count again."""
+        return sum(manifest["turns"] for manifest in self.manifests())
+
+    def turns_left(self, *, retry_failed: bool) -> int:
+        """Return how many turns :meth:`units_left` are to go through."""
+        manifests = {manifest["unit"]: manifest for manifest in self.manifests()}
+        left = self.num_turns - sum(manifest["turns"] for manifest in manifests.values() if manifest["round"] == 0)
+        again = [unit for unit in self.units_left(retry_failed=retry_failed) if unit.round > 0]
+        return left + sum(manifests[Unit(unit.shard, unit.round - 1).name]["to_retry"] for unit in again)
 
     @property
     def accepted(self) -> int:
@@ -286,11 +281,41 @@ class Job:
         manifests = self.manifests()
         if "drop" not in self.verdicts.values():
             return sum(manifest["accepted"] for manifest in manifests)
-        parts = [
-            self.folder / name for manifest in manifests for name in manifest["files"] if name.endswith(".parquet")
-        ]
-        return sum(num_rows(part) for part in parts)
+        return sum(
+            num_rows(self.folder / name) for manifest in manifests for name in manifest["files"] if _is_pairs(name)
+        )
+
+    # Files of units that are not finished
+
+    def remove_files(self, unit: Unit) -> None:
+        """Remove what a killed worker has left of a unit: parts that no manifest names, and halves of files.
+
+        Where a deleted manifest has the shard made again, its later rounds go too, for they went through what this one
+        had left; manifests first.
+        """
+        for folder in (SHARDS, PAIRS, REJECTS, PLANS, IDENTITIES):
+            for file in (self.folder / folder).glob(f"*{unit.shard:05d}*"):
+                found = Unit.of_file(file)
+                if found is not None and found.shard == unit.shard and found.round >= unit.round:
+                    file.unlink(missing_ok=True)
+
+    def remove_unfinished_pairs(self) -> None:
+        """Remove the files of units that have pairs and that nobody will finish: a target is reached."""
+        for part in (self.folder / PAIRS).glob("*"):
+            unit = Unit.of_file(part)
+            if unit is None or self.is_finished(unit) or not (lease := take(self.folder / LEASES, unit.name)):
+                continue
+            with lease:
+                if not self.is_finished(unit):
+                    self.remove_files(unit)
 
 
-RETRIED = ("failed", "over_target", "partner_lost")
-"""What a later round goes through: of these it plans anew what had failed, with what was lost with it."""
+def _is_pairs(name: str) -> bool:
+    return name.startswith(f"{PAIRS}/")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    manifest = read_json(file, MANIFEST_SHAPE, "delete it to have its shard made again")
+    if not manifest["unit"] == file.stem == Unit(manifest["shard"], manifest["round"]).name:
+        raise UserError(f"{file}: is the manifest of {manifest['unit']}; give it back its name, or delete it")
+    return manifest

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 
@@ -61,24 +62,24 @@ class Lease:
 
 
 def take(folder: Path, name: str) -> Lease | None:
-    """Take a lease; None if a living process holds it.
+    """Take a lease; return None if a living process holds it.
 
     Args:
-        folder: of the leases; made if need be.
-        name: of the thing, without a point in it.
+        folder: the folder of the leases, which is made if need be.
+        name: what the lease is on, without a point in it.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number, holder = _newest(folder, name)
-        if holder is not None and _living(holder):
+        number, newest = _newest(folder, name)
+        if newest is not None and _is_held(newest):
             return None
         file = folder / f"{name}.{number + 1}"
-        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())})
-        temporary = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
-        temporary.write_text(text)
+        temporary = folder / f".{name}.{uuid.uuid4().hex}"
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "began": _start_of_process(os.getpid())}
+        temporary.write_text(json.dumps(holder))
         try:
             os.link(temporary, file)  # whole or not at all, and only one process can
         except FileExistsError:
@@ -90,9 +91,9 @@ def take(folder: Path, name: str) -> Lease | None:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
-def anyone(folder: Path, prefix: str) -> bool:
-    """Whether a living process holds a lease whose name begins so."""
-    return any(_living(file) for file in folder.glob(f"{prefix}*"))
+def any_held(folder: Path, prefix: str) -> bool:
+    """Return whether a living process holds a lease whose name begins so."""
+    return any(_is_held(file) for file in folder.glob(f"{prefix}*"))
 
 
 def _newest(folder: Path, name: str) -> tuple[int, Path | None]:
@@ -100,8 +101,8 @@ def _newest(folder: Path, name: str) -> tuple[int, Path | None]:
     return max(found, default=(0, None))
 
 
-def _living(file: Path) -> bool:
-    """Whether the process that wrote the lease may still be at work."""
+def _is_held(file: Path) -> bool:
+    """Return whether the process that wrote a lease may still be at work."""
     try:
         holder = json.loads(file.read_text())
         age = time.time() - file.stat().st_mtime
@@ -109,15 +110,15 @@ def _living(file: Path) -> bool:
         return False
     if not isinstance(holder, dict) or holder.get("free"):
         return False
-    if holder.get("host") != socket.gethostname() or holder.get("began") is None:  # systems without /proc say nothing
+    began = holder.get("began")
+    if holder.get("host") != socket.gethostname() or began is None:  # systems without /proc do not say when it began
         return age < STALE_SECONDS
     # A process id can have been given to another process since; its time of birth tells.
-    began = _began(int(holder.get("pid", 0)))
-    return began is not None and began == holder.get("began")
+    return _start_of_process(int(holder.get("pid", 0))) == began
 
 
-def _began(pid: int) -> str | None:
-    """When a process of this machine was started; None if there is none (a zombie is none)."""
+def _start_of_process(pid: int) -> str | None:
+    """Return when a process of this machine was started; None if there is none (a zombie is none)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

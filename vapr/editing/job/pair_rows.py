@@ -10,14 +10,14 @@ from typing import Any
 
 from vapr.cache import written_whole
 from vapr.data.pair import Message
-from vapr.editing.draft.editor import Draft
-from vapr.editing.job.set_aside import as_it_was
+from vapr.editing.draft.editor import RULES, Draft
+from vapr.editing.job.over_target import saved_draft, trade_row
 from vapr.editing.rules.turns import Turn
 from vapr.errors import UserError, one_line
 
 
 def pair_id(draft: Draft, editor: Mapping[str, Any]) -> str:
-    """Stable from run to run: the source's id, the number of the answer, and a hash of row, plan and editor."""
+    """Return the id of a pair: the source's id, the number of the answer, and a hash of row, plan and editor."""
     plan = draft.plan
     content: list[Any] = [draft.turn.digest(), plan.category.name if plan.category else None, plan.must_begin]
     if plan.ask:
@@ -28,16 +28,17 @@ def pair_id(draft: Draft, editor: Mapping[str, Any]) -> str:
 
 
 def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An accepted draft as a row of vapr's own shape, with checks, source, licence and provenance."""
+    """Return an accepted draft as a row of vapr's own shape, with checks, source, licence and provenance."""
     turn, plan = draft.turn, draft.plan
-    assert draft.rejected is not None and plan.category is not None
+    assert draft.rejected is not None
+    who = {key: editor[key] if plan.ask else None for key in ("revision", "engine")}
     return {
         "id": pair_id(draft, editor),
         "images": [_image(image, folder) for image in turn.images],
         "prompt": [_message(message) for message in turn.prompt],
         "chosen": [_answer(turn.answer)],
         "rejected": [_answer(draft.rejected)],
-        "category": plan.category.name,
+        "category": draft.category.name,
         "edits": [
             {"start": e.start, "end": e.end, "from": turn.answer[e.start : e.end], "to": e.to} for e in draft.edits
         ],
@@ -45,9 +46,8 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
         "source": turn.source,
         "licence": turn.licence,
         "provenance": {
-            "editor": editor["name"] if plan.ask else "rules",
-            "revision": editor["revision"] if plan.ask else None,
-            "engine": editor["engine"] if plan.ask else None,
+            "editor": editor["name"] if plan.ask else RULES,
+            **who,
             "prompt_hash": editor["prompt_hash"],
             "seed": editor["seed"],
             "decided_by": plan.decided_by,
@@ -57,7 +57,7 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
             "source_id": turn.source_id,
             "place": turn.where,
             "turn": turn.number,
-            "plan": json.dumps(_trades(draft), ensure_ascii=False),
+            "plan": json.dumps([trade_row(trade) for trade in plan.trades], ensure_ascii=False),
         },
     }
 
@@ -80,15 +80,8 @@ def _image(image: Path | bytes, folder: Path) -> dict[str, Any]:
     return {"bytes": None, "path": os.path.relpath(path, root) if path.startswith(root + os.sep) else path}
 
 
-def _trades(draft: Draft) -> list[dict[str, Any]]:
-    return [
-        {"set": t.value.set.name, "market": t.market, "start": t.value.start, "value": t.value.text, "target": t.target}
-        for t in draft.plan.trades
-    ]
-
-
 def plan_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
-    """What was planned for a turn, and with which turn it traded."""
+    """Return what was planned for a turn, and with which turns it traded."""
     plan = draft.plan
     partners = [_place(drafts[t.partner.turn].turn) for t in plan.trades if t.partner is not None]
     return {
@@ -96,13 +89,13 @@ def plan_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "category": plan.category.name if plan.category else None,
         "decided_by": plan.decided_by,
         "asked": plan.ask,
-        "trades": _trades(draft),
+        "trades": [trade_row(trade) for trade in plan.trades],
         "with": partners,
     }
 
 
 def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
-    """A turn that became no pair, and why; of one that only the target was against, everything that makes it one."""
+    """Return a turn that became no pair, and why; if only the target was against it, with all that makes it a pair."""
     return {
         **_place(draft.turn),
         "status": draft.status,
@@ -115,7 +108,7 @@ def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "attempts": draft.attempts,
         "refused": draft.refused,
         "raw": draft.raw,
-        "as_it_was": as_it_was(draft, drafts) if draft.status == "over_target" else None,
+        "as_it_was": saved_draft(draft, drafts) if draft.status == "over_target" else None,
     }
 
 
@@ -124,7 +117,7 @@ def _place(turn: Turn) -> dict[str, Any]:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write JSON lines, whole or not at all; returns the file's sha256."""
+    """Write JSON lines, whole or not at all; return the file's sha256."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
     with written_whole(path) as file:
         file.write(text)
@@ -132,7 +125,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write pairs as parquet, whole or not at all; returns the file's sha256.
+    """Write pairs as parquet, whole or not at all; return the file's sha256.
 
     Raises:
         UserError: if pyarrow is missing or the file cannot be written.
@@ -140,36 +133,36 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
 
 
-def write_table(path: Path, table: Any, announce: Callable[[str], object] = str) -> str:
-    """Write an Arrow table as parquet, whole or not at all; returns the file's sha256.
+def write_table(path: Path, table: Any, before_it_appears: Callable[[str], object] = str) -> str:
+    """Write an Arrow table as parquet, whole or not at all; return the file's sha256.
 
     Args:
-        path: of the file.
-        table: to be written.
-        announce: is told the sha256 before the file is there.
+        path: the file to write.
+        table: the Arrow table.
+        before_it_appears: called with the sha256 before the file is there under its name.
     """
     with written_whole(path) as file:
         _pyarrow().parquet.write_table(table, file, compression="zstd")
         file.flush()
         digest = digest_of(Path(file.name))
-        announce(digest)
+        before_it_appears(digest)
     return digest
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(path: Path) -> Any:
-    """A part as an Arrow table. Raises UserError if it is damaged."""
+    """Read a part as an Arrow table. Raises UserError if it is damaged."""
     with _readable(path):
         return _pyarrow().parquet.read_table(path)
 
 
 def num_rows(path: Path) -> int:
-    """Pairs in a part, without reading them. Raises UserError if it is damaged."""
+    """Return the number of pairs in a part, without reading them. Raises UserError if it is damaged."""
     with _readable(path):
         return int(_pyarrow().parquet.read_metadata(path).num_rows)
 

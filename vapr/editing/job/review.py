@@ -13,14 +13,11 @@ from vapr.editing.job.pair_rows import digest_of, read_table, write_table
 from vapr.intervals import wilson
 
 
-def take_verdicts(job: Job, file: Path) -> int:
+def apply_verdicts(job: Job, file: Path) -> None:
     """Remember the verdicts of a review page in the job's folder, and take dropped pairs out of its parts.
 
     A pair that is edited again later, by this job or in a new folder with the same settings, has the same id and is
     dropped again.
-
-    Returns:
-        How many pairs were taken out.
 
     Raises:
         UserError: naming file and line, if a verdict cannot be read.
@@ -30,30 +27,30 @@ def take_verdicts(job: Job, file: Path) -> int:
         for id, verdict in verdicts.items():
             stream.write(json.dumps({"id": id, "verdict": verdict}, ensure_ascii=False).encode() + b"\n")
     job.verdicts = verdicts
-    parts = [(manifest, name) for manifest in job.manifests() for name in manifest["files"] if name.startswith(PAIRS)]
-    return sum(_take_out(job, manifest, name) for manifest, name in parts)
+    for manifest in job.manifests():
+        for name in [name for name in manifest["files"] if name.startswith(PAIRS)]:
+            _drop_pairs(job, manifest, name)
 
 
-def _take_out(job: Job, manifest: dict[str, Any], name: str) -> int:
+def _drop_pairs(job: Job, manifest: dict[str, Any], name: str) -> None:
     part = job.folder / name
     for half in (*part.parent.glob(f"{part.name}.*"), *(job.folder / SHARDS).glob(f"{manifest['unit']}.json.*")):
         half.unlink(missing_ok=True)  # of a review that was killed
     table = read_table(part)
     kept = [job.verdicts.get(id) != "drop" for id in table.column("id").to_pylist()]
     if all(kept):
-        return 0
+        return
 
-    def announce(digest: str) -> None:
+    def note(digest: str) -> None:
         # Before the part is replaced: whoever is killed in between leaves one that is as the manifest says, either way.
         manifest["files"][name], manifest["reviewed"] = digest_of(part), {name: digest}
         job.write_manifest(manifest)
 
-    write_table(part, table.filter(kept), announce)
-    return len(kept) - sum(kept)
+    write_table(part, table.filter(kept), before_it_appears=note)
 
 
-def review(job: Job) -> dict[str, Any] | None:
-    """Counts of the verdicts, and a 95 % interval for the share of pairs whose rejected answer is truly wrong."""
+def count_verdicts(job: Job) -> dict[str, Any] | None:
+    """Count the verdicts, with a 95 % interval for the share of pairs whose rejected answer is truly wrong."""
     if not job.verdicts:
         return None
     counts = Counter(job.verdicts.values())

@@ -1,10 +1,9 @@
-"""What a source holds: read once at the start of a job, into a few small files of its folder."""
+"""Reads a source once, at the start of a job: which turns are to edit, what is left out, and what cannot be read."""
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,20 @@ import numpy as np
 
 from vapr.cache import written_whole
 from vapr.editing.config import EditConfig
+from vapr.editing.job.json_files import write_json
 from vapr.editing.rules.turns import BadImage, InstructionData, Turn, answer_hash, to_edit
 from vapr.errors import BadRow, UserError, one_line
 from vapr.progress import Display
 
 SCAN, TURNS, TRUTHS = "scan.json", "turns.npy", "truths.npy"
-SHOWN_BAD_ROWS = 1_000
+MAX_SHOWN_BAD_ROWS = 1_000
 READ_AGAIN = "delete {} to have the source read again"
+DUPLICATE = "duplicate of an earlier answer"
 
 
 @dataclass
 class Scan:
-    """What scan.json holds."""
+    """The content of scan.json."""
 
     rows: int
     turns: int
@@ -36,6 +37,39 @@ class Scan:
     first_bad_image: str | None = None
 
 
+class RowReader:
+    """Reads the turns of rows, and counts the rows that cannot be read.
+
+    Attributes:
+        bad_rows: how many rows could not be read.
+        first_bad_rows: the place and the fault of the first of them.
+        bad_images: how many of them have images that cannot be read.
+        first_bad_image, first_other: the place and the fault of the first of these, and of the first other one.
+    """
+
+    def __init__(self, data: InstructionData, config: EditConfig) -> None:
+        self._data, self._config = data, config
+        self.bad_rows = self.bad_images = 0
+        self.first_bad_rows: list[str] = []
+        self.first_bad_image: str | None = None
+        self.first_other: str | None = None
+
+    def read(self, row: int) -> list[tuple[Turn, str | None]]:
+        """Return the turns of a row, each with the reason why it is not edited (None: it is); none of a bad row."""
+        try:
+            return list(to_edit(self._data.turns(row), self._config))
+        except BadRow as error:
+            self.bad_rows += 1
+            if isinstance(error, BadImage):
+                self.bad_images += 1
+                self.first_bad_image = self.first_bad_image or str(error)
+            else:
+                self.first_other = self.first_other or str(error)
+            if len(self.first_bad_rows) < MAX_SHOWN_BAD_ROWS:
+                self.first_bad_rows.append(str(error))
+            return []
+
+
 def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
     """Read the source once; write turns.npy, truths.npy and, last, scan.json.
 
@@ -44,67 +78,61 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
     """
     for half in (half for name in (TURNS, TRUTHS, SCAN) for half in folder.glob(f"{name}.*")):
         half.unlink(missing_ok=True)  # of a scan that was killed
-    left_out: Counter[str] = Counter()
+    reader = RowReader(data, config)
+    filtered: Counter[str] = Counter()
     unused: Counter[str] = Counter()
-    bad_rows: list[str] = []
-    bad_images, first_bad_image = 0, None
     # The only things that grow with the source: 24 bytes a turn that is edited, 16 bytes any turn.
     places, digests = array("q"), array("q")
-    asked, answered = array("q"), array("q")
-    num_turns = num_bad = 0
+    questions, answers = array("q"), array("q")
     with Display("read source", len(data), unit="row") as display:
         for row in range(len(data)):
             if (row + 1) % 1000 == 0:
                 display.advance("", 1000)
-            try:
-                turns = data.turns(row)
-            except BadRow as error:
-                num_bad += 1
-                if isinstance(error, BadImage):
-                    bad_images += 1
-                    first_bad_image = first_bad_image or str(error)
-                if len(bad_rows) < SHOWN_BAD_ROWS:
-                    bad_rows.append(str(error))
-                continue
-            unused.update(data.extra_keys(row))
-            num_turns += len(turns)
-            for turn, reason in to_edit(turns, config):
+            turns = reader.read(row)
+            if turns:
+                unused.update(data.extra_keys(row))
+            for turn, reason in turns:
                 digest, question = turn.digests()
-                asked.append(question)  # of those left alone, too: what they say is true all the same
-                answered.append(answer_hash(turn.answer))
+                questions.append(question)  # of those left alone, too: what they say is true all the same
+                answers.append(answer_hash(turn.answer))
                 if reason is not None:
-                    left_out[reason] += 1
+                    filtered[reason] += 1
                     continue
                 places.extend((row, turn.number))
                 digests.append(int(digest[:15], 16))
     if not digests:
-        images = unreadable_images(len(data), bad_images, first_bad_image)
-        if num_bad == len(data):
-            why = f"{bad_rows[0]} (none of the {num_bad:,} rows can be read)"
-            raise UserError(f"{data.path}: {images}" if bad_images == num_bad else why)
-        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common())
-        where = f"{images}; no answer to edit in the others" if images else "no answer to edit in it"
-        raise UserError(f"{data.path}: {where}: {reasons}; see filters")
+        raise UserError(f"{data.path}: {_nothing_to_edit(reader, len(data), filtered)}")
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
-        left_out["duplicate of an earlier answer"] = len(digests) - len(first)
+        filtered[DUPLICATE] = len(digests) - len(first)
     turns_to_edit = np.frombuffer(places, np.int64).reshape(-1, 2)[np.sort(first)]
-    with written_whole(folder / TURNS) as file:
-        np.save(file, turns_to_edit, allow_pickle=False)
-    with written_whole(folder / TRUTHS) as file:
-        truths = _several(np.frombuffer(asked, np.int64), np.frombuffer(answered, np.int64))
-        np.save(file, truths, allow_pickle=False)
-    counts = {
-        "rows": len(data), "turns": num_turns, "eligible": len(turns_to_edit), "filtered": dict(left_out.most_common()),
-        "bad_rows": num_bad, "first_bad_rows": bad_rows, "unused_columns": dict(sorted(unused.items())),
-        "bad_images": bad_images, "first_bad_image": first_bad_image,
-    }  # fmt: skip
-    with written_whole(folder / SCAN) as file:
-        file.write(json.dumps(counts, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")
+    _save(folder / TURNS, turns_to_edit)
+    _save(folder / TRUTHS, _asked_twice(np.frombuffer(questions, np.int64), np.frombuffer(answers, np.int64)))
+    scan = Scan(
+        len(data), len(questions), len(turns_to_edit), dict(filtered.most_common()), reader.bad_rows,
+        reader.first_bad_rows, dict(sorted(unused.items())), reader.bad_images, reader.first_bad_image,
+    )  # fmt: skip
+    write_json(folder / SCAN, asdict(scan))
+
+
+def _save(file: Path, numbers: np.ndarray) -> None:
+    with written_whole(file) as stream:
+        np.save(stream, numbers, allow_pickle=False)
+
+
+def _nothing_to_edit(reader: RowReader, rows: int, filtered: Counter[str]) -> str:
+    images = unreadable_images(rows, reader.bad_images, reader.first_bad_image)
+    if reader.bad_images == rows and images:
+        return images
+    if reader.bad_rows == rows:
+        return f"{reader.first_bad_rows[0]} (none of the {rows:,} rows can be read)"
+    reasons = ", ".join(f"{count:,} x {reason}" for reason, count in filtered.most_common())
+    where = f"{images}; no answer to edit in the others" if images else "no answer to edit in it"
+    return f"{where}: {reasons}; see filters"
 
 
 def unreadable_images(rows: int, bad_images: int, first: str | None) -> str | None:
-    """How many rows have images that cannot be read, the first of them and why, and the way out; None if all can."""
+    """Say how many rows have images that cannot be read, the first one's fault and the way out; None if all can."""
     if not bad_images:
         return None
     return (
@@ -113,8 +141,8 @@ def unreadable_images(rows: int, bad_images: int, first: str | None) -> str | No
     )
 
 
-def unreadable(scan: Mapping[str, Any]) -> list[str]:
-    """What a user has to know of a source before anything is done with it, in lines."""
+def unreadable_rows(scan: Mapping[str, Any]) -> list[str]:
+    """Return the lines that a user has to read about a source before anything is done with it."""
     problem = unreadable_images(scan["rows"], scan["bad_images"], scan["first_bad_image"])
     lines = [problem] if problem else []
     if others := scan["bad_rows"] - scan["bad_images"]:
@@ -122,21 +150,32 @@ def unreadable(scan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _several(asked: np.ndarray, answered: np.ndarray) -> np.ndarray:
-    """Questions that have several answers, sorted, and below them each answer; nearly all have one and are left out."""
-    _, which, counts = np.unique(asked, return_inverse=True, return_counts=True)
+def _asked_twice(questions: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Return the questions that have several answers, sorted, and below them each answer.
+
+    Args:
+        questions: a hash of question and images, of every turn; int64, one dimension.
+        answers: a hash of the answer of the same turns.
+
+    Returns:
+        int64 of two rows, questions and answers; nearly all questions have one answer and are left out.
+    """
+    _, which, counts = np.unique(questions, return_inverse=True, return_counts=True)
     repeated = counts[which] > 1
-    both = np.unique(np.column_stack((asked[repeated], answered[repeated])), axis=0)
+    both = np.unique(np.column_stack((questions[repeated], answers[repeated])), axis=0)
     _, which, counts = np.unique(both[:, 0], return_inverse=True, return_counts=True)
     return np.ascontiguousarray(both[counts[which] > 1].T)
 
 
 def read_array(file: Path, shape: tuple[int | None, int | None]) -> np.ndarray:
-    """An array of :func:`write_scan`, memory-mapped.
+    """Open an array of :func:`write_scan`, memory-mapped.
 
     Args:
-        file: that holds it.
-        shape: that it must have; None: any length.
+        file: the file of the array.
+        shape: the shape that it must have; None stands for any length.
+
+    Returns:
+        int64 of that shape.
 
     Raises:
         UserError: if it is damaged.
@@ -154,13 +193,13 @@ def read_array(file: Path, shape: tuple[int | None, int | None]) -> np.ndarray:
 
 
 class Truths:
-    """Answers that other rows of the source give to a turn's question about the same images, by their hashes."""
+    """The answers that all rows of a source give to a turn's question about the same images, as hashes."""
 
     def __init__(self, folder: Path) -> None:
-        self._asked, self._answered = read_array(folder / TRUTHS, (2, None))
+        self._questions, self._answers = read_array(folder / TRUTHS, (2, None))
 
     def of(self, turn: Turn) -> frozenset[int]:
-        """Of all rows that ask so, the turn's own included; empty where all say the same."""
+        """Return the answers to a turn's question, the turn's own included; none where all rows say the same."""
         question = turn.digests()[1]
-        start, end = (np.searchsorted(self._asked, question, side) for side in ("left", "right"))
-        return frozenset(self._answered[start:end].tolist())
+        start, end = (np.searchsorted(self._questions, question, side) for side in ("left", "right"))
+        return frozenset(self._answers[start:end].tolist())

@@ -1,4 +1,4 @@
-"""One start of a job: what the command line asks for, and the folder and editor opened for it."""
+"""One start of an edit job: what the command line asks for, and the folder and editor that are opened for it."""
 
 import contextlib
 import difflib
@@ -6,18 +6,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vapr.editing.config import EditConfig
-from vapr.editing.draft.editor import Editor
+from vapr.editing.draft.editor import RULES, Editor
 from vapr.editing.draft.prompts import prompt_hash
 from vapr.editing.job.folder import Job
-from vapr.editing.llm.open import open_llm
-from vapr.editing.llm.request import LanguageModel
-from vapr.editing.rules.categories import load_categories
+from vapr.editing.llm.open import is_server, open_llm
+from vapr.editing.rules.categories import Categories, load_categories
 from vapr.errors import UserError
-
-RULES = "rules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +33,21 @@ class Start:
 
     @property
     def loaded_models(self) -> list[str]:
-        """Models that a worker loads by itself."""
+        """The models that a worker loads by itself."""
         models = (self.editor, self.config.checks.verifier)
-        return [model for model in models if model not in (None, RULES) and not str(model).startswith("http")]
+        return [model for model in models if model is not None and model != RULES and not is_server(model)]
 
 
 ADDRESS = re.compile(r"[\w.-]+:\d+(/.*)?|(localhost|\d+(\.\d+){3})(/.*)?")
-"""Of a server, without http://."""
+"""The address of a server without http://."""
 
 
-def check_names(start: Start) -> None:
-    """Before the hub is asked for them."""
+def check_model_names(start: Start) -> None:
+    """Check the names of editor and verifier before the hub is asked for them.
+
+    Raises:
+        UserError: if a name is the address of a server, or nearly "rules".
+    """
     editor = start.editor
     for key, name in (("--editor", editor), ("checks.verifier", start.config.checks.verifier)):
         if name is not None and ADDRESS.fullmatch(name) and not Path(name).exists():
@@ -59,34 +59,32 @@ def check_names(start: Start) -> None:
 
 
 def open_job(start: Start) -> Job:
-    """The job's folder, made or found."""
-    plan = start.config.plan
-    categories = load_categories(plan.categories, plan.add_categories)
+    """Make or find the job's folder."""
     # A server may move; who answers there is in editor.json.
-    editor = "a server" if start.editor.startswith(("http://", "https://")) else start.editor
-    identity = {"editor": editor, "prompts": prompt_hash(categories)}
+    editor = "a server" if is_server(start.editor) else start.editor
+    identity = {"editor": editor, "prompts": prompt_hash(_categories(start.config))}
     return Job(start.folder, start.source, start.config, identity)
 
 
 @contextlib.contextmanager
 def open_editor(start: Start) -> Iterator[Editor]:
-    """The editor, with its models loaded; they are given back at the end."""
-    config = start.config
-    categories = load_categories(config.plan.categories, config.plan.add_categories)
+    """Load the editor's models; they are given back at the end."""
+    config, engine = start.config, start.config.engine
+    if len(start.loaded_models) > 1:  # they share the GPUs
+        engine = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
+    llm, verifier = None, None
     with contextlib.ExitStack() as stack:
-        llm, verifier = None, None
-        engine = config.engine
-        if len(start.loaded_models) > 1:  # they share the GPUs
-            engine = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
         if start.editor != RULES:
-            llm = open_llm(start.editor, engine)
-            stack.callback(llm.close)
+            llm = stack.enter_context(contextlib.closing(open_llm(start.editor, engine)))
         elif config.checks.blind:
             raise UserError("checks.blind: the rules editor has no language model to ask; give one with --editor")
         if config.checks.verifier is not None:
-            verifier = open_llm(config.checks.verifier, engine)
-            stack.callback(verifier.close)
-        yield Editor(config, categories, llm, verifier, _picture)
+            verifier = stack.enter_context(contextlib.closing(open_llm(config.checks.verifier, engine)))
+        yield Editor(config, _categories(config), llm, verifier, _picture)
+
+
+def _categories(config: EditConfig) -> Categories:
+    return load_categories(config.plan.categories, config.plan.add_categories)
 
 
 def _picture(image: Path | bytes) -> str:
@@ -94,16 +92,3 @@ def _picture(image: Path | bytes) -> str:
     from vapr.pages.page import thumbnail
 
     return thumbnail(read_image(image))
-
-
-def identity(start: Start, editor: Editor) -> dict[str, Any]:
-    """Who edits, for provenance."""
-    llm: LanguageModel | None = editor.llm
-    return {
-        "name": llm.name if llm else RULES,
-        "revision": llm.revision if llm else None,
-        "engine": llm.engine if llm else None,
-        "prompt_hash": prompt_hash(editor.categories),
-        "seed": start.config.seed,
-        "temperature": start.config.ask.temperature if llm else None,
-    }

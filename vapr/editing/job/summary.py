@@ -1,4 +1,4 @@
-"""What an edit job has come to, as text: counts, the way out of each reason, and the commands that come next."""
+"""The summary of an edit job as text: counts, the way out of each reason, and the commands that come next."""
 
 import shlex
 from collections.abc import Mapping
@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from vapr.data.pairs import columns_told
-from vapr.editing.draft import editor as edit
-from vapr.editing.draft import trades as plan
-from vapr.editing.job import worker as work
+from vapr.editing.draft import editor, trades
+from vapr.editing.job.worker import DROPPED
 from vapr.editing.llm.request import CUT_OFF
 
 CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"
 WAYS_OUT = {
-    plan.NO_PARTNER: "more rows, or plan.balance=uniform",
-    plan.PARTNER_LOST: "more rows, or --retry-failed where its other half failed",
-    plan.NEEDS_MODEL: "--editor MODEL",
-    plan.NO_CATEGORY: "--editor MODEL, or a category of your own in plan.add_categories",
-    plan.NEITHER: "none: it is no yes or no",
+    trades.NO_PARTNER: "more rows, or plan.balance=uniform",
+    trades.PARTNER_LOST: "more rows, or --retry-failed where its other half failed",
+    trades.NEEDS_MODEL: "--editor MODEL",
+    trades.NO_CATEGORY: "--editor MODEL, or a category of your own in plan.add_categories",
+    trades.NEITHER: "none: it is no yes or no",
     "question longer than": "a shorter question",
-    edit.SAME_PAIR: "none: once is enough",
-    edit.TRUE_HERE: "none: it would be a true answer",
-    work.DROPPED: "none: a person has said so",
+    editor.SAME_PAIR: "none: once is enough",
+    editor.TRUE_HERE: "none: it would be a true answer",
+    DROPPED: "none: a person has said so",
     "length: ": "checks.length_ratio, or another --editor",
     "distance: ": "checks.max_edit_distance, or another --editor",
     "style: ": "checks.style=false, or another --editor",
@@ -45,63 +44,62 @@ WAYS_OUT = {
     "empty answer": "none: there is nothing to edit",
     "duplicate of an earlier answer": "none: once is enough",
 }
-"""What can be done about a reason that begins so. Every other one is a refused edit."""
+"""The way out of a reason that begins so. Every other reason is a refused edit."""
 
 
 def way_out(reason: str) -> str:
-    """What can be done about a reason why an answer became no pair."""
+    """Say what can be done about a reason why an answer became no pair."""
     return next((way for begins, way in WAYS_OUT.items() if reason.startswith(begins)), ANOTHER_EDITOR)
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The ledger as text."""
-    source, turns, tokens = result["source"], result["turns"], result["tokens"]
-    lines = [f"{'source':<12}{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit"]
+    """Return the ledger as text."""
+    source, turns, tokens, rest = result["source"], result["turns"], result["tokens"], result["rest"]
+    lines = [_line("source", f"{source['rows']:,} rows, {source['turns']:,} answers, {source['eligible']:,} to edit")]
     if source["bad_rows"]:
-        lines.append(f"{'unreadable':<12}{source['bad_rows']:,} rows (scan.json names the first)")
+        lines.append(_line("unreadable", f"{source['bad_rows']:,} rows (scan.json names the first)"))
     if unused := source.get("unused_columns"):  # a job begun by an older version has not counted them
-        lines.append(f"{'not used':<12}columns {columns_told(unused)}")
-    lines += reasons("left out", source["filtered"])
-    lines.append(f"{'done':<12}{turns['done']:,} of {turns['total']:,} answers")
-    lines.append(f"{'accepted':<12}{result['accepted']:,} pairs")
+        lines.append(_line("not used", f"columns {columns_told(unused)}"))
+    lines += list_reasons("left out", source["filtered"])
+    lines.append(_line("done", f"{turns['done']:,} of {turns['total']:,} answers"))
+    lines.append(_line("accepted", f"{result['accepted']:,} pairs"))
     for name, counts in result["categories"].items():
         if counts["turns"]:
-            lines.append(
-                f"{'':<12}{name:<14}{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
-            )
+            share = f"{counts['accepted']:>10,} of {counts['turns']:>10,}  {counts['accept_rate']:.1%}"
+            lines.append(_line("", f"{name:<14}{share}"))
     if result["categories"].get("spatial", {}).get("accepted"):
-        lines.append(f"{'':<12}{CROPPED}")
+        lines.append(_line("", CROPPED))
     for kind in ("rejected", "failed"):
-        lines += reasons(kind, result[kind])
+        lines += list_reasons(kind, result[kind])
     if result["over_target"]:
-        lines.append(f"{'set aside':<12}{result['over_target']:,} over the target; a larger one takes them up again")
-    for name, counts in result["polarity"].items():
-        lines.append(
-            f"{'yes / no':<12}{counts['rejected_yes']:,} rejected yes, {counts['rejected_no']:,} rejected no ({name})"
-        )
+        lines.append(_line("set aside", f"{result['over_target']:,} over the target; a larger one takes them up again"))
+    for name, said in result["polarity"].items():
+        counted = f"{said['rejected_yes']:,} rejected yes, {said['rejected_no']:,} rejected no"
+        lines.append(_line("yes / no", f"{counted} ({name})"))
     if tokens["prompt"]:
-        lines.append(
-            f"{'tokens':<12}{tokens['prompt']:,} prompt ({tokens['cached']:,} cached), "
-            f"{tokens['generated']:,} generated"
-        )
+        prompt = f"{tokens['prompt']:,} prompt ({tokens['cached']:,} cached)"
+        lines.append(_line("tokens", f"{prompt}, {tokens['generated']:,} generated"))
     if result["accepted_per_second"] is not None:
-        lines.append(f"{'speed':<12}{result['accepted_per_second']:,} accepted pairs a second of work")
-    if turns["left"] and result["rest"]["seconds"] is not None:
-        rest = result["rest"]
+        lines.append(_line("speed", f"{result['accepted_per_second']:,} accepted pairs a second of work"))
+    if turns["left"] and rest["seconds"] is not None:
         cost = f", cost {rest['cost']:,}" if rest["cost"] is not None else ""
-        lines.append(f"{'rest':<12}{rest['seconds']:,} s of work, {rest['gpu_hours']:,} GPU-hours{cost}")
-    if result["shards"]["redone"]:
-        lines.append(f"{'redone':<12}{result['shards']['redone']:,} shards that a killed worker had begun")
+        lines.append(_line("rest", f"{rest['seconds']:,} s of work, {rest['gpu_hours']:,} GPU-hours{cost}"))
+    if redone := result["shards"]["redone"]:
+        lines.append(_line("redone", f"{redone:,} shards that a killed worker had begun"))
     return "\n".join(lines)
 
 
-def reasons(kind: str, counts: Mapping[str, int]) -> list[str]:
-    """A line for each reason: how often, and what can be done."""
-    return [f"{kind:<12}{count:,} x {reason} [way out: {way_out(reason)}]" for reason, count in counts.items()]
+def _line(name: str, text: str) -> str:
+    return f"{name:<12}{text}"
+
+
+def list_reasons(kind: str, counts: Mapping[str, int]) -> list[str]:
+    """Return a line for each reason: how often, and what can be done."""
+    return [_line(kind, f"{count:,} x {reason} [way out: {way_out(reason)}]") for reason, count in counts.items()]
 
 
 def next_commands(result: Mapping[str, Any], folder: Path) -> str:
-    """The commands that come after a job has ended, one a line."""
+    """Return the commands that come after a job has ended, one a line."""
     out = shlex.quote(str(folder))
     page = shlex.quote(f"{folder}-review.html")
     same = f"vapr edit ... --out {out}"
@@ -118,11 +116,11 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> str:
         ]
     elif not result["failed"]:
         commands.append((f"{same}-2 --editor MODEL", "a language model edits what rules leave alone"))
-    return listed(commands)
+    return list_commands(commands)
 
 
-def listed(commands: list[tuple[str, str]]) -> str:
-    """Commands with what they do, below "next"."""
+def list_commands(commands: list[tuple[str, str]]) -> str:
+    """Return commands with what they do, below "next"."""
     width = max(len(command) for command, _ in commands)
     lines = [f"{command:<{width}}  # {what}" for command, what in commands]
-    return "\n".join(f"{'' if number else 'next':<12}{line}" for number, line in enumerate(lines))
+    return "\n".join(_line("" if number else "next", line) for number, line in enumerate(lines))

@@ -8,11 +8,11 @@ from typing import Any
 
 from vapr.data.pair import Edit
 from vapr.editing.draft.editor import Draft
-from vapr.editing.job.scan import unreadable_images
+from vapr.editing.job.scan import DUPLICATE, RowReader, unreadable_images
 from vapr.editing.job.start import Start, open_editor
-from vapr.editing.job.summary import listed, reasons
-from vapr.editing.rules.turns import BadImage, InstructionData, Turn, to_edit
-from vapr.errors import BadRow, UserError, reason_kind
+from vapr.editing.job.summary import list_commands, list_reasons
+from vapr.editing.rules.turns import InstructionData, Turn
+from vapr.errors import UserError, reason_kind
 from vapr.interrupts import stopped_at_once
 from vapr.progress import Display
 
@@ -21,12 +21,12 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
     """Edit about so many rows, drawn by the job's seed, as one shard.
 
     Args:
-        start: of the job whose settings are tried; its folder is neither read nor written.
-        limit: rows to draw.
-        say: is told in a line of rows that cannot be read.
+        start: the job whose settings are tried; its folder is neither read nor written.
+        limit: the number of rows to draw.
+        say: shows a line about rows that cannot be read.
 
     Returns:
-        ``rows``, ``answers`` (a mapping for each, see :func:`_shown`), and counts as in a job's ledger.
+        ``rows``, ``answers`` (a mapping for each, see :func:`_describe`), and counts as in a job's ledger.
 
     Raises:
         UserError: if there is nothing to edit in those rows, and for everything that a job is stopped by.
@@ -36,56 +36,53 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
         raise UserError(f"--limit: a trial has no --{given[0].replace('_', '-')}; leave one of them out")
     with stopped_at_once(lambda: "a trial keeps nothing"):
         data = InstructionData(start.source, start.config.source)
-        numbers = sorted(random.Random(start.config.seed).sample(range(len(data)), min(limit, len(data))))
-        turns, left_out, unreadable = _read(data, numbers, start)
+        rows = sorted(random.Random(start.config.seed).sample(range(len(data)), min(limit, len(data))))
+        reader = RowReader(data, start.config)
+        turns, filtered = _read(reader, rows)
+        unreadable = _unreadable(reader, len(rows))
         if not turns:
-            why = unreadable or [f"{count:,} x {reason}" for reason, count in left_out.most_common()]
-            raise UserError(f"{start.source}: nothing to edit in {len(numbers):,} rows: {'; '.join(why)}")
+            why = unreadable or [f"{count:,} x {reason}" for reason, count in filtered.most_common()]
+            raise UserError(f"{start.source}: nothing to edit in {len(rows):,} rows: {'; '.join(why)}")
         for line in unreadable:
             say(line)
         with open_editor(start) as editor, Display("edit", len(turns), unit="answer") as display:
-            drafts, _ = editor.edit(
-                turns, "trial", lambda count, what: display.advance(what, count) if count else display.note(what)
-            )
+            drafts, _ = editor.edit(turns, "trial", display)
         no_pair = Counter(reason_kind(draft.reason) for draft in drafts if draft.reason)
         return {
-            "rows": len(numbers),
-            "filtered": dict(left_out.most_common()),
+            "rows": len(rows),
+            "filtered": dict(filtered.most_common()),
             "accepted": sum(draft.status == "accepted" for draft in drafts),
             "reasons": dict(no_pair.most_common()),
-            "answers": [_shown(draft) for draft in drafts],
+            "answers": [_describe(draft) for draft in drafts],
         }
 
 
-def _read(data: InstructionData, numbers: list[int], start: Start) -> tuple[list[Turn], Counter[str], list[str]]:
-    """The turns to edit, what is left out and how often, and what a user has to know of unreadable rows."""
-    turns: list[Turn] = []
-    left_out: Counter[str] = Counter()
-    seen: set[str] = set()
-    bad_images: list[str] = []
-    bad_rows: list[str] = []
-    for number in numbers:
-        try:
-            for turn, reason in to_edit(data.turns(number), start.config):
-                if reason is None and turn.digest() in seen:
-                    reason = "duplicate of an earlier answer"
-                if reason is None:
-                    seen.add(turn.digest())
-                    turns.append(turn)
-                else:
-                    left_out[reason] += 1
-        except BadImage as error:
-            bad_images.append(str(error))
-        except BadRow as error:
-            bad_rows.append(str(error))
-    unreadable = [f"{len(bad_rows):,} rows cannot be read; the first: {bad_rows[0]}"] if bad_rows else []
-    if problem := unreadable_images(len(numbers), len(bad_images), next(iter(bad_images), None)):
-        unreadable.insert(0, problem)
-    left_out += Counter({"row cannot be read": len(bad_rows), "image cannot be read": len(bad_images)})
-    return turns, left_out, unreadable
+def _read(reader: RowReader, rows: list[int]) -> tuple[list[Turn], Counter[str]]:
+    """Return the turns to edit, and how often others are left out for which reason."""
+    turns: dict[str, Turn] = {}
+    filtered: Counter[str] = Counter()
+    for row in rows:
+        for turn, reason in reader.read(row):
+            if reason is None and turn.digest() in turns:
+                reason = DUPLICATE
+            if reason is None:
+                turns[turn.digest()] = turn
+            else:
+                filtered[reason] += 1
+    bad_images = reader.bad_images
+    filtered += Counter({"row cannot be read": reader.bad_rows - bad_images, "image cannot be read": bad_images})
+    return list(turns.values()), filtered
 
 
-def _shown(draft: Draft) -> dict[str, Any]:
+def _unreadable(reader: RowReader, rows: int) -> list[str]:
+    images = unreadable_images(rows, reader.bad_images, reader.first_bad_image)
+    lines = [images] if images else []
+    if others := reader.bad_rows - reader.bad_images:
+        lines.append(f"{others:,} rows cannot be read; the first: {reader.first_other}")
+    return lines
+
+
+def _describe(draft: Draft) -> dict[str, Any]:
     plan = draft.plan
     return {
         "place": draft.turn.where,
@@ -106,16 +103,16 @@ Paint = Callable[..., str]
 
 
 def show(result: dict[str, Any], start: Start, paint: Paint) -> str:
-    """The trial as text: each answer with its words before and after, then counts and what comes next."""
-    lines = [line for answer in result["answers"] for line in _lines(answer, paint)]
+    """Return the trial as text: each answer with its words before and after, then counts and what comes next."""
+    lines = [line for answer in result["answers"] for line in _answer_lines(answer, paint)]
     counted = f"{result['rows']:,} rows, {len(result['answers']):,} answers to edit; nothing was written"
     lines += ["", f"{'trial':<12}{counted}", f"{'accepted':<12}{result['accepted']:,} pairs"]
-    lines += reasons("left out", result["filtered"]) + reasons("no pair", result["reasons"])
+    lines += list_reasons("left out", result["filtered"]) + list_reasons("no pair", result["reasons"])
     job = f"vapr edit {shlex.quote(start.source)} --out {shlex.quote(str(start.folder))} ..."
-    return "\n".join([*lines, listed([(job, "without --limit, to begin the job")])])
+    return "\n".join([*lines, list_commands([(job, "without --limit, to begin the job")])])
 
 
-def _lines(answer: dict[str, Any], paint: Paint) -> list[str]:
+def _answer_lines(answer: dict[str, Any], paint: Paint) -> list[str]:
     about = f"{answer['category']}, by {answer['editor']}" if answer["category"] else "no category"
     lines = [f"{answer['place']}  {about}", f"  {'question':<10}{_one_line(answer['question'])}"]
     if answer["status"] == "accepted":
@@ -125,7 +122,7 @@ def _lines(answer: dict[str, Any], paint: Paint) -> list[str]:
 
 
 def word_diff(answer: str, edits: list[Edit], paint: Paint) -> str:
-    """The answer with what is taken away and put in: ``a [-red-]{+blue+} car``, in colour on a terminal."""
+    """Return the answer with what is taken away and put in: ``a [-red-]{+blue+} car``, in colour on a terminal."""
     pieces, at = [], 0
     for edit in edits:
         pieces.append(answer[at : edit.start])

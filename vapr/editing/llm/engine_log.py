@@ -1,4 +1,4 @@
-"""Keeps what an engine and its processes write off the terminal, and finds the cause of a fault in it."""
+"""Keeps the output of an engine and its processes off the terminal, and finds the cause of a fault in it."""
 
 import contextlib
 import logging
@@ -13,11 +13,11 @@ from vapr.errors import one_line
 
 CAUSE = re.compile(r"\b(\w+(?:Error|Exception): \S.*)")
 ELSEWHERE = "root cause"
-"""vLLM's way to say, in the process that asks, that another one knows: "See stack trace (above) for the root cause"."""
+"""The words by which vLLM says that another process knows: "See stack trace (above) for the root cause"."""
 
 
 class EngineLog:
-    """A temporary file. An engine's own processes write into it as long as they live, for they inherit its descriptors.
+    """A temporary file that an engine's own processes write into as long as they live: they inherit its descriptors.
 
     Where an engine fails it prints tens of thousands of characters; users get one line, and the name of this file.
     """
@@ -48,7 +48,7 @@ class EngineLog:
                 handler.setStream(self._stream)
 
     def cause(self, error: BaseException) -> str:
-        """The engine's own last error line: the exception's, unless that says that the cause is in another process."""
+        """Return the engine's last error line: the exception's, unless that says that the cause is elsewhere."""
         said = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
         if ELSEWHERE not in said:
             return said
@@ -58,7 +58,7 @@ class EngineLog:
         return " ".join(causes[-1].split())[:300] if causes else said
 
     def keep(self) -> Path:
-        """The file, which outlives :meth:`close` from now on."""
+        """Return the file, which outlives :meth:`close` from now on."""
         self._kept = True
         return self._file
 

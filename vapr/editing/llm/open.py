@@ -1,4 +1,4 @@
-"""Opens a language model, and proves at start-up that its replies follow a schema."""
+"""Opens a language model, and proves at once that its replies follow a schema."""
 
 import contextlib
 import json
@@ -10,6 +10,11 @@ from vapr.editing.llm.request import CUT_OFF, LanguageModel, Request
 from vapr.errors import UserError
 
 
+def is_server(model: str) -> bool:
+    """Return whether a model's name is the address of a server."""
+    return model.startswith(("http://", "https://"))
+
+
 def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
     """Open a server (``http://`` or ``https://``), or load a folder or hub id with vLLM.
 
@@ -17,7 +22,7 @@ def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
         UserError: if it does not open, or if its replies do not follow a schema.
     """
     llm: LanguageModel
-    if model.startswith(("http://", "https://")):
+    if is_server(model):
         from vapr.editing.llm.server import ServerModel
 
         llm = ServerModel(model, engine)
@@ -41,8 +46,8 @@ def prove_structured_output(llm: LanguageModel) -> None:
     Raises:
         UserError: if anything else than that word comes back.
     """
-    nonce = secrets.token_hex(6)
-    code = {"type": "string", "const": nonce}
+    word = secrets.token_hex(6)
+    code = {"type": "string", "const": word}
     schema = {"type": "object", "properties": {"code": code}, "required": ["code"], "additionalProperties": False}
     question = {"role": "user", "content": "Describe a rainy afternoon in two sentences of plain prose."}
     reply = llm.ask([Request((question,), schema, seed=0, max_tokens=128, temperature=0.0)])[0]
@@ -50,7 +55,7 @@ def prove_structured_output(llm: LanguageModel) -> None:
     # Whoever ignores the schema may well write on until it is cut off.
     if reply.problem is not None and not reply.problem.startswith(CUT_OFF):
         raise UserError(f"{where}: the first request, under a JSON schema, failed: {reply.problem}")
-    if reply.text is None or _parsed(reply.text) != {"code": nonce}:
+    if reply.text is None or _parsed(reply.text) != {"code": word}:
         got = f"{reply.text!r:.60}" if reply.text is not None else f"a reply {reply.problem}"
         raise UserError(
             f"{where}: structured output is off: a JSON schema brought {got}; use vLLM 0.30 or newer, or a server that "

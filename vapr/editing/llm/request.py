@@ -1,4 +1,4 @@
-"""What editing asks of a language model, and what comes back."""
+"""Requests to a language model and its replies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,27 +7,20 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One conversation whose next message is wanted, as JSON that follows ``schema``.
-
-    Attributes:
-        messages: chat messages; content is text, or for a vision-language model a list of ``{"type": "text"}`` and
-            ``{"type": "image_url", "image_url": {"url": data URI}}`` parts.
-        schema: JSON schema.
-        seed: of the sampling. The same request gives the same reply as far as the engine's arithmetic does.
-        max_tokens: most tokens of the reply.
-        temperature: 0 takes the likeliest token each time.
-    """
+    """One conversation whose next message is wanted, as JSON that follows ``schema``."""
 
     messages: tuple[dict[str, Any], ...]
+    """Chat messages; content is text, or for a vision-language model a list of ``{"type": "text"}`` and ``{"type":
+    "image_url", "image_url": {"url": data URI}}`` parts."""
     schema: dict[str, Any]
-    seed: int
+    seed: int  # of the sampling; the same request gives the same reply as far as the engine's arithmetic does
     max_tokens: int
-    temperature: float
+    temperature: float  # 0 takes the likeliest token each time
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: ``text``, or a ``problem`` of one line. Tokens are counted where the engine says how many."""
+    """A reply: ``text``, or a ``problem`` of one line. Tokens are counted where the engine says how many."""
 
     text: str | None
     problem: str | None = None
@@ -37,26 +30,19 @@ class Reply:
 
 
 def tell_nobody() -> None:
-    """The ``on_reply`` of whoever wants no progress."""
+    """Do nothing: the ``on_reply`` of whoever wants no progress."""
 
 
 class LanguageModel(Protocol):
-    """vLLM in this process or a server.
+    """vLLM in this process or a server."""
 
-    Attributes:
-        name: hub id, folder name or the server's model id.
-        revision: sha256 of a folder's files, commit of a hub id, or what the server says.
-        engine: what runs it, with its version where that is known.
-        num_gpus: that this process keeps busy; 0 for a server, which does not say.
-    """
-
-    name: str
-    revision: str
-    engine: str
-    num_gpus: int
+    name: str  # hub id, folder name or the server's model id
+    revision: str  # sha256 of a folder's files, commit of a hub id, or what the server says
+    engine: str  # what runs it, with its version where that is known
+    num_gpus: int  # that this process keeps busy; 0 for a server, which does not say
 
     def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
-        """Replies in the order of the requests. ``on_reply`` is called once for each, as they come.
+        """Return replies in the order of the requests. ``on_reply`` is called once for each, as they come.
 
         Raises:
             UserError: if the engine is gone or refuses everything; what concerns one request is its reply's problem.
@@ -69,9 +55,9 @@ class LanguageModel(Protocol):
 
 
 CUT_OFF = "cut off after"
-"""How the problem of a reply begins that reached ``max_tokens``."""
+"""The beginning of the problem of a reply that reached ``max_tokens``."""
 
 
 def cut_off(tokens: int) -> str:
-    """The problem of a reply that reached ``max_tokens``."""
+    """Return the problem of a reply that reached ``max_tokens``."""
     return f"{CUT_OFF} {tokens} tokens"

@@ -1,4 +1,8 @@
-"""An LLM behind any OpenAI-compatible server: bounded concurrency, retries, and rows that fail alone."""
+"""A language model behind any OpenAI-compatible server: bounded concurrency, retries, and rows that fail alone.
+
+The openai package's own retries are off: they do not wait for a server that asks for more than two minutes, never wait
+longer than 8 seconds otherwise, and take what a proxy sends with HTTP 200 for an answer.
+"""
 
 import asyncio
 import json
@@ -15,25 +19,51 @@ from vapr.editing.config import SAMPLING, EngineConfig
 from vapr.editing.llm.request import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError
 
-LONGEST_BACKOFF = 60.0
-LONGEST_RETRY_AFTER = 300.0
+MAX_BACKOFF_SECONDS = 60.0
+MAX_RETRY_AFTER_SECONDS = 300.0
 REFUSED = {
     401: "it wants another key",
     403: "the key may not use this model",
     404: "check the URL and engine.model",
 }
-"""What is wrong with every request, not with one."""
+"""Statuses that say what is wrong with every request, not with one."""
 TRY_AGAIN = (408, 409, 425, 429)
-"""And every 5xx."""
+"""Statuses that may pass, besides every 5xx."""
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Where servers put what a model says before its answer."""
+
+
+class _Failure(Exception):
+    """A call that has brought nothing usable.
+
+    Attributes:
+        problem: what went wrong.
+        said: the words of the server or of the connection, if there were any.
+        status: the HTTP status; None if it was 200 or there was no answer.
+        retry_after: seconds that the server asks to wait.
+        answered: False if no answer came.
+    """
+
+    def __init__(
+        self, problem: str, said: object = None, *, status: int | None = None, retry_after: float = 0.0,
+        answered: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(problem)
+        self.problem, self.said, self.status = problem, said, status
+        self.retry_after, self.answered = retry_after, answered
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be answered later; proxies also send HTTP 200 with nothing in it."""
+        return self.status is None or self.status in TRY_AGAIN or self.status >= 500
 
 
 class ServerModel:
     """A model of an OpenAI-compatible server.
 
     Args:
-        url: of the server, with or without ``/v1``.
+        url: the address of the server, with or without ``/v1``.
         engine: its server keys are read.
-        sleep: waits between tries, in seconds.
 
     Raises:
         UserError: if the server cannot be reached, or it is unclear which of its models is meant.
@@ -41,16 +71,13 @@ class ServerModel:
 
     num_gpus = 0
 
-    def __init__(
-        self, url: str, engine: EngineConfig, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
-    ) -> None:
+    def __init__(self, url: str, engine: EngineConfig) -> None:
         try:
             import openai
         except ImportError:
             raise UserError("a language model behind a server needs the openai package; pip install openai") from None
         self._openai = openai
         self._settings = engine
-        self._sleep = sleep
         self._key = _read_key(engine.api_key_env)
         self._shown = _without_secrets(url)
         self._base_url = _with_version(url)
@@ -58,7 +85,7 @@ class ServerModel:
         self.name, self.revision = self._choose(asyncio.run(self._list_models()))
 
     def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
-        """Replies in the order of the requests; a row that still fails after every try is a reply with a problem.
+        """Return replies in the order of the requests; a row that fails after every try is a reply with a problem.
 
         Raises:
             UserError: if the server refuses the key or the model, or is gone.
@@ -66,111 +93,114 @@ class ServerModel:
         return asyncio.run(self._ask(requests, on_reply))
 
     def close(self) -> None:
-        """Nothing to give back: connections live as long as one :meth:`ask`."""
+        """Give nothing back: connections live as long as one :meth:`ask`."""
 
     async def _ask(self, requests: Sequence[Request], on_reply: Callable[[], None]) -> list[Reply]:
-        replies: list[Reply | None] = [None] * len(requests)
-        waiting = enumerate(requests)  # shared by the workers: each takes the next one
+        free = asyncio.Semaphore(self._settings.concurrency)
 
-        async def work(client: Any) -> None:
-            for number, request in waiting:
-                replies[number] = await self._answer(client, request)
+        async def answer(request: Request) -> Reply:
+            async with free:
+                reply = await self._answer(client, request)
                 on_reply()
+                return reply
 
-        async with self._client() as client:
-            workers = [asyncio.create_task(work(client)) for _ in range(min(self._settings.concurrency, len(requests)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-        return [reply for reply in replies if reply is not None]
+        try:
+            async with self._client() as client, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(answer(request)) for request in requests]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _answer(self, client: Any, request: Request) -> Reply:
-        problem, details, retry_after = "", "", 0.0
-        for attempt in range(self._settings.tries):
-            if attempt:
-                await self._sleep(max(retry_after, _backoff(attempt)))
-            retry_after, details, reachable = 0.0, "", True
+        for attempt in range(1, self._settings.tries + 1):
             try:
-                return _read_reply(await self._send(client, request), request)
-            except self._openai.APIStatusError as error:
-                status = error.status_code
-                problem, details = f"HTTP {status}", self._said(error)
-                if status in REFUSED:
-                    raise UserError(f"server {self._shown}: {problem}{details}; {self._way_out(status)}") from None
-                if status not in TRY_AGAIN and status < 500:
-                    return Reply(None, problem + details + _refused_parameter(details))
-                retry_after = _retry_after(error.response.headers)
-            except (TimeoutError, self._openai.APITimeoutError):
-                problem, reachable = f"no answer within {self._settings.timeout_seconds:g} s", False
-            except self._openai.APIConnectionError:
-                problem, reachable = "broken connection", False
-            except _UnusableAnswer as error:
-                problem, details = str(error), self._named(error.said)
-        if not reachable and not await self._is_there(client):
+                return _read_reply(await self._body(self._send(client, request)), request)
+            except _Failure as error:
+                failure = error
+            words = self._quote(failure.said) if failure.answered else ""
+            if failure.status in REFUSED:
+                raise UserError(f"server {self._shown}: {failure.problem}{words}; {self._way_out(failure.status)}")
+            if not failure.may_pass:
+                return Reply(None, failure.problem + words + _refused_parameter(words))
+            if attempt < self._settings.tries:
+                await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
+        if not failure.answered and not await self._is_there(client):
             raise UserError(
                 f"server {self._shown} is not reachable any more; finished shards are kept, run the same command again"
             )
-        return Reply(None, f"{problem} after {self._settings.tries} tries{details}")
+        return Reply(None, f"{failure.problem} after {self._settings.tries} tries{words}")
 
-    async def _send(self, client: Any, request: Request) -> Any:
-        """The body of the answer, parsed. One timeout for all of it: a server may also send a byte now and then."""
+    def _send(self, client: Any, request: Request) -> Awaitable[Any]:
         schema = {"name": "reply", "schema": request.schema, "strict": True}
         sampling = {"seed": request.seed, "max_tokens": request.max_tokens, "temperature": request.temperature}
         for name in self._settings.omit:
             del sampling[name]
-        async with asyncio.timeout(self._settings.timeout_seconds):
-            response = await client.chat.completions.with_raw_response.create(
-                model=self.name,
-                messages=list(request.messages),
-                response_format={"type": "json_schema", "json_schema": schema},
-                extra_body=self._settings.extra_body,
-                **sampling,
-            )
-        return _parse_body(response)
+        return client.chat.completions.with_raw_response.create(
+            model=self.name,
+            messages=list(request.messages),
+            response_format={"type": "json_schema", "json_schema": schema},
+            extra_body=self._settings.extra_body,
+            **sampling,
+        )
+
+    async def _body(self, call: Awaitable[Any]) -> Any:
+        """Wait for an answer and return its body, parsed. One timeout for all of it: bytes may come now and then.
+
+        Raises:
+            _Failure: if nothing usable comes.
+        """
+        try:
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                response = await call
+            body = json.loads(response.http_response.text)
+        except self._openai.APIStatusError as error:
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            wait = _retry_after(error.response.headers)
+            raise _Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
+        except (TimeoutError, self._openai.APITimeoutError):
+            raise _Failure(f"no answer within {self._settings.timeout_seconds:g} s", answered=False) from None
+        except self._openai.APIConnectionError as error:
+            raise _Failure("broken connection", error.__cause__ or error, answered=False) from None
+        except (ValueError, RecursionError):
+            raise _Failure("an answer that is not JSON") from None
+        if isinstance(body, dict) and (refusal := body.get("error")):  # as gateways send it with HTTP 200
+            said = (refusal.get("message") or refusal) if isinstance(refusal, dict) else refusal
+            raise _Failure("an error in place of an answer", said)
+        return body
 
     async def _list_models(self) -> list[dict[str, Any]]:
         async with self._client() as client:
             try:
                 return await self._models(client)
-            except self._openai.APIStatusError as error:
-                status = error.status_code
-                if status == 404 and self._settings.model is not None:  # some gateways list nothing
-                    return []
-                problem = f"HTTP {status}{self._said(error)}; {self._way_out(status)}"
-            except (TimeoutError, self._openai.APITimeoutError):
-                problem = f"no answer within {self._settings.timeout_seconds:g} s"
-            except self._openai.APIConnectionError as error:
-                cause = self._redacted(str(error.__cause__ or error))
-                problem = f"not reachable ({cause}); check the URL, and that the server is running"
-            except _UnusableAnswer as error:
-                said = self._named(error.said)
-                problem = f"{error} when asked for its models{said}; is this an OpenAI-compatible server?"
+            except _Failure as error:
+                failure = error
+        problem, words = failure.problem, self._quote(failure.said)
+        if failure.status == 404 and self._settings.model is not None:  # some gateways list nothing
+            return []
+        if failure.status is not None:
+            problem += f"{words}; {self._way_out(failure.status)}"
+        elif failure.answered:
+            problem += f" when asked for its models{words}; is this an OpenAI-compatible server?"
+        elif failure.said:
+            problem = f"not reachable ({words.removeprefix(': ')}); check the URL, and that the server is running"
         raise UserError(f"server {self._shown}: {problem}")
 
     async def _models(self, client: Any) -> list[dict[str, Any]]:
-        async with asyncio.timeout(self._settings.timeout_seconds):
-            response = await client.models.with_raw_response.list()
-        body = _parse_body(response)
-        _check_sound(body)
+        body = await self._body(client.models.with_raw_response.list())
         models = body.get("data") if isinstance(body, dict) else None
         if not isinstance(models, list) or not all(isinstance(m, dict) and m.get("id") for m in models):
-            raise _UnusableAnswer("it sent no list of models")
+            raise _Failure("it sent no list of models")
         return models
 
     async def _is_there(self, client: Any) -> bool:
         try:
             await self._models(client)
-        except (TimeoutError, self._openai.APIConnectionError):
-            return False
-        except (self._openai.APIStatusError, _UnusableAnswer):
-            return True
+        except _Failure as failure:
+            return failure.answered
         return True
 
     def _choose(self, models: list[dict[str, Any]]) -> tuple[str, str]:
-        """Name and revision of the model that is meant. A name that is not listed is tried all the same."""
+        """Return name and revision of the model that is meant. A name that is not listed is tried all the same."""
         name = self._settings.model
         if name is None:
             if len(models) != 1:
@@ -193,50 +223,41 @@ class ServerModel:
             return f"{REFUSED[status]} ({variable} is {'set' if self._key else 'not set'})"
         return REFUSED.get(status, "look at the server's log")
 
-    def _said(self, error: Any) -> str:
-        """A refusing server's own words, if it sent any."""
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        return self._named(message)
-
-    def _named(self, words: object) -> str:
-        return f": {self._redacted(str(words))}" if words else ""
-
-    def _redacted(self, text: str) -> str:
-        """In one line and without the key, which some servers repeat."""
-        without_key = text.replace(self._key, "***") if self._key else text
-        return " ".join(without_key.split())[:300]
+    def _quote(self, words: object) -> str:
+        """Return the server's words after a colon, in one line and without the key, which some servers repeat."""
+        text = str(words or "")
+        if self._key:
+            text = text.replace(self._key, "***")
+        return f": {' '.join(text.split())[:300]}" if text else ""
 
 
-class _UnusableAnswer(Exception):
-    """HTTP 200, but not what was asked for. Proxies do that, so the request is sent again.
-
-    Attributes:
-        said: the server's own words, if it sent any.
-    """
-
-    def __init__(self, problem: str, said: object = None) -> None:
-        super().__init__(problem)
-        self.said = said
-
-
-def _check_sound(body: Any) -> None:
-    """Raise _UnusableAnswer for an error that comes with HTTP 200, as gateways send it."""
-    if isinstance(body, dict) and (error := body.get("error")):
-        said = (error.get("message") or error) if isinstance(error, dict) else error
-        raise _UnusableAnswer("an error in place of an answer", said)
-
-
-def _refused_parameter(details: str) -> str:
-    """The way out where a server names a parameter that it does not take."""
-    named = [name for name in SAMPLING if re.search(rf"\b{name}\b", details)]
+def _refused_parameter(words: str) -> str:
+    """Return the way out where a server names a parameter that it does not take."""
+    named = [name for name in SAMPLING if re.search(rf"\b{name}\b", words)]
     return f"; engine.omit=[{named[0]}] leaves it out, engine.extra_body sends what is wanted instead" if named else ""
 
 
-THOUGHTS = ("reasoning_content", "reasoning")
-"""Where servers put what a model says before its answer."""
+def _read_reply(body: Any, request: Request) -> Reply:
+    try:
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = message.get("content")
+        usage = body.get("usage") or {}
+        prompt, generated = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        raise _Failure("an answer without choices") from None
+    problem = None
+    if finish == "length":
+        problem = cut_off(generated or request.max_tokens)
+    elif finish == "content_filter" or message.get("refusal"):
+        problem = "refused by the server's content filter or by the model"
+    elif not isinstance(text, str) or not text.strip():
+        problem = _empty_reply(message)
+    return Reply(text if problem is None else None, problem, prompt, cached, generated)
 
 
-def _nothing_said(message: dict[str, Any]) -> str:
+def _empty_reply(message: dict[str, Any]) -> str:
     for key in THOUGHTS:
         if isinstance(thought := message.get(key), str) and thought.strip():
             return (
@@ -247,49 +268,21 @@ def _nothing_said(message: dict[str, Any]) -> str:
     return "an empty reply"
 
 
-def _read_reply(body: Any, request: Request) -> Reply:
-    _check_sound(body)
-    try:
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
-        usage = body.get("usage") or {}
-        prompt, generated = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise _UnusableAnswer("an answer without choices") from None
-    problem = None
-    if finish == "length":
-        problem = cut_off(generated or request.max_tokens)
-    elif finish == "content_filter" or message.get("refusal"):
-        problem = "refused by the server's content filter or by the model"
-    elif not isinstance(text, str) or not text.strip():
-        problem = _nothing_said(message)
-    return Reply(text if problem is None else None, problem, prompt, cached, generated)
-
-
-def _parse_body(response: Any) -> Any:
-    try:
-        return json.loads(response.http_response.text)
-    except (ValueError, RecursionError):
-        raise _UnusableAnswer("an answer that is not JSON") from None
-
-
 def _backoff(attempt: int) -> float:
-    """Seconds before a further try: about 1, 2, 4, ... with jitter, so that requests do not come back all at once."""
-    return min(2.0 ** (attempt - 1), LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
+    """Return the seconds before a further try: about 1, 2, 4, ... with jitter, so that not all come back at once."""
+    return min(2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a whole number or a date), within reason."""
+    """Return the seconds that the server asks to wait (RFC 9110, 10.2.3: a whole number or a date), within reason."""
     value = headers.get("retry-after", "").strip()
     if value.isdecimal():
-        return min(float(value), LONGEST_RETRY_AFTER)
+        return min(float(value), MAX_RETRY_AFTER_SECONDS)
     try:
         seconds = parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
         return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def _read_key(variable: str) -> str:
@@ -300,12 +293,12 @@ def _read_key(variable: str) -> str:
 
 
 def _with_version(url: str) -> str:
-    """The address below which /chat/completions is: /v1 is added unless the path names a version itself."""
+    """Return the address below which /chat/completions is: /v1 is added unless the path names a version itself."""
     return url if re.search(r"/v\d", urlsplit(url).path) else url.rstrip("/") + "/v1"
 
 
 def _without_secrets(url: str) -> str:
-    """The URL as it may be shown and written down: no user, password or query."""
+    """Return the URL as it may be shown and written down: no user, password or query."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -313,6 +306,5 @@ def _without_secrets(url: str) -> str:
         host, port = None, None
     if not host:
         raise UserError("the server's URL has no host or a wrong port; write http://host:port or https://host/v1")
-    return (
-        f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
-    )
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"

@@ -1,4 +1,4 @@
-"""An LLM inside this process, run by vLLM: the only file that imports it."""
+"""A language model inside this process, run by vLLM: the only file that imports it."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from vapr.editing.llm.request import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError, one_line
 
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
-"""Endings of what makes a model's replies: config, weights, tokenizer and chat template."""
+"""Endings of the files that decide a model's replies: config, weights, tokenizer and chat template."""
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -38,14 +38,14 @@ FAULTS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
-"""What vLLM lets out when it fails. Its own exceptions are none of these; :func:`_faults` adds them."""
+"""Exceptions that vLLM lets out when it fails. Its own are none of these; :meth:`OfflineModel._faults` adds them."""
 
 
 class OfflineModel:
     """A folder or hub id, loaded with vLLM onto this machine's GPUs, or its CPU where there is none.
 
     Args:
-        model: folder or hub id.
+        model: a folder or a hub id.
         engine: its vLLM keys are read.
 
     Raises:
@@ -64,12 +64,15 @@ class OfflineModel:
         self.num_gpus = engine.tensor_parallel if on_gpu else 0
         settings: dict[str, Any] = {"dtype": engine.dtype, "enforce_eager": engine.enforce_eager}
         if not on_gpu:
-            dtype = "float32" if engine.dtype == "auto" else engine.dtype
-            settings = {"dtype": dtype, "enforce_eager": True, "block_size": 32}
-            # A prompt that is split over steps takes back a random number that was drawn too early, which the CPU's
-            # generators cannot: each prompt is computed in one step.
-            whole = {"enable_chunked_prefill": False}
-            settings |= {**whole, "max_num_batched_tokens": max(BATCHED_TOKENS, engine.max_model_len)}
+            settings = {
+                "dtype": "float32" if engine.dtype == "auto" else engine.dtype,
+                "enforce_eager": True,
+                "block_size": 32,
+                # A prompt that is split over steps takes back a random number that was drawn too early, which the CPU's
+                # generators cannot: each prompt is computed in one step.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(BATCHED_TOKENS, engine.max_model_len),
+            }
         with self._faults(functools.partial(_does_not_start, model, on_gpu)), self._log.taking_the_terminal():
             self._llm = vllm.LLM(
                 **source,
@@ -86,7 +89,7 @@ class OfflineModel:
         self._log.take("vllm")
 
     def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
-        """Replies in the order of the requests, which all wait in vLLM's queue at once.
+        """Return replies in the order of the requests, which all wait in vLLM's queue at once.
 
         Neighbours that begin alike share the key-value cache of their beginning: sort requests by prompt.
 
@@ -116,7 +119,7 @@ class OfflineModel:
         """Turn a fault of vLLM into a UserError of one line.
 
         Args:
-            describe: makes the message of the engine's own last error line.
+            describe: makes the message out of the engine's own last error line.
         """
         import zmq  # by which vLLM's processes talk to each other
         from vllm.exceptions import VLLMError
@@ -147,7 +150,7 @@ class OfflineModel:
         return None
 
     def _too_long(self, request: Request) -> str | None:
-        """Whether that was the reason. vLLM itself stops counting at the limit, and images it counts alone."""
+        """Say so if a prompt is too long. vLLM itself stops counting at the limit, and images it counts alone."""
         if any(not isinstance(message["content"], str) for message in request.messages):
             return None
         tokenizer = self._llm.get_tokenizer()
@@ -170,7 +173,7 @@ def _read_output(output: Any) -> Reply:
 
 
 def _bar(on_reply: Callable[[], None]) -> Callable[..., tqdm]:
-    """A progress bar that nobody sees: the hook that vLLM offers for replies as they come."""
+    """Return a progress bar that nobody sees: the hook that vLLM offers for replies as they come."""
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
@@ -181,7 +184,7 @@ def _bar(on_reply: Callable[[], None]) -> Callable[..., tqdm]:
 
 
 def _identify(model: str) -> tuple[str, str, dict[str, str]]:
-    """Name, revision, and how vLLM is told to find exactly that."""
+    """Return name and revision of a model, and how vLLM is told to find exactly that."""
     if Path(model).is_dir():
         folder = Path(model).resolve()
         if not (folder / "config.json").is_file():

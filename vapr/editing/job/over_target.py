@@ -1,4 +1,4 @@
-"""Drafts that --target cut off: kept among the rejects as they were, and taken up by a later round.
+"""Drafts over --target: which ones are cut off, how the rejects keep them, and how a later round restores them.
 
 Planned anew they would have other partners, or none, and a language model would be asked twice.
 """
@@ -13,13 +13,48 @@ from vapr.editing.draft.trades import Plan, Trade
 from vapr.editing.rules.categories import Categories, Value
 from vapr.editing.rules.turns import Turn
 
+OVER_TARGET = "more than --target asked for"
 
-def as_it_was(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
-    """What a reject row does not say already of a draft that was to be accepted.
+
+def cut_to(drafts: Sequence[Draft], most: int) -> None:
+    """Keep ``most`` accepted drafts; those that traded values with one another stay or go together where they can.
+
+    What is cut keeps its edits: the reject row holds them. First comes a half whose other half an odd target has taken.
+    """
+    accepted = [number for number, draft in enumerate(drafts) if draft.status == "accepted"]
+    if len(accepted) <= most:
+        return
+    accepted.sort(key=lambda number: all(trade.partner is not None for trade in drafts[number].plan.trades))
+    kept: set[int] = set()
+    for number in accepted:
+        group = _trading_group(number, drafts)
+        if number not in kept and len(kept) + len(group) <= most:
+            kept |= group
+    for number in accepted:  # an odd place left is filled all the same: the target is a number of pairs
+        if len(kept) < most:
+            kept.add(number)
+    for number in accepted:
+        if number not in kept:
+            drafts[number].status, drafts[number].reason = "over_target", OVER_TARGET
+
+
+def _trading_group(number: int, drafts: Sequence[Draft]) -> set[int]:
+    """Return a turn, those it trades with, those they trade with, and so on."""
+    group, waiting = {number}, [number]
+    while waiting:
+        for trade in drafts[waiting.pop()].plan.trades:
+            if trade.partner is not None and trade.partner.turn not in group:
+                group.add(trade.partner.turn)
+                waiting.append(trade.partner.turn)
+    return group
+
+
+def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
+    """Return what a reject row does not say already about a draft that was to be accepted.
 
     Args:
-        draft: to be kept.
-        drafts: of its unit.
+        draft: the draft to keep.
+        drafts: all drafts of its unit.
     """
     return {
         "rejected": draft.rejected,
@@ -29,12 +64,20 @@ def as_it_was(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "asked": draft.plan.ask,
         "trades": [
             {
-                "set": trade.value.set.name, "market": trade.market, "start": trade.value.start,
-                "value": trade.value.text, "target": trade.target,
+                **trade_row(trade),
                 "with": _place(drafts[trade.partner.turn].turn, trade.partner) if trade.partner else None,
             }
             for trade in draft.plan.trades
         ],
+    }
+
+
+def trade_row(trade: Trade) -> dict[str, Any]:
+    """Return a trade as a row holds it."""
+    value = trade.value
+    return {
+        "set": value.set.name, "market": trade.market, "start": value.start, "value": value.text,
+        "target": trade.target,
     }  # fmt: skip
 
 
@@ -42,16 +85,16 @@ def _place(turn: Turn, trade: Trade) -> list[int]:
     return [turn.row, turn.number, trade.value.start]
 
 
-def take_up(
+def restore_drafts(
     rows: Sequence[Mapping[str, Any]], turns: Sequence[Turn], categories: Categories, first: int
 ) -> list[Draft]:
-    """Drafts as an earlier round left them: accepted where only the target was against it, else ended as they were.
+    """Return drafts as an earlier round left them: accepted where they were over the target, else ended as they were.
 
     Args:
-        rows: rejects of the earlier round.
-        turns: of these rows.
-        categories: of the job.
-        first: number of the first of these drafts in its unit.
+        rows: reject rows of the earlier round.
+        turns: the turns of these rows.
+        categories: the categories of the job.
+        first: the number that the first of these drafts has in its unit.
     """
     drafts = [_draft(row, turn, categories, first + n) for n, (row, turn) in enumerate(zip(rows, turns, strict=True))]
     trades = {tuple(_place(draft.turn, trade)): trade for draft in drafts for trade in draft.plan.trades}
@@ -65,7 +108,7 @@ def _draft(row: Mapping[str, Any], turn: Turn, categories: Categories, number: i
     category = categories[row["category"]] if row["category"] is not None else None
     draft = Draft(
         turn, Plan(category, row["decided_by"]), attempts=row["attempts"], raw=row["raw"], refused=row["refused"],
-        status=row["status"], reason=row["reason"], taken_up=True,
+        status=row["status"], reason=row["reason"], restored=True,
     )  # fmt: skip
     if kept := row.get("as_it_was"):
         assert category is not None
