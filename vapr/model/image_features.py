@@ -45,6 +45,8 @@ class ImageFeatures(ShardedCache):
         UserError: if the folder cannot be made or read.
     """
 
+    CHECKS_ONCE = True  # some MiB an image, read again every epoch
+
     def __init__(self, policy: Policy, cache_dir: str | None) -> None:
         folder, policy_id = open_cache_folder(policy, "features", cache_dir, version=VERSION)
         super().__init__(folder, policy_id, np.uint8)
