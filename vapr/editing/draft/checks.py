@@ -11,7 +11,6 @@ from vapr.editing.rules.categories import Category
 from vapr.editing.rules.lookalikes import plain, unexpected
 from vapr.editing.rules.nouns import Nouns, singular
 from vapr.editing.rules.operations import spliced
-from vapr.editing.rules.polarity import NEGATION
 from vapr.text import edit_distance, num_words, polarity, sentences, style_vector, words
 
 
@@ -77,6 +76,7 @@ def _different(chosen: str, rejected: str, edits: Sequence[Edit], category: Cate
     return Verdict("different", True)
 
 
+NEGATION = re.compile(r"\b(?:not|no|none|never|nothing|nobody|neither|without|cannot)\b|n['’]t\b", re.IGNORECASE)
 VAGUE_NAME = re.compile(
     r"\b(?:something|someone|somebody|somewhere|anything) (?:else|different|other)\b", re.IGNORECASE
 )
