@@ -120,13 +120,12 @@ def lexicon() -> Nouns:
 
 def unknown_words(text: str, known: Set[str] = IN_ANSWERS) -> list[str]:
     """Return the words and marks of a text that are neither known nor nouns of the lexicon."""
-    unknown, at = [], 0
-    for start, end, _ in [*lexicon().find(text), (len(text), len(text), "")]:
-        for word in words(text[at:start].lower().replace("’", "'")):
-            if word not in known and lexicon().known(word.removesuffix("'s")) is None:
-                unknown.append(word)
+    rest, at = [], 0
+    for start, end, _ in lexicon().find(text):
+        rest += words(text[at:start])
         at = end
-    return unknown
+    plain = (word.lower().replace("’", "'") for word in rest + words(text[at:]))
+    return [word for word in plain if word not in known and lexicon().known(word.removesuffix("'s")) is None]
 
 
 SINGULARS_IN_S = frozenset((

@@ -16,8 +16,8 @@ SHORT = re.compile(rf",? {SUBJECT} (?P<verb>{BE}|do|does|did|has|have|had|can|co
 STATED = re.compile(rf",? {SUBJECT} (?P<verb>{BE}){NEGATION}(?P<rest> [^.!]+)[.!]?", re.IGNORECASE)
 NOT_TURNED = frozenset(("one", "two", "three", "four", "five", "six", "no", "not", "some"))
 CLAIM_WORDS = IN_ANSWERS | {
-    ",", ".", "!", "no", "not", "some", "do", "does", "did", "had", "could", "cannot", "isn't", "aren't", "wasn't", "weren't",
-    "don't", "doesn't", "didn't", "hasn't", "haven't", "hadn't", "couldn't",
+    ",", ".", "!", "no", "not", "some", "do", "does", "did", "had", "could", "cannot", "isn't", "aren't", "wasn't",
+    "weren't", "don't", "doesn't", "didn't", "hasn't", "haven't", "hadn't", "couldn't",
 }  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def _turn_there(claim: str, denies: bool) -> Change | None:
         return (match.start("quantity") + 1, quantity, "no") if quantity else (match.start("verb"), verb, f"{verb} no")
     _, end, noun = found
     several = verb.lower() in ("are", "were")
-    plain = match["thing"][1 : end + 1].lower() == noun and not noun.endswith("s") or noun.endswith(("ss", "us"))
-    if quantity != "no" or not (several or (plain and lexicon().noun_class(noun) != "sky-and-water")):
+    is_singular = match["thing"][1 : end + 1].lower() == noun and (noun.endswith(("ss", "us")) or noun[-1] != "s")
+    if quantity != "no" or not (several or (is_singular and lexicon().noun_class(noun) != "sky-and-water")):
         return None
     return match.start("quantity") + 1, "no", "some" if several or noun in UNCOUNTED else "a"
 

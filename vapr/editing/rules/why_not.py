@@ -1,7 +1,7 @@
 """Why a rule may not edit a value: one question, one short list of reasons.
 
-Rules edit what is plainly safe: one member of a closed set, said of one known noun, in a short sentence of its own, with
-nothing else in the answer, the question or an earlier turn that depends on it. A sentence is plain if it consists of
+Rules edit what is plainly safe: one member of a closed set, said of one known noun, in a short sentence of its own,
+with nothing else in the answer, the question or an earlier turn that depends on it. A sentence is plain if it holds
 known words alone (``words.yaml``, ``nouns.yaml``): "because", "not", "about", "both" and whatever else could make
 another word depend on the value are not among them. What is not plain is left to the language model.
 """
@@ -17,7 +17,9 @@ from vapr.editing.rules.turns import Turn
 from vapr.text import words
 
 MAX_WORDS = 14
-OPENINGS = tuple(f"In {the} {picture}, " for the in ("the", "this") for picture in ("image", "picture", "photo", "scene"))
+OPENINGS = tuple(
+    f"In {the} {picture}, " for the in ("the", "this") for picture in ("image", "picture", "photo", "scene")
+)
 BE = frozenset(("is", "are", "was", "were", "it's", "they're", "he's", "she's"))
 AFTER_ADJECTIVE = frozenset(("in", "on", "at", "with", "near", "next", "behind", ".", "!"))
 # "A black bear", "red wine" and "a little boy" are kinds of their own; a red car is a car that is red.
@@ -25,6 +27,9 @@ PLAIN_THINGS = frozenset((
     "vehicle", "clothing", "accessory", "furniture", "furnishing", "appliance", "electronics", "tableware", "building",
     "structure", "toy", "sport-gear", "container", "road-things", "vehicle part",
 ))  # fmt: skip
+
+PLAIN_ANIMALS = frozenset(("dog", "cat", "horse", "cow"))
+POSITIONED = frozenset(("stands", "sits", "lies", "hangs"))
 
 
 def why_not(turn: Turn, value: Value) -> str | None:
@@ -144,11 +149,12 @@ def _is_not_said_of_a_thing(place: Place) -> bool:
     if closed.said_of:
         return not (place.is_predicate and noun and lexicon().is_one_of(noun, closed.said_of))
     if closed.adjective and place.next_noun:
-        return noun in UNCOUNTED or lexicon().noun_class(place.next_noun) not in PLAIN_THINGS
+        plain = lexicon().noun_class(place.next_noun) in PLAIN_THINGS or place.next_noun in PLAIN_ANIMALS
+        return noun in UNCOUNTED or not plain
     if closed.adjective:
         after = (words(place.right.lower()) or ["."])[0]
         return not (place.is_predicate and after in AFTER_ADJECTIVE and noun and lexicon().noun_class(noun) != "person")
-    return place.subject is not None and BE.isdisjoint(place.left.lower().split())
+    return place.subject is not None and (BE | POSITIONED).isdisjoint(place.left.lower().split())
 
 
 REASONS: dict[str, Callable[[Place], bool]] = {
