@@ -76,7 +76,7 @@ FIGURES = re.compile(r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?")
 
 @functools.cache
 def _number_words() -> dict[str, int]:
-    spelled = {str(english().number_to_words(value)): value for value in range(101)}
+    spelled = {str(english().number_to_words(str(value))): value for value in range(101)}
     return spelled | {"a hundred": 100, "a dozen": 12, "no": 0, "none": 0, "single": 1}
 
 

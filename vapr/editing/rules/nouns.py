@@ -57,9 +57,7 @@ class Nouns:
         self._wordnet = WordNet(wordnet) if wordnet is not None else None
         for name, entries in read_data("nouns.yaml").items():
             names = name.split("|")
-            for noun in names:
-                self._above.setdefault(noun, set()).update(names)
-            self._add(entries, names[0], set(names))
+            self._add([{name: entries}], names[0], set())
 
     def _add(self, entries: list[Any], noun_class: str, above: set[str]) -> None:
         for entry in entries:

@@ -8,12 +8,12 @@ from vapr.editing.rules.operations import Operation
 from vapr.text import polarity
 
 YES_OR_NO = re.compile(r"(?P<mark>[\s\"'“‘*_]*)(?P<word>yes|no)(?![\w-])(?P<end>[\s.!\"'”’*_]*$)?", re.IGNORECASE)
-THERE = re.compile(r",? there (?P<verb>is|are|was|were)(?P<quantity>(?: an?| some| no)?)(?P<thing> [^.!]+)[.!]?", re.I)
+THERE = re.compile(r",? there (?P<verb>is|are|was|were)(?P<quantity>(?: an?| some| no)?)(?P<thing> [^.,!]+)[.!]?", re.I)
 SUBJECT = r"(?P<subject>there|it|he|she|they|that|this|I|we|you|(?:the|this|that|his|her|its|their) [a-z]+(?: [a-z]+)?)"
 BE = "is|are|was|were"
 NEGATION = "(?P<negation> not|n['’]t|not)?"
 SHORT = re.compile(rf",? {SUBJECT} (?P<verb>{BE}|do|does|did|has|have|had|can|could)(?P<rest>){NEGATION}[.!]?", re.I)
-STATED = re.compile(rf",? {SUBJECT} (?P<verb>{BE}){NEGATION}(?P<rest> [^.!]+)[.!]?", re.IGNORECASE)
+STATED = re.compile(rf",? {SUBJECT} (?P<verb>{BE}){NEGATION}(?P<rest> [^.,!]+)[.!]?", re.IGNORECASE)
 NOT_TURNED = frozenset(("one", "two", "three", "four", "five", "six", "no", "not", "some"))
 CLAIM_WORDS = IN_ANSWERS | {
     ",", ".", "!", "no", "not", "some", "do", "does", "did", "had", "could", "cannot", "isn't", "aren't", "wasn't",
@@ -43,7 +43,13 @@ Change = tuple[int, str, str]  # place in the claim, old and new text
 def _turn_there(claim: str, denies: bool) -> Change | None:
     match = THERE.fullmatch(claim)
     found = next(lexicon().find(match["thing"][1:]), None) if match else None
-    if match is None or found is None or found[0] != 0 or not NOT_TURNED.isdisjoint(match["thing"].split()):
+    if (
+        match is None
+        or found is None
+        or found[0] != 0
+        or match["thing"] != match["thing"].lower()
+        or not NOT_TURNED.isdisjoint(match["thing"].split())
+    ):
         return None
     quantity, verb = match["quantity"][1:], match["verb"]
     if denies:

@@ -114,7 +114,7 @@ def _has_unknown_word(place: Place) -> bool:
 
 def _has_unknown_question(place: Place) -> bool:
     known = IN_QUESTIONS | place.value.set.members.keys() | {"?", ".", ",", ":"}
-    return bool(unknown_words(place.turn.question, known))
+    return not all(word.isdigit() for word in unknown_words(place.turn.question, known))
 
 
 def _is_one_of_several(place: Place) -> bool:
@@ -129,7 +129,7 @@ def _is_told_by_question(place: Place) -> bool:
         return offered <= closed.near(place.value.name)
     if place.count is not None:  # "of the three cups", but not "on page 3?"
         asked = [*words(question), "?"]
-        return any(number(word) is not None and asked[n + 1][0].isalpha() for n, word in enumerate(asked[:-1]))
+        return any((number(word) or 0) > 1 and asked[n + 1][0].isalpha() for n, word in enumerate(asked[:-1]))
     return any(not question[:start].lower().endswith("how ") for start, _ in closed.named(question))
 
 
