@@ -166,7 +166,7 @@ def test_the_end_says_what_comes_next(folder):
     stdout, _ = shown(write(folder, rows), "--out", folder / "out")
     out = folder / "out"
     assert f"{plan.NO_PARTNER} [way out: more rows, or plan.balance=uniform]" in stdout
-    assert f"{plan.NEEDS_MODEL} [way out: --editor MODEL]" in stdout
+    assert f"{plan.NEEDS_MODEL}: {plan.NO_VALUE} [way out: --editor MODEL]" in stdout
     lines = [line.split("#")[0].strip() for line in stdout.splitlines()[-3:]]
     assert lines == [
         f"next        vapr view {out} --out {out}-review.html",

@@ -233,3 +233,14 @@ def test_a_very_long_question_is_left_out_at_once():
     began = time.monotonic()
     plan = planned("What is the man who is next to the " * 6000 + "?", "Red")
     assert plan.reason == LONG_QUESTION and time.monotonic() - began < 1
+
+
+EVERYDAY = [line for line in (Path(__file__).parent / "everyday.txt").read_text().splitlines() if line[0] != "#"]
+
+
+@pytest.mark.parametrize("line", EVERYDAY)
+def test_everyday_rows(line):
+    question, answer, expected = line.replace("\\n", "\n").split(" | ")
+    plan = planned(question, answer)
+    reason = (plan.reason or "").removeprefix("needs a language model: ")
+    assert (", ".join(offer.value.text for offer in plan.offers) or f"({reason})") == expected
