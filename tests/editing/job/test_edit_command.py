@@ -108,7 +108,7 @@ def test_a_trial_shows_and_writes_nothing(folder):
     assert stdout.count("[-") == stdout.count("{+") == 4
     assert "  answer    There are [-two-]{+" in stdout
     assert "trial       5 rows, 5 answers to edit; nothing was written\naccepted    4 pairs\n" in stdout
-    assert "no pair     1 x needs a language model [way out: --editor MODEL]" in stdout
+    assert "no pair     1 x needs a language model: no value of a closed set [way out: --editor MODEL]" in stdout
     assert stdout.splitlines()[-1].startswith(f"next        vapr edit {source} --out {folder}/out ...")
     assert not (folder / "out").exists()
     assert edit(source, "--set", "seed=5", "--limit", 3)[0] == 0

@@ -114,7 +114,9 @@ def _has_unknown_word(place: Place) -> bool:
 
 def _has_unknown_question(place: Place) -> bool:
     known = IN_QUESTIONS | place.value.set.members.keys() | {"?", ".", ",", ":"}
-    return not all(word.isdigit() for word in unknown_words(place.turn.question, known))
+    # "page 3", "picture B", and characters that nobody sees
+    unknown = (word for word in unknown_words(place.turn.question, known) if not word.isdigit() and word.isprintable())
+    return any(len(word) > 1 or not word.isalpha() for word in unknown)
 
 
 def _is_one_of_several(place: Place) -> bool:
