@@ -9,7 +9,16 @@ import pytest
 from vapr.editing.config import EditConfig
 from vapr.editing.draft.editor import Editor
 from vapr.editing.draft.trades import (
-    FEW_VALUES, NEEDS_MODEL, NO_CATEGORY, NO_PARTNER, PARTNER_LOST, Plan, Planner, Trade, match, release,
+    FEW_VALUES,
+    NEEDS_MODEL,
+    NO_CATEGORY,
+    NO_PARTNER,
+    PARTNER_LOST,
+    Plan,
+    Planner,
+    Trade,
+    match,
+    release,
 )  # fmt: skip
 from vapr.editing.llm.request import Reply
 from vapr.editing.rules.categories import Categories, Category, ClosedSet, load_categories
@@ -159,7 +168,8 @@ def test_of_several_values_those_of_the_noun_asked_for():
 
 def test_a_second_value_is_tried_where_the_first_finds_no_partner():
     plans = planned(
-        ("Where is the cat?", "The cat is behind the bus to the left of the cart."), ("Where is the dog?", "On the right.")
+        ("Where is the cat?", "The cat is behind the bus to the left of the cart."),
+        ("Where is the dog?", "On the right."),
     )
     assert targets(plans) == ["right", "left"]
 

@@ -6,6 +6,8 @@ from vapr.editing.rules.operations import apply
 from vapr.editing.rules.polarity import flip
 
 FLIPPED = """
+Yes, there are people here. | No, there are no people here.
+Yes, there are some people here. | No, there are no people here.
 Yes | No
 **Yes** | **No**
 YES! | NO!
@@ -147,8 +149,6 @@ No, there is no toilet paper.
 No, there is no sun.
 No, there is no SUV.
 No, there is no glasses on the table.
-Yes, there are some people here.
-Yes, there are people here.
 Yes, I can see a dog.
 Yes, the trash can is full.
 Yes, the trash can on the left is green.
