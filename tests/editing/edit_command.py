@@ -1,6 +1,7 @@
 """``vapr edit`` on a few rows, for tests of what goes wrong."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ QUESTION = "<image>\nHow many cats are there?"
 
 def row(answer: str = "There are seven cats.", **changes) -> dict:
     id = changes.get("id", "tested")
-    turns = [{"from": "human", "value": f"{QUESTION} {id!a}"}, {"from": "gpt", "value": answer}]
+    turns = [
+        {"from": "human", "value": f"{QUESTION} On page {zlib.crc32(ascii(id).encode())}?"},
+        {"from": "gpt", "value": answer},
+    ]
     named = {"id": id, "image": "cat.png", "conversations": turns, **changes}
     return {key: value for key, value in named.items() if value is not None}
 

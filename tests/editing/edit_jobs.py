@@ -21,7 +21,7 @@ SECONDS = 200.0
 """Longest wait for another process; a test that goes wrong ends all the same."""
 
 FORK = multiprocessing.get_context("fork")
-OBJECTS = ("car", "bus", "boat", "truck", "van", "train", "bicycle", "motorcycle")
+OBJECTS = ("car", "jeep", "boat", "truck", "van", "train", "bicycle", "motorcycle")
 COLOURS = ("red", "blue", "green", "yellow")
 NUMBERS = ("two", "three", "four", "five")
 

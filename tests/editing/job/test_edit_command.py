@@ -110,7 +110,7 @@ def test_a_trial_shows_and_writes_nothing(folder):
     assert stdout.count("[-") == stdout.count("{+") == 4
     assert "  answer    There are [-two-]{+" in stdout
     assert "trial       5 rows, 5 answers to edit; nothing was written\naccepted    4 pairs\n" in stdout
-    assert "no pair     1 x needs a language model [way out: --editor MODEL]" in stdout
+    assert "no pair     1 x needs a language model: no value of a closed set [way out: --editor MODEL]" in stdout
     assert stdout.splitlines()[-1].startswith(f"next        vapr edit {source} --out {folder}/out ...")
     assert not (folder / "out").exists()
     assert edit(source, "--set", "seed=5", "--limit", 3)[0] == 0
@@ -168,7 +168,7 @@ def test_the_end_says_what_comes_next(folder):
     stdout, _ = shown(write(folder, rows), "--out", folder / "out")
     out = folder / "out"
     assert f"{plan.NO_PARTNER} [way out: more rows, or plan.balance=uniform]" in stdout
-    assert f"{plan.NEEDS_MODEL} [way out: --editor MODEL]" in stdout
+    assert f"{plan.NEEDS_MODEL}: {plan.NO_VALUE} [way out: --editor MODEL]" in stdout
     lines = [line.split("#")[0].strip() for line in stdout.splitlines()[-3:]]
     assert lines == [
         f"next        vapr view {out} --out {out}-review.html",

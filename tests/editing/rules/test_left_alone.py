@@ -109,6 +109,19 @@ Where is the cat? | Right next to the dog. | Right
 Where is the cat? | Right behind the dog. | Right
 Tell me about it. | He shouts at the top of his lungs.
 Tell me about it. | The third bird from the left is yellow. | left
+What color is the man's shirt? | The man's shirt is mostly blue.
+What color is the woman wearing? | The woman is wearing black.
+What color is the dog? | The dog is brown with a white collar.
+What color is the sink? | It is a white porcelain sink.
+What shape is the sign? | The sign has the shape of a triangle.
+How big is the dog? | He has a big brown dog.
+How many people are there? | Only two people are in the boat.
+What are they doing? | They are walking.
+Tell me about the bench. | He is sitting on the bench.
+Tell me about it. | This is a bench with a man sitting on it.
+Tell me about it. | The photo shows a man who is sitting on a bench.
+How many dogs are on page 3 of the book? | There are two dogs.
+How many dogs are there? (7) | There are two dogs.
 """
 
 # question | answer | the value that may be traded
@@ -117,21 +130,14 @@ What color is the car? | Red | Red
 What color is the car? | The car is red. | red
 What color is the car? | It is a red car. | red
 What color is the man's shirt? | The man in the image is wearing a blue shirt. | blue
-What color is the man's shirt? | The man's shirt is mostly blue. | blue
-What color is the woman wearing? | The woman is wearing black. | black
 What color is the cat? | It is an orange cat. | orange
-What color is the dog? | The dog is brown with a white collar. | brown
-What color is the sink? | It is a white porcelain sink. | white
 What pattern is on the shirt? | He wears a checked shirt. | checked
 What shape is the mirror? | The mirror is round. | round
-What shape is the sign? | The sign has the shape of a triangle. | triangle
 How big is the dog? | It is a small dog. | small
 How big is the dog? | The dog is little. | little
-How big is the dog? | He has a big brown dog. | big
 How many dogs are there? | There are three dogs on the beach. | three
 How many dogs are there? | Three | Three
 How many dogs are there? | There are 3 dogs. | 3
-How many people are there? | Only two people are in the boat. | two
 What is the man doing? | He is sitting on a bench. | sitting
 What is the man in the vest doing? | The man in the vest is standing. | standing
 What is the cat doing? | It is lying on the bed. | lying
@@ -139,10 +145,6 @@ What are the children doing? | Sitting | Sitting
 What are the women doing? | They are walking along the river. | walking
 What is the woman doing? | She is pulling a suitcase across the square. | pulling
 What is the boy doing? | The boy is throwing a ball. | throwing
-What are they doing? | They are walking. | walking
-Tell me about the bench. | He is sitting on the bench. | sitting
-Tell me about it. | This is a bench with a man sitting on it. | sitting
-Tell me about it. | The photo shows a man who is sitting on a bench. | sitting
 Where is the lamp? | On the left. | left
 Where is the lamp? | Right | Right
 Where is the lamp? | The lamp is on the right side of the bed. | right
@@ -154,8 +156,6 @@ What room is this? | It is a kitchen. | kitchen
 Is the car red or blue? | The car is red. | red
 Are there two or three dogs? | There are two dogs. | two
 How many dogs are in image 12? | There are two dogs. | two
-How many dogs are on page 3 of the book? | There are two dogs. | two
-How many dogs are there? (7) | There are two dogs. | two
 """
 
 
@@ -191,16 +191,15 @@ def test_kept(line):
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "not_a_target"),
+    ("question", "answer"),
     [
-        ("Besides red, what other color is on the flag?", "Blue", {"red", "orange", "pink", "maroon"}),
-        ("What color is the car that isn't red?", "The car is blue.", {"red"}),
-        ("What room is this if not a kitchen?", "Bathroom", {"kitchen"}),
+        ("Besides red, what other color is on the flag?", "Blue"),
+        ("What color is the car that isn't red?", "The car is blue."),
+        ("What room is this if not a kitchen?", "Bathroom"),
     ],
 )
-def test_what_the_question_names_takes_no_place(question, answer, not_a_target):
-    (offer,) = planned(question, answer).offers
-    assert offer.targets and not offer.targets & not_a_target
+def test_a_question_that_names_another_value_is_left_alone(question, answer):
+    assert planned(question, answer).offers == []
 
 
 def test_of_a_choice_the_other_one_does():
@@ -214,23 +213,34 @@ def test_of_a_choice_the_other_one_does():
         ("A man is standing next to a red car.", "What color is the car?", "The car is red.", True),
         ("A man is standing next to a red car.", "What color is the car?", "Red", True),
         ("A man is standing next to a red car.", "What color is it?", "It is red.", True),
-        ("A man in a red hat is standing here.", "What color is the car?", "The car is red.", False),
+        ("A man in a red hat is standing here.", "What color is the car?", "The car is red.", True),
         ("A man is standing next to a car.", "What color is the car?", "The car is red.", False),
         ("I see 2 dogs.", "How many dogs are there?", "There are two dogs.", True),
-        ("I see 2 cats.", "How many dogs are there?", "There are two dogs.", False),
+        ("I see 2 cats.", "How many dogs are there?", "There are two dogs.", True),
+        ("I see 3 cats.", "How many dogs are there?", "There are two dogs.", False),
     ],
 )
 def test_what_an_earlier_turn_has_said(earlier, question, answer, left_alone):
     assert (planned(question, answer, "What is there?", earlier).offers == []) == left_alone
 
 
-def test_an_earlier_word_is_about_what_was_asked():
-    now = ("What color is the car?", "The car is red.")
-    assert planned(*now, "What color is the car in the picture?", "Red").offers == []
-    assert planned(*now, "What color is the hat?", "Red").offers
+def test_the_plan_says_why():
+    plan = planned("What color is the light?", "The light is red because it is late.")
+    assert plan.reason == "needs a language model: a word that rules do not know" and plan.offers == []
 
 
 def test_a_very_long_question_is_left_out_at_once():
     began = time.monotonic()
     plan = planned("What is the man who is next to the " * 6000 + "?", "Red")
     assert plan.reason == LONG_QUESTION and time.monotonic() - began < 1
+
+
+EVERYDAY = [line for line in (Path(__file__).parent / "everyday.txt").read_text().splitlines() if line[0] != "#"]
+
+
+@pytest.mark.parametrize("line", EVERYDAY)
+def test_everyday_rows(line):
+    question, answer, expected = line.replace("\\n", "\n").split(" | ")
+    plan = planned(question, answer)
+    reason = (plan.reason or "").removeprefix("needs a language model: ")
+    assert (", ".join(offer.value.text for offer in plan.offers) or f"({reason})") == expected

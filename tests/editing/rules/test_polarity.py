@@ -2,33 +2,26 @@
 
 import pytest
 
-from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.operations import apply
 from vapr.editing.rules.polarity import flip
 
-NOUNS = Nouns()
 FLIPPED = """
+Yes, there are people here. | No, there are no people here.
+Yes, there are some people here. | No, there are no people here.
 Yes | No
 **Yes** | **No**
 YES! | NO!
 “Yes, it is.” | “No, it is not.”
 Yes, there is a dog in the yard. | No, there is no dog in the yard.
 Yes there is an owl. | No there is no owl.
-Yes, there are some people here. | No, there are no people here.
-Yes, there are people here. | No, there are no people here.
 Yes, there is water in the glass. | No, there is no water in the glass.
 Yes, there is a man who is wearing a hat. | No, there is no man who is wearing a hat.
 Yes, the man is wearing a helmet. | No, the man is not wearing a helmet.
 Yes, they are. | No, they are not.
-Yes, I can see a dog. | No, I cannot see a dog.
-Yes, the trash can is full. | No, the trash can is not full.
-Yes, the trash can on the left is green. | No, the trash can on the left is not green.
-Yes, that is correct. | No, that is not correct.
 No, there is no dog in the yard. | Yes, there is a dog in the yard.
 No, there is no elephant. | Yes, there is an elephant.
 No, there is no fire hydrant. | Yes, there is a fire hydrant.
 No, there is no traffic light. | Yes, there is a traffic light.
-No, there is no traffic. | Yes, there is some traffic.
 No, there is no snow on the ground. | Yes, there is some snow on the ground.
 No, there are no dogs. | Yes, there are some dogs.
 No, there isn't a dog. | Yes, there is a dog.
@@ -36,8 +29,6 @@ No, the man is not wearing a helmet. | Yes, the man is wearing a helmet.
 No, he isn’t smiling. | Yes, he is smiling.
 No, they aren't. | Yes, they are.
 No, he cannot. | Yes, he can.
-Yes, the dog can be seen in the yard. | No, the dog cannot be seen in the yard.
-No – there is no dog in the yard. | Yes – there is a dog in the yard.
 No, there is no fruit on the table. | Yes, there is some fruit on the table.
 No, there is no pasta on the plate. | Yes, there is some pasta on the plate.
 No, there is no silverware. | Yes, there is some silverware.
@@ -53,8 +44,6 @@ No, there aren't. | Yes, there are.
 No, there weren't. | Yes, there were.
 No there is not. | Yes there is.
 Yes, it is. | No, it is not.
-No, it's not. | Yes, it is.
-No, they're not. | Yes, they are.
 Yes, it does. | No, it does not.
 Yes, they do. | No, they do not.
 Yes, he did. | No, he did not.
@@ -63,20 +52,6 @@ Yes, the man does. | No, the man does not.
 Yes, I can. | No, I cannot.
 No, it doesn't. | Yes, it does.
 No, they do not. | Yes, they do.
-No, I can't. | Yes, I can.
-No, he won't. | Yes, he will.
-Yes, there's a dog in the yard. | No, there's no dog in the yard.
-No, there's no dog. | Yes, there's a dog.
-No, there's no traffic. | Yes, there's some traffic.
-Yes, there are some. | No, there are none.
-Yes, there is some. | No, there is none.
-Yes, that is a can. | No, that is not a can.
-No, that isn't what it does. | Yes, that is what it does.
-No, I'm not. | Yes, I am.
-No, there's not. | Yes, there is.
-Yes, there are some on the table. | No, there are none on the table.
-No, there are none. | Yes, there are some.
-No, there are none in the yard. | Yes, there are some in the yard.
 No, there is not a dog in the yard. | Yes, there is a dog in the yard.
 No, there are not dogs in the yard. | Yes, there are dogs in the yard.
 """
@@ -174,6 +149,29 @@ No, there is no toilet paper.
 No, there is no sun.
 No, there is no SUV.
 No, there is no glasses on the table.
+Yes, I can see a dog.
+Yes, the trash can is full.
+Yes, the trash can on the left is green.
+Yes, that is correct.
+No, there is no traffic.
+Yes, the dog can be seen in the yard.
+No – there is no dog in the yard.
+No, it's not.
+No, they're not.
+No, I can't.
+No, he won't.
+Yes, there's a dog in the yard.
+No, there's no dog.
+No, there's no traffic.
+Yes, there are some.
+Yes, there is some.
+Yes, that is a can.
+No, that isn't what it does.
+No, I'm not.
+No, there's not.
+Yes, there are some on the table.
+No, there are none.
+No, there are none in the yard.
 """
 
 
@@ -184,11 +182,11 @@ def lines(table: str) -> list[str]:
 @pytest.mark.parametrize("line", lines(FLIPPED))
 def test_says_the_opposite(line):
     answer, opposite = line.split(" | ")
-    operations = flip(answer, NOUNS)
+    operations = flip(answer)
     assert operations is not None
     assert apply(answer, operations)[0] == opposite
 
 
 @pytest.mark.parametrize("answer", lines(LEFT_ALONE))
 def test_where_a_rule_would_get_it_wrong(answer):
-    assert flip(answer, NOUNS) is None
+    assert flip(answer) is None

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from vapr.data.pair import Edit
 from vapr.editing.config import CheckConfig
 from vapr.editing.rules.agreement import number
-from vapr.editing.rules.categories import Category
+from vapr.editing.rules.categories import Category, Value
 from vapr.editing.rules.lookalikes import plain, unexpected
 from vapr.editing.rules.nouns import Nouns, singular
 from vapr.editing.rules.operations import spliced
-from vapr.editing.rules.polarity import NEGATION
 from vapr.text import edit_distance, num_words, polarity, sentences, style_vector, words
 
 
@@ -42,86 +41,82 @@ def check_pair(
         traded: another row makes the opposite change, so that lengths cancel ("behind" for "in front of").
     """
     verdicts = [
-        _different(chosen, rejected, edits, category),
-        _characters(chosen, rejected),
+        _verdict("different", _no_difference(chosen, rejected, edits, category)),
+        _verdict("characters", unexpected(chosen, rejected)),
         *_lengths(chosen, rejected, category, config, words_off=2 if traded else 1),
     ]
     if config.style:
-        verdicts.append(_style(chosen, rejected))
-    verdicts.append(_repeats(chosen, rejected))
+        verdicts.append(_verdict("style", _other_style(chosen, rejected)))
+    verdicts.append(_verdict("repeats", _repetition(chosen, rejected)))
     if category.mode == "rewrite":
-        return [*verdicts, *(_conclusion(chosen, edits) for name in category.checks if name == "conclusion")]
-    verdicts.append(_count(chosen, edits, category))
-    changes = [(chosen[edit.start : edit.end], edit.to) for edit in edits]
+        if "conclusion" in category.checks:
+            verdicts.append(_verdict("conclusion", _no_conclusion(chosen, edits), float(len(edits))))
+        return verdicts
+    verdicts.append(_verdict("edits", _wrong_number_of_edits(chosen, edits, category), float(len(edits))))
     for name in category.checks:
         if name == "polarity":
-            verdicts.append(_polarity(chosen, rejected))
+            verdicts.append(_verdict(name, _not_turned(chosen, rejected)))
         elif name != "conclusion":
-            verdicts.append(_typed(name, changes, chosen, edits, category, nouns))
+            verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
     return verdicts
 
 
-def _different(chosen: str, rejected: str, edits: Sequence[Edit], category: Category) -> Verdict:
+def _verdict(name: str, problem: str | None, value: float | None = None) -> Verdict:
+    return Verdict(name, problem is None, value, problem or "")
+
+
+NEGATION = re.compile(r"\b(?:not|no|none|never|nothing|nobody|neither|without|cannot)\b|n['’]t\b", re.IGNORECASE)
+VAGUE_NAME = re.compile(r"\b(?:some(?:thing|one|body|where)|anything) (?:else|different|other)\b", re.IGNORECASE)
+
+
+def _no_difference(chosen: str, rejected: str, edits: Sequence[Edit], category: Category) -> str | None:
     if plain(chosen) == plain(rejected):
-        return Verdict("different", False, note="only case, space or punctuation changed, or how letters are coded")
+        return "only case, space or punctuation changed, or how letters are coded"
     if "polarity" not in category.checks and any(_only_negates(chosen, spliced(chosen, [edit])) for edit in edits):
-        return Verdict("different", False, note="only a negation was put in or taken out; name another thing instead")
+        return "only a negation was put in or taken out; name another thing instead"
     if {"polarity", "other_text"}.isdisjoint(category.checks) and _said(chosen) == _said(rejected):
-        return Verdict("different", False, note="only small words, or the form of a word, changed")
+        return "only small words, or the form of a word, changed"
     if any(VAGUE_NAME.search(edit.to) for edit in edits):
-        return Verdict("different", False, note="name what it is instead")
+        return "name what it is instead"
     # "A dog" is still true of what was "a brown dog", and the other way round it may be.
-    one_sided = all(not edit.to.strip() or not chosen[edit.start : edit.end].strip() for edit in edits)
-    if one_sided and not any(NEGATION.search(f"{chosen[edit.start : edit.end]} {edit.to}") for edit in edits):
-        return Verdict("different", False, note="words were only added or taken away; what is said must become false")
-    return Verdict("different", True)
+    changes = [(chosen[edit.start : edit.end], edit.to) for edit in edits]
+    one_sided = all(not old.strip() or not new.strip() for old, new in changes)
+    if one_sided and not any(NEGATION.search(f"{old} {new}") for old, new in changes):
+        return "words were only added or taken away; what is said must become false"
+    return None
 
 
-VAGUE_NAME = re.compile(
-    r"\b(?:something|someone|somebody|somewhere|anything) (?:else|different|other)\b", re.IGNORECASE
-)
 SAYS_NOTHING = frozenset(
     ("a", "an", "the", "this", "that", "it", "is", "are", "was", "were", "be", "been", "made", "of")
 )
 ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|en|es|s|e)$")
+DOUBLED = re.compile(r"([^\d])\1$")
 
 
 def _said(text: str) -> list[str]:
-    """Its words in order, without those that say nothing and without endings: "is running" and "runs" are the same."""
+    """Return its words without those that say nothing and without endings: "is running" and "runs" are the same."""
     said = (word for word in re.findall(r"\w+", text.lower()) if word not in SAYS_NOTHING)
-    return [re.sub(r"([^\d])\1$", r"\1", ENDING.sub("", word)) for word in said]
+    return [DOUBLED.sub(r"\1", ENDING.sub("", word)) for word in said]
 
 
-NEGATED_WORDS = {
-    "without": "with",
-    "nobody": "somebody",
-    "nothing": "something",
-    "nowhere": "somewhere",
-    "cannot": "can",
-}
+AFFIRMED = {"without": "with", "nobody": "somebody", "nothing": "something", "nowhere": "somewhere", "cannot": "can"}
 BESIDE_NEGATION = frozenset(("not", "no", "never", "none", "a", "an", "any", "some", "do", "does", "did"))
 
 
 def _only_negates(one: str, other: str) -> bool:
-    """Whether two texts differ in a negation alone, and in words that turn with it: "a" or "any", "eats" or "eat"."""
+    """Return whether two texts differ in a negation alone, and in words that turn with it: "a" or "any", "eats"."""
     if len(NEGATION.findall(one)) == len(NEGATION.findall(other)):
         return False
     return _affirmed(one) == _affirmed(other)
 
 
 def _affirmed(text: str) -> list[str]:
-    said = re.findall(r"\w+", re.sub(r"n['’]t\b", " not", text.lower().replace("can't", "can not")))
-    return [NEGATED_WORDS.get(word, word).rstrip("s") for word in said if word not in BESIDE_NEGATION]
-
-
-def _characters(chosen: str, rejected: str) -> Verdict:
-    found = unexpected(chosen, rejected)
-    return Verdict("characters", found is None, note=found or "")
+    plain_text = text.lower().replace("’", "'").replace("can't", "can not").replace("n't", " not")
+    said = re.findall(r"\w+", plain_text)
+    return [AFFIRMED.get(word, word).rstrip("s") for word in said if word not in BESIDE_NEGATION]
 
 
 REPEATED = re.compile(r"\b([^\W\d_]+)(?:,? (?:and|or|but|nor)(?: an?| the)?|,)? \1\b", re.IGNORECASE)
-
-
 DENIED = re.compile(r"\b(?:not|rather than|instead of)\s+((?:[\w'’-]+\s+){0,2}[\w'’-]+)", re.IGNORECASE)
 SMALL_WORDS = frozenset((
     "a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "but", "is", "are", "was", "were", "be", "with", "it",
@@ -129,14 +124,13 @@ SMALL_WORDS = frozenset((
 ))  # fmt: skip
 
 
-def _repeats(chosen: str, rejected: str) -> Verdict:
+def _repetition(chosen: str, rejected: str) -> str | None:
     """Black and white must not become white and white, nor oranges, not apples, become apples, not apples."""
     before, after = (list(REPEATED.finditer(text)) for text in (chosen, rejected))
     if len(after) > len(before):
-        return Verdict("repeats", False, note=f"the result repeats itself: '{after[-1][0]}'")
+        return f"the result repeats itself: '{after[-1][0]}'"
     denied = _said_and_denied(rejected) - _said_and_denied(chosen)
-    note = f"the result both says and denies '{min(denied)}'" if denied else ""
-    return Verdict("repeats", not denied, note=note)
+    return f"the result both says and denies '{min(denied)}'" if denied else None
 
 
 def _said_and_denied(text: str) -> set[str]:
@@ -152,84 +146,80 @@ def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig
     long, short = num_words(chosen), num_words(rejected)
     ratio = short / long if long else float(short == 0)
     distance = edit_distance(words(chosen), words(rejected))
+    note = f"{short} words instead of {long}; keep the length"
     if long <= config.short_answer_words:
         # A short answer must stay one: "2" -> "There are three dogs" would be told by its length.
         near = abs(long - short) <= max(words_off, long // 4)
-        note = "" if near else f"{short} words instead of {long}; keep the length"
-        return [Verdict("length", near, round(ratio, 4), note), Verdict("distance", True, round(distance, 4), "short")]
+        length = _verdict("length", None if near else note, round(ratio, 4))
+        return [length, Verdict("distance", True, round(distance, 4), "short")]
     (low, high), (hard_low, hard_high) = config.length_ratio, config.hard_length_ratio
     fits = low <= ratio <= high or (abs(long - short) <= words_off and hard_low <= ratio <= hard_high)
-    note = "" if fits else f"{short} words instead of {long}; keep the length"
     most = config.max_edit_distance * (2 if category.mode == "rewrite" else 1)
-    far = (
-        "" if distance <= most else f"too much changed: {distance:.0%} of the words, where {most:.0%} may; change less"
-    )
-    return [Verdict("length", fits, round(ratio, 4), note), Verdict("distance", not far, round(distance, 4), far)]
+    far = f"too much changed: {distance:.0%} of the words, where {most:.0%} may; change less"
+    return [
+        _verdict("length", None if fits else note, round(ratio, 4)),
+        _verdict("distance", None if distance <= most else far, round(distance, 4)),
+    ]
 
 
-def _style(chosen: str, rejected: str) -> Verdict:
+def _other_style(chosen: str, rejected: str) -> str | None:
     before, after = style_vector(chosen), style_vector(rejected)
     changed = [key.replace("_", " ") for key in STYLE if before[key] != after[key]]
-    return Verdict("style", not changed, note=f"style changed: {', '.join(changed)}" if changed else "")
+    return f"style changed: {', '.join(changed)}" if changed else None
 
 
-def _count(chosen: str, edits: Sequence[Edit], category: Category) -> Verdict:
+def _wrong_number_of_edits(chosen: str, edits: Sequence[Edit], category: Category) -> str | None:
     # Of several errors each must be one: "a red hat" is still true of what is now "a bright red hat".
     real = [
         edit for edit in edits if category.min_edits == 1 or (edit.to.strip() and chosen[edit.start : edit.end].strip())
     ]
-    fits = category.min_edits <= len(real) and len(edits) <= category.max_edits
-    wanted = f"{category.min_edits} to {category.max_edits}" if category.max_edits > 1 else "1"
     # One claim may need two places: "Yes, there is" -> "No, there is no".
-    fits = fits or ("polarity" in category.checks and len(edits) <= 3)
-    return Verdict("edits", fits, float(len(edits)), "" if fits else f"{len(real)} places changed instead of {wanted}")
+    if "polarity" in category.checks and len(edits) <= 3:
+        return None
+    if category.min_edits <= len(real) and len(edits) <= category.max_edits:
+        return None
+    wanted = f"{category.min_edits} to {category.max_edits}" if category.max_edits > 1 else "1"
+    return f"{len(real)} places changed instead of {wanted}"
 
 
-def _polarity(chosen: str, rejected: str) -> Verdict:
+def _not_turned(chosen: str, rejected: str) -> str | None:
     if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
-        return Verdict("polarity", False, note="yes must become no, or no yes, at the beginning")
-    rests = [plain(text).split(" ")[1:] for text in (chosen, rejected)]
-    turned = not rests[0] or rests[0] != rests[1]
-    return Verdict("polarity", turned, note="" if turned else "what follows yes or no must turn with it")
+        return "yes must become no, or no yes, at the beginning"
+    one, other = (plain(text).split(" ")[1:] for text in (chosen, rejected))
+    return "what follows yes or no must turn with it" if one and one == other else None
 
 
-Change = tuple[str, str]
+def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns) -> str | None:
+    """Return what a check finds that looks at what each span became."""
+    for edit in edits:
+        old, before = chosen[edit.start : edit.end], chosen[: edit.start]
+        if problem := _SPAN_CHECKS[name](old, edit.to, before, category, nouns):
+            return problem
+    if name == "other_text":
+        return _outside_quotation(chosen, edits)
+    return _not_turned_round(chosen, edits, category) if name == "opposite" else None
 
 
-def _typed(
-    name: str, changes: list[Change], chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns
-) -> Verdict:
-    """A check that looks at what each span became."""
-    for (old, new), edit in zip(changes, edits, strict=True):
-        if problem := _SPAN_CHECKS[name](old, new, chosen[: edit.start], category, nouns):
-            return Verdict(name, False, note=problem)
-    problem = _outside_quotation(chosen, edits) if name == "other_text" else None
-    problem = _not_turned_round(chosen, edits, category) if name == "opposite" else problem
-    return Verdict(name, problem is None, note=problem or "")
+def _pairs_of_values(old: str, new: str, category: Category) -> list[tuple[Value, Value]]:
+    """Return values of two spans that are of one set; words around a span, which a set may look at, are not there."""
+    return [(a, b) for a in category.all_values(old) for b in category.all_values(new) if a.set is b.set]
 
 
 def _other_value(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    # The words around a span, which a set may look at, are not there.
-    sides = [category.all_values(text) for text in (old, new)]
-    for one in sides[0]:
-        for other in sides[1]:
-            if one.set is other.set and one.set.alike(one.name, other.name):
-                return f"'{new}' can be said of what is '{old}'"
+    alike = any(one.set.alike(one.name, other.name) for one, other in _pairs_of_values(old, new, category))
     # "next to" is a value only before "the".
-    if any(closed.alike(old.strip(), new.strip()) for closed in category.values):
+    if alike or any(closed.alike(old.strip(), new.strip()) for closed in category.values):
         return f"'{new}' can be said of what is '{old}'"
     # Where a side has no value of a closed set, the nouns tell, and the verifiers.
     return _not_related(old, new, before, category, nouns)
 
 
 def _opposite(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    sides = [category.all_values(text) for text in (old, new)]
-    if not sides[0] or not sides[1]:
+    if not category.all_values(old) or not category.all_values(new):
         return None
-    for one in sides[0]:
-        for other in sides[1]:
-            if one.set is other.set and one.group == other.group and not one.set.alike(one.name, other.name):
-                return None
+    for one, other in _pairs_of_values(old, new, category):
+        if one.group == other.group and not one.set.alike(one.name, other.name):
+            return None
     return f"'{new}' is not the opposite of '{old}'"
 
 
@@ -239,18 +229,17 @@ THE_REST = re.compile(r"\bthan\b.*\b(?:others?|rest|else|any|all|every|each)\b",
 
 
 def _not_turned_round(chosen: str, edits: Sequence[Edit], category: Category) -> str | None:
-    """Why a sentence with "than" is not what it was with the comparative, or else the two things, turned round."""
+    """Return why a sentence with "than" is not what it was with the comparative, or the two things, turned round."""
     for sentence in re.finditer(r"[^.!?\n]+", chosen):
         start, end = sentence.span()
         here = [edit for edit in edits if start <= edit.start and edit.end <= end]
-        if not here or not re.search(r"\bthan\b", sentence[0]) or THE_REST.search(sentence[0]):
+        if not here or "than" not in words(sentence[0]) or THE_REST.search(sentence[0]):
             continue
-        turned = [edit for edit in here if _is_comparative(chosen, edit, category)]
-        others = [edit for edit in here if edit not in turned]
+        others = [edit for edit in here if not _is_comparative(chosen, edit, category)]
         moved = spliced(chosen[:end], others)[start:]
         if others and sorted(_content(moved)) != sorted(_content(sentence[0])):
             return "both things compared must stay; turn the comparative round, or let the two change places"
-        if others and turned:
+        if others and len(others) < len(here):
             return "the comparative and the two things were both turned round, so it is true again"
     return None
 
@@ -267,27 +256,26 @@ def _content(text: str) -> list[str]:
     return [word for word in words(text.lower()) if word[0].isalnum() and word not in SMALL_WORDS]
 
 
-VAGUE_WORDS = (
-    r"\b(at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost"
-    r"|roughly)\s+"
+VAGUE = re.compile(
+    r"\b(?:at least|at most|over|more than|fewer than|less than|up to|about|around|approximately|nearly|almost"
+    r"|roughly)\s+",
+    re.IGNORECASE,
 )
-VAGUE = re.compile(VAGUE_WORDS + "$", re.IGNORECASE)
+ONE_THING = re.compile(r"\b(?:another|an? (?!couple|pair|few|dozen|lot|group|number|bunch))", re.IGNORECASE)
+NUMBERS = re.compile(r"[\w'-]+(?:[.,]\d+)*")
 
 
 def _other_number(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    values = [
-        [n for word in re.findall(r"[\w'-]+(?:[.,]\d+)*", text) if (n := number(word)) is not None]
-        for text in (old, new)
-    ]
-    if not values[0] and re.search(
-        r"\b(?:another|an? (?!couple|pair|few|dozen|lot|group|number|bunch))", old, re.IGNORECASE
-    ):
-        values[0] = [1]
-    if not values[0] or not values[1] or len(values[1]) > len(values[0]):
+    was, now = ([n for word in NUMBERS.findall(text) if (n := number(word)) is not None] for text in (old, new))
+    if not was and ONE_THING.search(old):
+        was = [1]
+    if not was or not now or len(now) > len(was):
         return f"a number must become another number, not '{old}' -> '{new}'"
-    if values[0] == values[1]:
+    if was == now:
         return f"'{new}' is the same number as '{old}'"
-    vague = VAGUE.search(before) or any(re.search(VAGUE_WORDS, text, re.IGNORECASE) for text in (old, new))
+    vague = any(VAGUE.search(text) for text in (old, new)) or any(
+        m.end() == len(before) for m in VAGUE.finditer(before)
+    )
     return "both numbers can be true after 'at least', 'about' and the like" if vague else None
 
 
@@ -336,11 +324,10 @@ _SPAN_CHECKS: dict[str, Callable[[str, str, str, Category, Nouns], str | None]] 
 }
 
 
-def _conclusion(chosen: str, edits: Sequence[Edit]) -> Verdict:
+def _no_conclusion(chosen: str, edits: Sequence[Edit]) -> str | None:
     """A wrong conclusion needs a wrong argument: more than one place, one of them in the last sentence."""
     parts = sentences(chosen)
     last = chosen.rfind(parts[-1]) if len(parts) > 1 else 0
-    in_last = any(edit.end > last for edit in edits)
-    fits = in_last and len(edits) > 1
-    note = "" if fits else "both the argument and the conclusion must change, the conclusion in the last sentence"
-    return Verdict("conclusion", fits, float(len(edits)), note)
+    if len(edits) > 1 and any(edit.end > last for edit in edits):
+        return None
+    return "both the argument and the conclusion must change, the conclusion in the last sentence"

@@ -4,25 +4,23 @@ When two rows trade values, each value is as often chosen as rejected, so that n
 """
 
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vapr.editing.draft.checks import VAGUE
-from vapr.editing.rules.agreement import CannotEdit, in_the_case_of, number
+from vapr.editing.rules.agreement import in_the_case_of
 from vapr.editing.rules.categories import Categories, Category, Value
-from vapr.editing.rules.dependence import adds_up, argued, choices, replacements, told_before
 from vapr.editing.rules.nouns import OTHER, Nouns
-from vapr.editing.rules.operations import Operation, apply
+from vapr.editing.rules.operations import Operation
 from vapr.editing.rules.polarity import YES_OR_NO, flip
 from vapr.editing.rules.turns import Turn
-from vapr.editing.rules.word_sense import is_adjective, is_name, said_of
+from vapr.editing.rules.why_not import NO_VALUE, Place, choices, replacements, why_not
 from vapr.text import polarity
 
 NO_PARTNER = "no other row to trade values with"
 NEEDS_MODEL = "needs a language model"
 NEITHER = "the answer says neither yes nor no"
+FEW_VALUES = "fewer values than the category wants"
 NO_CATEGORY = "no category fits"
 PARTNER_LOST = "the other half of its trade was refused"
 MAX_QUESTION = 8_000
@@ -99,166 +97,110 @@ class Planner:
         self.balance = balance
 
     def by_rules(self, turn: Turn, number: int) -> Plan:
-        """The plan of one turn as far as rules decide it; a plan without category or reason waits for a label."""
+        """Return the plan of a turn as far as rules decide it; one without category or reason waits for a label."""
         if len(turn.question) > MAX_QUESTION:
             return Plan(reason=LONG_QUESTION)
+        fitting = self.categories.by_rule(turn.question, turn.answer)
         first = None
-        rules = self.categories.by_rule(turn.question, turn.answer)
-        for category, rule in rules:
-            offers = self.offers(turn, number, category)
-            if offers or self.model is not None:
-                plan = self._plan(category, rule, offers)
-                plan.others = self._others(turn, number, {category.name}, rules)
+        for category, rule in fitting:
+            plan = self._plan(turn, number, category, rule)
+            if plan.offers or self.model is not None:
+                plan.others = self._others(turn, number, {category.name}, fitting)
                 return plan
-            first = first or Plan(category, rule, reason=NEEDS_MODEL)
-        if first is not None:
-            return first
-        return Plan() if self.model is not None else self._by_value(turn, number)
+            first = first or plan
+        if first is not None or self.model is not None:
+            return first or Plan()
+        possible = list(self._with_values(turn, number, set()))
+        if not possible:
+            return Plan(reason=NO_CATEGORY)
+        chosen = random.Random(turn.digest()).choice(possible)
+        chosen.others = (plan for plan in possible if plan is not chosen)
+        return chosen
 
     def labelled(self, turn: Turn, number: int, name: str | None) -> Plan:
-        """The plan of a turn that the language model has put into a category."""
+        """Return the plan of a turn that the language model has put into a category."""
         decided_by = f"model {self.model}"
         if name is None:
             return Plan(decided_by=decided_by, reason=NO_CATEGORY)
-        category = self.categories[name]
-        plan = self._plan(category, decided_by, self.offers(turn, number, category))
+        plan = self._plan(turn, number, self.categories[name], decided_by)
         plan.others = self._others(turn, number, {name}, iter(()))
         return plan
 
-    def _plan(self, category: Category, decided_by: str, offers: list[Trade]) -> Plan:
+    def _plan(self, turn: Turn, number: int, category: Category, decided_by: str) -> Plan:
+        offers, why_not = self.offers(turn, number, category)
         plan = Plan(category, decided_by, offers)
-        if "polarity" in category.checks and not offers:
-            plan.reason = NEEDS_MODEL if self.model is None else NEITHER
-            return plan
         plan.ask = len(offers) < category.min_edits or any(trade.operations == [] for trade in offers)
-        if not plan.ask or "polarity" in category.checks:
-            return plan  # a model that has to write a yes or no is told which, so that they trade all the same
-        plan.offers = []
+        if not plan.ask:
+            return plan
+        if "polarity" not in category.checks:
+            plan.offers = []  # a model that has to write a yes or no is told which, so that they trade all the same
+        elif not offers and self.model is not None:
+            plan.ask, plan.reason = False, NEITHER
         if self.model is None:
-            plan.reason = NEEDS_MODEL
+            plan.reason = f"{NEEDS_MODEL}: {why_not or FEW_VALUES}"
         return plan
 
-    def _by_value(self, turn: Turn, number: int) -> Plan:
-        """Where no rule fits and no model is there to ask: a category one of whose values the answer holds."""
-        possible = list(self._with_values(turn, number))
-        if not possible:
-            return Plan(reason=NO_CATEGORY)
-        first = random.Random(turn.digest()).choice(possible)
-        first.others = (plan for plan in possible if plan is not first)
-        return first
-
-    def _with_values(self, turn: Turn, number: int, tried: Collection[str] = ()) -> Iterator[Plan]:
-        """Plans of one trade in the categories, but for those tried, one of whose values the answer holds."""
+    def _with_values(self, turn: Turn, number: int, tried: Collection[str]) -> Iterator[Plan]:
+        """Yield plans of one trade in the categories, but for those tried, one of whose values the answer holds."""
         for category in self.categories.all:
-            single = category.min_edits == 1 and "polarity" not in category.checks and category.name not in tried
-            if single and (offers := self.offers(turn, number, category)):
-                yield Plan(category, f"value:{offers[0].value.set.name}", offers)
+            if category.min_edits == 1 and "polarity" not in category.checks and category.name not in tried:
+                offers, _ = self.offers(turn, number, category)
+                if offers:
+                    yield Plan(category, f"value:{offers[0].value.set.name}", offers)
 
     def _others(
         self, turn: Turn, number: int, tried: set[str], rules: Iterator[tuple[Category, str]]
     ) -> Iterator[Plan]:
-        """Plans of what else a turn could trade: by the rules that are left, then by any value in its answer."""
+        """Yield plans of what else a turn could trade: by the rules that are left, then by any value in its answer."""
         for category, rule in rules:
             tried.add(category.name)
-            offers = self.offers(turn, number, category)
+            offers, _ = self.offers(turn, number, category)
             if len(offers) >= category.min_edits:
                 yield Plan(category, rule, offers)
         yield from self._with_values(turn, number, tried)
 
-    def offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
-        """What an answer could trade in a category: values that stand in it once, with what they belong to."""
+    def offers(self, turn: Turn, number: int, category: Category) -> tuple[list[Trade], str | None]:
+        """Return what an answer could trade in a category, and why not what else it holds."""
         if "polarity" in category.checks:
             return self._polarity_offers(turn, number, category)
-        if polarity(turn.answer) is not None:
-            return []  # "Yes, there are fewer" would contradict itself
-        offers: list[Trade] = []
-        if not (values := category.find_values(turn.answer)):
-            return offers
-        asked, said = category.named(turn.question), category.named(turn.answer)
-        for value in values:
-            options = choices(turn, value)
-            targets = replacements(turn, value, options, asked, said)
-            if not targets or self._in_doubt(turn, value, options):
-                continue
-            noun = self._noun(turn, value) if value.set.by_noun else None
-            if (market := self._market(turn, value, options, noun)) is not None:
+        offers, declined = [], None
+        for value in category.find_values(turn.answer):
+            reason = why_not(turn, value)
+            declined = declined or reason
+            if reason is None and (targets := replacements(turn, value)):
+                noun = Place(turn, value).noun if value.set.by_noun else None
                 # Captions lose trades when they find too few: they would take single ones with them.
                 several = "|several" if category.min_edits > 1 else ""
-                offers.append(Trade(number, value, market + several, targets, noun))
-        return offers if category.min_edits > 1 else self._asked_for(turn, offers)
+                offers.append(Trade(number, value, self._market(turn, value, noun) + several, targets, noun))
+        if category.min_edits == 1 and len(offers) > 1:  # those that are said of a noun in the question, if any are
+            asked = {noun for *_, noun in self.nouns.find(turn.question)}
+            offers = [offer for offer in offers if Place(turn, offer.value).noun in asked] or offers
+        return offers, declined if offers else declined or NO_VALUE
 
-    def _in_doubt(self, turn: Turn, value: Value, options: set[str]) -> bool:
-        """Whether the value means something else in its place, or other words depend on it."""
-        answer, closed = turn.answer, value.set
-        return (
-            VAGUE.search(answer[: value.start]) is not None
-            or is_name(answer, value.start, value.text)
-            or (closed.adjective and not is_adjective(answer, value, self.nouns))
-            or (bool(closed.said_of) and not said_of(answer, turn.question, value, self.nouns))
-            or argued(answer, value)
-            or adds_up(turn, value, chosen_from=bool(options))
-            or told_before(turn, value, self.nouns)
-        )
-
-    def _asked_for(self, turn: Turn, offers: list[Trade]) -> list[Trade]:
-        """Of several values those that are said of a noun in the question, if any are."""
-        if len(offers) < 2:
-            return offers
-        asked = {noun for *_, noun in self.nouns.find(turn.question)}
-        return [offer for offer in offers if self._noun(turn, offer.value) in asked] or offers
-
-    def _polarity_offers(self, turn: Turn, number: int, category: Category) -> list[Trade]:
+    def _polarity_offers(self, turn: Turn, number: int, category: Category) -> tuple[list[Trade], str | None]:
         start = YES_OR_NO.match(turn.answer)
-        closed = next((closed for closed in category.values if start and start[1].lower() in closed.members), None)
+        closed = next((one for one in category.values if start and start["word"].lower() in one.members), None)
         if start is None or closed is None or polarity(turn.answer) is None:
-            return []
-        operations = flip(turn.answer, self.nouns)
-        if operations is None:
+            return [], NEITHER
+        value = Value(closed, *start.span("word"), start["word"], closed.members[start["word"].lower()])
+        operations: list[Operation] = []  # known: yes or no; how to say it is the model's
+        if reason := why_not(turn, value):
             if self.model is None:
-                return []
-            operations = []  # known: yes or no; how to say it is the model's
-        value = Value(closed, start.start(1), start.end(1), start[1], closed.members[start[1].lower()])
+                return [], reason
+        else:
+            operations = flip(turn.answer) or []
         targets = frozenset(closed.members) - {value.name}
-        return [Trade(number, value, f"{closed.name}|{turn.source}", targets, operations=operations)]
+        return [Trade(number, value, f"{closed.name}|{turn.source}", targets, operations=operations)], reason
 
-    def _market(self, turn: Turn, value: Value, options: set[str], noun: str | None) -> str | None:
-        """Where a value may be traded: set, group, class of its noun, and how its number shows in the grammar."""
+    def _market(self, turn: Turn, value: Value, noun: str | None) -> str:
+        """Return where a value may be traded: its set, group, class of its noun, and the question's choices."""
         closed = value.set
-        parts = [closed.name, closed.groups[value.group][0], *sorted(options)]
+        parts = [closed.name, closed.groups[value.group][0], *sorted(choices(turn, value))]
         if closed.by_source:
             parts.append(turn.source)
         if closed.by_noun:
             parts.append(self.nouns.noun_class(noun) if noun else OTHER)
-        one = any(number(member) == 1 for member in closed.groups[value.group])
-        if one and (count := number(value.text)) is not None:
-            try:
-                other = "two" if count == 1 else "one"
-                apply(turn.answer, [Operation(value.text, other, start=value.start)])
-            except CannotEdit:
-                if count == 1:
-                    return None
-                parts.append("plural")
         return "|".join(parts)
-
-    def _noun(self, turn: Turn, value: Value) -> str | None:
-        """The noun that a value is said of: the one after it, else the one before it, else the question's last."""
-        clause = re.split(r"[.,;:!?]", turn.answer[value.end : value.end + 60])[0]
-        after = list(self.nouns.find(" ".join(clause.split()[:4])))
-        if after:
-            return self._head(clause, after)
-        before = list(self.nouns.find(re.split(r"[.;!?]", turn.answer[: value.start])[-1]))
-        nearest = before or list(self.nouns.find(turn.question))
-        return nearest[-1][2] if nearest else None
-
-    @staticmethod
-    def _head(clause: str, found: list[tuple[int, int, str]]) -> str:
-        """Of nouns side by side the last: a baseball cap is a cap."""
-        head = found[0]
-        for following in found[1:]:
-            if following[0] > head[1] + 1:
-                break
-            head = following
-        return head[2]
 
     def trade(self, plans: Sequence[Plan], seed: str) -> None:
         """Choose the trades of all plans that have offers; plans left without get their reason.

@@ -6,7 +6,7 @@ Each is a YAML file in ``vapr/editing/categories/``; a user's own file adds or r
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -152,8 +152,11 @@ class ClosedSet(_Part):
 
     @cached_property
     def _found(self) -> re.Pattern[str]:
-        longest_first = sorted(self.members, key=len, reverse=True)
-        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+        return _whole_words(self.members)
+
+    @cached_property
+    def _named(self) -> re.Pattern[str]:
+        return _whole_words(self._alike)
 
     @cached_property
     def _context(self) -> tuple[list[re.Pattern[str]], ...]:
@@ -180,8 +183,13 @@ class ClosedSet(_Part):
         return found
 
     def named(self, text: str) -> list[tuple[int, str]]:
-        """Where a text names members, whatever they mean there: start and lower-case value."""
-        return [(match.start(), match[0]) for match in self._found.finditer(_lower(text))]
+        """Return where a text names members or near-synonyms, whatever they mean there: start and lower-case value."""
+        return [(match.start(), match[0]) for match in self._named.finditer(_lower(text))]
+
+
+def _whole_words(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
 
 def _lower(text: str) -> str:
@@ -242,10 +250,6 @@ class Category(_Part):
     def all_values(self, text: str) -> list[Value]:
         """Values of its closed sets in a text, set by set; they may overlap."""
         return [value for closed in self._sets_in(text) for value in closed.find(text)]
-
-    def named(self, text: str) -> set[tuple[int, str]]:
-        """As :meth:`ClosedSet.named`, for all its sets: "wooden" gives "wood" away."""
-        return {found for closed in self._sets_in(text) for found in closed.named(text)}
 
     def _sets_in(self, text: str) -> list[ClosedSet]:
         words = set(WORD.findall(text.lower()))

@@ -5,7 +5,7 @@ Knows the nouns of ``nouns.yaml`` and, given a folder of WordNet's files, WordNe
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,37 +13,29 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vapr.errors import UserError
+from vapr.text import words
 
 if TYPE_CHECKING:
     import inflect
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-WORDS = re.compile(rf"{WORD.pattern}(?: {WORD.pattern})*")
 OTHER = "other"
-GENERAL = frozenset((
-    "thing", "object", "item", "something", "anything", "stuff", "entity", "artifact", "device", "utensil", "dish",
-))  # fmt: skip
-"""Words for things of several classes; the lists have those for things of one."""
-UNCOUNTED = frozenset((
-    "water", "snow", "rain", "ice", "sand", "mud", "dirt", "soil", "grass", "fog", "mist", "smoke", "lightning", "hair",
-    "fur", "rice", "bread", "milk", "coffee", "tea", "juice", "wine", "beer", "soda", "popcorn", "cereal", "butter",
-    "cheese", "meat", "bacon", "broccoli", "lettuce", "spinach", "corn", "ketchup", "mustard", "food", "furniture",
-    "luggage", "traffic", "jewelry", "jewellery", "graffiti", "text", "writing", "fruit", "pasta", "spaghetti",
-    "macaroni", "silverware", "cutlery", "tableware", "kitchenware", "stationery", "paper", "toilet paper", "cardboard",
-    "clothing", "apparel", "equipment", "gear", "money", "cash", "trash", "garbage", "litter", "rubbish", "waste",
-    "vegetation", "greenery", "foliage", "ivy", "hay", "wood", "metal", "plastic", "sugar", "salt", "pepper",
-    "flour", "honey", "oil", "cream", "whipped cream", "ice cream", "mayonnaise", "gravy", "jam", "jelly", "sauce",
-    "soup", "salad", "seafood", "sushi", "beef", "pork", "ham", "toast", "chocolate", "candy", "celery", "cabbage",
-    "cauliflower", "garlic", "parsley", "lemonade", "champagne", "espresso", "bottled water", "alcohol", "steam",
-    "dust", "gravel", "sunlight", "light", "electricity", "makeup", "music", "shrimp", "maize", "squash", "wildlife",
-    "livestock", "cattle", "poultry", "space", "room", "parking", "evidence", "damage", "action", "activity",
-))  # fmt: skip
-"""Of what there is "some", not "a": "some fruit", "some toilet paper"."""
+
+
+def read_data(name: str) -> Any:
+    """Return what a YAML file of this folder holds."""
+    return yaml.safe_load((resources.files("vapr.editing.rules") / name).read_text(encoding="utf-8"))
+
+
+WORD_LISTS = read_data("words.yaml")
+GENERAL, UNCOUNTED = (frozenset(WORD_LISTS[name].split(", ")) for name in ("general", "uncounted"))
+IN_ANSWERS = frozenset(WORD_LISTS["anywhere"].split())
+IN_QUESTIONS = IN_ANSWERS | set(WORD_LISTS["question"].split())
 
 
 @functools.cache
 def english() -> "inflect.engine":
-    """The grammar of English nouns, imported when it is asked: that takes a second."""
+    """Return the grammar of English nouns, imported when it is asked: that takes a second."""
     import inflect
 
     return inflect.engine()
@@ -63,12 +55,9 @@ class Nouns:
         self._classes: dict[str, str] = {}
         self._above: dict[str, set[str]] = {}  # noun -> its synonyms and everything it is a kind of
         self._wordnet = WordNet(wordnet) if wordnet is not None else None
-        tree = yaml.safe_load((resources.files("vapr.editing.rules") / "nouns.yaml").read_text(encoding="utf-8"))
-        for name, entries in tree.items():
+        for name, entries in read_data("nouns.yaml").items():
             names = name.split("|")
-            for noun in names:
-                self._above.setdefault(noun, set()).update(names)
-            self._add(entries, names[0], set(names))
+            self._add([{name: entries}], names[0], set())
 
     def _add(self, entries: list[Any], noun_class: str, above: set[str]) -> None:
         for entry in entries:
@@ -82,7 +71,7 @@ class Nouns:
                 self._add(kinds, noun_class, here)
 
     def find(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """Known nouns in a text, of two words or one: start, end and singular."""
+        """Yield the known nouns of a text, of two words or one: start, end and singular."""
         matches = list(WORD.finditer(text))
         at = 0
         while at < len(matches):
@@ -97,16 +86,20 @@ class Nouns:
 
     @functools.lru_cache(maxsize=100_000)  # noqa: B019 - one lexicon lives as long as the job
     def known(self, phrase: str) -> str | None:
-        """The lexicon's singular of a noun; None if it is not there."""
+        """Return the lexicon's singular of a noun; None if it is not there."""
         return next((form for form in (phrase.lower(), singular(phrase)) if form in self._classes), None)
 
     def noun_class(self, noun: str) -> str:
-        """``animal`` for a dog; ``other`` if the lexicon has no such noun."""
+        """Return ``animal`` for a dog; ``other`` if the lexicon has no such noun."""
         known = self.known(noun)
         return self._classes[known] if known else OTHER
 
+    def is_one_of(self, noun: str, kinds: list[str]) -> bool:
+        """Return whether a noun of the lexicon is one of these nouns, or a kind of one."""
+        return not self._above.get(noun, set()).isdisjoint(kinds)
+
     def related(self, one: str, other: str) -> str | None:
-        """Why two nouns can name one thing, in words; None where nothing says that they can."""
+        """Return why two nouns can name one thing, in words; None where nothing says that they can."""
         a, b = (singular(noun) for noun in (one, other))
         if a == b:
             return "the same noun"
@@ -114,9 +107,23 @@ class Nouns:
             return f"'{a if a in GENERAL else b}' can be said of many things"
         if a in self._above.get(b, ()) or b in self._above.get(a, ()):
             return "synonyms, or one a kind of the other"
-        if self._wordnet is not None:
-            return self._wordnet.related(a, b)
-        return None
+        return self._wordnet.related(a, b) if self._wordnet is not None else None
+
+
+@functools.cache
+def lexicon() -> Nouns:
+    """Return the nouns of ``nouns.yaml``."""
+    return Nouns()
+
+
+def unknown_words(text: str, known: Set[str] = IN_ANSWERS) -> list[str]:
+    """Return the words and marks of a text that are neither known nor nouns of the lexicon."""
+    rest, at = [], 0
+    for start, end, _ in lexicon().find(text):
+        rest += words(text[at:start])
+        at = end
+    plain = (word.lower().replace("’", "'") for word in rest + words(text[at:]))
+    return [word for word in plain if word not in known and lexicon().known(word.removesuffix("'s")) is None]
 
 
 SINGULARS_IN_S = frozenset((
@@ -127,12 +134,14 @@ SINGULARS_IN_S = frozenset((
 
 @functools.lru_cache(maxsize=20_000)
 def singular(noun: str) -> str:
-    """Lower-case singular of a noun; a singular stays, and so does what is not words."""
+    """Return the lower-case singular of a noun; a singular stays, and so does what is not words."""
     text = noun.lower()
     if text == "men":
         return "man"
     # inflect takes away the s of singulars, too, and stumbles over what is not words
-    if text.endswith(("ss", "us", "is")) or text in SINGULARS_IN_S or len(text) <= 3 or not WORDS.fullmatch(text):
+    if text.endswith(("ss", "us", "is")) or text in SINGULARS_IN_S or len(text) <= 3:
+        return text
+    if not all(map(WORD.fullmatch, text.split(" "))):
         return text
     return english().singular_noun(text) or text
 
@@ -141,20 +150,15 @@ class WordNet:
     """Synonyms and hypernyms out of WordNet's own files (``data.noun``, ``index.noun``; wndb(5WN))."""
 
     def __init__(self, folder: Path) -> None:
+        self._index: dict[str, list[int]] = {}
         try:
-            self._index = self._read_index(folder / "index.noun")
             self._data = (folder / "data.noun").read_bytes()
+            for line in (folder / "index.noun").read_text(encoding="utf-8").splitlines():
+                if not line.startswith(" "):
+                    lemma, _, num_senses, *rest = line.split()
+                    self._index[lemma] = [int(offset) for offset in rest[-int(num_senses) :]]
         except (OSError, UnicodeDecodeError, ValueError, IndexError) as error:
             raise UserError(f"checks.wordnet: {folder}: no WordNet there ({error})") from None
-
-    @staticmethod
-    def _read_index(file: Path) -> dict[str, list[int]]:
-        index = {}
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if not line.startswith(" "):
-                lemma, _, num_senses, *rest = line.split()
-                index[lemma] = [int(offset) for offset in rest[-int(num_senses) :]]
-        return index
 
     def related(self, one: str, other: str) -> str | None:
         """As :meth:`Nouns.related`. Only the two most common senses of each count: rare ones make everything alike."""
