@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from bench.workloads import Subject
-from vapr.batches.loader import PairLoader, Step
+from vapr.batches.loader import PairLoader
+from vapr.batches.steps import Step
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import Workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig

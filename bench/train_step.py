@@ -31,7 +31,7 @@ from bench.arms import TrlArm, VaprArm, new_policy, packed_steps, vapr_config
 from bench.microbench import FAILURES
 from bench.record import Timing, matmul_flops, measure, record, synchronize, version
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
-from vapr.batches.loader import Step
+from vapr.batches.steps import Step
 from vapr.batches.workers import Workers, default_workers
 from vapr.model.logps import completion_logps, per_completion
 from vapr.model.policy import Policy, hidden_states, image_features

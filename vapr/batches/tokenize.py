@@ -6,16 +6,19 @@ class where torchvision does not import. The results equal ``AutoProcessor``'s (
 
 import difflib
 import hashlib
+import itertools
 import re
-import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 import transformers
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
@@ -32,10 +35,10 @@ from vapr.errors import BadRow, UserError, one_line
 class ProcessedImage:
     """One image as the model takes it."""
 
-    pixel_values: np.ndarray  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
+    pixel_values: Tensor  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
     grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
     num_tokens: int  # placeholders in the prompt, features out of the projector
-    content_hash: str  # sha256 of the pixels and the grid
+    content_hash: str  # sha256 of the pixels in float32 and the grid
     seen: float = 1.0  # share of the picture's area that a centre crop left
 
 
@@ -79,6 +82,7 @@ class Processor:
         model: local folder or hub id.
         config: the model's transformers config.
         image_backend: ``auto`` (torchvision where it imports, else PIL), ``pil`` or ``torchvision``.
+        dtype: that pixels are rounded to, which is the policy's.
 
     Attributes:
         notes: lines on what differs from what one may expect, to be shown to the user once.
@@ -87,7 +91,14 @@ class Processor:
         UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
     """
 
-    def __init__(self, model: str, config: transformers.PreTrainedConfig, image_backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: str,
+        config: transformers.PreTrainedConfig,
+        image_backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         self.family = config.model_type
         self.image_backend = resolve_backend(image_backend)
         try:
@@ -200,7 +211,9 @@ class Processor:
         left, top, right, bottom = seen_box(self.image_processor, *image.size)
         seen = (right - left) * (bottom - top) / (image.width * image.height)
         num_tokens = self._num_image_tokens(pixels, grid)
-        processed = ProcessedImage(pixels, grid, num_tokens, content.hexdigest(), seen)
+        processed = ProcessedImage(
+            torch.from_numpy(pixels).to(self._dtype), grid, num_tokens, content.hexdigest(), seen
+        )
         self._recent.put(key, processed)
         return processed
 
@@ -358,29 +371,42 @@ def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
 
 
 class _RecentImages:
-    """Processed images by source, the least recently used dropped first. Threads of the loader share it."""
+    """Processed images by source, the least recently used dropped first."""
 
     def __init__(self, maximum_bytes: int) -> None:
         self._maximum_bytes = maximum_bytes
         self._num_bytes = 0
         self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
-        self._lock = threading.Lock()
 
     def get(self, key: object) -> ProcessedImage | None:
-        with self._lock:
-            if key in self._images:
-                self._images.move_to_end(key)
-                return self._images[key]
-            return None
+        if key in self._images:
+            self._images.move_to_end(key)
+        return self._images.get(key)
 
     def put(self, key: object, image: ProcessedImage) -> None:
-        with self._lock:
-            if key not in self._images:
-                self._images[key] = image
-                self._num_bytes += image.pixel_values.nbytes
-            while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
-                _, dropped = self._images.popitem(last=False)
-                self._num_bytes -= dropped.pixel_values.nbytes
+        if key not in self._images:
+            self._images[key] = image
+            self._num_bytes += image.pixel_values.nbytes
+        while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
+            _, dropped = self._images.popitem(last=False)
+            self._num_bytes -= dropped.pixel_values.nbytes
+
+
+def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
+    """Return the pixels of images laid end to end: a view where they lie so, as a worker leaves them, else a copy.
+
+    Returns:
+        (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
+    """
+    pixels = [image.pixel_values for image in images]
+    storage = pixels[0].untyped_storage()
+    starts = itertools.accumulate((part.numel() for part in pixels), initial=pixels[0].storage_offset())
+    if all(
+        part.untyped_storage().data_ptr() == storage.data_ptr() and part.storage_offset() == start
+        for part, start in zip(pixels, starts, strict=False)
+    ):
+        return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())
+    return torch.cat(pixels)
 
 
 def _image_key(source: Path | bytes) -> object:
