@@ -40,7 +40,7 @@ def new_loader(processor):
 
     yield make
     for each in opened:
-        each._workers.close()
+        each.close()
 
 
 def contents(value) -> object:

@@ -29,7 +29,7 @@ from vapr.errors import UserError
 LOOKAHEAD = 64
 """At least so many pairs, and a step for each worker, are in the making beyond the step in hand."""
 
-RECENT_IMAGES_BYTES = 512 * 2**20
+RECENT_IMAGES_BYTES = 256 * 2**20
 """Processed images remembered by all workers together."""
 
 
@@ -157,6 +157,10 @@ class PairLoader:
             self._epoch_order = epoch, self.order(epoch)
         order = self._epoch_order[1]
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
+
+    def close(self) -> None:
+        """End the workers, which other loaders may share."""
+        self._workers.close()
 
     def hash_images(self, step: int, images: Any) -> None:
         """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
