@@ -59,7 +59,8 @@ class VaprArm:
 
     def __init__(
         self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, *, share: str, cached: bool,
-        trained: tuple[Policy, Engine] | None = None, loader: PairLoader | None = None, packed: list[Step] | None = None,
+        trained: tuple[Policy, Engine] | None = None, loader: PairLoader | None = None,
+        packed: list[Step] | None = None,
     ) -> None:  # fmt: skip
         self.config = vapr_config(subject, share, pairs_per_step)
         self.policy, self.engine = trained or new_policy(subject, self.config)
