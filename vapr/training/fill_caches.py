@@ -53,10 +53,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
             rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
             _fill(policy, reference, features, rows, stop, name)
             result["skipped"] |= rows.skipped
-    for name, cache in (("reference", reference), ("features", features)):
+    for kind, cache in (("reference", reference), ("features", features)):
         if cache is not None:
             counts = {"found": cache.hits, "computed": cache.misses, "on disk": len(cache)}
-            result[name] = {**counts, "folder": str(cache.folder)}
+            result[kind] = {**counts, "folder": str(cache.folder)}
     return result
 
 
