@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vapr.batches.packing import NO_PARENT, PackedBatch, count_tokens, fill_packs, pack
-from vapr.batches.tokenize import ProcessedImage, TokenizedPair, TokenPath
+from vapr.batches.processed_image import ProcessedImage
+from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 
 

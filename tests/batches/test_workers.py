@@ -12,7 +12,8 @@ import torch
 from vapr.batches import loader, shared_memory
 from vapr.batches.families import load_model_config
 from vapr.batches.loader import PairLoader, load_pairs
-from vapr.batches.tokenize import Processor, joined_pixels
+from vapr.batches.processed_image import joined_pixels
+from vapr.batches.tokenize import Processor
 from vapr.batches.workers import default_workers
 from vapr.config import Config
 from vapr.errors import BadRow, UserError

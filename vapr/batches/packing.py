@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapr.batches.tokenize import ProcessedImage, TokenizedPair, TokenPath
+from vapr.batches.processed_image import ProcessedImage
+from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.losses import Completions

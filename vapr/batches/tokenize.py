@@ -6,10 +6,7 @@ class where torchvision does not import. The results equal ``AutoProcessor``'s (
 
 import difflib
 import hashlib
-import itertools
 import re
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +15,17 @@ import jinja2
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.batches.continuation import PROBE, EndOfTurn, Offsets, continuation, end_of_turn, eos_tokens
 from vapr.batches.image_processor import check_llava, load_image_processor, num_llava_tokens, resolve_backend, seen_box
+from vapr.batches.processed_image import ProcessedImage, RecentImages, image_key
 from vapr.config import TokenWeights
 from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.rendered import rendered_marker
 from vapr.errors import BadRow, UserError, one_line
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class ProcessedImage:
-    """One image as the model takes it."""
-
-    pixel_values: Tensor  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
-    grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
-    num_tokens: int  # placeholders in the prompt, features out of the projector
-    content_hash: str  # sha256 of the pixels in float32 and the grid
-    seen: float = 1.0  # share of the picture's area that a centre crop left
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +110,7 @@ class Processor:
 
     def remember_images(self, maximum_bytes: int) -> None:
         """Keep so many bytes of the most recent processed images, for when they come again."""
-        self._recent = _RecentImages(maximum_bytes)
+        self._recent = RecentImages(maximum_bytes)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         """The chat template's text, one placeholder an image. Raises UserError if the template refuses the messages."""
@@ -190,7 +176,7 @@ class Processor:
         Pixels are those of the image processor for the picture in its own mode: what becomes of transparency is its
         own to say, and differs between versions of transformers.
         """
-        key = _image_key(source)
+        key = image_key(source)
         if (known := self._recent.get(key)) is not None:
             return known
         image = read_image(source)
@@ -368,52 +354,3 @@ def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
             if first < last:
                 spans[name].append((line[first].start(), line[last - 1].end()))
     return spans[side]
-
-
-class _RecentImages:
-    """Processed images by source, the least recently used dropped first."""
-
-    def __init__(self, maximum_bytes: int) -> None:
-        self._maximum_bytes = maximum_bytes
-        self._num_bytes = 0
-        self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
-
-    def get(self, key: object) -> ProcessedImage | None:
-        if key in self._images:
-            self._images.move_to_end(key)
-        return self._images.get(key)
-
-    def put(self, key: object, image: ProcessedImage) -> None:
-        if key not in self._images:
-            self._images[key] = image
-            self._num_bytes += image.pixel_values.nbytes
-        while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
-            _, dropped = self._images.popitem(last=False)
-            self._num_bytes -= dropped.pixel_values.nbytes
-
-
-def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
-    """Return the pixels of images laid end to end: a view where they lie so, as a worker leaves them, else a copy.
-
-    Returns:
-        (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
-    """
-    pixels = [image.pixel_values for image in images]
-    storage = pixels[0].untyped_storage()
-    starts = itertools.accumulate((part.numel() for part in pixels), initial=pixels[0].storage_offset())
-    if all(
-        part.untyped_storage().data_ptr() == storage.data_ptr() and part.storage_offset() == start
-        for part, start in zip(pixels, starts, strict=False)
-    ):
-        return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())
-    return torch.cat(pixels)
-
-
-def _image_key(source: Path | bytes) -> object:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
-    try:
-        stat = source.stat()
-    except OSError as error:
-        raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
-    return str(source), stat.st_size, stat.st_mtime_ns

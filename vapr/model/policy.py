@@ -24,7 +24,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from vapr.batches.families import FAMILIES, load_model_config
 from vapr.batches.model_folder import ModelSource, find_model
 from vapr.batches.packing import PackedBatch
-from vapr.batches.tokenize import ProcessedImage, joined_pixels
+from vapr.batches.processed_image import ProcessedImage, joined_pixels
 from vapr.config import PolicyConfig
 from vapr.errors import UserError
 from vapr.model import patches
