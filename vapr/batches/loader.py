@@ -29,7 +29,7 @@ from vapr.errors import UserError
 LOOKAHEAD = 64
 """At least so many pairs, and a step for each worker, are in the making beyond the step in hand."""
 
-RECENT_IMAGES_BYTES = 256 * 2**20
+RECENT_IMAGES_BYTES = 512 * 2**20
 """Processed images remembered by all workers together."""
 
 

@@ -32,9 +32,6 @@ from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
 from vapr_kernels import gather_rows
 
-# Pixels that come from a worker process are read-only, and only read.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Policy:
