@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bench.workloads import Subject
-from vapr.batches.loader import PairLoader, Step
+from vapr.batches.loader import PairLoader, load_pairs
+from vapr.batches.steps import Step
 from vapr.batches.tokenize import Processor
-from vapr.batches.workers import Workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig
 from vapr.data.pair import PreferencePair
 from vapr.model.attention import VISION_TOWER
@@ -52,18 +52,20 @@ class VaprArm:
         share: ``packing.share``.
         cached: the reference is in the cache; else computed in the step.
         trained: policy and engine to go on with, so that several arms need one model on a GPU.
-        workers: data processes. They have to be started before the GPU is touched: forking a process that holds a CUDA
-            context takes long. Without them the arm tokenises in its own process.
+        loader: of the pairs, whose data processes have to be started before the GPU is touched. Without one the arm
+            tokenises in its own process.
         packed: every step's packs, if known already.
     """
 
     def __init__(
         self, subject: Subject, pairs: list[PreferencePair], pairs_per_step: int, *, share: str, cached: bool,
-        trained: tuple[Policy, Engine] | None = None, workers: Workers | None = None, packed: list[Step] | None = None,
+        trained: tuple[Policy, Engine] | None = None, loader: PairLoader | None = None,
+        packed: list[Step] | None = None,
     ) -> None:  # fmt: skip
         self.config = vapr_config(subject, share, pairs_per_step)
         self.policy, self.engine = trained or new_policy(subject, self.config)
-        self._subject, self._pairs, self._workers, self._packed = subject, pairs, workers, packed
+        self._loader = loader or load_pairs(self.config, pairs, subject.new_processor())
+        self._packed = packed
         self.num_steps = len(pairs) // pairs_per_step
         cache = str(subject.folder / "references")
         self.reference = (Reference if cached else OnlineReference)(self.policy, cache, share)
@@ -76,15 +78,13 @@ class VaprArm:
     def prebuild(self) -> list[Step]:
         """Every step's packs."""
         if self._packed is None:
-            self._packed = packed_steps(self._subject, self._pairs, self.config)
+            self._packed = list(self._loader.steps(0, self.num_steps))
         return self._packed
 
-    def start(self, *, prebuilt: bool, workers: Workers | None = None) -> None:
-        """Go back to the first row; ``workers`` take the place of the arm's own."""
-        workers = workers or self._workers or Workers(self._subject.new_processor())
-        self.steps: Iterator[Step] = (
-            iter(self.prebuild()) if prebuilt else steps_of(self._pairs, workers, self.config)
-        )  # fmt: skip
+    def start(self, *, prebuilt: bool, loader: PairLoader | None = None) -> None:
+        """Go back to the first row; ``loader`` takes the place of the arm's own."""
+        steps = (loader or self._loader).steps(0, self.num_steps)
+        self.steps: Iterator[Step] = iter(self.prebuild()) if prebuilt else steps
 
     def __call__(self) -> None:
         step = next(self.steps)
@@ -93,26 +93,12 @@ class VaprArm:
         self.losses.append(values["loss"])
 
 
-def steps_of(pairs: list[PreferencePair], workers: Workers, config: Config) -> Iterator[Step]:
-    """The packs of one step after another, in the order of the rows."""
-    pairs_per_step = config.optim.pairs_per_step
-    loader = PairLoader(pairs, workers, config.packing, pairs_per_step=pairs_per_step, shuffle=False)
-    return loader.steps(0, len(pairs) // pairs_per_step)
-
-
-def packed_steps(
-    subject: Subject, pairs: list[PreferencePair], config: Config, workers: Workers | None = None
-) -> list[Step]:
-    """All steps of the rows, packed ahead of time."""
-    return list(steps_of(pairs, workers or Workers(subject.new_processor()), config))
-
-
-def vapr_config(subject: Subject, share: str, pairs_per_step: int) -> Config:
+def vapr_config(subject: Subject, share: str, pairs_per_step: int, workers: int | None = 0) -> Config:
     """The run config of a vapr arm."""
     return Config(
         run_dir=str(subject.folder / "run"),
         policy=subject.policy_config(),
-        data=DataConfig(train="unused", shuffle=False),
+        data=DataConfig(train="unused", shuffle=False, workers=workers),
         packing=PackingConfig(max_tokens=subject.shape.max_tokens, share=share),
         optim=OptimConfig(lr=LR, schedule="constant", warmup_ratio=0.0, pairs_per_step=pairs_per_step),
     )

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from bench.arms import trl_processor
+from vapr.batches import loader
 from vapr.batches.families import load_model_config
-from vapr.batches.loader import open_loader
 from vapr.batches.tokenize import Processor
-from vapr.batches.workers import Workers, default_workers
+from vapr.batches.workers import default_workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig, PolicyConfig
 
 PAIRS_PER_STEP = 64
@@ -33,13 +36,13 @@ def vapr_steps(file: Path, processor: Processor, *, share: str) -> Iterator[Step
     config = Config(
         run_dir="unused",
         policy=PolicyConfig(model="unused"),
-        data=DataConfig(train=str(file)),
+        data=DataConfig(train=str(file), workers=default_workers()),
         packing=PackingConfig(share=share),
         optim=OptimConfig(pairs_per_step=PAIRS_PER_STEP),
     )
-    with Workers(processor, count=default_workers()) as workers:
-        loader = open_loader(config, "train", workers, say=lambda line: None)
-        yield ((step.num_pairs, step) for step in loader.steps(0, 10**9))
+    loaded = mock.patch.object(loader, "open_processor", lambda config: processor)  # no clock runs while it loads
+    with loaded, loader.open_loaders(config, say=lambda line: None) as loaders:
+        yield ((step.num_pairs, step) for step in loaders["train"].steps(0, 10**9))
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def measure_arm(provider: str, file: str, model: str, timed_steps: int) -> dict[
     Returns:
         Seconds, pairs a second, and MiB of this process and its children.
     """
-    processor: Any = Processor(model, load_model_config(model))
+    processor: Any = Processor(model, load_model_config(model), dtype=torch.bfloat16)
     if provider.startswith("trl"):
         import_trl()
         processor = trl_processor(processor, Path(model))

@@ -27,12 +27,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from bench.arms import TrlArm, VaprArm, new_policy, packed_steps, vapr_config
+from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.microbench import FAILURES
 from bench.record import Timing, matmul_flops, measure, record, synchronize, version
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
-from vapr.batches.loader import Step
-from vapr.batches.workers import Workers, default_workers
+from vapr.batches.loader import PairLoader, load_pairs
+from vapr.batches.steps import Step
+from vapr.data.pair import PreferencePair
 from vapr.model.logps import completion_logps, per_completion
 from vapr.model.policy import Policy, hidden_states, image_features
 from vapr.training.engine import Engine
@@ -53,11 +54,12 @@ class Case:
     subject: Subject
     workload: Workload
     about: dict[str, Any]  # what its rows say was measured
-    pools: dict[str, Workers]  # by arm; "packing" packs ahead of time, "breakdown" feeds the timing by parts
+    pairs: list[PreferencePair]
+    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; "breakdown": timing by parts
 
     def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
+        for loader in self.loaders.values():
+            loader.close()
 
 
 def main() -> None:
@@ -92,12 +94,14 @@ def main() -> None:
 def open_case(model: str, workload: str, folder: Path, device: torch.device, options: argparse.Namespace) -> Case:
     folder.mkdir()
     subject = Subject(SHAPES[model], folder, device, lora=not options.full)
-    arms = [name for name, _, _ in vapr_arms(WORKLOADS[workload])]
-    pools = {
-        name: Workers(subject.new_processor(), count=default_workers())
-        for name in (*arms, KERNELS_OFF, "packing", "breakdown")
+    pairs = subject.pairs(WORKLOADS[workload], options.pairs_per_step * (WARMUP + options.rounds))
+    arms = vapr_arms(WORKLOADS[workload])
+    shares = {name: share for name, share, _ in arms} | {f"packed {share}": share for _, share, _ in arms}
+    loaders = {
+        name: load_pairs(vapr_config(subject, share, options.pairs_per_step, None), pairs, subject.new_processor())
+        for name, share in {**shares, KERNELS_OFF: "pair", "breakdown": "pair"}.items()
     }
-    return Case(subject, WORKLOADS[workload], describe(subject, model, workload), pools)
+    return Case(subject, WORKLOADS[workload], describe(subject, model, workload), pairs, loaders)
 
 
 def free_memory() -> None:
@@ -142,13 +146,12 @@ def parse_options() -> argparse.Namespace:
 
 def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """Build the arms, time them as shipped and with batches prebuilt, record and show; returns disagreements."""
-    pairs = case.subject.pairs(case.workload, options.pairs_per_step * (WARMUP + options.rounds))
+    pairs = case.pairs
     config = vapr_config(case.subject, "pair", options.pairs_per_step)
     packed = {
-        share: packed_steps(case.subject, pairs, vapr_config(case.subject, share, options.pairs_per_step),
-                            case.pools["packing"])
+        share: list(case.loaders[f"packed {share}"].steps(0, len(pairs) // options.pairs_per_step))
         for share in {share for _, share, _ in vapr_arms(case.workload)}
-    }  # fmt: skip
+    }
     first = new_policy(case.subject, config)
     arms, absent = build_arms(case, pairs, packed, first, options)
     rows = [
@@ -162,7 +165,7 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
         free_memory()
         plain = VaprArm(
             case.subject, pairs, options.pairs_per_step, share="pair", cached=True, packed=packed["pair"],
-            trained=new_policy(case.subject, config, kernels="off"), workers=case.pools[KERNELS_OFF],
+            trained=new_policy(case.subject, config, kernels="off"), loader=case.loaders[KERNELS_OFF],
         )  # fmt: skip
         rows += time_arms({KERNELS_OFF: plain}, case, ceiling, options)
     show(rows, case.about)
@@ -226,7 +229,7 @@ def build_arms(
             continue
         arms[name] = VaprArm(
             case.subject, pairs, options.pairs_per_step, share=share, cached=cached, trained=first if on_gpu else None,
-            workers=case.pools[name], packed=packed[share],
+            loader=case.loaders[name], packed=packed[share],
         )  # fmt: skip
     return arms, absent
 
@@ -278,7 +281,7 @@ def agreement(arms: dict[str, TrlArm | VaprArm], name: str, case: dict[str, Any]
 def breakdown(arm: VaprArm, case: Case, repeats: int = 3) -> None:
     """Seconds of each part of a step: the median of a few steps, timed one part at a time."""
     device = arm.policy.device
-    arm.start(prebuilt=False, workers=case.pools["breakdown"])
+    arm.start(prebuilt=False, loader=case.loaders["breakdown"])
     samples = [_parts_of_a_step(arm, device) for _ in range(min(repeats + 1, arm.num_steps))]
     medians = {part: sorted(s[part] for s in samples[1:])[len(samples[1:]) // 2] for part in samples[0]}
     record(

@@ -42,7 +42,7 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
     input_ids = torch.from_numpy(path.input_ids)[None]
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     if path.images:
-        pixels = torch.cat([torch.from_numpy(image.pixel_values) for image in path.images])
+        pixels = torch.cat([image.pixel_values for image in path.images])
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
     if family != "llava":
         if path.images:

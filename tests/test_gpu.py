@@ -15,10 +15,9 @@ from torch import Tensor
 from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
 from tests.runs import losses
-from vapr.batches.loader import PairLoader
+from vapr.batches.loader import load_pairs
 from vapr.batches.packing import SegmentAttention, pack
 from vapr.batches.tokenize import Processor
-from vapr.batches.workers import Workers
 from vapr.config import (
     CheckpointConfig,
     Config,
@@ -277,13 +276,13 @@ def check_training_step(
     config = Config(
         run_dir=str(cache / "run"),
         policy=PolicyConfig(model=str(folder), dtype=dtype, lora=LoraConfig(rank=8, alpha=16) if lora else None),
-        data=DataConfig(train="unused"),
+        data=DataConfig(train="unused", shuffle=False, workers=0),
         packing=PackingConfig(max_tokens=160),
         optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, pairs_per_step=len(pairs)),
     )
     policy = load_policy(config.policy, device)
     processor = Processor(str(folder), policy.base.config)
-    loader = PairLoader(pairs, Workers(processor), config.packing, pairs_per_step=len(pairs), shuffle=False)
+    loader = load_pairs(config, pairs, processor)
     engine, reference = Engine(policy, config.optim, 1), Reference(policy, str(cache))
     (step,) = loader.steps(0, 1)
     assert len(step.batches) > 1  # gradients are accumulated over packs
@@ -314,13 +313,13 @@ def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tm
         config = Config(
             run_dir="run",
             policy=PolicyConfig(model=str(tiny("qwen2_5_vl")), lora=LoraConfig(rank=8, alpha=16)),
-            data=DataConfig(train="unused"),
+            data=DataConfig(train="unused", shuffle=False, workers=0),
             optim=OptimConfig(pairs_per_step=4),
         )
         policy = load_policy(config.policy, CUDA)
         engine = Engine(policy, config.optim, 1)
         processor = Processor(config.policy.model, policy.base.config)
-        loader = PairLoader(photo_pairs[:4], Workers(processor), config.packing, pairs_per_step=4, shuffle=False)
+        loader = load_pairs(config, photo_pairs[:4], processor)
         (step,) = loader.steps(0, 1)
         reference = Reference(policy, str(tmp_path))
         norms.append(train_step(policy, engine, reference, step, config.loss)[0]["grad_norm"])

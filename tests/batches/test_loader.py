@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from vapr.batches.families import load_model_config
-from vapr.batches.loader import PairLoader, open_loader
+from vapr.batches.loader import PairLoader, load_pairs, open_loaders
 from vapr.batches.survey import stops_training, survey
 from vapr.batches.tokenize import Processor
-from vapr.batches.workers import Workers
-from vapr.config import Config, PackingConfig, SourceConfig
+from vapr.config import Config, SourceConfig
 from vapr.data.pairs import Pairs, write_pairs
 from vapr.data.sources import open_sets
 from vapr.errors import UserError
@@ -20,9 +19,9 @@ ROW = {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 
 
 @pytest.fixture
-def workers(tiny) -> Workers:
+def processor(tiny) -> Processor:
     folder = str(tiny("qwen2_5_vl"))
-    return Workers(Processor(folder, load_model_config(folder)))
+    return Processor(folder, load_model_config(folder))
 
 
 @pytest.fixture
@@ -43,14 +42,17 @@ def mixed(folder, *weights: float) -> Pairs:
     )
 
 
-def loader_of(pairs, workers, **options) -> PairLoader:
-    options = {"pairs_per_step": 4, "seed": 7, **options}
-    return PairLoader(pairs, workers, PackingConfig(share=options.pop("share", "pair")), **options)
+def loader_of(pairs, processor, seed: int = 7, shuffle: bool = True, share: str = "pair") -> PairLoader:
+    config = Config.parse({
+        "run_dir": "unused", "policy": {"model": "unused"}, "seed": seed, "packing": {"share": share},
+        "data": {"train": "unused", "workers": 0, "shuffle": shuffle}, "optim": {"pairs_per_step": 4},
+    })  # fmt: skip
+    return load_pairs(config, pairs, processor)
 
 
-def test_weights_say_how_often_a_row_is_seen_in_an_epoch(two_sets, workers):
+def test_weights_say_how_often_a_row_is_seen_in_an_epoch(two_sets, processor):
     pairs = mixed(two_sets, 0.5, 2.5)
-    loader = loader_of(pairs, workers)
+    loader = loader_of(pairs, processor)
     assert loader.pairs_per_epoch == 5 + 10 and loader.steps_per_epoch == 4
     epochs = [Counter(loader.order(epoch).tolist()) for epoch in range(2)]
     for seen in epochs:
@@ -61,27 +63,28 @@ def test_weights_say_how_often_a_row_is_seen_in_an_epoch(two_sets, workers):
     assert sorted(loader.once().order(0).tolist()) == list(range(14))
 
 
-def test_part_of_a_set_is_another_part_each_epoch_until_all_was_seen(two_sets, workers):
+def test_part_of_a_set_is_another_part_each_epoch_until_all_was_seen(two_sets, processor):
     for shuffle in (True, False):
-        loader = loader_of(mixed(two_sets, 0.2, 1), workers, shuffle=shuffle)
+        loader = loader_of(mixed(two_sets, 0.2, 1), processor, shuffle=shuffle)
         seen = [[n for n in loader.order(epoch).tolist() if n < 10] for epoch in range(5)]
         assert all(len(part) == 2 for part in seen) and sorted(n for part in seen for n in part) == list(range(10))
 
 
-def test_a_weight_counts_the_rows_of_a_source_not_of_each_file(tmp_path, workers):
+def test_a_weight_counts_the_rows_of_a_source_not_of_each_file(tmp_path, processor):
     for number in range(20):
         write_pairs(tmp_path / f"{number:02d}.jsonl", [{**ROW, "id": f"{number}-{n}"} for n in range(2)])
-    loader = loader_of(Pairs(sets_of(tmp_path, weight=0.25)), workers)
+    loader = loader_of(Pairs(sets_of(tmp_path, weight=0.25)), processor)
     assert loader.pairs_per_epoch == 10 and len(set(loader.order(0).tolist())) == 10
 
 
-def test_a_weight_that_leaves_no_row_is_refused(two_sets, tiny, workers):
+def test_a_weight_that_leaves_no_row_is_refused(two_sets, tiny, processor):
     config = config_for(tiny, {"train": {"path": str(two_sets / "b.jsonl"), "weight": 0.1}})
-    with pytest.raises(UserError, match="weight 0.1 of 4 rows is less than one row an epoch; raise it"):
-        open_loader(config, "train", workers)
+    refused = pytest.raises(UserError, match="weight 0.1 of 4 rows is less than one row an epoch; raise it")
+    with refused, open_loaders(config):
+        pass
 
 
-def test_the_order_by_image_does_not_depend_on_where_the_images_lie(tmp_path, workers, monkeypatch):
+def test_the_order_by_image_does_not_depend_on_where_the_images_lie(tmp_path, processor, monkeypatch):
     orders = []
     for place in ("x", "y"):
         folder = tmp_path / place
@@ -92,32 +95,32 @@ def test_the_order_by_image_does_not_depend_on_where_the_images_lie(tmp_path, wo
             folder / "pairs.jsonl", [{**ROW, "id": str(n), "images": [f"{'abcdef'[n % 6]}.png"]} for n in range(30)]
         )
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{place}"))
-        orders.append(loader_of(Pairs(sets_of(folder / "pairs.jsonl")), workers, share="image").order(1).tolist())
+        orders.append(loader_of(Pairs(sets_of(folder / "pairs.jsonl")), processor, share="image").order(1).tolist())
     assert orders[0] == orders[1]
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(two_sets, workers):
+def test_the_order_is_a_function_of_seed_and_epoch(two_sets, processor):
     pairs = mixed(two_sets, 1, 1)
     for share in ("pair", "image"):
-        orders = [loader_of(pairs, workers, share=share).order(epoch).tolist() for epoch in (0, 0, 1)]
+        orders = [loader_of(pairs, processor, share=share).order(epoch).tolist() for epoch in (0, 0, 1)]
         assert orders[0] == orders[1] != orders[2] and all(sorted(order) == list(range(14)) for order in orders)
-    assert loader_of(pairs, workers, seed=8).order(0).tolist() != loader_of(pairs, workers).order(0).tolist()
-    assert loader_of(pairs, workers, shuffle=False).order(3).tolist() == list(range(14))
+    assert loader_of(pairs, processor, seed=8).order(0).tolist() != loader_of(pairs, processor).order(0).tolist()
+    assert loader_of(pairs, processor, shuffle=False).order(3).tolist() == list(range(14))
 
 
-def test_a_step_far_ahead_is_the_same_as_if_one_had_walked_there(two_sets, workers):
+def test_a_step_far_ahead_is_the_same_as_if_one_had_walked_there(two_sets, processor):
     pairs = mixed(two_sets, 1, 1)
-    walked = [[pair.id for pair in step.pairs] for step in loader_of(pairs, workers).steps(0, 12)]
-    assert [[p.id for p in step.pairs] for step in loader_of(pairs, workers).steps(9, 12)] == walked[9:]
+    walked = [[pair.id for pair in step.pairs] for step in loader_of(pairs, processor).steps(0, 12)]
+    assert [[p.id for p in step.pairs] for step in loader_of(pairs, processor).steps(9, 12)] == walked[9:]
 
 
-def test_pairs_of_one_image_stand_together(photo_root, tmp_path, workers):
+def test_pairs_of_one_image_stand_together(photo_root, tmp_path, processor):
     names = ["coffee.png", "chelsea.png", "rocket.jpg"]
     rows = [{**ROW, "id": str(n), "images": [names[n % 3]] if n % 4 else []} for n in range(24)]
     write_pairs(tmp_path / "pairs.jsonl", rows)
     pairs = Pairs(sets_of(tmp_path / "pairs.jsonl", image_root=str(photo_root)))
     assert pairs.num_images == 3
-    order = loader_of(pairs, workers, share="image").order(0)
+    order = loader_of(pairs, processor, share="image").order(0)
     shown = [rows[n]["images"][0] for n in order if rows[n]["images"]]
     assert sum(a != b for a, b in itertools.pairwise(shown)) == 2  # three runs of one image each
     alone = [n for n in order if not rows[n]["images"]]
@@ -134,9 +137,10 @@ def config_for(tiny, data: dict, **changes) -> Config:
     })  # fmt: skip
 
 
-def test_data_settings_reach_every_set(two_sets, tiny, workers, capsys):
+def test_data_settings_reach_every_set(two_sets, tiny, processor, capsys):
     sources = [{"path": str(two_sets / "a.jsonl"), "weight": 0.5}, {"path": str(two_sets / "b.jsonl"), "format": "trl"}]
-    loader = open_loader(config_for(tiny, {"train": sources, "format": "vapr"}), "train", workers)
+    with open_loaders(config_for(tiny, {"train": sources, "format": "vapr"})) as loaders:
+        loader = loaders["train"]
     assert [part.format for part in loader.pairs.sets] == ["vapr", "trl"]
     out = capsys.readouterr().out
     assert "a.jsonl (10 rows, format vapr, weight 0.5)" in out and "checked all rows; 0 have images" in out

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vapr.batches.loader import fill_packs
-from vapr.batches.packing import NO_PARENT, PackedBatch, count_tokens, pack
-from vapr.batches.tokenize import ProcessedImage, TokenizedPair, TokenPath
+from vapr.batches.packing import NO_PARENT, PackedBatch, count_tokens, fill_packs, pack
+from vapr.batches.processed_image import ProcessedImage
+from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 
 

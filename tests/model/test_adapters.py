@@ -15,9 +15,9 @@ from tests import oracles
 from tests.runs import final_bytes, metrics
 from vapr.audit.image_ablation import Scorer
 from vapr.batches import survey
+from vapr.batches.loader import open_processor
 from vapr.batches.model_folder import find_model
 from vapr.batches.packing import pack
-from vapr.batches.workers import open_workers
 from vapr.config import Config, PolicyConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
@@ -76,8 +76,8 @@ def merged_logps(sft, tiny):
 
 def held_out_logps(model: torch.nn.Module, config: Config) -> torch.Tensor:
     """Mean log-probs of the held-out pairs' chosen and rejected completions, by the model's own forward, (2,)."""
-    with open_workers(config) as workers, torch.no_grad():
-        rows = [workers.processor.tokenize_pair(pair) for pair in held_out_pairs(config)]
+    rows = [open_processor(config).tokenize_pair(pair) for pair in held_out_pairs(config)]
+    with torch.no_grad():
         return oracles.pair_logps(model, FAMILY, pack(rows)).mean(0)
 
 
@@ -265,8 +265,7 @@ def test_the_adapters_own_tokenizer_and_template_are_used(sft, tiny, run_config,
     tokenizer.save_pretrained(tmp_path / "adapter")
     for model, beginning in ((sft, "<|im_start|>user"), (tmp_path / "adapter", "Be brief. <|im_start|>user")):
         config = run_config(model, lora=True)
-        with open_workers(config) as workers:
-            text = workers.processor.render(list(held_out_pairs(config)[0].prompt), add_generation_prompt=True)
+        text = open_processor(config).render(list(held_out_pairs(config)[0].prompt), add_generation_prompt=True)
         assert text.startswith(beginning)
     final = trainer.train(config)
     assert "Be brief." in transformers.AutoTokenizer.from_pretrained(final).chat_template

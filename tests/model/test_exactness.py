@@ -18,8 +18,7 @@ import transformers
 from PIL import Image
 
 from tests import oracles
-from vapr.batches.loader import fill_packs
-from vapr.batches.packing import pack
+from vapr.batches.packing import fill_packs, pack
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.data.pair import PreferencePair

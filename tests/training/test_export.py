@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tests import oracles
 from tests.runs import metrics
 from tests.training.test_trainer import run_in_process, wait_for_steps
+from vapr.batches.loader import open_processor
 from vapr.batches.packing import pack
-from vapr.batches.workers import open_workers
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
@@ -40,8 +40,8 @@ def run_config(make_config, photo_rows, photo_root, tmp_path):
 def held_out_logps(model: torch.nn.Module, config: Config) -> torch.Tensor:
     """Mean log-probs of the held-out pairs' chosen and rejected completions, by the model's own forward, (2,)."""
     pairs = read_pairs(config.data.eval, image_root=Path(config.data.image_root))
-    with open_workers(config) as workers, torch.no_grad():
-        batch = pack([workers.processor.tokenize_pair(pair) for pair in pairs])
+    batch = pack([open_processor(config).tokenize_pair(pair) for pair in pairs])
+    with torch.no_grad():
         return oracles.pair_logps(model, FAMILY, batch).mean(0)
 
 

@@ -139,7 +139,7 @@ def test_wandb(tracked, monkeypatch):
 def test_an_uninstalled_tracker_is_named_before_anything_is_loaded(make_config, monkeypatch):
     config = make_config(trackers=["tensorboard", "wandb"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
-    monkeypatch.setattr(trainer, "open_workers", None)
+    monkeypatch.setattr(trainer, "open_loaders", None)
     with pytest.raises(UserError, match="trackers: wandb is not installed; pip install wandb, or leave it out"):
         trainer.train(config)
 

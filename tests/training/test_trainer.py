@@ -489,19 +489,22 @@ def at_step(monkeypatch, number: int, act) -> None:
     monkeypatch.setattr(trainer.Engine, "step", step)
 
 
-def test_workers_killed_during_a_run_change_nothing(make_config, photo_root, tmp_path, monkeypatch, capsys):
+def test_a_worker_killed_during_a_run_costs_no_step(make_config, photo_root, tmp_path, monkeypatch):
     data = {"train": str(tmp_path / "pairs.jsonl"), "image_root": str(photo_root), "workers": 2}
     optim = {"lr": 1e-3, "pairs_per_step": 2, "epochs": 2}
     monkeypatch.setattr(loader, "LOOKAHEAD", 4)
     whole = make_config("whole", data=data, optim=optim)
     trainer.train(whole)
+    real = loader.start_workers
     opened = []
-    real = trainer.open_workers
-    monkeypatch.setattr(trainer, "open_workers", lambda config: opened.append(real(config)) or opened[0])
-    at_step(monkeypatch, 3, lambda: [os.kill(pid, signal.SIGKILL) for pid in opened[0].process_ids])
+    monkeypatch.setattr(loader, "start_workers", lambda *args: opened.append(real(*args)) or opened[-1])
+    at_step(monkeypatch, 3, lambda: os.kill(opened[0].process_ids[0], signal.SIGKILL))
     killed = make_config("killed", data=data, optim=optim)
-    trainer.train(killed)
-    assert capsys.readouterr().out.count("a data worker was killed") == 2
+    told = r"a data worker was killed; .*; the \d+ steps before it are saved, continue with --resume"
+    with pytest.raises(UserError, match=told):
+        trainer.train(killed)
+    monkeypatch.undo()
+    trainer.train(killed, resume=True)
     assert final_bytes(killed) == final_bytes(whole) and losses(killed) == losses(whole)
 
 

@@ -2,19 +2,19 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from vapr.audit.pair_table import PairTable
 from vapr.batches.families import load_model_config
-from vapr.batches.loader import fill_packs
 from vapr.batches.model_folder import find_model
-from vapr.batches.packing import pack
+from vapr.batches.packing import PackedBatch, fill_packs, pack
 from vapr.batches.tokenize import Processor, TokenizedPair
-from vapr.batches.workers import Result, Workers, default_workers
+from vapr.batches.workers import Workers, default_workers
 from vapr.config import PackingConfig, PolicyConfig
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.pairs import Pairs
@@ -45,7 +45,8 @@ class Scorer:
         try:
             folder = find_model(model).model
             processor = Processor(folder, load_model_config(folder))
-            self._workers = Workers(processor, None, default_workers())  # before anything is put on a GPU
+            # Before anything is put on a GPU.
+            self._workers = Workers(_TokenizedPairs(processor), _pack_views, default_workers())
             dtype: Any = "bfloat16" if torch.cuda.is_available() else "float32"
             self._policy = load_policy(PolicyConfig(model=model, dtype=dtype))
         except UserError as error:
@@ -66,45 +67,57 @@ class Scorer:
         tokens = np.zeros((len(rows), 2))
         skipped: dict[int, str] = {}
         with Display("score", len(rows), unit="pair") as display:
-            for first, results in self._tokenised(pairs, table.numbers[rows]):
-                for view in (WITH_IMAGE, BLIND):
-                    answers = {place: result[view] for place, result in enumerate(results, start=first)}
-                    skipped |= {place: str(error) for place, error in answers.items() if isinstance(error, UserError)}
-                    for place, side_sums, side_tokens in self._score(answers):
-                        sums[place, view], tokens[place] = side_sums, side_tokens
-                display.advance("", len(results))
+            starts = range(0, len(rows), AT_ONCE)
+            numbers = table.numbers[rows]
+
+            def views(chunk: int) -> list[tuple[int, int, PreferencePair]]:
+                """Return place, view and pair of every pair of a chunk, and once more without its images."""
+                shown = enumerate(numbers[starts[chunk] : starts[chunk] + AT_ONCE].tolist(), start=starts[chunk])
+                both = [(place, pairs[number]) for place, number in shown]
+                blind = [(place, BLIND, without_images(pair)) for place, pair in both if pair.images]
+                return [*((place, WITH_IMAGE, pair) for place, pair in both), *blind]
+
+            for chunk, (batches, refused) in zip(starts, self._workers.batches(views, 0, len(starts)), strict=True):
+                skipped |= refused
+                for view, batch in batches:
+                    for pair, side_sums in zip(batch.pairs, self._score(batch), strict=True):
+                        sums[pair.number, view] = side_sums
+                        tokens[pair.number] = [path.token_weights.sum() for path in pair.paths]
+                display.advance("", min(AT_ONCE, len(rows) - chunk))
         self._reference.flush()
         return Scores(rows, table.groups[rows], table.with_images[rows], sums, tokens, [*skipped.values()])
 
-    def _tokenised(
-        self, pairs: Pairs, numbers: np.ndarray
-    ) -> Iterator[tuple[int, list[tuple[Result | None, Result | None]]]]:
-        """Yield chunks of pairs with and without their images; the next one is begun before."""
+    def _score(self, cpu_batch: PackedBatch) -> np.ndarray:
+        """Return the log-probs of chosen and rejected of every pair, (P, 2), in nats."""
+        batch = cpu_batch.to(self._policy.device)
+        with torch.no_grad():
+            counted = self._reference.logps(batch) * batch.token_weights
+            return completion_sums(counted, batch).double().cpu().numpy().reshape(-1, 2)
 
-        def begin(first: int) -> list[tuple[Callable[[], Result], Callable[[], Result] | None]]:
-            chunk = [pairs[int(number)] for number in numbers[first : first + AT_ONCE]]
-            submit = self._workers.submit
-            return [(submit(pair), submit(without_images(pair)) if pair.images else None) for pair in chunk]
 
-        begun = begin(0)
-        for first in range(0, len(numbers), AT_ONCE):
-            waiting, begun = begun, begin(first + AT_ONCE)
-            yield first, [(shown(), blind() if blind is not None else None) for shown, blind in waiting]
+@dataclasses.dataclass(frozen=True)
+class _TokenizedPairs(Dataset[tuple[int, int, TokenizedPair | UserError]]):
+    """What a data worker does with a pair; its number becomes its place among the pairs that are scored."""
 
-    def _score(self, answers: Mapping[int, Result | None]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield place, log-probs in nats (2,) and tokens (2,) of chosen and rejected, for every tokenised pair."""
-        numbered = [
-            dataclasses.replace(pair, number=place)
-            for place, pair in answers.items()
-            if isinstance(pair, TokenizedPair)
-        ]
-        for pack_pairs in fill_packs(numbered, PackingConfig()):
-            batch = pack(pack_pairs).to(self._policy.device)
-            with torch.no_grad():
-                counted = self._reference.logps(batch) * batch.token_weights
-                sums = completion_sums(counted, batch).double().cpu().numpy().reshape(-1, 2)
-            for pair, side_sums in zip(pack_pairs, sums, strict=True):
-                yield pair.number, side_sums, np.array([path.token_weights.sum() for path in pair.paths])
+    processor: Processor
+
+    def __getitem__(self, item: tuple[int, int, PreferencePair]) -> tuple[int, int, TokenizedPair | UserError]:
+        place, view, pair = item
+        try:
+            return place, view, dataclasses.replace(self.processor.tokenize_pair(pair), number=place)
+        except UserError as error:
+            return place, view, error
+
+
+def _pack_views(
+    views: Sequence[tuple[int, int, TokenizedPair | UserError]],
+) -> tuple[list[tuple[int, PackedBatch]], dict[int, str]]:
+    """Pack the pairs of a chunk, each view by itself; returns (view, batch), and what is wrong with others by place."""
+    batches = []
+    for view in (WITH_IMAGE, BLIND):
+        tokenized = [pair for _, of, pair in views if of == view and isinstance(pair, TokenizedPair)]
+        batches += [(view, pack(members)) for members in fill_packs(tokenized, PackingConfig())]
+    return batches, {place: str(error) for place, _, error in views if isinstance(error, UserError)}
 
 
 def without_images(pair: PreferencePair) -> PreferencePair:

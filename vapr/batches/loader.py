@@ -1,97 +1,64 @@
 """Pairs in shuffled order -> steps of packed micro-batches. A place in the data is one integer: the step.
 
-The order is a pure function of seed and epoch. Workers tokenise and process images ahead of the trainer and never
-change the order.
+The rows of a step are a pure function of seed, epoch and step. Workers read, tokenise and pack them ahead of the
+training and never change the order.
 """
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 
-from vapr.batches.packing import PackedBatch, count_tokens, pack
-from vapr.batches.tokenize import TokenizedPair
-from vapr.batches.workers import Result, Workers
-from vapr.config import Config, PackingConfig
+from vapr.batches.families import load_model_config
+from vapr.batches.model_folder import find_model
+from vapr.batches.steps import Name, Place, Step, StepMaker
+from vapr.batches.tokenize import Processor
+from vapr.batches.workers import Workers, default_workers
+from vapr.config import Config
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import NO_IMAGE, Pairs
 from vapr.data.review_verdicts import read_verdicts
 from vapr.data.sources import open_sets
-from vapr.errors import BadRow, DroppedInReview, NoPair, UserError
+from vapr.errors import UserError
 
 LOOKAHEAD = 64
-"""At least so many pairs, and one step, are in the making beyond the step in hand: what bounds the queues."""
+"""At least so many pairs, and a step for each worker, are in the making beyond the step in hand."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """The micro-batches of one optimizer step, on the CPU, and what is counted over all of them.
-
-    A step whose pairs were all skipped has no batches, and no update.
-    """
-
-    batches: tuple[PackedBatch, ...]
-    num_pairs: int
-    num_chosen_tokens: float  # weighted by the tokens' weights
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.batches)
-
-    @property
-    def num_tokens_unshared(self) -> int:
-        return sum(batch.num_tokens_unshared for batch in self.batches)
-
-    @property
-    def pairs(self) -> list[TokenizedPair]:
-        return [pair for batch in self.batches for pair in batch.pairs]
+RECENT_IMAGES_BYTES = 512 * 2**20
+"""Processed images remembered by all workers together."""
 
 
 class PairLoader:
-    """Steps of ``pairs_per_step`` pairs; the last step of an epoch holds what is left.
+    """Steps of ``optim.pairs_per_step`` pairs; the last step of an epoch holds what is left.
 
     Args:
-        pairs: what :func:`vapr.data.pairs.read_pairs` gives, or a list.
-        workers: tokenise them.
-        packing: size of a pack and what is shared.
-        pairs_per_step: pairs of one optimizer step.
-        seed, shuffle: the order; without ``shuffle`` it is the file's.
-        too_long, on_bad_row: ``error`` or ``skip``.
-        dropped: ids of pairs that a review dropped; they are skipped.
+        config: seed, packing and pairs of a step; ``data.shuffle`` is for training pairs alone.
+        name: ``train`` or ``eval``.
+        maker: reads and packs the rows.
+        workers: the processes that run it.
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[PreferencePair],
-        workers: Workers,
-        packing: PackingConfig,
-        *,
-        pairs_per_step: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        too_long: str = "error",
-        on_bad_row: str = "error",
-        dropped: frozenset[str] = frozenset(),
-    ) -> None:
-        self.pairs = pairs
-        self.pairs_per_step = pairs_per_step
+    def __init__(self, config: Config, name: Name, maker: StepMaker, workers: Workers) -> None:
+        self.pairs = maker.pairs[name]
+        self.pairs_per_step = config.optim.pairs_per_step
+        self.processor = maker.processor
         self.skipped: dict[str, str] = {}
+        self._name = name
         self._workers = workers
-        self._packing = packing
-        self._seed = seed
-        self._shuffle = shuffle
-        self._too_long = too_long
-        self._on_bad_row = on_bad_row
-        self._dropped = dropped
+        self._packing = config.packing
+        self._seed = config.seed
+        self._shuffle = config.data.shuffle and name == "train"
+        self._dropped = maker.dropped[name]
         self._weighted = True
-        self._by_image = packing.share == "image" and shuffle
+        self._by_image = config.packing.share == "image" and self._shuffle
         self._epoch_order = (-1, np.empty(0, np.int64))
 
     @property
@@ -120,7 +87,7 @@ class PairLoader:
 
     @property
     def image_backend(self) -> str:
-        return self._workers.processor.image_backend
+        return self.processor.image_backend
 
     def once(self, *, by_image: bool = False) -> "PairLoader":
         """The same, but an epoch sees every row once, whatever the weights of the sets.
@@ -169,35 +136,31 @@ class PairLoader:
         return np.concatenate(members)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Steps ``start`` to ``stop`` (not included), counted over epochs.
+        """Yield steps ``start`` to ``stop`` (not included), counted over epochs.
 
         Raises:
-            UserError: for a pair that cannot be used or packed, unless it is to be skipped.
+            UserError: for a pair that cannot be used or packed, unless it is to be skipped; for a killed worker.
         """
-        steps_ahead = 1 + -(-LOOKAHEAD // self.pairs_per_step)
-        ahead: dict[int, list[tuple[int, Callable[[], Result] | UserError]]] = {}
-        for step in range(start, stop):
-            for n in range(step, min(step + steps_ahead, stop)):
-                if n not in ahead:
-                    ahead[n] = [(number, self._submit(number)) for number in self._members(n)]
-            tokenized = []
-            for number, task in ahead.pop(step):
-                result = task if isinstance(task, UserError) else task()
-                if isinstance(result, TokenizedPair):
-                    tokenized.append(result)
-                elif isinstance(result, NoPair) or (isinstance(result, BadRow) and self._on_bad_row == "skip"):
-                    where = self.pairs.where(number) if isinstance(self.pairs, Pairs) else self.pairs[number].where
-                    self.skipped[where] = str(result)
-                else:
-                    raise result
-            yield self._pack(tokenized)
+        for made in self._workers.batches(self._places, start, stop):
+            self.skipped.update(made.skipped)
+            if made.step is None:
+                raise made.error
+            yield made.step
+
+    def _places(self, step: int) -> list[Place]:
+        return [(self._name, number) for number in self._members(step)]
 
     def _members(self, step: int) -> list[int]:
+        """Return the row numbers of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
             self._epoch_order = epoch, self.order(epoch)
         order = self._epoch_order[1]
         return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
+
+    def close(self) -> None:
+        """End the workers, which other loaders may share."""
+        self._workers.close()
 
     def hash_images(self, step: int, images: Any) -> None:
         """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
@@ -211,67 +174,61 @@ class PairLoader:
             except (UserError, OSError) as error:
                 images.update(str(error).encode(errors="replace"))
 
-    def _submit(self, number: int) -> Callable[[], Result] | UserError:
-        """Read row ``number`` and hand it to a worker; or what is wrong with it, told in its turn."""
-        try:
-            pair = self.pairs[number]
-            if pair.id in self._dropped:
-                raise DroppedInReview(f"{pair.where}: {DroppedInReview.MARK}row '{pair.id}'")
-            return self._workers.submit(pair)
-        except UserError as error:
-            return error
 
-    def _pack(self, pairs: list[TokenizedPair]) -> Step:
-        fitting = []
-        for pair in pairs:
-            num_tokens = count_tokens([pair], self._packing.share)
-            if num_tokens <= self._packing.max_tokens:
-                fitting.append(pair)
-                continue
-            reason = (
-                f"{pair.where}: row '{pair.id}' has {num_tokens:,} tokens but packing.max_tokens is "
-                f"{self._packing.max_tokens:,} (nothing is truncated)"
-            )
-            if self._too_long == "error":
-                raise UserError(f"{reason}; raise it, or set data.too_long: skip")
-            self.skipped[pair.where] = reason
-        packs = fill_packs(fitting, self._packing)
-        batches = tuple(pack(members, self._packing.share) for members in packs)
-        chosen_tokens = sum(float(pair.paths[0].token_weights.sum()) for pair in fitting)
-        return Step(batches, len(fitting), chosen_tokens)
+@contextlib.contextmanager
+def open_loaders(
+    config: Config, names: Sequence[Name] | None = None, say: Callable[[str], None] = print
+) -> Iterator[dict[Name, PairLoader]]:
+    """Open ``data.train`` and, where there is one, ``data.eval``, check their first pairs, and start the workers.
 
-
-def open_loader(
-    config: Config, name: Literal["train", "eval"], workers: Workers, say: Callable[[str], None] = print
-) -> PairLoader:
-    """Open the pairs of ``data.train`` or ``data.eval``, check the first of them, and put a loader in front.
-
-    ``say`` is shown the files, their formats, how many of the checked rows have images, and what to know of the model's
-    processor.
+    No weights are loaded. Workers are forked here, so open the loaders before anything is put on a GPU. ``say`` is
+    shown the files, their formats, how many of the checked rows have images, and what to know of the model's processor.
     """
-    data = config.data
-    sets = [part for source in data.sources(name) for part in open_sets(source)]
-    pairs = Pairs(sets, data.on_bad_row)
+    processor = open_processor(config)
+    pairs: dict[Name, Sequence[PreferencePair]] = {}
+    dropped: dict[Name, frozenset[str]] = {}
+    for name in names or (("train", "eval") if config.data.eval else ("train",)):
+        pairs[name] = opened = _open_pairs(config, name, say)
+        if name == "train":
+            for line in processor.notes:
+                say(f"{'processor':<10} {line}")
+        verdicts = config.data.verdicts if name == "train" else None
+        dropped[name] = _dropped(verdicts, opened, say) if verdicts else frozenset()
+    maker = StepMaker(config, processor, pairs, dropped)
+    with start_workers(config, maker) as workers:
+        yield {name: PairLoader(config, name, maker, workers) for name in pairs}
+
+
+def open_processor(config: Config) -> Processor:
+    """Load the tokenizer and image processor of ``policy.model``; pixels come in ``policy.dtype``."""
+    model = find_model(config.policy.model, config.policy.base).model
+    dtype = getattr(torch, config.policy.dtype)
+    return Processor(model, load_model_config(model), config.data.image_backend, dtype)
+
+
+def start_workers(config: Config, maker: StepMaker) -> Workers:
+    """Start the processes of a run, or with ``data.workers: 0`` none."""
+    count = default_workers() if config.data.workers is None else config.data.workers
+    maker.processor.remember_images(RECENT_IMAGES_BYTES // max(count, 1))
+    prefetch = -(-LOOKAHEAD // (config.optim.pairs_per_step * max(count, 1)))
+    return Workers(maker, maker.make_step, count, prefetch)
+
+
+def load_pairs(config: Config, pairs: Sequence[PreferencePair], processor: Processor) -> PairLoader:
+    """Put a loader in front of pairs that are at hand, in place of those that ``data.train`` names."""
+    maker = StepMaker(config, processor, {"train": pairs}, {"train": frozenset()})
+    return PairLoader(config, "train", maker, start_workers(config, maker))
+
+
+def _open_pairs(config: Config, name: Name, say: Callable[[str], None]) -> Pairs:
+    pairs = Pairs([part for source in config.data.sources(name) for part in open_sets(source)], config.data.on_bad_row)
     for size, weight in pairs.weighted_sizes:
         if round(size * weight) == 0:
             raise UserError(f"data.{name}: weight {weight:g} of {size:,} rows is less than one row an epoch; raise it")
     checked = pairs.check()
     for line in (*pairs.formats, checked, *pairs.notes, *pairs.warnings):
         say(f"{name:<10} {line}")
-    if name == "train":
-        for line in workers.processor.notes:
-            say(f"{'processor':<10} {line}")
-    return PairLoader(
-        pairs,
-        workers,
-        config.packing,
-        pairs_per_step=config.optim.pairs_per_step,
-        seed=config.seed,
-        shuffle=data.shuffle and name == "train",
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
-        dropped=_dropped(data.verdicts, pairs, say) if name == "train" and data.verdicts else frozenset(),
-    )
+    return pairs
 
 
 def warning_of_rows_in_both(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> str | None:
@@ -296,40 +253,6 @@ def _dropped(file: str, pairs: Pairs, say: Callable[[str], None]) -> frozenset[s
         + (f"; {unknown:,} of its ids match no pair" if unknown else "")
     )
     return dropped
-
-
-def fill_packs(pairs: list[TokenizedPair], packing: PackingConfig) -> list[list[TokenizedPair]]:
-    """Split pairs over packs of at most ``packing.max_tokens``: first-fit, longest first.
-
-    With ``share: image`` the items are groups of pairs that show one image; a group too large for a pack is split.
-    Which pack a pair lands in changes no result, only how full the packs are.
-    """
-    items = []  # (tokens, pairs)
-    for group in _groups(pairs, packing.share):
-        while group:
-            take = len(group)
-            while take > 1 and count_tokens(group[:take], packing.share) > packing.max_tokens:
-                take = max(1, take // 2)
-            items.append((count_tokens(group[:take], packing.share), group[:take]))
-            group = group[take:]
-    items.sort(key=lambda item: -item[0])  # stable: equal lengths keep their order
-    packs: list[tuple[int, list[TokenizedPair]]] = []
-    for num_tokens, members in items:
-        for n, (used, packed) in enumerate(packs):
-            if used + num_tokens <= packing.max_tokens:
-                packs[n] = (used + num_tokens, packed + members)
-                break
-        else:
-            packs.append((num_tokens, members))
-    return [members for _, members in packs]
-
-
-def _groups(pairs: list[TokenizedPair], share: str) -> list[list[TokenizedPair]]:
-    groups: dict[object, list[TokenizedPair]] = {}
-    for number, pair in enumerate(pairs):
-        images = pair.paths[0].images
-        groups.setdefault(images[0].content_hash if share == "image" and images else number, []).append(pair)
-    return list(groups.values())
 
 
 def _image_groups(pairs: Sequence[PreferencePair]) -> np.ndarray:

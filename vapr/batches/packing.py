@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapr.batches.tokenize import ProcessedImage, TokenizedPair, TokenPath
+from vapr.batches.processed_image import ProcessedImage
+from vapr.batches.tokenize import TokenizedPair, TokenPath
+from vapr.config import PackingConfig
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.losses import Completions
 
@@ -53,6 +55,9 @@ class SegmentAttention:
 class PackedBatch:
     """P pairs laid end to end as a forest of segments, without padding; shared tokens appear once."""
 
+    # Every distinct image once. Workers copy fields into shared memory one after the other, so the images' pixels lie
+    # end to end there, where joined_pixels() finds them.
+    images: tuple[ProcessedImage, ...]
     pairs: tuple[TokenizedPair, ...]
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (3, T); a token's positions are those of its own path
@@ -75,8 +80,7 @@ class PackedBatch:
     rejected: Tensor  # (P,) into C
     pair_weights: Tensor  # (P,) fp32
 
-    # Every distinct image once, and where its features go.
-    images: tuple[ProcessedImage, ...]
+    # Where the features of ``images`` go.
     image_tokens: Tensor  # (I,) into T
     image_features: RowIndex  # (I,) into the features of ``images`` laid end to end
 
@@ -201,6 +205,40 @@ def count_tokens(pairs: Sequence[TokenizedPair], share: str) -> int:
     keys = [_path_keys(path, image_numbers) for pair in pairs for path in pair.paths]
     segments, _ = _build_forest(_tree_groups(pairs, share), keys)
     return sum(len(segment.keys) for segment in segments)
+
+
+def fill_packs(pairs: list[TokenizedPair], packing: PackingConfig) -> list[list[TokenizedPair]]:
+    """Split pairs over packs of at most ``packing.max_tokens``: first-fit, longest first.
+
+    With ``share: image`` the items are groups of pairs that show one image; a group too large for a pack is split.
+    Which pack a pair lands in changes no result, only how full the packs are.
+    """
+    items = []  # (tokens, pairs)
+    for group in _image_groups(pairs, packing.share):
+        while group:
+            take = len(group)
+            while take > 1 and count_tokens(group[:take], packing.share) > packing.max_tokens:
+                take = max(1, take // 2)
+            items.append((count_tokens(group[:take], packing.share), group[:take]))
+            group = group[take:]
+    items.sort(key=lambda item: -item[0])  # stable: equal lengths keep their order
+    packs: list[tuple[int, list[TokenizedPair]]] = []
+    for num_tokens, members in items:
+        for n, (used, packed) in enumerate(packs):
+            if used + num_tokens <= packing.max_tokens:
+                packs[n] = (used + num_tokens, packed + members)
+                break
+        else:
+            packs.append((num_tokens, members))
+    return [members for _, members in packs]
+
+
+def _image_groups(pairs: list[TokenizedPair], share: str) -> list[list[TokenizedPair]]:
+    groups: dict[object, list[TokenizedPair]] = {}
+    for number, pair in enumerate(pairs):
+        images = pair.paths[0].images
+        groups.setdefault(images[0].content_hash if share == "image" and images else number, []).append(pair)
+    return list(groups.values())
 
 
 def _depth_first(segments: list[_Segment], roots: list[int]) -> tuple[list[int], list[int]]:

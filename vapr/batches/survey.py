@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vapr.batches.loader import PairLoader, open_loader, warning_of_rows_in_both
+from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
 from vapr.batches.tokenize import TokenizedPair
-from vapr.batches.workers import open_workers
 from vapr.config import Config
 from vapr.data.pairs import Pairs
 from vapr.data.rendered import rendered_warning
@@ -37,13 +36,13 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
     on_bad_row = config.data.on_bad_row
     data = dataclasses.replace(config.data, on_bad_row="skip", too_long="skip")
     config = dataclasses.replace(config, data=data)
-    with open_workers(config) as workers:
-        loader = open_loader(config, name, workers, say=lambda line: None).once(by_image=limit is None)
+    with open_loaders(config, [name], say=lambda line: None) as loaders:
+        loader = loaders[name].once(by_image=limit is None)
         stop = loader.steps_per_epoch
         if limit is not None:
             stop = min(stop, -(-limit // loader.pairs_per_step))
         counts = _Counts()
-        notes = workers.processor.notes if name == "train" else []  # said once
+        notes = loader.processor.notes if name == "train" else []  # said once
         with Display(f"read {name}", stop) as display:
             for step in loader.steps(0, stop):
                 for pair in step.pairs:

@@ -7,36 +7,25 @@ class where torchvision does not import. The results equal ``AutoProcessor``'s (
 import difflib
 import hashlib
 import re
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 import transformers
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.batches.continuation import PROBE, EndOfTurn, Offsets, continuation, end_of_turn, eos_tokens
 from vapr.batches.image_processor import check_llava, load_image_processor, num_llava_tokens, resolve_backend, seen_box
+from vapr.batches.processed_image import ProcessedImage, RecentImages, image_key
 from vapr.config import TokenWeights
 from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.rendered import rendered_marker
 from vapr.errors import BadRow, UserError, one_line
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class ProcessedImage:
-    """One image as the model takes it."""
-
-    pixel_values: np.ndarray  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
-    grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
-    num_tokens: int  # placeholders in the prompt, features out of the projector
-    content_hash: str  # sha256 of the pixels and the grid
-    seen: float = 1.0  # share of the picture's area that a centre crop left
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +68,7 @@ class Processor:
         model: local folder or hub id.
         config: the model's transformers config.
         image_backend: ``auto`` (torchvision where it imports, else PIL), ``pil`` or ``torchvision``.
+        dtype: that pixels are rounded to, which is the policy's.
 
     Attributes:
         notes: lines on what differs from what one may expect, to be shown to the user once.
@@ -87,7 +77,14 @@ class Processor:
         UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
     """
 
-    def __init__(self, model: str, config: transformers.PreTrainedConfig, image_backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: str,
+        config: transformers.PreTrainedConfig,
+        image_backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         self.family = config.model_type
         self.image_backend = resolve_backend(image_backend)
         try:
@@ -113,7 +110,7 @@ class Processor:
 
     def remember_images(self, maximum_bytes: int) -> None:
         """Keep so many bytes of the most recent processed images, for when they come again."""
-        self._recent = _RecentImages(maximum_bytes)
+        self._recent = RecentImages(maximum_bytes)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         """The chat template's text, one placeholder an image. Raises UserError if the template refuses the messages."""
@@ -179,7 +176,7 @@ class Processor:
         Pixels are those of the image processor for the picture in its own mode: what becomes of transparency is its
         own to say, and differs between versions of transformers.
         """
-        key = _image_key(source)
+        key = image_key(source)
         if (known := self._recent.get(key)) is not None:
             return known
         image = read_image(source)
@@ -200,7 +197,9 @@ class Processor:
         left, top, right, bottom = seen_box(self.image_processor, *image.size)
         seen = (right - left) * (bottom - top) / (image.width * image.height)
         num_tokens = self._num_image_tokens(pixels, grid)
-        processed = ProcessedImage(pixels, grid, num_tokens, content.hexdigest(), seen)
+        processed = ProcessedImage(
+            torch.from_numpy(pixels).to(self._dtype), grid, num_tokens, content.hexdigest(), seen
+        )
         self._recent.put(key, processed)
         return processed
 
@@ -355,39 +354,3 @@ def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
             if first < last:
                 spans[name].append((line[first].start(), line[last - 1].end()))
     return spans[side]
-
-
-class _RecentImages:
-    """Processed images by source, the least recently used dropped first. Threads of the loader share it."""
-
-    def __init__(self, maximum_bytes: int) -> None:
-        self._maximum_bytes = maximum_bytes
-        self._num_bytes = 0
-        self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: object) -> ProcessedImage | None:
-        with self._lock:
-            if key in self._images:
-                self._images.move_to_end(key)
-                return self._images[key]
-            return None
-
-    def put(self, key: object, image: ProcessedImage) -> None:
-        with self._lock:
-            if key not in self._images:
-                self._images[key] = image
-                self._num_bytes += image.pixel_values.nbytes
-            while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
-                _, dropped = self._images.popitem(last=False)
-                self._num_bytes -= dropped.pixel_values.nbytes
-
-
-def _image_key(source: Path | bytes) -> object:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
-    try:
-        stat = source.stat()
-    except OSError as error:
-        raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
-    return str(source), stat.st_size, stat.st_mtime_ns

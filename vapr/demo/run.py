@@ -265,7 +265,7 @@ def _generate(policy: Any, pairs: list[TokenizedPair]) -> list[list[int]]:
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             mm_token_type_ids=(prompts == policy.config.image_token_id).int(),
-            pixel_values=torch.from_numpy(np.concatenate([image.pixel_values for image in images])),
+            pixel_values=torch.cat([image.pixel_values for image in images]),
             image_grid_thw=torch.tensor([image.grid_thw for image in images]),
             max_new_tokens=24,
             do_sample=False,

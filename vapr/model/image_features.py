@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
-from vapr.batches.tokenize import ProcessedImage
+from vapr.batches.processed_image import ProcessedImage
 from vapr.errors import UserError
 from vapr.model.policy import Policy, image_features
 from vapr.model.policy_id import open_cache_folder

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vapr.batches.loader import open_loader
+from vapr.batches.loader import open_loaders
 from vapr.batches.model_folder import read_adapter_config
 from vapr.batches.packing import PackedBatch
-from vapr.batches.workers import open_workers
 from vapr.config import CheckpointConfig, Config, PackingConfig, PolicyConfig
 from vapr.errors import UserError, one_line
 from vapr.model.adapters import merge_layers
@@ -205,9 +204,9 @@ def _some_pairs(config: Config, trained: Trained, say: Callable[[str], None]) ->
         optim=dataclasses.replace(config.optim, pairs_per_step=NUM_PAIRS),
     )  # fmt: skip
     try:
-        with open_workers(few) as workers:
-            name: Literal["train", "eval"] = "train" if config.data.eval is None else "eval"
-            return next(open_loader(few, name, workers, lambda line: None).steps(0, 1)).batches
+        name: Literal["train", "eval"] = "train" if config.data.eval is None else "eval"
+        with open_loaders(few, [name], say=lambda line: None) as loaders:
+            return next(loaders[name].steps(0, 1)).batches
     except UserError as error:
         say(f"log-probs of the merged model are not compared: {error}")
         return ()

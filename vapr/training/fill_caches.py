@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import transformers
 
-from vapr.batches.loader import PairLoader, open_loader
+from vapr.batches.loader import PairLoader, open_loaders
 from vapr.batches.model_folder import PROCESSOR_FILES
 from vapr.batches.packing import PackedBatch
-from vapr.batches.workers import open_workers
 from vapr.cache import files_hash, user_cache, written_whole
 from vapr.config import Config
 from vapr.data.pairs import Pairs
@@ -43,10 +42,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
     if not config.features.cache and not any(term.needs_reference for term in config.loss):
         kinds = ", ".join(term.kind for term in config.loss)
         raise UserError(f"loss: {kinds} needs no reference, and features.cache is false; there is nothing to prepare")
-    with open_workers(config) as workers:
-        loaders = {"train": open_loader(config, "train", workers, say)}
-        if config.data.eval is not None:
-            loaders["eval"] = open_loader(config, "eval", workers, say)
+    with open_loaders(config, say=say) as loaders:
         policy = load_policy(config.policy, kernels=config.kernels)
         if policy.merged is not None:
             say(f"merged     {policy.merged}")
@@ -57,10 +53,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
             rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
             _fill(policy, reference, features, rows, stop, name)
             result["skipped"] |= rows.skipped
-    for name, cache in (("reference", reference), ("features", features)):
+    for kind, cache in (("reference", reference), ("features", features)):
         if cache is not None:
             counts = {"found": cache.hits, "computed": cache.misses, "on disk": len(cache)}
-            result[name] = {**counts, "folder": str(cache.folder)}
+            result[kind] = {**counts, "folder": str(cache.folder)}
     return result
 
 

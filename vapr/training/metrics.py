@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapr.batches.loader import Step
+from vapr.batches.steps import Step
 from vapr.config import Config
 from vapr.model.policy import Policy
 from vapr.training.trackers import Tracker, open_trackers

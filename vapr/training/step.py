@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapr.batches.loader import PairLoader, Step
+from vapr.batches.loader import PairLoader
 from vapr.batches.packing import PackedBatch
+from vapr.batches.steps import Step
 from vapr.config import LossConfig
 from vapr.errors import UserError
 from vapr.interrupts import TrainingStopped

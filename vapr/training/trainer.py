@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vapr.batches.loader import PairLoader, open_loader, warning_of_rows_in_both
-from vapr.batches.workers import open_workers
+from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
@@ -96,9 +95,8 @@ def _set_up(
 ) -> tuple[Policy, Engine, Reference | None, ImageFeatures | None, PairLoader, PairLoader | None]:
     """Open the data, load the policy and fill what has to be known before the first update."""
     check_installed(config.trackers)
-    workers = opened.enter_context(open_workers(config))
-    loader = open_loader(config, "train", workers)
-    held_out = open_loader(config, "eval", workers) if config.data.eval else None
+    opened_loaders = opened.enter_context(open_loaders(config))
+    loader, held_out = opened_loaders["train"], opened_loaders.get("eval")
     if held_out is not None and (warning := warning_of_rows_in_both(loader.pairs, held_out.pairs)):
         print(warning)
     torch.manual_seed(config.seed)  # the adapters' initial weights

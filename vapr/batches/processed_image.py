@@ -1,0 +1,74 @@
+"""An image as the model takes it, the most recent ones, and several laid end to end."""
+
+import hashlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vapr.errors import UserError, one_line
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """One image as the model takes it."""
+
+    pixel_values: Tensor  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
+    grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
+    num_tokens: int  # placeholders in the prompt, features out of the projector
+    content_hash: str  # sha256 of the pixels in float32 and the grid
+    seen: float = 1.0  # share of the picture's area that a centre crop left
+
+
+class RecentImages:
+    """Processed images by source, the least recently used dropped first."""
+
+    def __init__(self, maximum_bytes: int) -> None:
+        self._maximum_bytes = maximum_bytes
+        self._num_bytes = 0
+        self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
+
+    def get(self, key: object) -> ProcessedImage | None:
+        if key in self._images:
+            self._images.move_to_end(key)
+        return self._images.get(key)
+
+    def put(self, key: object, image: ProcessedImage) -> None:
+        if key not in self._images:
+            self._images[key] = image
+            self._num_bytes += image.pixel_values.nbytes
+        while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
+            _, dropped = self._images.popitem(last=False)
+            self._num_bytes -= dropped.pixel_values.nbytes
+
+
+def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
+    """Return the pixels of images laid end to end: a view where they lie so, as a worker leaves them, else a copy.
+
+    Returns:
+        (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
+    """
+    pixels = [image.pixel_values for image in images]
+    storage = pixels[0].untyped_storage()
+    starts = itertools.accumulate((part.numel() for part in pixels), initial=pixels[0].storage_offset())
+    if all(
+        part.untyped_storage().data_ptr() == storage.data_ptr() and part.storage_offset() == start
+        for part, start in zip(pixels, starts, strict=False)
+    ):
+        return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())
+    return torch.cat(pixels)
+
+
+def image_key(source: Path | bytes) -> object:
+    """Return what changes when another image, or another version of its file, is meant. Raises UserError."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    try:
+        stat = source.stat()
+    except OSError as error:
+        raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
+    return str(source), stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,113 @@
+"""Hand what a worker made to the training process: every array of it in one buffer of shared memory.
+
+torch's own way passes a file descriptor for each tensor, and a step has hundreds of them.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+ALIGNMENT = 16
+"""Bytes. Pixels of a patch are a multiple of it, so that images end to end leave no gap."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an array lies in the buffer."""
+
+    start: int  # bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_numpy: bool
+
+    def view(self, buffer: Tensor) -> Tensor:
+        stop = self.start + math.prod(self.shape) * self.dtype.itemsize
+        return buffer[self.start : stop].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """A value whose arrays lie in a buffer; an ndarray as buffer goes through the pipe, byte by byte."""
+
+    content: Any
+    buffer: Tensor | np.ndarray  # (bytes,) uint8
+
+    @property
+    def in_pipe(self) -> bool:
+        return isinstance(self.buffer, np.ndarray)
+
+    def pin_memory(self) -> "Shared":
+        """Return the same in pinned memory; the DataLoader calls this where there is a GPU."""
+        return Shared(self.content, torch.as_tensor(self.buffer).pin_memory())
+
+    def open(self) -> Any:
+        """Return the value; its arrays are views of the buffer, which lives as long as one of them."""
+        buffer = torch.as_tensor(self.buffer)
+
+        def view(place: _Place) -> Tensor | np.ndarray:
+            tensor = place.view(buffer)
+            return tensor.numpy() if place.is_numpy else tensor
+
+        return _rebuild(self.content, _Place, view, {})
+
+
+def share(value: Any) -> Shared:
+    """Copy the arrays of a value of dataclasses, tuples and lists into shared memory, in the order of their fields.
+
+    Writing more than ``/dev/shm`` holds would kill the process, so where not every worker has room for as much, the
+    buffer is left to the pipe.
+    """
+    places: list[tuple[_Place, Tensor]] = []
+    size = 0
+
+    def place(array: Tensor | np.ndarray) -> _Place:
+        nonlocal size
+        tensor = torch.as_tensor(array)
+        start = -(-size // ALIGNMENT) * ALIGNMENT
+        size = start + tensor.nbytes
+        places.append((_Place(start, tensor.dtype, tuple(tensor.shape), isinstance(array, np.ndarray)), tensor))
+        return places[-1][0]
+
+    content = _rebuild(value, (Tensor, np.ndarray), place, {})
+    info = get_worker_info()
+    fits = size * (info.num_workers if info else 1) <= free_shared_memory()
+    buffer = torch.empty(0, dtype=torch.uint8)
+    # As torch's own collate function does it; share_memory_() would copy the buffer once more.
+    buffer = buffer.set_(torch.UntypedStorage._new_shared(size)) if fits else buffer.new_empty(size)
+    for where, tensor in places:
+        where.view(buffer).copy_(tensor)
+    return Shared(content, buffer if fits else buffer.numpy())
+
+
+def free_shared_memory() -> int:
+    """Return the bytes that ``/dev/shm`` has room for; 0 where there is none."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return stat.f_bavail * stat.f_frsize
+
+
+def _rebuild(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
+    """Rebuild a value with everything of ``kinds`` in it changed. What occurs in two places stays one object."""
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, kinds):
+        new = change(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _rebuild(getattr(value, f.name), kinds, change, known) for f in dataclasses.fields(value)}
+        new = dataclasses.replace(value, **fields)
+    elif isinstance(value, tuple | list):
+        new = type(value)(_rebuild(item, kinds, change, known) for item in value)
+    else:
+        return value
+    known[id(value)] = new
+    return new
