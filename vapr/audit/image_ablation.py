@@ -62,7 +62,7 @@ class Scorer:
         self._workers.close()
 
     def scores(self, pairs: Pairs, table: PairTable, rows: np.ndarray) -> "Scores":
-        """Score the table's pairs ``rows``. Those that cannot be tokenised are left out and counted."""
+        """Score the table's pairs ``rows``, (pairs,) int64; those that cannot be tokenised are left out and counted."""
         sums = np.full((len(rows), 2, 2), np.nan)
         tokens = np.zeros((len(rows), 2))
         skipped: dict[int, str] = {}
@@ -97,7 +97,7 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class _TokenizedPairs(Dataset[tuple[int, int, TokenizedPair | UserError]]):
-    """What a data worker does with a pair; its number becomes its place among the pairs that are scored."""
+    """Tokenise a pair in a data worker; its number becomes its place among the pairs that are scored."""
 
     processor: Processor
 

@@ -37,7 +37,7 @@ def resolve_backend(wanted: str) -> str:
 
 
 def load_image_processor(model: str, family: str, backend: str) -> Any:
-    """What ``AutoImageProcessor`` makes of a model's files.
+    """Open the image processor that ``AutoImageProcessor`` makes of a model's files.
 
     Raises:
         UserError: if it knows no class for them.

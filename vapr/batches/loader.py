@@ -107,7 +107,10 @@ class PairLoader:
         return [(len(self.pairs), 1.0)]
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers in the order of an epoch. With ``share: image``, rows of one image stay together."""
+        """Return the row numbers of an epoch in their order, (rows,) int64: a pure function of seed and epoch.
+
+        With ``share: image``, rows of one image stay together.
+        """
         random = np.random.default_rng([self._seed, epoch])
         members = self._members_of_epoch(epoch)
         if not self._by_image:
@@ -232,7 +235,7 @@ def _open_pairs(config: Config, name: Name, say: Callable[[str], None]) -> Pairs
 
 
 def warning_of_rows_in_both(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> str | None:
-    """What it means that pairs are held out and trained on; None if no file of ``held_out`` is one of ``train``."""
+    """Warn of pairs that are held out and trained on; None if no file of ``held_out`` is one of ``train``."""
     count = held_out.rows_in(train) if isinstance(train, Pairs) and isinstance(held_out, Pairs) else 0
     if not count:
         return None

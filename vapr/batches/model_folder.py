@@ -28,7 +28,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a policy is read from."""
+    """The places that a policy is read from."""
 
     model: str  # hub id, or folder of config, weights and processor files that holds no adapter
     adapter: Path | None = None  # folder of the adapter to be merged into it
@@ -91,7 +91,7 @@ def copy_processor_files(source: Path, target: Path) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a folder, never a hub id."""
+    """Tell whether a name can only be a folder, never a hub id."""
     return name.startswith(("/", "./", "../", "~"))
 
 
@@ -107,7 +107,7 @@ def _adapter_folder(model: str) -> Path | None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether there is a model beside the adapter: some trainers leave its config alone."""
+    """Tell whether there is a model beside the adapter: some trainers leave its config alone."""
     files = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
     return (folder / "config.json").is_file() and any(not file.name.startswith("adapter_") for file in files)
 

@@ -5,7 +5,7 @@ the tree is computed once. Two tokens are equal only if they have the same id an
 offset of the same image content.
 
 T = packed tokens, N = segments, S = attention sequences, K = gathered keys, L = predictions, M = predictions counted
-once per completion, C = completions, P = pairs, I = image tokens.
+once per completion, C = completions, P = pairs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ NO_PARENT = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentAttention:
-    """What attention over the forest needs: one variable-length call.
+    """Sequences and gathered keys of one variable-length attention call over the forest.
 
     A sequence is a chain of segments, each the first child of the one before it, so its queries lie side by side in the
     pack. Its keys are the tokens above the chain and the chain itself; the last query sees the last key
@@ -69,7 +69,7 @@ class PackedBatch:
     # cannot say what to predict. Predictions are listed instead.
     predict_from: RowIndex  # (L,) into T: the hidden state that predicts each label
     labels: Tensor  # (L,)
-    predicting: Tensor  # (R,) into T, ascending: the tokens that predict something
+    predicting: Tensor  # (predicting tokens,) into T, ascending: those that predict something
 
     # A prediction shared by several completions is made once and counted in each of their sums.
     sum_prediction: RowIndex  # (M,) into L
@@ -81,8 +81,8 @@ class PackedBatch:
     pair_weights: Tensor  # (P,) fp32
 
     # Where the features of ``images`` go.
-    image_tokens: Tensor  # (I,) into T
-    image_features: RowIndex  # (I,) into the features of ``images`` laid end to end
+    image_tokens: Tensor  # (image tokens,) into T
+    image_features: RowIndex  # (image tokens,) into the features of ``images`` laid end to end
 
     num_tokens_unshared: int
     """Tokens the same paths would have if every one were computed alone."""
@@ -102,7 +102,7 @@ class PackedBatch:
 
     @property
     def completions(self) -> Completions:
-        """What the loss needs to know of the batch."""
+        """Return which token log-probs each completion sums, and which completions make a pair."""
         return Completions(
             counted=self.sum_prediction,
             token_weights=self.token_weights,

@@ -21,7 +21,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an array lies in the buffer."""
+    """The place of an array in the buffer."""
 
     start: int  # bytes
     dtype: torch.dtype

@@ -163,7 +163,7 @@ def _sets(loader: PairLoader) -> list[str]:
 
 
 def _refused(loader: PairLoader, on_bad_row: str) -> str | None:
-    """What the check before training says against the first rows."""
+    """Say what the check before training has against the first rows."""
     try:
         Pairs(getattr(loader.pairs, "sets", ()), on_bad_row).check()
     except UserError as error:
@@ -172,7 +172,7 @@ def _refused(loader: PairLoader, on_bad_row: str) -> str | None:
 
 
 def _reasons(loader: PairLoader) -> dict[str, Any]:
-    """How many rows each reason costs, with the first few places."""
+    """Count the rows that each reason costs, with the first few places."""
     grouped: dict[str, list[str]] = {}
     for place, line in loader.skipped.items():
         grouped.setdefault(reason_kind(line.removeprefix(f"{place}: ")), []).append(line)

@@ -42,7 +42,7 @@ SIDES = ("chosen_messages", "rejected_messages")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How rows of one shape are read."""
+    """A shape of rows and the function that reads it."""
 
     read: Callable[[Row], Row]
     keys: frozenset[str]

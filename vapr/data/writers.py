@@ -27,7 +27,7 @@ Names = Callable[[tuple[Path | bytes, ...]], list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """How pairs are written in one format."""
+    """A format that pairs are written in."""
 
     row: Callable[[PreferencePair, Names], Row]
     suffixes: tuple[str, ...]

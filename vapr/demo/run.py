@@ -30,7 +30,7 @@ from vapr.training import trainer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSizes:
-    """How much is drawn and trained. The defaults take about four minutes on two CPU cores."""
+    """Numbers of what is drawn and trained. The defaults take about four minutes on two CPU cores."""
 
     sft_pictures: int = 6000
     dpo_pictures: int = 2200

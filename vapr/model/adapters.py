@@ -32,7 +32,7 @@ NAMES_BEFORE_4_52 = {r"^model\.(?!language_model\.|visual\.)": "model.language_m
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What merging did, over all merged layers."""
+    """Counts of a merge over all merged layers."""
 
     layers: int
     dtype: torch.dtype
@@ -119,7 +119,7 @@ def merge_layers(adapted: peft.PeftModel, dtype: torch.dtype) -> MergeReport:
 
 
 def _delta(layer: Any, before: Tensor) -> Tensor:
-    """What the adapter adds to ``before``, in fp32."""
+    """Return what the adapter adds to ``before``, in fp32 and its shape."""
     (name,) = layer.merged_adapters
     if name in layer.lora_variant:  # DoRA scales the weights as well
         merged: Tensor = layer.get_base_layer().weight.data

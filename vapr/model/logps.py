@@ -15,7 +15,9 @@ from vapr_kernels.linear_logps import Mode
 def token_logps(
     policy: Policy, batch: PackedBatch, features: Tensor | None = None, reference_logps: Tensor | None = None
 ) -> Tensor:
-    """Log-prob of every predicted token, shape (L,), fp32. Only rows that predict reach the LM head.
+    """Compute the log-prob of every predicted token, shape (L,), fp32, in nats.
+
+    Only rows that predict reach the LM head.
 
     Args:
         features: the batch's image features, if known already.
@@ -31,12 +33,12 @@ def token_logps(
 
 
 def per_completion(logps: Tensor, batch: PackedBatch) -> Tensor:
-    """Token log-probs laid out completion by completion, shape (M,); shared tokens appear once in each."""
+    """Lay token log-probs (L,) out completion by completion, shape (M,); shared tokens appear once in each."""
     return gather_rows(logps, batch.sum_prediction)
 
 
 def completion_logps(counted: Tensor, batch: PackedBatch) -> Tensor:
-    """Weighted sum over each completion's tokens: log-probs (M,) -> (P, 2), chosen first.
+    """Sum token log-probs (M,), weighted, over each completion: (P, 2), chosen first, fp32.
 
     Shared tokens count in both sums, so in a loss of the difference their gradients cancel exactly.
     """
@@ -45,5 +47,5 @@ def completion_logps(counted: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def completion_sums(counted: Tensor, batch: PackedBatch) -> Tensor:
-    """Sum over the tokens of every completion, (M,) -> (C,)."""
+    """Sum token values (M,) over every completion: (C,), fp32."""
     return batch.completions.sums(counted)

@@ -32,7 +32,7 @@ NAMED = ("checks", "source", "licence", "license", "audit_score", "provenance")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How the pairs of a page were chosen."""
+    """The way in which the pairs of a page were chosen."""
 
     sizes: dict[str, int]
     """Pairs of each category in the whole set."""

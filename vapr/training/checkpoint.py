@@ -93,18 +93,18 @@ def evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return the folders of whole checkpoints, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
     return sorted((f for f in folders if is_checkpoint(f)), key=step_of)
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the name is a whole checkpoint's."""
+    """Tell whether the name is a whole checkpoint's."""
     return re.fullmatch(r"step-\d{6,}", folder.name) is not None
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps done when the checkpoint was written."""
+    """Return the optimizer steps done when the checkpoint was written."""
     return int(folder.name[5:])
 
 
@@ -117,7 +117,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; returns the saved state.
+    """Restore weights, optimizer, schedule and random state; return the saved state.
 
     Raises:
         UserError: if the checkpoint is damaged or belongs to another model.

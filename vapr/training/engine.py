@@ -1,4 +1,4 @@
-"""Forward passes become weight updates: fp32 master weights, AdamW, the schedule, clipping.
+"""Turn gradients into weight updates: fp32 master weights, AdamW, the schedule, clipping.
 
 The only file that is to know deepspeed; so far one process runs plain PyTorch.
 """
@@ -17,7 +17,7 @@ from vapr.model.policy import Policy
 
 
 class Engine:
-    """Optimizer state of a policy.
+    """Hold master weights and optimizer state of a policy and update it.
 
     Weights in bf16 get an fp32 master copy. Their gradients are moved to it in fp32 as soon as autograd has finished
     them, so that accumulating over micro-batches rounds nothing away and no bf16 gradients are kept.
@@ -74,15 +74,15 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update."""
+        """Return the learning rate of the next update."""
         return self._peak_lr * self._lr_factor(self.num_updates)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to the step's."""
+        """Add the gradient of ``loss``, a scalar, to the step's."""
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        """Norm over all trained parameters before clipping; clips. A scalar on the device."""
+        """Clip the gradient and return its norm over all trained parameters before that, a scalar on the device."""
         limit = float("inf") if self._clip is None else self._clip
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
 
@@ -107,7 +107,7 @@ class Engine:
         self.num_updates += 1
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Master weights by name, and optimizer state by ``name.exp_avg`` and the like."""
+        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; fp32, shaped as weights."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value
@@ -118,7 +118,7 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, masters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
-        """Go back to where :meth:`state` was taken.
+        """Go back to where :meth:`state` was taken; tensors have the shapes of the weights and lie on any device.
 
         Raises:
             KeyError: if a trained parameter is not among ``masters``.

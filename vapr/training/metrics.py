@@ -132,7 +132,7 @@ class MetricsLog:
 
 
 def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
-    """Speed and memory of a whole step: waiting for data, forward, backward, update."""
+    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update."""
     peak = peak_flops(policy.device)
     return {
         "pairs_per_second": step.num_pairs / seconds,
@@ -142,7 +142,7 @@ def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]
 
 
 def in_words(values: dict[str, Any]) -> str:
-    """The figures of a training step in one line."""
+    """Put the figures of a training step in one line."""
     return (
         f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
         f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
@@ -150,7 +150,7 @@ def in_words(values: dict[str, Any]) -> str:
 
 
 def useful_flops(policy: Policy, step: Step) -> float:
-    """FLOPs a step needs on shared tokens: what sharing saves is not counted, recomputation neither.
+    """Count the FLOPs that a step needs: neither what sharing saves nor what is computed twice.
 
     Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
     predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
@@ -171,7 +171,7 @@ def useful_flops(policy: Policy, step: Step) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device, None if unknown."""
+    """Return the dense bf16 peak of the device in FLOP/s, None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -179,7 +179,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, resident of the process on a CPU."""
+    """Return the largest memory so far in MiB: allocated on the GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource

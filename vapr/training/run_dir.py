@@ -81,19 +81,19 @@ class RunDir:
 
     @property
     def holds_run(self) -> bool:
-        """Whether at least one step was taken here."""
+        """Tell whether at least one step was taken here."""
         metrics = self.path / "metrics.jsonl"
         begun = metrics.is_file() and metrics.stat().st_size > 0
         return begun or self.finished or bool(checkpoint.list_checkpoints(self.path))
 
     @property
     def final(self) -> Path:
-        """Where the aligned model goes."""
+        """Folder of the aligned model."""
         return self.path / "final"
 
     @property
     def start(self) -> Path:
-        """Where the policy of a run with LoRA that began from an adapter is kept, merged."""
+        """Folder of the merged policy, if a run with LoRA began from an adapter."""
         return self.path / START
 
     @property
@@ -136,7 +136,7 @@ class RunDir:
 
 
 def weights_at_start(run: Path) -> str | None:
-    """The hash of the weights that a run began with; None if it is not known."""
+    """Return the hash of the weights that a run began with; None if it is not known."""
     try:
         return str(json.loads((run / "environment.json").read_text())["weights"])
     except (OSError, ValueError, KeyError):
@@ -144,7 +144,7 @@ def weights_at_start(run: Path) -> str | None:
 
 
 def environment(policy: Policy) -> dict[str, Any]:
-    """Versions and devices that a reader of the run wants to know."""
+    """Collect versions and devices that a reader of the run wants to know."""
     versions: dict[str, str | None] = {}
     for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
         try:

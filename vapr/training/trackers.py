@@ -20,7 +20,7 @@ PROJECT = "vapr"
 
 
 class Tracker(Protocol):
-    """Where metrics go besides metrics.jsonl."""
+    """A place that metrics go to besides metrics.jsonl."""
 
     cuts_off: bool
     """Whether a resumed run's tracker forgets what was sent after the checkpoint. If not, it must not be sent twice."""

@@ -16,7 +16,7 @@ from vapr.text import edit_distance, num_words, polarity, sentences, style_vecto
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one check found. ``note`` says why it failed, in words a language model can act on."""
+    """The finding of one check. ``note`` says why it failed, in words a language model can act on."""
 
     name: str
     passed: bool

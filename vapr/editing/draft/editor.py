@@ -266,7 +266,7 @@ class Editor:
     # Balance
 
     def _end_torn_trades(self, drafts: list[Draft]) -> None:
-        """Where one half of a trade was refused, undo the other, until every trade left has both halves."""
+        """Undo the other half of a trade where one was refused, until every trade left has both halves."""
         plans = [draft.plan for draft in drafts]
         ended = [draft for draft in drafts if draft.status != "open" and draft.plan.trades]
         while ended:

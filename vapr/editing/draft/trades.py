@@ -43,7 +43,7 @@ class Trade:
 
 @dataclass(slots=True)
 class Plan:
-    """What is to be done with one turn."""
+    """A plan for one turn."""
 
     category: Category | None = None
     decided_by: str = ""  # "count:asks-how-many", "value:colours" or "model NAME"

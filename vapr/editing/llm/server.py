@@ -54,7 +54,7 @@ class _Failure(Exception):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may be answered later; proxies also send HTTP 200 with nothing in it."""
+        """Tell whether the same request may be answered later; proxies also send HTTP 200 with nothing in it."""
         return self.status is None or self.status in TRY_AGAIN or self.status >= 500
 
 

@@ -142,7 +142,7 @@ class ClosedSet(_Part):
         return self._alike.get(value.lower(), set())
 
     def alike(self, one: str, other: str) -> bool:
-        """Whether two values can be said of one thing: equal, or near-synonyms."""
+        """Tell whether two values can be said of one thing: equal, or near-synonyms."""
         return other.lower() in self.near(one)
 
     @cached_property

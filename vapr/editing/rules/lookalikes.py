@@ -26,7 +26,7 @@ def plain(text: str) -> str:
 
 
 def unexpected(chosen: str, rejected: str) -> str | None:
-    """What rejected holds that no reader of chosen expects there, in words; None if nothing."""
+    """Name what rejected holds that no reader of chosen expects there; None if nothing."""
     known = set(chosen)
     for character in rejected:
         if character in known or character == " ":

@@ -74,14 +74,14 @@ SENTENCE_START = re.compile(r"(?:^|[.!?]\s+|\n)[\s\"'“‘(*]*$")
 
 
 def _places(find: str, answer: str) -> list[int]:
-    """Where it starts. A word is not found inside another one: "man" in "woman"."""
+    """Find where it starts. A word is not found inside another one: "man" in "woman"."""
     left = r"(?<!\w)" if find[0].isalnum() else ""
     right = r"(?!\w)" if find[-1].isalnum() else ""
     return [match.start() for match in re.finditer(left + re.escape(find) + right, answer)]
 
 
 def _at_sentence_starts(find: str, answer: str) -> list[int]:
-    """Where it stands with a capital: of "A dog barks." a model likes to say that it found "a dog"."""
+    """Find where it stands with a capital: of "A dog barks." a model likes to say that it found "a dog"."""
     places = _places(find[0].upper() + find[1:], answer)
     return [start for start in places if SENTENCE_START.search(answer[:start])]
 

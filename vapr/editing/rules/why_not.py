@@ -56,7 +56,7 @@ def replacements(turn: Turn, value: Value) -> frozenset[str]:
 
 
 class Place:
-    """Where a value stands, and what stands beside it."""
+    """A value's place in its answer, and what stands beside it."""
 
     def __init__(self, turn: Turn, value: Value) -> None:
         self.turn, self.value = turn, value
@@ -78,20 +78,20 @@ class Place:
 
     @cached_property
     def noun(self) -> str | None:
-        """What the value is said of: the noun right after it, else the subject, else the first noun of the question."""
+        """Return the noun that the value is said of: the one right after it, else the subject, else the first noun of the question."""
         if self.next_noun or self.subject:
             return self.next_noun or (self.subject and self.subject[2])
         return next((noun for *_, noun in lexicon().find(self.turn.question) if not noun.startswith("photo")), None)
 
     @property
     def is_predicate(self) -> bool:
-        """Whether the value follows "is" or a noun ("a man sitting"), or begins the answer."""
+        """Tell whether the value follows "is" or a noun ("a man sitting"), or begins the answer."""
         before = self.left.lower().split()
         return not before or before[-1] in BE or (self.subject is not None and self.left[self.subject[1] :] == " ")
 
     @property
     def names_nothing_else(self) -> bool:
-        """Whether no noun stands beside the value: "It is red.", "On the left." """
+        """Tell whether no noun stands beside the value: "It is red.", "On the left." """
         return self.subject is None and next(lexicon().find(self.right), None) is None
 
 
