@@ -23,7 +23,7 @@ PROBE = "A-probe-of-the-end-of-turn"
 
 @dataclass(frozen=True, slots=True)
 class EndOfTurn:
-    """The end of an assistant's turn: what the template writes after the answer, and what the model has to say there."""
+    """The end of an assistant's turn: what the template writes after the answer, and what the model says there."""
 
     template: str  # text after the answer
     dropped: int  # characters of trailing white space that the model does not say

@@ -107,7 +107,7 @@ class Engine:
         self.num_updates += 1
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; fp32, shaped as weights."""
+        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value

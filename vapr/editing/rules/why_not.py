@@ -78,7 +78,7 @@ class Place:
 
     @cached_property
     def noun(self) -> str | None:
-        """Return the noun that the value is said of: the one right after it, else the subject, else the first noun of the question."""
+        """Return the noun that the value is said of: right after it, else the subject, else the question's first."""
         if self.next_noun or self.subject:
             return self.next_noun or (self.subject and self.subject[2])
         return next((noun for *_, noun in lexicon().find(self.turn.question) if not noun.startswith("photo")), None)
