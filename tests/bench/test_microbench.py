@@ -7,12 +7,22 @@ import json
 import pytest
 import torch
 
-from bench import add_rms_norm, gather_keys_values, goals, linear_logps, microbench, preference_loss, rotary, swiglu
+from bench import (
+    add_rms_norm,
+    gather_keys_values,
+    goals,
+    linear_logps,
+    lora_linear,
+    microbench,
+    preference_loss,
+    rotary,
+    swiglu,
+)  # fmt: skip
 from bench import record as rec
 from bench.microbench import Absent, Calls, Op, Sizes, Work
 
 OPS = {module.OP.name: module.OP for module in (
-    add_rms_norm, gather_keys_values, linear_logps, preference_loss, rotary, swiglu,
+    add_rms_norm, gather_keys_values, linear_logps, lora_linear, preference_loss, rotary, swiglu,
 )}  # fmt: skip
 
 
@@ -183,12 +193,12 @@ def test_keys_of_a_pair_are_its_prompt_twice():
 def test_providers_of_an_operation_agree_with_fp64(op, run_toy, monkeypatch):
     """What can run here without compiling, at a size of the script's own choosing."""
     on_gpu = torch.cuda.is_available()
-    providers = {name: op.providers[name] for name in ("vapr", "eager")}
+    providers = {name: op.providers[name] for name in ("vapr", "eager", "peft") if name in op.providers}
     rows = microbench.main(
         Op(**{**{name: getattr(op, name) for name in Op.__dataclass_fields__}, "providers": providers}),
         ["--quick", "--rounds", "1", *([] if on_gpu else ["--rows", "3"])],
     )
-    assert {row["provider"] for row in rows} == {"vapr", "eager"}
+    assert {row["provider"] for row in rows} == set(providers) and len(providers) == 2
     assert all(row["relative_error"] < (3e-2 if row["dtype"] == "bfloat16" else 2e-5) for row in rows)
     assert {row["pass"] for row in rows} == set(op.passes)
 
