@@ -57,14 +57,15 @@ class PairLoader:
         self._seed = config.seed
         self._shuffle = config.data.shuffle and name == "train"
         self._dropped = maker.dropped[name]
+        self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
         self._weighted = True
         self._by_image = config.packing.share == "image" and self._shuffle
         self._epoch_order = (-1, np.empty(0, np.int64))
 
     @property
     def pairs_per_epoch(self) -> int:
-        """Rows seen in an epoch: each set's number of rows times its weight."""
-        return sum(round(size * weight) for size, weight in self._sets())
+        """Return the number of rows seen in an epoch: each set's number of rows times its weight."""
+        return sum(round(size * weight) for size, weight in self._sets)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,7 +73,7 @@ class PairLoader:
 
     @property
     def digest(self) -> str:
-        """Hash of the data and of what is dropped of it; a place in it means nothing in other data."""
+        """Return a hash of the data and of what is dropped of it; a place in it means nothing in other data."""
         digest = self.pairs.digest if isinstance(self.pairs, Pairs) else ""
         if not self._dropped:
             return digest
@@ -80,7 +81,7 @@ class PairLoader:
 
     @property
     def place(self) -> str:
-        """Name of the data in this order: in it, a number of steps is always the same pairs."""
+        """Return a name of the data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
         settings = (self.digest, self._packing, self.pairs_per_step, order)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
@@ -90,21 +91,16 @@ class PairLoader:
         return self.processor.image_backend
 
     def once(self, *, by_image: bool = False) -> "PairLoader":
-        """The same, but an epoch sees every row once, whatever the weights of the sets.
+        """Return a copy in which an epoch sees every row once, whatever the weights of the sets.
 
         With ``by_image``, rows of one image stand together whatever is shared, so that no image is processed twice.
         """
         other = copy.copy(self)
         other.skipped = {}
-        other._weighted = False
+        other._sets, other._weighted = [(len(self.pairs), 1.0)], False
         other._by_image |= by_image
         other._epoch_order = (-1, np.empty(0, np.int64))
         return other
-
-    def _sets(self) -> list[tuple[int, float]]:
-        if isinstance(self.pairs, Pairs) and self._weighted:
-            return self.pairs.weighted_sizes
-        return [(len(self.pairs), 1.0)]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the row numbers of an epoch in their order, (rows,) int64: a pure function of seed and epoch.
@@ -126,7 +122,7 @@ class PairLoader:
         Those are a window that moves on from epoch to epoch over one shuffled order after another.
         """
         members, start = [np.empty(0, np.int64)], 0
-        for number, (size, weight) in enumerate(self._sets()):
+        for number, (size, weight) in enumerate(self._sets):
             times, part = divmod(round(size * weight), size)
             members += [np.arange(start, start + size)] * times
             window = np.arange(epoch * part, (epoch + 1) * part)
