@@ -99,7 +99,7 @@ def grouped_heads_equal_repeated_ones(heads: int, groups: int, width: int, causa
     for repeat in (1, heads // groups):
         keys, values = (x.repeat_interleave(repeat, 1) for x in (k, v))
         out = _varlen(
-            q, keys, values, cu_q, cu_k, 257, 257, scale=width**-0.5, causal=causal, backend="varlen"
+            q, keys, values, (cu_q, cu_k, 257, 257), scale=width**-0.5, causal=causal, backend="varlen"
         )  # fmt: skip
         results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
     for name, got, truth in zip(("out", "dq", "dk", "dv"), *results, strict=True):

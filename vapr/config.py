@@ -286,7 +286,7 @@ class Config(ConfigFile):
     )
     NOT_KEYS: ClassVar = {"parallel": "several GPUs are not supported yet; leave it out"}
     OLD_PARALLEL: ClassVar = {"engine": "auto", "zero": 2, "offload": "none"}
-    """The section ``parallel`` in config.yaml of older runs, where it meant nothing."""
+    """The section ``parallel`` that older runs wrote into config.yaml, where it meant nothing."""
 
     run_dir: str = Field(min_length=1)
     """Folder of the run: config, metrics, checkpoints, final model."""
@@ -333,6 +333,6 @@ class Config(ConfigFile):
     def read(cls, path: Path) -> dict[str, Any]:
         """Read the mapping in a YAML file; see :meth:`ConfigFile.read`."""
         raw = super().read(path)
-        if path.name == "config.yaml" and raw.get("parallel") == cls.OLD_PARALLEL:
-            del raw["parallel"]
+        if path.name == "config.yaml" or raw.get("parallel") == cls.OLD_PARALLEL:  # a run's own, or a copy of it
+            raw.pop("parallel", None)
         return raw

@@ -99,7 +99,9 @@ def test_llava_instruct_goes_through_vapr_edit_with_rules(tmp_path):
     ledger = json.loads(ran.stdout)
     assert (ledger["source"]["rows"], ledger["source"]["bad_rows"], ledger["source"]["unused_columns"]) == (90, 0, {})
     pairs = pairs_in(tmp_path / "out")
-    assert ledger["accepted"] == len(pairs) >= 8
+    assert ledger["accepted"] == len(pairs)
+    left = sum(ledger["rejected"].values())
+    assert left >= 80 and any(reason.startswith("needs a language model: ") for reason in ledger["rejected"])
     for pair in pairs:
         chosen, rejected = (pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
         said = rows[pair["provenance"]["source_id"]]["conversations"]
@@ -108,7 +110,7 @@ def test_llava_instruct_goes_through_vapr_edit_with_rules(tmp_path):
             assert chosen[edit["start"] : edit["end"]] == edit["from"]
             chosen = chosen[: edit["start"]] + edit["to"] + chosen[edit["end"] :]
         assert chosen == rejected
-    assert len(list(read_pairs(tmp_path / "out"))) == len(pairs)
+    assert not pairs or len(list(read_pairs(tmp_path / "out"))) == len(pairs)
 
 
 def test_llava_instruct_is_no_data_to_train_on(tiny, tmp_path):

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
-from bench.arms import packed_steps, vapr_config
+from bench.arms import vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Subject
 from tests.test_gpu import shrink
+from vapr.batches.loader import load_pairs
 from vapr.config import TrainConfig
 from vapr.model import patches
 from vapr.model import policy as model
@@ -82,7 +83,7 @@ def step_of(subject, *, lora, tower):
     subject.dtype, subject.lora = torch.bfloat16, lora
     config = vapr_config(subject, "pair", 4)
     config = dataclasses.replace(config, packing=dataclasses.replace(config.packing, max_tokens=2_000))
-    (step,) = packed_steps(subject, subject.pairs(WORKLOADS["captions"], 4), config)
+    (step,) = load_pairs(config, subject.pairs(WORKLOADS["captions"], 4), subject.new_processor()).steps(0, 1)
     train = TrainConfig(vision_tower=tower, projector=tower)
     subject.policy_config = lambda dtype=None: dataclasses.replace(config.policy, train=train)
     return config, step

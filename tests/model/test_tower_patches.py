@@ -19,8 +19,9 @@ FAMILIES = {
 GRID = torch.tensor([[1, 8, 12], [1, 4, 4]])  # patches of two images
 
 
-def cpu_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, causal, backend):
+def cpu_varlen(q, k, v, bounds, *, scale, causal, backend):
     """Explicit softmax inside each sequence."""
+    cu_q, _, max_q, max_k = bounds
     outs = []
     for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
         scores = torch.einsum("qhe,khe->hqk", q[start:end], k[start:end]) * scale

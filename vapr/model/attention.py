@@ -86,13 +86,15 @@ def segment_attention(
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale)
     bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.lengths_q), max(segments.lengths_k))
-    return _varlen(q, k, v, *bounds, scale=scale, causal=True, backend=backend)
+    return _varlen(q, k, v, bounds, scale=scale, causal=True, backend=backend)
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor, int, int], *,
     scale: float, causal: bool, backend: str,
 ) -> Tensor:  # fmt: skip
+    """Call FlashAttention; ``bounds`` are cumulative lengths and longest lengths, of queries and of keys."""
+    cu_q, cu_k, max_q, max_k = bounds
     if backend == "flash-attn":
         return _flash_attn()(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
     from torch.nn.attention.varlen import varlen_attn
@@ -157,7 +159,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
         Shape (T, H, E).
     """
     backend = "flash-attn" if _flash_attn() else "varlen"
-    return _varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, causal=False, backend=backend)
+    bounds = (cu_seqlens, cu_seqlens, longest, longest)
+    return _varlen(q, k, v, bounds, scale=scale, causal=False, backend=backend)
 
 
 def _vision_attention(

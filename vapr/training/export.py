@@ -56,7 +56,7 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; give a new folder with --out")
-    if not run.exists():
+    if not run.exists() and not checkpoint.is_checkpoint(run):
         raise UserError(f"{run}: no such folder; give that of a run or of a checkpoint")
     run_dir = run
     if checkpoint.is_checkpoint(run) and not (run / "config.yaml").is_file():

@@ -101,7 +101,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                 places.extend((row, turn.number))
                 digests.append(int(digest[:15], 16))
     if not digests:
-        raise UserError(f"{data.path}: {_nothing_to_edit(reader, len(data), filtered)}")
+        raise UserError(_nothing_to_edit(data.path, reader, len(data), filtered))
     _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
     if len(first) < len(digests):
         filtered[DUPLICATE] = len(digests) - len(first)
@@ -120,15 +120,15 @@ def _save(file: Path, numbers: np.ndarray) -> None:
         np.save(stream, numbers, allow_pickle=False)
 
 
-def _nothing_to_edit(reader: RowReader, rows: int, filtered: Counter[str]) -> str:
+def _nothing_to_edit(path: str | Path, reader: RowReader, rows: int, filtered: Counter[str]) -> str:
     images = unreadable_images(rows, reader.bad_images, reader.first_bad_image)
     if reader.bad_images == rows and images:
-        return images
+        return f"{path}: {images}"
     if reader.bad_rows == rows:
         return f"{reader.first_bad_rows[0]} (none of the {rows:,} rows can be read)"
     reasons = ", ".join(f"{count:,} x {reason}" for reason, count in filtered.most_common())
     where = f"{images}; no answer to edit in the others" if images else "no answer to edit in it"
-    return f"{where}: {reasons}; see filters"
+    return f"{path}: {where}: {reasons}; see filters"
 
 
 def unreadable_images(rows: int, bad_images: int, first: str | None) -> str | None:
