@@ -225,10 +225,13 @@ CAPTION = "Describe the image."
 
 def test_captions_trade_several_values_or_none():
     plans = planned(
-        (CAPTION, "A red car stands above the river."), (CAPTION, "A blue car stands below the bridge."),
+        (CAPTION, "A red car stands in front of the wall."), (CAPTION, "A blue car stands behind the tree."),
         (CAPTION, "A green car stands on the lawn."), (CAPTION, "A white bus is here and a dog sleeps."),
     )  # fmt: skip
-    assert [[trade.target for trade in plan.trades] for plan in plans[:2]] == [["blue", "below"], ["red", "above"]]
+    assert [[trade.target for trade in plan.trades] for plan in plans[:2]] == [
+        ["blue", "behind"],
+        ["red", "in front of"],
+    ]
     assert plans[2].reason == f"{NEEDS_MODEL}: {FEW_VALUES}"  # one value, two are wanted
     assert plans[3].reason == f"{NEEDS_MODEL}: a word that rules do not know"
     assert balanced(plans)
@@ -236,9 +239,9 @@ def test_captions_trade_several_values_or_none():
 
 def test_captions_that_find_too_few_leave_and_the_others_trade_anew():
     plans = planned(
-        (CAPTION, "A red car stands above the river."), (CAPTION, "A blue car stands below the bridge."),
+        (CAPTION, "A red car stands in front of the wall."), (CAPTION, "A blue car stands behind the tree."),
         (CAPTION, "A striped tower stands behind the house."),  # nobody trades those
-        (CAPTION, "A red bus stands above the river."), (CAPTION, "A blue bus stands below the bridge."),
+        (CAPTION, "A red bus stands in front of the wall."), (CAPTION, "A blue bus stands behind the tree."),
     )  # fmt: skip
     assert [len(plan.trades) for plan in plans] == [2, 2, 0, 2, 2]
     assert plans[2].reason == NO_PARTNER and balanced(plans)
@@ -246,7 +249,7 @@ def test_captions_that_find_too_few_leave_and_the_others_trade_anew():
 
 def test_what_finds_no_partner_is_tried_in_the_next_category():
     plans = planned(
-        (CAPTION, "A red car stands above the river."),  # no caption trades with it
+        (CAPTION, "A red car stands in front of the wall."),  # no caption trades with it
         ("What color is the bus?", "The bus is blue."),
         ("What color is the hat?", "The hat is green."),  # a hat is no vehicle
     )
@@ -267,7 +270,7 @@ def test_the_next_category_by_rule_comes_before_those_by_value():
 
 def test_with_a_model_too_what_finds_no_partner_is_tried_in_the_next_category():
     plans = planned(
-        (CAPTION, "A red car stands above the river."), ("What color is the bus?", "It is blue."), model="m"
+        (CAPTION, "A red car stands in front of the wall."), ("What color is the bus?", "It is blue."), model="m"
     )
     assert targets(plans) == ["blue", "red"] and not any(plan.ask for plan in plans)
 

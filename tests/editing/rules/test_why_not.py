@@ -73,7 +73,7 @@ Who is eating? | The man on the [left] has a hat.
 + What color is the car? | It is a [black] car.
 + What color is the cat? | It is an [orange] cat.
 + What is the dog doing? | The dog is [lying] on the table.
-+ What is on the bench? | There is a man [sitting] on the bench.
++ What do you see? | There is a man [sitting] on the bench.
 + How many dogs are there? | [One]
 + How many dogs are there? | There are [three].
 + Where is the man? | The man is on the [left].
@@ -90,6 +90,20 @@ Is the hat grey or silver? | [Grey]
 + How big is the dog? | The dog is [big].
 + How many dogs are on page 3? | [Two]
 + What color is the car next to the bus? | The car is [red].
+""",
+    "told by what the thing is": """
+How many legs does the table have? | The table has [four] legs.
+How many wheels are on the tricycle? | [Three]
+How many sides does the table have? | [Four]
+What color is the snow? | The snow is [white].
+How big is the cloud? | The cloud is [big].
+Where is the sun? | The sun is [behind] the hill.
+Where is the boat? | The boat is [under] the bridge.
+What is the man in the chair doing? | He is [sitting].
++ How many plates does the table have? | The table has [four] plates.
++ What color is the boat? | The boat is [white].
++ Where is the cat? | The cat is [behind] the door.
++ What is the man doing? | He is [sitting].
 """,
     "a question that rules do not know": """
 What color is the ripe tomato? | [Red]

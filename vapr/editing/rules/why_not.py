@@ -30,6 +30,11 @@ PLAIN_THINGS = frozenset((
 
 PLAIN_ANIMALS = frozenset(("dog", "cat", "horse", "cow"))
 POSITIONED = frozenset(("stands", "sits", "lies", "hangs"))
+PARTS = frozenset((
+    "wheel", "tire", "tyre", "hand", "ear", "eye", "leg", "side", "door", "arm", "horn", "tail", "foot", "wing",
+))  # fmt: skip
+SEATS = frozenset(("chair", "bench", "couch", "sofa", "stool", "seat", "bed"))
+ODD = frozenset(("little",))  # "the window is little": no one says so
 
 
 def why_not(turn: Turn, value: Value) -> str | None:
@@ -52,7 +57,8 @@ def replacements(turn: Turn, value: Value) -> frozenset[str]:
     """Return the values that may take a safe one's place: of its group, or the question's choices, and none near it."""
     allowed = choices(turn, value) or {member.lower() for member in value.set.groups[value.group]}
     alone = value.text == turn.answer.strip(" .!")
-    return frozenset(member for member in allowed - value.set.near(value.name) if alone or number(member) != 1)
+    allowed = allowed - value.set.near(value.name) - ODD
+    return frozenset(member for member in allowed if alone or number(member) != 1)
 
 
 class Place:
@@ -135,6 +141,18 @@ def _is_told_by_question(place: Place) -> bool:
     return any(not question[:start].lower().endswith("how ") for start, _ in closed.named(question))
 
 
+def _is_told_by_the_thing(place: Place) -> bool:
+    """Tell whether the value can be guessed: legs of a table, colour of snow, what is under a bridge or on a chair."""
+    closed = place.value.set
+    if place.count is not None:
+        asked = words(place.turn.question.lower())
+        return place.noun in PARTS or any(word in PARTS or word.removesuffix("s") in PARTS for word in asked)
+    if closed.said_of:
+        return any(noun in SEATS for *_, noun in lexicon().find(place.turn.question))
+    is_sky = place.noun is not None and lexicon().noun_class(place.noun) == "sky-and-water"
+    return closed.name == "above-below" or is_sky or (closed.adjective and place.noun in UNCOUNTED)
+
+
 def _is_told_before(place: Place) -> bool:
     parts = [part for message in place.turn.prompt[:-1] for part in message["content"] if part["type"] == "text"]
     said = "\n".join(part["text"] for part in parts)
@@ -166,6 +184,7 @@ REASONS: dict[str, Callable[[Place], bool]] = {
     "a word that rules do not know": _has_unknown_word,
     "not plainly said of a thing": _is_not_said_of_a_thing,
     "told by the question": _is_told_by_question,
+    "told by what the thing is": _is_told_by_the_thing,
     "a question that rules do not know": _has_unknown_question,
     "told by an earlier turn": _is_told_before,
 }
