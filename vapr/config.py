@@ -273,8 +273,6 @@ class CheckpointConfig:
 
 
 Losses = Annotated[list[LossConfig], BeforeValidator(lambda loss: [loss] if isinstance(loss, dict) else loss)]
-# YAML reads a bare ``off`` as false.
-Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -19,12 +19,6 @@ ROW = {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 
 
 @pytest.fixture
-def processor(tiny) -> Processor:
-    folder = str(tiny("qwen2_5_vl"))
-    return Processor(folder, load_model_config(folder))
-
-
-@pytest.fixture
 def two_sets(tmp_path):
     """Ten rows and four rows."""
     for name, size in (("a", 10), ("b", 4)):

@@ -55,7 +55,7 @@ def test_predictions_are_listed_and_shared_ones_counted_twice():
     for prediction, completion in zip(batch.sum_prediction.rows.tolist(), batch.sum_completion.tolist(), strict=True):
         by_completion[completion].append(batch.labels[prediction].item())
     assert by_completion == [[7, 8, 9], [7, 5]]
-    assert batch.completion_lengths.tolist() == [3, 2]
+    assert batch.completions.lengths.tolist() == [3, 2]
 
 
 def test_attention_sequences_are_chains_with_all_their_ancestors():
@@ -103,7 +103,7 @@ def test_an_image_without_sharing_is_still_encoded_once():
 def test_a_completion_that_is_the_beginning_of_another():
     batch = pack([pair("a", [1, 2], [7, 8, 9], [7, 8])])
     assert segments(batch) == [([1, 2, 7, 8, 9], NO_PARENT)]
-    assert batch.completion_lengths.tolist() == [3, 2]
+    assert batch.completions.lengths.tolist() == [3, 2]
     assert batch.labels.tolist() == [7, 8, 9]
     assert batch.sum_prediction.rows.tolist() == [0, 1, 2, 0, 1]
 
@@ -111,7 +111,7 @@ def test_a_completion_that_is_the_beginning_of_another():
 def test_four_completions_of_one_prompt():
     batch = pack([pair("a", [1, 2], [7, 8], [7, 9], [5], [7, 8, 6])])
     assert segments(batch) == [([1, 2], NO_PARENT), ([7], 0), ([8], 1), ([6], 2), ([9], 1), ([5], 0)]
-    assert batch.completion_lengths.tolist() == [2, 2, 1, 3]
+    assert batch.completions.lengths.tolist() == [2, 2, 1, 3]
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0], [1])
 
 

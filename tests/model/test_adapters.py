@@ -288,9 +288,7 @@ def test_data_and_audit_read_an_adapters_model(sft, run_config, capsys):
         assert f"merged     {sft} into " in capsys.readouterr().err
 
 
-def test_a_run_from_an_adapter_resumes_with_the_same_bytes(sft, run_config, monkeypatch):
-    unbroken, broken = (run_config(sft, lora=True, name=name) for name in ("unbroken", "broken"))
-    trainer.train(unbroken)
+def crash_after_three_steps(config, monkeypatch):
     real = trainer.Engine.step
 
     def crash(engine):
@@ -300,8 +298,14 @@ def test_a_run_from_an_adapter_resumes_with_the_same_bytes(sft, run_config, monk
 
     monkeypatch.setattr(trainer.Engine, "step", crash)
     with pytest.raises(RuntimeError):
-        trainer.train(broken)
+        trainer.train(config)
     monkeypatch.undo()
+
+
+def test_a_run_from_an_adapter_resumes_with_the_same_bytes(sft, run_config, monkeypatch):
+    unbroken, broken = (run_config(sft, lora=True, name=name) for name in ("unbroken", "broken"))
+    trainer.train(unbroken)
+    crash_after_three_steps(broken, monkeypatch)
     start = Path(broken.run_dir) / "policy" / "model.safetensors"
     written = start.stat().st_mtime_ns
     trainer.train(broken, resume=True)
@@ -325,17 +329,7 @@ def test_a_stale_start_is_not_kept(sft, tiny, run_config, tmp_path, monkeypatch)
 def test_an_adapter_written_again_during_the_run_is_noticed(sft, tiny, run_config, tmp_path, monkeypatch, lora):
     shutil.copytree(sft, tmp_path / "sft")
     config = run_config(tmp_path / "sft", lora=lora)
-    real = trainer.Engine.step
-
-    def crash(engine):
-        if engine.num_updates == 3:
-            raise RuntimeError
-        real(engine)
-
-    monkeypatch.setattr(trainer.Engine, "step", crash)
-    with pytest.raises(RuntimeError):
-        trainer.train(config)
-    monkeypatch.undo()
+    crash_after_three_steps(config, monkeypatch)
     write_adapter(tiny(FAMILY), tmp_path / "sft", scale=0.1)
     with pytest.raises(UserError, match=r"policy.model: the weights of .*sft changed since .*run was started; restore"):
         trainer.train(config, resume=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -487,6 +488,20 @@ def at_step(monkeypatch, number: int, act) -> None:
             act()
 
     monkeypatch.setattr(trainer.Engine, "step", step)
+
+
+def test_data_workers_are_forked_before_the_policy_is_loaded(make_config, monkeypatch):
+    """Which may put it on a GPU, whose state no fork should copy."""
+    real, running = trainer.load_policy, []
+
+    def load(*arguments, **options):
+        running.append(len(multiprocessing.active_children()))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "load_policy", load)
+    config = make_config()
+    trainer.train(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2)))
+    assert running == [2]
 
 
 def test_a_worker_killed_during_a_run_costs_no_step(make_config, photo_root, tmp_path, monkeypatch):

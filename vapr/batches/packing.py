@@ -96,11 +96,6 @@ class PackedBatch:
         return len(self.pairs)
 
     @property
-    def completion_lengths(self) -> Tensor:
-        """Tokens of each completion, (C,) int64."""
-        return self.completions.lengths
-
-    @property
     def completions(self) -> Completions:
         """Return which token log-probs each completion sums, and which completions make a pair."""
         return Completions(

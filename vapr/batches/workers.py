@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vapr.batches.shared_memory import Shared, share
 from vapr.errors import UserError
+
+SECONDS_TO_END = 1.0
+"""For a process whose pipe has closed."""
 
 
 def default_workers() -> int:
@@ -139,8 +143,13 @@ class Workers:
             check()
             try:
                 yield
-            except RuntimeError:
-                check()  # torch says less
+            except (RuntimeError, EOFError, OSError):
+                # A lost process shows as any of them, sometimes before it has quite ended.
+                ended = wait([process.sentinel for process in self._processes], timeout=SECONDS_TO_END)
+                for process in self._processes:
+                    if process.sentinel in ended:
+                        process.join()  # its pipes close before the system calls it dead
+                check()
                 raise
 
     def close(self) -> None:
@@ -163,7 +172,6 @@ def _start_worker(parent: int, _: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
-    assert not torch.cuda.is_initialized(), "data workers must be forked before anything is put on a GPU"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

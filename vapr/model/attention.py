@@ -22,8 +22,6 @@ from vapr.errors import UserError
 from vapr_kernels import gather_keys_values, gather_rows
 from vapr_kernels.rotary import rotary as rotate
 
-BACKENDS = ("flash-attn", "varlen", "sdpa")
-
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use: flash-attn where it imports, PyTorch's varlen FlashAttention on a GPU, else SDPA.
@@ -69,7 +67,7 @@ def segment_attention(
         q: queries, shape (T, H, E). k, v: keys and values, shape (T, G, E), with H a multiple of G.
         segments: the forest's sequences and gathered keys.
         scale: factor of the scores.
-        backend: one of ``BACKENDS``.
+        backend: ``flash-attn``, ``varlen`` or ``sdpa``.
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
 
     Returns:

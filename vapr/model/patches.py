@@ -64,7 +64,7 @@ def patch(base: Any, family: str, backend: str, *, kernels: bool) -> tuple[froze
 
     Args:
         base: a model of one of the families, on the device where it will run, its adapters included.
-        backend: of attention, one of ``attention.BACKENDS``.
+        backend: of attention, see :func:`vapr.model.attention.choose_backend`.
         kernels: whether norms, gated MLPs, rotations and additions run fused.
 
     Returns:
