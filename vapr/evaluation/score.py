@@ -6,7 +6,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Row
-from vapr.evaluation.scoring import yes_no
+from vapr.evaluation.scoring import logit_view, yes_no
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 from vapr.evaluation.scoring.figures import NONE, Figure, share
 from vapr.evaluation.scoring.prediction import Prediction, Question
@@ -54,6 +54,8 @@ def score(
     yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
     if yes_no_rows:
         result["yes_bias"] = yes_no.yes_bias(*_columns(yes_no_rows), seed=seed)
+        asked = [row.prediction for row in yes_no_rows]
+        result["yes_bias"]["logits"] = logit_view.logit_view(asked, [str(row.gold) for row in yes_no_rows], seed)
     return result
 
 

@@ -37,7 +37,8 @@ _ENDING = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_IS = re.compile(
-    r"\s*(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer(?:\s+is\b\s*[:：]?|\s*[:：])", re.IGNORECASE
+    r"[\s*_#>\"']*(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer[*_]*(?:\s+is\b\s*[:：]?|\s*[:：])",
+    re.IGNORECASE,
 )
 # "No" without a mark behind it answers only where a whole sentence follows, as in "No it is red".
 _DENIES = re.compile(
@@ -109,7 +110,7 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
         tag = _TAG.search(text)
         return None if tag and not tag["open"] else said  # what ends as reasoning began as reasoning
     for place in final_answers(text):
-        place = _SO.sub("", place.strip(), count=1)
+        place = _without(_SO, place.strip())
         if ending := _ENDING.search(place):
             return ending[1].lower()
         if (found := _polarity(place)) is not None:
@@ -117,8 +118,13 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
     return None
 
 
+def _without(beginning: re.Pattern[str], text: str) -> str:
+    found = beginning.match(text)
+    return text[found.end() :] if found else text
+
+
 def _polarity(text: str) -> str | None:
-    text = _ANSWER_IS.sub("", text, count=1).lstrip()
+    text = _without(_ANSWER_IS, text).lstrip()
     if text[:1] in ("[", "{", "$"):
         text = re.sub(r"[\[\]{}$]", " ", text)
     return None if _BOTH.match(text) or _DENIES.match(text) else polarity(text)
@@ -140,7 +146,7 @@ def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
     if policy != "last-answer":
         return _letter(text, letters, options)
     for place in final_answers(text):
-        place = _SO.sub("", place.strip(), count=1)
+        place = _without(_SO, place.strip())
         if (found := _letter(place, letters, options)) is not None:
             return found
         bracketed = re.findall(r"\(([A-Z])\)", place)

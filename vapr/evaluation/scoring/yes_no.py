@@ -15,13 +15,11 @@ from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
 YES_YES, YES_NO, YES_UNPARSED, NO_YES, NO_NO, NO_UNPARSED = range(6)
 """Columns of the counts: the truth, then what was said."""
 
-COMMON = ("accuracy", "precision", "recall", "f1", "yes_rate", "gold_yes_rate")
-
 
 def counts_of(gold: Sequence[str], said: Sequence[str | None]) -> np.ndarray:
-    """Return which of the six kinds each answer is, (P, 6) of 0 and 1."""
-    kinds = {"yes": 0, "no": 1, None: 2}
-    columns = [3 * (truth == "no") + kinds[answer] for truth, answer in zip(gold, said, strict=True)]
+    """Return which of the six kinds each answer is, (P, 6) of 0 and 1; neither yes nor no is unparsed."""
+    kinds = {"yes": 0, "no": 1}
+    columns = [3 * (truth == "no") + kinds.get(answer or "", 2) for truth, answer in zip(gold, said, strict=True)]
     return np.eye(6)[np.array(columns, dtype=np.int64)]
 
 
