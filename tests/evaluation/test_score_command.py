@@ -67,6 +67,19 @@ def test_the_truth_of_the_questions_counts(file, questions, tmp_path):
     assert result["accuracy"] == 0.25 and result["asked"] == 4 and result["partial"] is False
 
 
+def test_other_ids_are_joined_by_picture_and_question(questions, tmp_path):
+    rows = [{**r, "id": str(n), "answer": "?", "meta": {"image": "a.jpg"}} for n, r in enumerate(reversed(ROWS))]
+    file = write_lines(tmp_path / "other.jsonl", rows)
+    result = json.loads(vapr(file, "--bench", f"pope={questions}", "--json").stdout)
+    assert result["accuracy"] == 0.25 and result["f1"] == 0.5
+    twice = write_lines(tmp_path / "twice.jsonl", [*rows, {**rows[0], "id": "9"}])
+    refused = vapr(twice, "--bench", f"pope={questions}")
+    assert "question 'random-4' is answered twice" in refused.stderr
+    write_lines(tmp_path / "coco_pope_popular.json", [question(1, "thing1", "yes")])
+    refused = vapr(file, "--bench", f"pope={tmp_path}")
+    assert "'3' is no id of pope, and 2 of its questions ask that of a.jpg; give meta.split" in refused.stderr
+
+
 def test_partial_only_when_asked(questions, tmp_path):
     fewer = write_lines(tmp_path / "predictions.jsonl", ROWS[:3])
     refused = vapr(fewer, "--bench", f"pope={questions}")
