@@ -16,7 +16,7 @@ YES_NO_KEYS = ("precision", "recall", "f1", "yes_rate", "gold_yes_rate")
 
 def score(
     predictions: Sequence[Prediction], benchmark: Benchmark, policy: Policy = "strict", *,
-    questions: int | None = None, seed: int = 0,
+    questions: int | None = None, partial: bool = False, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the predictions of one benchmark under a parsing policy.
 
@@ -25,6 +25,7 @@ def score(
         benchmark: which.
         policy: how answers are read.
         questions: how many were asked; None for as many as there are answers.
+        partial: whether questions may lack an answer that count only together with others.
         seed: of the bootstrap.
 
     Returns:
@@ -35,6 +36,8 @@ def score(
     if benchmark.scored is not None:
         return _not_scored(predictions, benchmark, policy, questions)
     rows = score_rows(predictions, benchmark, policy)
+    if not partial:
+        benchmark.check_groups(rows)
     splits: dict[str, list[Row]] = {}
     for row in rows:
         if (name := benchmark.split(row.prediction)) is not None:

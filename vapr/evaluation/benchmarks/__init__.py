@@ -1,6 +1,23 @@
 """Benchmarks, one in a file. To add one, write its file and name it here."""
 
+from vapr.evaluation.benchmarks.amber_d import AMBER_D
+from vapr.evaluation.benchmarks.amber_g import AMBER_G
 from vapr.evaluation.benchmarks.benchmark import Benchmark
+from vapr.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from vapr.evaluation.benchmarks.mme import MME
+from vapr.evaluation.benchmarks.naturalbench import NATURALBENCH
 from vapr.evaluation.benchmarks.pope import POPE
+from vapr.evaluation.benchmarks.repope import REPOPE
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (POPE,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        AMBER_D,
+        AMBER_G,
+        HALLUSIONBENCH,
+        MME,
+        NATURALBENCH,
+        POPE,
+        REPOPE,
+    )
+}

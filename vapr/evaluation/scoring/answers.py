@@ -36,6 +36,11 @@ _ENDING = re.compile(
     r"[\"'“‘*_(]*(yes|no)[\"'”’*_)]*[.!]*\s*$",
     re.IGNORECASE,
 )
+_DENIAL = re.compile(
+    r"\W*no\b|.*\b(?:there(?:['’]s| is| are| was| were) no(?:t|ne|thing)?"
+    r"|(?:is|are|was|were|do|does|can|could) ?n(?:o|['’])t|cannot|has no|have no)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _ANSWER_IS = re.compile(
     r"[\s*_#>\"']*(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer[*_]*(?:\s+is\b\s*[:：]?|\s*[:：])",
     re.IGNORECASE,
@@ -116,6 +121,17 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
         if (found := _polarity(place)) is not None:
             return found
     return None
+
+
+def states(text: str, said: str) -> bool:
+    """Return whether an answer says yes or no in words, where an official rule reads it as ``said``.
+
+    Rules that look for a word anywhere read much that says nothing of the kind. A "yes" is stated by the word, a "no"
+    also by a denial such as "There is no dog" or "It isn't red" in the first sentence.
+    """
+    if said == "no" and _DENIAL.match(text.split(".")[0]):
+        return True
+    return yes_or_no(text, "last-answer") == said
 
 
 def _without(beginning: re.Pattern[str], text: str) -> str:

@@ -101,6 +101,8 @@ STATISTICS = {
     "precision": lambda c: c[:, YES_YES] / (c[:, YES_YES] + c[:, NO_YES]),
     "recall": lambda c: c[:, YES_YES] / _yes(c),
     "f1": _f1,
+    "precision_no": lambda c: c[:, NO_NO] / (c[:, NO_NO] + c[:, YES_NO]),
+    "recall_no": lambda c: c[:, NO_NO] / _no(c),
     "f1_no": _f1_no,
     "yes_rate": _yes_rate,
     "no_rate": lambda c: (c[:, YES_NO] + c[:, NO_NO]) / _all(c),
