@@ -9,7 +9,7 @@ from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, yes_no
 from vapr.evaluation.benchmarks.json_files import picture
 from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
-from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
+from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
 
 KINDS = {
@@ -51,16 +51,18 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     """Return precision, recall and F1 of "no", F1 of each kind of question, and the official figures in percent."""
-    counts = yes_no.counts_of([str(row.gold) for row in rows], [row.reading.value for row in rows])
-    images = numbered([row.prediction.image for row in rows])
-    statistics = {name: yes_no.STATISTICS[name] for name in ("precision_no", "recall_no", "f1_no")}
-    found = of_counts(counts, images, statistics)
-    kinds = [str(row.prediction.meta.get("kind")) for row in rows]
+    measured = _of_no(rows)
+    found = {name: measured[name] for name in ("precision_no", "recall_no", "f1_no")}
     for kind in ("state", "number", "action"):
-        if len(set(kinds)) > 1 and (of := [i for i, other in enumerate(kinds) if other == kind]):
-            f1 = {f"f1_no_{kind}": yes_no.STATISTICS["f1_no"]}
-            found |= of_counts(counts[of], numbered([rows[i].prediction.image for i in of]), f1)
+        those = [row for row in rows if row.prediction.meta.get("kind") == kind]
+        if 0 < len(those) < len(rows):
+            found[f"f1_no_{kind}"] = _of_no(those)["f1_no"]
     return found | _official(rows)
+
+
+def _of_no(rows: Sequence[Row]) -> dict[str, Figure]:
+    gold, said = [str(row.gold) for row in rows], [row.reading.value for row in rows]
+    return yes_no.figures_of(gold, said, [row.prediction.image for row in rows])
 
 
 def _official(rows: Sequence[Row]) -> dict[str, Figure]:
