@@ -1,16 +1,20 @@
 """POPE: is an object in the picture? Three splits of 3,000 questions about 500 pictures of COCO val2014."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
 from vapr.evaluation.benchmarks.json_files import picture, text_of
 from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import Policy, states, yes_or_no
-from vapr.evaluation.scoring.figures import Figure
+from vapr.evaluation.scoring.figures import Figure, numbered
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids, read_json_lines
+from vapr.intervals import Z
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"
 SPLITS = ("adversarial", "popular", "random")
@@ -140,16 +144,27 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
 
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
-    """Return the mean F1 of the splits, which is what papers give."""
-    splits = {row.prediction.split for row in rows}
-    if len(splits) < 2:
+    """Return the mean F1 of the splits, which is what papers give.
+
+    Its interval is the delta method's over pictures: the splits ask about the same ones.
+    """
+    split_of = numbered([row.prediction.split for row in rows])
+    num_splits = int(split_of.max()) + 1
+    if num_splits < 2:
         return {}
-    values = []
-    for split in splits:
-        there = [row for row in rows if row.prediction.split == split]
-        gold, said = [str(row.gold) for row in there], [row.reading.value for row in there]
-        values.append(yes_no.STATISTICS["f1"](yes_no.counts_of(gold, said).sum(axis=0, keepdims=True))[0])
-    return {"mean_f1_of_splits": Figure(float(sum(values) / len(values)), None, len(rows))}
+    counts = yes_no.counts_of([str(row.gold) for row in rows], [row.reading.value for row in rows])
+    above = 2 * counts[:, yes_no.YES_YES]
+    below = counts[:, [yes_no.YES_YES, yes_no.NO_YES]].sum(axis=1) + counts[:, yes_no.YES].sum(axis=1)
+    values, pull = [], np.zeros(len(rows))  # how far each answer pulls the mean
+    for split in range(num_splits):
+        those = split_of == split
+        total = below[those].sum()
+        values.append(above[those].sum() / total if total else 0.0)
+        pull[those] = (above[those] - values[-1] * below[those]) / max(total, 1) / num_splits
+    mean = float(sum(values) / num_splits)
+    pulls = np.bincount(numbered([row.prediction.image for row in rows]), weights=pull)
+    reach = Z * math.sqrt(float((pulls**2).sum()) * len(pulls) / max(len(pulls) - 1, 1))
+    return {"mean_f1_of_splits": Figure(mean, (max(mean - reach, 0.0), min(mean + reach, 1.0)), len(rows))}
 
 
 POPE = Benchmark(

@@ -38,7 +38,7 @@ _ENDING = re.compile(
 )
 _DENIAL = re.compile(
     r"\W*no\b|.*\b(?:there(?:['’]s| is| are| was| were) no(?:t|ne|thing)?"
-    r"|(?:is|are|was|were|do|does|can|could) ?n(?:o|['’])t|cannot|has no|have no)\b",
+    r"|(?:is|are|was|were|do|does) ?n(?:o|['’])t|has no|have no)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _ANSWER_IS = re.compile(
