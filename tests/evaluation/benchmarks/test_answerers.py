@@ -57,7 +57,9 @@ def test_constant_answerers(name, policy, constant, tmp_path):
 @each
 @every
 def test_a_perfect_answerer(name, policy, tmp_path):
-    result = run(name, policy, tmp_path, lambda question: YES[{"1": "yes", "0": "no"}.get(truth(question), truth(question))])
+    result = run(
+        name, policy, tmp_path, lambda question: YES[{"1": "yes", "0": "no"}.get(truth(question), truth(question))]
+    )
     assert result["accuracy"] == result["f1"] == 1 and result["yes_bias"]["gap"]["value"] == 0
     assert result["unparsed_rate"] == 0
     best = {"perception": 400, "cognition": 200, "official_f1": 100, "official_accuracy": 100, "official_precision": 100,
@@ -122,10 +124,10 @@ def test_a_random_answerer_is_in_the_middle(name, tmp_path):
         assert means[key] == pytest.approx(value, rel=0.2), key
 
 
-WORDS = (
-    "the a picture shows dog no not table red there is some lorem ipsum dolor sit amet consectetur nothing another with "
-    "and sky person can be seen in on blue tempor incididunt under two small wooden eiusmod know cannot note"
-).split()
+WORDS = """
+the a picture shows dog no not table red there is some lorem ipsum dolor sit amet consectetur nothing another with and
+sky person can be seen in on blue tempor incididunt under two small wooden eiusmod know cannot note
+"""
 
 
 def noise(count: int) -> list[str]:
@@ -135,7 +137,7 @@ def noise(count: int) -> list[str]:
     for _ in range(count):
         said = []
         for _ in range(rng.randint(1, 4)):
-            words = rng.choices(WORDS, k=rng.randint(4, 12))
+            words = rng.choices(WORDS.split(), k=rng.randint(4, 12))
             words[0] = rng.choice(["The", "A", "Some", "Lorem", "Dolor"])
             said.append(" ".join(words) + ".")
         texts.append(" ".join(said))
@@ -148,7 +150,10 @@ def test_3000_answers_of_noise_are_unparsed(name, tmp_path):
     question = next(q for q in questions_of(name, tmp_path) if "letter" not in q.question)
     benchmark = BENCHMARKS[name]
     for policy in POLICIES:
-        read = [benchmark.read_answer(row, policy) for row in (answered([question], lambda q, t=text: t)[0] for text in texts)]
+        read = [
+            benchmark.read_answer(row, policy)
+            for row in (answered([question], lambda q, t=text: t)[0] for text in texts)
+        ]
         unparsed = sum(reading.unparsed for reading in read) / len(read)
         # Officially "there is no" and "is not" are denials, by chance, too.
         assert unparsed == 1 if policy != "official" else unparsed > 0.99
