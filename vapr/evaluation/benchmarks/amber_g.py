@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import inflect
 import numpy as np
 
 from vapr.errors import UserError
@@ -70,6 +69,8 @@ def read(path: Path) -> list[Question]:
 @lru_cache(maxsize=4)
 def _forms(vocabulary: str) -> dict[str, str]:
     """Return the word of the vocabulary for each of its forms."""
+    import inflect  # half a second, of no use to other benchmarks
+
     engine = inflect.engine()
     words = vocabulary.split()
     plurals = {

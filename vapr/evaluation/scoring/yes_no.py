@@ -40,8 +40,8 @@ def figures_of(
     counts, pictures = counts_of(gold, said), numbered(groups)
     figures = of_counts(counts, pictures, STATISTICS, seed)
     for name, (of, over) in SHARES.items():
-        among = counts[:, over].any(axis=1)
-        figures[name] = replace(share(counts[among][:, of].any(axis=1), pictures[among]), count=len(counts))
+        among = counts[:, over].sum(axis=1) > 0
+        figures[name] = replace(share(counts[among][:, of].sum(axis=1), pictures[among]), count=len(counts))
     for name in ("f1", "f1_no", "balanced_accuracy", "gap"):
         figure = figures[name]
         if figure.interval is not None and figure.interval[1] - figure.interval[0] < 1e-9:
