@@ -54,7 +54,7 @@ def dot_chart(
     axis = (ticks[0], ticks[-1])
     drawn, top = [], 0
     for name, members in groups:
-        drawn.append(f'<text x="{LEFT - 6}" y="{top + 17}" font-weight="600">{escape(_short(name))}</text>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{top + 17}" class="head">{escape(_short(name))}</text>')
         top += HEAD
         for dot in members:
             drawn.append(_row(dot, top, axis))

@@ -26,12 +26,13 @@ class Plot(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table with its title and what it means."""
+    """A table with its title and what it means; a ``folded`` one is shown when it is asked for."""
 
     title: str
     note: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+    folded: bool = False
 
 
 def write_eval_compare_page(path: Path, page: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def changes(first: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
     members: dict[str, list[tuple[Row, Row]]] = {name: [] for name in KINDS}
     for pair in zip(first, other, strict=True):
         members[kind(*pair)].append(pair)
-    kinds = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for name, pairs in members.items():
         before, now = (math.fsum(pair[side].right for pair in pairs) for side in (0, 1))
         kinds[name] = {

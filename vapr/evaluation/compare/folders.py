@@ -10,6 +10,7 @@ from vapr.errors import UserError
 from vapr.evaluation.scoring.prediction import Prediction, read_predictions
 
 ANSWERS, BLIND = "predictions.jsonl", "predictions.blind.jsonl"
+UNFINISHED = ("predictions.partial.jsonl", "predictions.blind.partial.jsonl")
 
 
 class SetName(NamedTuple):
@@ -32,6 +33,7 @@ class ResultFolder:
         sets: predictions by id, by benchmark with pictures and without.
         about: ``evaluation.json``; empty if there is none.
         scores: ``scores.json``; empty if there is none.
+        unfinished: files with answers of a run that has not ended.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ResultFolder:
     sets: Mapping[SetName, Mapping[str, Prediction]]
     about: Mapping[str, Any]
     scores: Mapping[str, Any]
+    unfinished: Sequence[str] = ()
 
 
 def read_folders(paths: Sequence[Path]) -> list[ResultFolder]:
@@ -63,6 +66,9 @@ def _read_folder(path: Path, name: str) -> ResultFolder:
     if not path.is_dir():
         problem = f"a file; give its folder, {path.parent}" if path.is_file() else "no such folder"
         raise UserError(f"{path}: {problem}")
+    unfinished = [file for file in UNFINISHED if (path / file).is_file()]
+    if unfinished and not (path / ANSWERS).is_file():
+        raise UserError(f"{path}: only {unfinished[0]} in it; finish the run with the same vapr eval as before")
     if not (path / ANSWERS).is_file():
         below = ", ".join(sorted(str(file.parent) for file in path.glob(f"*/{ANSWERS}"))[:5])
         way_out = f"give the folders in it: {below}" if below else f"vapr eval MODEL --bench NAME=PATH --out {path}"
@@ -76,7 +82,7 @@ def _read_folder(path: Path, name: str) -> ResultFolder:
             raise UserError(f"{path / file}: no answers in it; finish the run with vapr eval")
         for prediction in predictions:
             sets.setdefault(SetName(prediction.benchmark, blind), {})[prediction.id] = prediction
-    return ResultFolder(name, path, sets, _object(path / "evaluation.json"), _object(path / "scores.json"))
+    return ResultFolder(name, path, sets, _object(path / "evaluation.json"), _object(path / "scores.json"), unfinished)
 
 
 def _object(path: Path) -> dict[str, Any]:

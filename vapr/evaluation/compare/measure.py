@@ -55,7 +55,7 @@ def compare(
         "seed": seed,
         "first": folders[0].name,
         "folders": [{"name": folder.name, "path": str(folder.path)} for folder in folders],
-        "notes": [*notes, *_other_settings(folders)],
+        "notes": [*notes, *_unfinished(folders), *_other_settings(folders)],
         "tests": len(tested),
         "benchmarks": benchmarks,
     }
@@ -95,7 +95,7 @@ def _stored(folder: ResultFolder, name: str) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not stored.get("scored"):
         return None
     headline = str(stored.get("headline", "accuracy"))
-    return {"name": headline, "questions": stored.get("questions"), **_figure(stored, headline)}
+    return {"name": headline, "questions": int(stored.get("questions") or 0), **_figure(stored, headline)}
 
 
 def _measured(one: ScoredSet, folders: Sequence[ResultFolder], policy: Policy, seed: int) -> dict[str, Any]:
@@ -169,12 +169,20 @@ def _title(shared: SharedSet) -> str:
     return f"{title}, without pictures" if shared.name.blind else title
 
 
+def _unfinished(folders: Sequence[ResultFolder]) -> list[str]:
+    return [
+        f"{folder.name} is not finished: what {', '.join(folder.unfinished)} holds is not compared; run vapr eval again"
+        for folder in folders
+        if folder.unfinished
+    ]
+
+
 def _other_settings(folders: Sequence[ResultFolder]) -> list[str]:
     """Return a line on each setting of generation that differs between folders."""
     generations = [_generation(folder.about) for folder in folders]
     known = [generation for generation in generations if generation]
     notes = []
-    for key in dict.fromkeys(key for generation in known for key in generation):
+    for key in dict.fromkeys(key for generation in known for key in generation if key != "batch_size"):
         values = [generation.get(key) for generation in known]
         if any(value != values[0] for value in values):
             named = ", ".join(f"{folder.name} {generation.get(key)}" for folder, generation in

@@ -8,6 +8,7 @@ from typing import Any
 from vapr.evaluation.compare.changes import SHOWN
 from vapr.evaluation.compare.questions import most_shown
 from vapr.evaluation.compare.report_text import (
+    SPLITS_SHOWN,
     bias_table,
     change_table,
     comparison_table,
@@ -37,7 +38,7 @@ def page_data(
     return {
         "models": names,
         "cards": [_card(name, n, scored, names[0]) for n, name in enumerate(names[1:])],
-        "explanations": explanations(result),
+        "explanations": explanations(result)[:1],
         "notes": [*result["notes"], *picture_notes],
         "plots": _plots(scored, names[0]),
         "tables": _tables(result),
@@ -87,10 +88,11 @@ def _drawn(num_folders: int, seed: int) -> str:
 
 def _card(name: str, number: int, scored: Result, first: str) -> tuple[str, str, str]:
     """Return how many benchmarks a model is better and worse at, as far as that can be told."""
-    compared = [part["comparisons"][number] for part in scored.values()]
+    compared = [part["comparisons"][number] for part in scored.values() if not part["blind"]]
     sure = [one["difference"]["value"] for one in compared if one["p_holm"] < SURE]
     better, worse = (sum(sign * value > 0 for value in sure) for sign in (1, -1))
-    note = f"of {len(compared)} benchmarks, at p corrected < {SURE:g}; in the others no difference is shown"
+    number_of = "1 benchmark" if len(compared) == 1 else f"{len(compared)} benchmarks"
+    note = f"of {number_of} with pictures, at p corrected < {SURE:g}; else no difference is shown"
     return f"{name} against {first}", f"{better} better, {worse} worse", note
 
 
@@ -119,20 +121,34 @@ def _dot(name: str, number: int, figure: Result, *, signed: bool = False) -> Dot
 
 def _tables(result: Result) -> list[Table]:
     first = result["first"]
+    tables = [
+        Table("Figures", "", *_filled(figure_table(result, SPLITS_SHOWN))),
+        Table(f"Against {first}", " ".join(explanations(result)[1:]), *_filled(comparison_table(result, SPLITS_SHOWN))),
+    ]
+    if any(len(part["splits"]) > SPLITS_SHOWN for part in result["benchmarks"].values()):
+        tables += [
+            Table("Figures of all splits", "", *_filled(figure_table(result)), folded=True),
+            Table(f"All splits against {first}", "", *_filled(comparison_table(result)), folded=True),
+        ]
     return [
-        Table("Figures", "", *figure_table(result)),
-        Table(f"Against {first}", "", *comparison_table(result)),
+        *tables,
         Table(
             "What changed",
             "Every question is of one kind. By knowledge: answers that both models gave in a readable form, right in "
             "one and wrong in the other. By format: answers that became unparsed or parsed, whatever the model knew. "
             "Both sum up to the difference in accuracy, in points.",
-            *change_table(result),
+            *_filled(change_table(result)),
         ),
         Table(
             "Yes and no",
             "Shares in %, d' and criterion in units of signal detection; a criterion below 0 leans to yes.",
-            *bias_table(result),
+            *_filled(bias_table(result)),
         ),
-        Table("The benchmarks' own figures", "In their authors' units.", *own_table(result)),
+        Table("The benchmarks' own figures", "In their authors' units.", *_filled(own_table(result))),
     ]
+
+
+def _filled(table: tuple[list[str], list[list[str]]]) -> tuple[list[str], list[list[str]]]:
+    """Return a table whose empty cells hold a dash: the page leaves out empty ones where it is narrow."""
+    heads, rows = table
+    return heads, [[cell or "–" for cell in row] for row in rows]

@@ -12,7 +12,7 @@ Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
 SPLITS_SHOWN = 6
-"""Splits of a benchmark up to which the terminal lists them; the page and JSON have all."""
+"""Splits of a benchmark up to which tables list them; JSON has all, and the page folded up."""
 
 BIAS_COLUMNS = {
     "yes_rate": "yes", "gap": "yes - truth", "fpr": "FPR", "fnr": "FNR", "balanced_accuracy": "balanced",
@@ -29,10 +29,17 @@ def percent(figure: Result | None, *, signed: bool = False) -> str:
 
 
 def plain(figure: Result | None, *, signed: bool = False) -> str:
-    """Write a figure in its own unit with its interval; empty for none."""
+    """Write a figure that is no share, with its interval; empty for none."""
     if figure is None or figure["value"] is None:
         return ""
-    return _written(figure, 1.0, 2 if abs(figure["value"]) < 100 else 1, signed)
+    return _written(figure, 1.0, 2, signed)
+
+
+def own(figure: Result | None) -> str:
+    """Write a benchmark's own figure; one that may be a share gets as many digits as papers give."""
+    if figure is None or figure["value"] is None:
+        return ""
+    return _written(figure, 1.0, 4 if abs(figure["value"]) <= 1 else 2, False)
 
 
 def _written(figure: Result, factor: float, decimals: int, signed: bool) -> str:
@@ -56,7 +63,7 @@ def p_text(p: float) -> str:
 
 def headline_text(name: str, figure: Result) -> str:
     """Write a benchmark's headline figure: common ones are shares, its own have their own unit."""
-    return percent(figure) if name in ("accuracy", "precision", "recall", "f1") else plain(figure)
+    return percent(figure) if name in ("accuracy", "precision", "recall", "f1") else own(figure)
 
 
 def figure_table(result: Result, most_splits: int | None = None) -> Table:
@@ -85,7 +92,7 @@ def figure_table(result: Result, most_splits: int | None = None) -> Table:
                     _yes_rate(model), percent({**model["unparsed_rate"], "interval": None}),
                 ])  # fmt: skip
         if most_splits is not None and len(part["splits"]) > most_splits:
-            rows.append([f"  {len(part['splits'])} splits: see the page or --json", *[""] * (len(heads) - 1)])
+            rows.append([f"{name} / {len(part['splits'])} splits: below, or with --json", *[""] * (len(heads) - 1)])
     return heads, rows
 
 
@@ -93,12 +100,14 @@ def _listed(name: str, part: Result, most_splits: int | None) -> Iterator[tuple[
     """Yield a benchmark and its splits by the names that tables give them."""
     yield name, part
     if most_splits is None or len(part["splits"]) <= most_splits:
-        yield from ((f"  {split}", members) for split, members in part["splits"].items())
+        yield from ((f"{name} / {split}", members) for split, members in part["splits"].items())
 
 
 def _stored(model: Result) -> str:
     stored = model["stored"]
-    return "" if stored is None else f"{stored['name']} {headline_text(stored['name'], stored)}, of scores.json"
+    if stored is None:
+        return ""
+    return f"{stored['name']} {headline_text(stored['name'], stored)} (scores.json, {stored['questions']:,} questions)"
 
 
 def _yes_rate(model: Result) -> str:
@@ -175,7 +184,7 @@ def own_table(result: Result) -> Table:
     for name, part in result["benchmarks"].items():
         if part["scored"]:
             figures = [model["figures"] for model in part["models"]]
-            rows += [[name, key, *(plain(own.get(key)) for own in figures)] for key in figures[0]]
+            rows += [[name, key, *(own(model.get(key)) for model in figures)] for key in figures[0]]
     return ["benchmark", "figure", *(folder["name"] for folder in result["folders"])], rows
 
 

@@ -88,7 +88,7 @@ def _check_same(
     if one.question and other.question and one.question != other.question:
         facts.append(("question", plain_question(one.question), plain_question(other.question)))
     facts.append(("truth", *_truths(one, other, benchmark)))
-    facts.append(("picture", *(PurePath(prediction.image).name for prediction in (one, other))))
+    facts.append(("picture", PurePath(one.image).name, PurePath(other.image).name))
     if benchmark:
         facts.append(("split", benchmark.split(one), benchmark.split(other)))
     for fact, mine, theirs in facts:
