@@ -92,7 +92,7 @@ def figure_table(result: Result, most_splits: int | None = None) -> Table:
                     _yes_rate(model), percent({**model["unparsed_rate"], "interval": None}),
                 ])  # fmt: skip
         if most_splits is not None and len(part["splits"]) > most_splits:
-            rows.append([f"{name} / {len(part['splits'])} splits: below, or with --json", *[""] * (len(heads) - 1)])
+            rows.append([f"{name} / {len(part['splits'])} splits: on the page, or --json", *[""] * (len(heads) - 1)])
     return heads, rows
 
 
