@@ -40,10 +40,11 @@ def write_eval_compare_page(path: Path, page: Mapping[str, Any]) -> None:
 
     Args:
         path: of the page.
-        page: ``models`` (names, the first is what the others are held against), ``cards``, ``explanations``, ``notes``,
-            ``plots``, ``tables``, ``kinds`` (of change), ``totals`` (by benchmark, for each model but the first, of
-            each kind), ``questions`` (:func:`vapr.evaluation.compare.questions.draw`), ``drawn`` (how they were
-            chosen) and ``commands`` (what to run next).
+        page: ``models`` (names, the first is what the others are held against), ``policy``, ``cards``,
+            ``explanations``, ``notes``, ``plots``, ``tables``, ``kinds`` (of change), ``totals`` (by
+            benchmark, for each model but the first, of each kind), ``questions`` (what
+            :func:`vapr.evaluation.compare.questions.draw` returns), ``drawn`` (how they were chosen) and ``commands``
+            (what to run next).
     """
     script = (resources.files("vapr.pages") / "eval_compare.js").read_text("utf-8")
     write_page(

@@ -92,8 +92,10 @@ def test_what_files_say_is_text(tmp_path):
                 for n in range(20)]  # fmt: skip
 
     names = [write(tmp_path / f"{name}<script>", attack(said)) for name, said in (("a", "Yes,"), ("b", "No,"))]
-    (names[0] / "evaluation.json").write_text(json.dumps({"benchmarks": {"pope": ATTACK}, "generation": {ATTACK: 1}}))
-    (names[1] / "evaluation.json").write_text(json.dumps({"generation": {ATTACK: ATTACK}}))
+    (names[0] / "evaluation.json").write_text(
+        json.dumps({"questions": {"pope": {"given": ATTACK}}, "settings": {ATTACK: 1}, "model": {"given": ATTACK}})
+    )
+    (names[1] / "evaluation.json").write_text(json.dumps({"settings": {ATTACK: ATTACK}}))
     vapr(*names, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     parsed = Page(page)
@@ -126,7 +128,7 @@ def test_pictures_are_found_where_evaluation_says_or_beside_the_answers(two, tmp
     for folder in two:
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         write(folder, [{**one, "id": one["id"].replace("q-", "random-")} for one in rows])
-    (two[1] / "evaluation.json").write_text(json.dumps({"benchmarks": {"pope": str(questions)}}))
+    (two[1] / "evaluation.json").write_text(json.dumps({"questions": {"pope": {"given": f"pope={questions}"}}}))
     assert "without a picture" not in vapr(*two, "--out", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count('src="data:image/jpeg;base64,') == 41
     (questions / "coco_pope_random.json").unlink()

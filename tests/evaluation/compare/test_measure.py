@@ -33,6 +33,8 @@ def test_a_known_table(tmp_path):
     (one,) = part["comparisons"]
     assert [model["accuracy"]["value"] for model in part["models"]] == [29 / 40, 22 / 40]
     assert [model["headline"]["value"] for model in part["models"]] == [58 / 69, 44 / 62]  # F1: 2 TP / (2 TP + misses)
+    assert one["headline"]["value"] == pytest.approx(44 / 62 - 58 / 69)
+    assert one["headline"]["interval"][0] < 44 / 62 - 58 / 69 < one["headline"]["interval"][1]
     assert one["mcnemar"] == {"only_a": 9, "only_b": 2, "p": pytest.approx(binomtest(2, 11).pvalue), "test": "exact"}
     assert one["p"] == pytest.approx(2 * (1 + 11 + 55) / 2**11) and one["p_by_picture"] is None
     assert one["p_holm"] == one["p"] and result["tests"] == 1
@@ -206,8 +208,19 @@ def test_a_judge_set_is_not_scored_and_stored_scores_are_shown(tmp_path, monkeyp
 def test_other_settings_and_unfinished_runs_are_said(tmp_path):
     names = [write(tmp_path / name, rows_of("+-")) for name in "ab"]
     for name, tokens in zip(names, (16, 32), strict=True):
-        (name / "evaluation.json").write_text(json.dumps({"generation": {"max_new_tokens": tokens, "seed": 0}}))
+        (name / "evaluation.json").write_text(
+            json.dumps(
+                {
+                    "settings": {"max_new_tokens": tokens, "seed": 0, "batch_size": tokens},
+                    "model": {"given": f"runs/{tokens}"},
+                    "questions": {"pope": {"sha256": str(tokens)}},
+                }
+            )
+        )
     write(names[1], rows_of("+"), "predictions.partial.jsonl")
-    unfinished, other = compared(*names)["notes"]
+    result = compared(*names)
+    assert [folder["model"] for folder in result["folders"]] == ["runs/16", "runs/32"]
+    unfinished, other, files = result["notes"]
+    assert files.startswith("pope: questions and truths are the same, but not its files")
     assert unfinished.startswith("b is not finished: what predictions.partial.jsonl holds is not compared")
     assert other == "generated with another max_new_tokens: a 16, b 32"

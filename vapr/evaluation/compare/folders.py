@@ -43,6 +43,20 @@ class ResultFolder:
     scores: Mapping[str, Any]
     unfinished: Sequence[str] = ()
 
+    @property
+    def model(self) -> str:
+        """Return the model as it was given to vapr eval; empty if that is not known."""
+        return str(_part(self.about, "model").get("given") or "")
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Return how answers were generated; nothing if that is not known."""
+        return _part(self.about, "settings")
+
+    def asked(self, benchmark: str) -> Mapping[str, Any]:
+        """Return what is known of the questions that were asked; nothing if that is not known."""
+        return _part(_part(self.about, "questions"), benchmark)
+
 
 def read_folders(paths: Sequence[Path]) -> list[ResultFolder]:
     """Read two or more result folders.
@@ -83,6 +97,11 @@ def _read_folder(path: Path, name: str) -> ResultFolder:
         for prediction in predictions:
             sets.setdefault(SetName(prediction.benchmark, blind), {})[prediction.id] = prediction
     return ResultFolder(name, path, sets, _object(path / "evaluation.json"), _object(path / "scores.json"), unfinished)
+
+
+def _part(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = value.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _object(path: Path) -> dict[str, Any]:

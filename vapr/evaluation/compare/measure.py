@@ -54,8 +54,8 @@ def compare(
         "policy": policy,
         "seed": seed,
         "first": folders[0].name,
-        "folders": [{"name": folder.name, "path": str(folder.path)} for folder in folders],
-        "notes": [*notes, *_unfinished(folders), *_other_settings(folders)],
+        "folders": [{"name": folder.name, "path": str(folder.path), "model": folder.model} for folder in folders],
+        "notes": [*notes, *_unfinished(folders), *_other_settings(folders), *_other_files(shared_sets, folders)],
         "tests": len(tested),
         "benchmarks": benchmarks,
     }
@@ -116,14 +116,18 @@ def _measured(one: ScoredSet, folders: Sequence[ResultFolder], policy: Policy, s
         splits[split] = {
             "questions": len(members), "models": models, "comparisons": _comparisons(rows, folders, seed, whole=False)
         }  # fmt: skip
+    models = [_model(folder.name, result) for folder, result in zip(folders, scores, strict=True)]
+    comparisons = _comparisons(one.rows, folders, seed, whole=True)
+    for compared, model in zip(comparisons, models[1:], strict=True):
+        compared["headline"] = _headline_difference(benchmark.headline, models[0], model, compared)
     return {
         "title": _title(one.shared),
         "blind": one.shared.name.blind,
         "scored": True,
         "headline": benchmark.headline,
         "questions": len(one.rows[0]),
-        "models": [_model(folder.name, result) for folder, result in zip(folders, scores, strict=True)],
-        "comparisons": _comparisons(one.rows, folders, seed, whole=True),
+        "models": models,
+        "comparisons": comparisons,
         "splits": splits,
         "note": benchmark.note,
     }
@@ -141,6 +145,18 @@ def _comparisons(
         }
         for folder, other in zip(folders[1:], rows[1:], strict=True)
     ]
+
+
+def _headline_difference(
+    headline: str, first: Mapping[str, Any], other: Mapping[str, Any], compared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return how much the headline figure differs; a benchmark's own has no paired interval."""
+    if headline == "accuracy":
+        return {key: compared["difference"][key] for key in ("value", "interval")}
+    if headline in compared["yes_bias"] and headline not in other["figures"]:
+        return {key: compared["yes_bias"][headline][key] for key in ("value", "interval")}
+    before, now = first["headline"]["value"], other["headline"]["value"]
+    return {"value": None if None in (before, now) else now - before, "interval": None}
 
 
 def _model(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,19 +194,25 @@ def _unfinished(folders: Sequence[ResultFolder]) -> list[str]:
 
 
 def _other_settings(folders: Sequence[ResultFolder]) -> list[str]:
-    """Return a line on each setting of generation that differs between folders."""
-    generations = [_generation(folder.about) for folder in folders]
-    known = [generation for generation in generations if generation]
+    """Return a line on each setting of generation that differs between folders; batches change no answer."""
+    known = [folder for folder in folders if folder.settings]
     notes = []
-    for key in dict.fromkeys(key for generation in known for key in generation if key != "batch_size"):
-        values = [generation.get(key) for generation in known]
+    for key in dict.fromkeys(key for folder in known for key in folder.settings if key != "batch_size"):
+        values = [folder.settings.get(key) for folder in known]
         if any(value != values[0] for value in values):
-            named = ", ".join(f"{folder.name} {generation.get(key)}" for folder, generation in
-                              zip(folders, generations, strict=True) if generation)  # fmt: skip
+            named = ", ".join(f"{folder.name} {value}" for folder, value in zip(known, values, strict=True))
             notes.append(f"generated with another {key}: {named}")
     return notes
 
 
-def _generation(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    settings = about.get("generation")
-    return settings if isinstance(settings, dict) else {}
+def _other_files(shared_sets: Sequence[SharedSet], folders: Sequence[ResultFolder]) -> list[str]:
+    """Return a line on each benchmark whose files differ, although its questions and truths are the same."""
+    notes = []
+    for shared in shared_sets:
+        hashes = {folder.asked(shared.name.benchmark).get("sha256") for folder in folders} - {None}
+        if len(hashes) > 1 and not any(shared.left_out):
+            notes.append(
+                f"{shared.name}: questions and truths are the same, but not its files (sha256 in evaluation.json); were "
+                "its pictures scaled?"
+            )
+    return notes

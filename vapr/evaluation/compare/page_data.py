@@ -16,6 +16,7 @@ from vapr.evaluation.compare.report_text import (
     figure_table,
     own_table,
     percent,
+    policy_table,
 )
 from vapr.pages.dots import Dot
 from vapr.pages.eval_compare import Plot, Table
@@ -37,6 +38,7 @@ def page_data(
     scored = {name: part for name, part in result["benchmarks"].items() if part["scored"]}
     return {
         "models": names,
+        "policy": result["policy"],
         "cards": [_card(name, n, scored, names[0]) for n, name in enumerate(names[1:])],
         "explanations": explanations(result)[:1],
         "notes": [*result["notes"], *picture_notes],
@@ -144,8 +146,19 @@ def _tables(result: Result) -> list[Table]:
             "Shares in %, d' and criterion in units of signal detection; a criterion below 0 leans to yes.",
             *_filled(bias_table(result)),
         ),
+        Table(
+            "Read under each policy",
+            "Accuracy in %. The other tables have the answers read as "
+            f"'{result['policy']}'; guesses of an official rule are unparsed.",
+            *_filled(policy_table(result)),
+        ),
         Table("The benchmarks' own figures", "In their authors' units.", *_filled(own_table(result))),
+        Table("What was compared", "", *_filled(_folders(result))),
     ]
+
+
+def _folders(result: Result) -> tuple[list[str], list[list[str]]]:
+    return ["name", "folder", "model"], [[one[key] for key in ("name", "path", "model")] for one in result["folders"]]
 
 
 def _filled(table: tuple[list[str], list[list[str]]]) -> tuple[list[str], list[list[str]]]:

@@ -55,9 +55,9 @@ class Pictures:
         """Return the pictures of a benchmark's questions by id; nothing if its files cannot be read any more."""
         if name not in self._of_files:
             self._of_files[name] = {}
-            for path in self._paths(name):
+            for given in self._given(name):
                 try:
-                    _, questions = open_benchmark(f"{name}={path}")
+                    _, questions = open_benchmark(given)
                 except UserError as error:
                     self._problems[name] = str(error)
                     continue
@@ -66,17 +66,10 @@ class Pictures:
                 break
         return self._of_files[name]
 
-    def _paths(self, name: str) -> list[str]:
-        """Return where evaluation.json says that the benchmark's files are, without repetition."""
-        found: dict[str, None] = {}
-        for folder in self._folders:
-            benchmarks: Any = folder.about.get("benchmarks")
-            named = benchmarks.get(name) if isinstance(benchmarks, dict) else None
-            if isinstance(named, dict):
-                named = named.get("path")
-            if isinstance(named, str):
-                found[named] = None
-        return list(found)
+    def _given(self, name: str) -> list[str]:
+        """Return where the benchmark's files were when questions were asked, as NAME=PATH, without repetition."""
+        given = [folder.asked(name).get("given") for folder in self._folders]
+        return list(dict.fromkeys(one for one in given if isinstance(one, str)))
 
     def _named(self, prediction: Prediction) -> tuple[Source, ...]:
         """Return the files that ``meta`` names, from here or from a result folder."""

@@ -6,6 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vapr.evaluation.compare.changes import SHOWN
+from vapr.evaluation.scoring.answers import POLICIES
 from vapr.terminal import table_console, text_table
 
 Result = Mapping[str, Any]
@@ -35,11 +36,11 @@ def plain(figure: Result | None, *, signed: bool = False) -> str:
     return _written(figure, 1.0, 2, signed)
 
 
-def own(figure: Result | None) -> str:
+def own(figure: Result | None, *, signed: bool = False) -> str:
     """Write a benchmark's own figure; one that may be a share gets as many digits as papers give."""
     if figure is None or figure["value"] is None:
         return ""
-    return _written(figure, 1.0, 4 if abs(figure["value"]) <= 1 else 2, False)
+    return _written(figure, 1.0, 4 if abs(figure["value"]) <= 1 else 2, signed)
 
 
 def _written(figure: Result, factor: float, decimals: int, signed: bool) -> str:
@@ -61,9 +62,10 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def headline_text(name: str, figure: Result) -> str:
+def headline_text(name: str, figure: Result, *, signed: bool = False) -> str:
     """Write a benchmark's headline figure: common ones are shares, its own have their own unit."""
-    return percent(figure) if name in ("accuracy", "precision", "recall", "f1") else own(figure)
+    write = percent if name in ("accuracy", "precision", "recall", "f1") else own
+    return f"{name} {write(figure, signed=signed)}"
 
 
 def figure_table(result: Result, most_splits: int | None = None) -> Table:
@@ -88,7 +90,7 @@ def figure_table(result: Result, most_splits: int | None = None) -> Table:
                 quoted = label == name and headline != "accuracy"
                 rows.append([
                     label, model["name"], f"{members['questions']:,}", percent(model["accuracy"]),
-                    f"{headline} {headline_text(headline, model['headline'])}" if quoted else "",
+                    headline_text(headline, model["headline"]) if quoted else "",
                     _yes_rate(model), percent({**model["unparsed_rate"], "interval": None}),
                 ])  # fmt: skip
         if most_splits is not None and len(part["splits"]) > most_splits:
@@ -97,9 +99,9 @@ def figure_table(result: Result, most_splits: int | None = None) -> Table:
 
 
 def _listed(name: str, part: Result, most_splits: int | None) -> Iterator[tuple[str, Result]]:
-    """Yield a benchmark and its splits by the names that tables give them."""
+    """Yield a benchmark and its splits, if there are several, by the names that tables give them."""
     yield name, part
-    if most_splits is None or len(part["splits"]) <= most_splits:
+    if len(part["splits"]) > 1 and (most_splits is None or len(part["splits"]) <= most_splits):
         yield from ((f"{name} / {split}", members) for split, members in part["splits"].items())
 
 
@@ -107,7 +109,7 @@ def _stored(model: Result) -> str:
     stored = model["stored"]
     if stored is None:
         return ""
-    return f"{stored['name']} {headline_text(stored['name'], stored)} (scores.json, {stored['questions']:,} questions)"
+    return f"{headline_text(stored['name'], stored)} (scores.json, {stored['questions']:,} questions)"
 
 
 def _yes_rate(model: Result) -> str:
@@ -119,16 +121,20 @@ def _yes_rate(model: Result) -> str:
 
 def comparison_table(result: Result, most_splits: int | None = None) -> Table:
     """Return a row for each comparison with the first model, of each benchmark and split."""
-    heads = ["benchmark", "model", "difference", "only first right", "only this", "p", "p corrected", "could show"]
+    heads = [
+        "benchmark", "model", "difference", "lost", "won", "p", "p corrected", "could show",
+        "headline",
+    ]  # fmt: skip
     rows = []
     for name, part in result["benchmarks"].items():
         for label, members in _listed(name, part, most_splits):
             for compared in members["comparisons"]:
-                tested = compared["mcnemar"]
+                tested, quoted = compared["mcnemar"], label == name and part["headline"] != "accuracy"
                 rows.append([
                     label, compared["name"], percent(compared["difference"], signed=True), f"{tested['only_a']:,}",
                     f"{tested['only_b']:,}", p_text(compared["p"]),
                     p_text(compared["p_holm"]) if "p_holm" in compared else "", f"{100 * compared['detectable']:.1f}",
+                    headline_text(part["headline"], compared["headline"], signed=True) if quoted else "",
                 ])  # fmt: skip
     return heads, rows
 
@@ -178,6 +184,22 @@ def _bias_text(key: str, figure: Result, *, signed: bool = False) -> str:
     return plain(figure, signed=signed) if key in PLAIN else percent(figure, signed=signed)
 
 
+def policy_table(result: Result) -> Table:
+    """Return a row for each model on each benchmark: its accuracy and unparsed answers under every policy."""
+    rows = []
+    for name, part in result["benchmarks"].items():
+        if part["scored"]:
+            rows += [
+                [name, model["name"], *(_policy_text(model["policies"][policy]) for policy in POLICIES)]
+                for model in part["models"]
+            ]
+    return ["benchmark", "model", *POLICIES], rows
+
+
+def _policy_text(figures: Result) -> str:
+    return f"{100 * figures['accuracy']:.1f} ({100 * figures['unparsed_rate']:.1f} unparsed)"
+
+
 def own_table(result: Result) -> Table:
     """Return a row for each figure of a benchmark's own, with every model's value."""
     rows = []
@@ -194,8 +216,9 @@ def explanations(result: Result) -> list[str]:
         f"Answers are read as '{result['policy']}'. Shares and differences are in percent and points, in brackets 95 % "
         f"intervals over pictures; differences are a model minus {result['first']}, question by question.",
         "p is McNemar's test; where pictures have several questions, a test that takes them as one (signs of the "
-        "pictures' differences flipped). 'could show' is the difference that McNemar's test shows in four cases of "
-        "five with so many questions, if as many answers change.",
+        "pictures' differences flipped). Lost and won: questions that only the first, or only this model gets right. "
+        "'could show' is the difference that McNemar's test shows in four cases of five with so many questions, if as "
+        "many answers change.",
     ]
     if result["tests"] > 1:
         lines.append(
@@ -209,16 +232,15 @@ def show(result: Result) -> str:
     """Return the tables for the terminal."""
     console = table_console(4)
     with console.capture() as capture:
-        console.print(text_table(*_once(figure_table(result, SPLITS_SHOWN))))
         for title, table in (
+            (f"answers read as '{result['policy']}'", figure_table(result, SPLITS_SHOWN)),
             (f"against {result['first']}", comparison_table(result, SPLITS_SHOWN)),
             ("what changed", change_table(result)),
             ("yes and no", bias_table(result)),
         ):
             if table[1]:
-                console.print()
                 console.print(text_table(*_once(table), title=title))
-        console.print()
+                console.print()
         for line in explanations(result):
             console.print(Text(line))
         for note in result["notes"]:
