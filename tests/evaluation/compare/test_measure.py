@@ -195,11 +195,15 @@ def test_a_judge_set_is_not_scored_and_stored_scores_are_shown(tmp_path, monkeyp
         "questions": 3,
         "figures": {"relative": {"value": 72.8, "interval": [60, 80], "count": 3}},
     }
-    (names[1] / "scores.json").write_text(json.dumps({"llava-x": stored}))
+    (names[1] / "scores.json").write_text(json.dumps({"llava-x": {**stored, "judge": {"name": "gpt-4"}}}))
     result = compared(*names)
     part = result["benchmarks"]["llava-x"]
     assert not part["scored"] and part["why"] == "a judge is needed" and part["comparisons"] == []
     assert [model["stored"] and model["stored"]["value"] for model in part["models"]] == [None, 72.8]
+    (names[0] / "scores.json").write_text(json.dumps({"llava-x": stored}))
+    assert compared(*names)["notes"] == [
+        "llava-x: stored scores of several judges do not compare: a by an unnamed one, b by gpt-4"
+    ]
     assert "no benchmark of this name" in result["benchmarks"]["own"]["why"] and result["tests"] == 0
     shown = show(result)
     assert shown.count("not scored") == 4 and "relative 72.80 [60.00, 80.00] (scores.json, 3 questions)" in shown

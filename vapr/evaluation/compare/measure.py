@@ -6,6 +6,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Row
+from vapr.evaluation.compare.doubts import doubts
 from vapr.evaluation.compare.folders import ResultFolder
 from vapr.evaluation.compare.holm import holm
 from vapr.evaluation.compare.paired_sets import bias_differences, paired
@@ -55,7 +56,7 @@ def compare(
         "seed": seed,
         "first": folders[0].name,
         "folders": [{"name": folder.name, "path": str(folder.path), "model": folder.model} for folder in folders],
-        "notes": [*notes, *_unfinished(folders), *_other_settings(folders), *_other_files(shared_sets, folders)],
+        "notes": [*notes, *doubts(shared_sets, folders, benchmarks)],
         "tests": len(tested),
         "benchmarks": benchmarks,
     }
@@ -94,8 +95,13 @@ def _stored(folder: ResultFolder, name: str) -> dict[str, Any] | None:
     stored = folder.scores.get(name)
     if not isinstance(stored, dict) or not stored.get("scored"):
         return None
-    headline = str(stored.get("headline", "accuracy"))
-    return {"name": headline, "questions": int(stored.get("questions") or 0), **_figure(stored, headline)}
+    headline, judge = str(stored.get("headline", "accuracy")), stored.get("judge")
+    return {
+        "name": headline,
+        "questions": int(stored.get("questions") or 0),
+        "judge": judge.get("name") if isinstance(judge, dict) else None,
+        **_figure(stored, headline),
+    }
 
 
 def _measured(one: ScoredSet, folders: Sequence[ResultFolder], policy: Policy, seed: int) -> dict[str, Any]:
@@ -183,36 +189,3 @@ def _figure(result: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _title(shared: SharedSet) -> str:
     title = shared.benchmark.title if shared.benchmark else shared.name.benchmark
     return f"{title}, without pictures" if shared.name.blind else title
-
-
-def _unfinished(folders: Sequence[ResultFolder]) -> list[str]:
-    return [
-        f"{folder.name} is not finished: what {', '.join(folder.unfinished)} holds is not compared; run vapr eval again"
-        for folder in folders
-        if folder.unfinished
-    ]
-
-
-def _other_settings(folders: Sequence[ResultFolder]) -> list[str]:
-    """Return a line on each setting of generation that differs between folders; batches change no answer."""
-    known = [folder for folder in folders if folder.settings]
-    notes = []
-    for key in dict.fromkeys(key for folder in known for key in folder.settings if key != "batch_size"):
-        values = [folder.settings.get(key) for folder in known]
-        if any(value != values[0] for value in values):
-            named = ", ".join(f"{folder.name} {value}" for folder, value in zip(known, values, strict=True))
-            notes.append(f"generated with another {key}: {named}")
-    return notes
-
-
-def _other_files(shared_sets: Sequence[SharedSet], folders: Sequence[ResultFolder]) -> list[str]:
-    """Return a line on each benchmark whose files differ, although its questions and truths are the same."""
-    notes = []
-    for shared in shared_sets:
-        hashes = {folder.asked(shared.name.benchmark).get("sha256") for folder in folders} - {None}
-        if len(hashes) > 1 and not any(shared.left_out):
-            notes.append(
-                f"{shared.name}: questions and truths are the same, but not its files (sha256 in evaluation.json); were "
-                "its pictures scaled?"
-            )
-    return notes

@@ -15,9 +15,9 @@ from vapr.evaluation.compare.report_text import (
     explanations,
     figure_table,
     own_table,
-    percent,
     policy_table,
 )
+from vapr.evaluation.compare.written import percent
 from vapr.pages.dots import Dot
 from vapr.pages.eval_compare import Plot, Table
 

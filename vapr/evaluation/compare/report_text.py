@@ -6,6 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vapr.evaluation.compare.changes import SHOWN
+from vapr.evaluation.compare.written import decimal, headline_text, own, p_text, percent, plain
 from vapr.evaluation.scoring.answers import POLICIES
 from vapr.terminal import table_console, text_table
 
@@ -20,52 +21,6 @@ BIAS_COLUMNS = {
     "d_prime": "d'", "criterion": "criterion",
 }  # fmt: skip
 PLAIN = ("d_prime", "criterion")  # are no shares
-
-
-def percent(figure: Result | None, *, signed: bool = False) -> str:
-    """Write a share in percent with its interval: ``86.2 [85.1, 87.3]``; empty for none."""
-    if figure is None or figure["value"] is None:
-        return ""
-    return _written(figure, 100.0, 1, signed)
-
-
-def plain(figure: Result | None, *, signed: bool = False) -> str:
-    """Write a figure that is no share, with its interval; empty for none."""
-    if figure is None or figure["value"] is None:
-        return ""
-    return _written(figure, 1.0, 2, signed)
-
-
-def own(figure: Result | None, *, signed: bool = False) -> str:
-    """Write a benchmark's own figure; one that may be a share gets as many digits as papers give."""
-    if figure is None or figure["value"] is None:
-        return ""
-    return _written(figure, 1.0, 4 if abs(figure["value"]) <= 1 else 2, signed)
-
-
-def _written(figure: Result, factor: float, decimals: int, signed: bool) -> str:
-    value = _decimal(factor * figure["value"], decimals, signed)
-    if not figure.get("interval"):
-        return value
-    low, high = (_decimal(factor * bound, decimals, signed) for bound in figure["interval"])
-    return f"{value} [{low}, {high}]"
-
-
-def _decimal(value: float, decimals: int, signed: bool) -> str:
-    """Write a number; one that rounds to zero has no sign."""
-    rounded = round(value, decimals) or 0.0
-    return f"{rounded:+.{decimals}f}" if signed and rounded else f"{rounded:.{decimals}f}"
-
-
-def p_text(p: float) -> str:
-    """Write a p value in two digits, and a small one as below a bound."""
-    return "<0.001" if p < 0.001 else f"{p:.2g}"
-
-
-def headline_text(name: str, figure: Result, *, signed: bool = False) -> str:
-    """Write a benchmark's headline figure: common ones are shares, its own have their own unit."""
-    write = percent if name in ("accuracy", "precision", "recall", "f1") else own
-    return f"{name} {write(figure, signed=signed)}"
 
 
 def figure_table(result: Result, most_splits: int | None = None) -> Table:
@@ -149,7 +104,7 @@ def change_table(result: Result) -> Table:
             points = (changed["knowledge"], changed["format"], compared["difference"]["value"])
             rows.append([
                 name, compared["name"], *(_kind_text(kind, kinds[kind]) for kind in SHOWN),
-                *(_decimal(100 * value, 1, True) for value in points),
+                *(decimal(100 * value, 1, True) for value in points),
             ])  # fmt: skip
     return heads, rows
 
