@@ -206,7 +206,7 @@ def test_a_judge_set_is_not_scored_and_stored_scores_are_shown(tmp_path, monkeyp
     ]
     assert "no benchmark of this name" in result["benchmarks"]["own"]["why"] and result["tests"] == 0
     shown = show(result)
-    assert shown.count("not scored") == 4 and "relative 72.80 [60.00, 80.00] (scores.json, 3 questions)" in shown
+    assert shown.count("not scored: ") == 4 and "relative 72.80 [60.00, 80.00] (scores.json, 3 questions)" in shown
 
 
 def test_other_settings_and_unfinished_runs_are_said(tmp_path):

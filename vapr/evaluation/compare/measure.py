@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vapr.errors import UserError
-from vapr.evaluation.benchmarks.benchmark import Row
+from vapr.evaluation.benchmarks.benchmark import Benchmark, Row
 from vapr.evaluation.compare.doubts import doubts
 from vapr.evaluation.compare.folders import ResultFolder
 from vapr.evaluation.compare.holm import holm
@@ -22,6 +22,7 @@ class ScoredSet:
     """A benchmark's shared questions, and the scored answers of each folder in the same order."""
 
     shared: SharedSet
+    benchmark: Benchmark
     rows: tuple[list[Row], ...]
 
 
@@ -42,12 +43,13 @@ def compare(
     shared_sets, notes = join(folders)
     scored, benchmarks = [], {}
     for shared in shared_sets:
-        if (why := _why_not_scored(shared)) is not None:
-            benchmarks[str(shared.name)] = _not_scored(shared, folders, why)
+        scores, benchmark = _scores(shared, folders, policy, seed), shared.benchmark
+        if benchmark is None or not all(one["scored"] for one in scores):
+            benchmarks[str(shared.name)] = _not_scored(shared, folders, scores)
             continue
-        one = ScoredSet(shared, tuple(_rows(shared, n, folder, policy) for n, folder in enumerate(folders)))
-        scored.append(one)
-        benchmarks[str(shared.name)] = _measured(one, folders, policy, seed)
+        rows = tuple(score_rows(answers, benchmark, policy) for answers in shared.answers)
+        scored.append(ScoredSet(shared, benchmark, rows))
+        benchmarks[str(shared.name)] = _measured(scored[-1], folders, scores, seed)
     tested = [one for part in benchmarks.values() for one in part["comparisons"]]
     for one, corrected in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = corrected
@@ -63,26 +65,28 @@ def compare(
     return result, scored
 
 
-def _rows(shared: SharedSet, number: int, folder: ResultFolder, policy: Policy) -> list[Row]:
-    assert shared.benchmark is not None
-    try:
-        return score_rows(shared.answers[number], shared.benchmark, policy)
-    except UserError as error:
-        raise UserError(f"{folder.path}: {error}") from None
-
-
-def _why_not_scored(shared: SharedSet) -> str | None:
+def _scores(shared: SharedSet, folders: Sequence[ResultFolder], policy: Policy, seed: int) -> list[dict[str, Any]]:
+    """Return each folder's score; of a benchmark that vapr does not know, that it is not scored."""
     if shared.benchmark is None:
-        return "no benchmark of this name, perhaps a judge set of your own"
-    return shared.benchmark.scored
+        why = "no benchmark of this name, perhaps a judge set of your own"
+        return [{"scored": False, "why": why} for _ in folders]
+    results = []
+    for folder, answers in zip(folders, shared.answers, strict=True):
+        try:
+            results.append(score(answers, shared.benchmark, policy, seed=seed))
+        except UserError as error:
+            raise UserError(f"{folder.path}: {error}") from None
+    return results
 
 
-def _not_scored(shared: SharedSet, folders: Sequence[ResultFolder], why: str) -> dict[str, Any]:
+def _not_scored(
+    shared: SharedSet, folders: Sequence[ResultFolder], scores: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     return {
         "title": _title(shared),
         "blind": shared.name.blind,
         "scored": False,
-        "why": why,
+        "why": next(one["why"] for one in scores if not one["scored"]),
         "questions": len(shared.answers[0]),
         "models": [{"name": folder.name, "stored": _stored(folder, str(shared.name))} for folder in folders],
         "comparisons": [],
@@ -104,10 +108,10 @@ def _stored(folder: ResultFolder, name: str) -> dict[str, Any] | None:
     }
 
 
-def _measured(one: ScoredSet, folders: Sequence[ResultFolder], policy: Policy, seed: int) -> dict[str, Any]:
-    benchmark = one.shared.benchmark
-    assert benchmark is not None
-    scores = [score(answers, benchmark, policy, seed=seed) for answers in one.shared.answers]
+def _measured(
+    one: ScoredSet, folders: Sequence[ResultFolder], scores: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    benchmark = one.benchmark
     numbers: dict[str, list[int]] = {}
     for n, row in enumerate(one.rows[0]):
         if (split := benchmark.split(row.prediction)) is not None:

@@ -56,11 +56,10 @@ def _shown(
     name: str, rows: Sequence[Row], one: ScoredSet, folders: Sequence[str], pictures: Pictures
 ) -> dict[str, Any]:
     first = rows[0]
-    assert one.shared.benchmark is not None
     answers = [_answer(first, row, folder, n > 0) for n, (row, folder) in enumerate(zip(rows, folders, strict=True))]
     return {
         "set": name,
-        "split": one.shared.benchmark.split(first.prediction) or "",
+        "split": one.benchmark.split(first.prediction) or "",
         "id": first.prediction.id,
         "question": _cut(next((row.prediction.question for row in rows if row.prediction.question), "")),
         "options": [_cut(option) for option in options_of(first.prediction)],

@@ -35,7 +35,7 @@ def figure_table(result: Result, most_splits: int | None = None) -> Table:
     for name, part in result["benchmarks"].items():
         if not part["scored"]:
             rows += [
-                [name, model["name"], f"{part['questions']:,}", "not scored", _stored(model), "", ""]
+                [name, model["name"], f"{part['questions']:,}", f"not scored: {part['why']}", _stored(model), "", ""]
                 for model in part["models"]
             ]
             continue
@@ -152,6 +152,8 @@ def policy_table(result: Result) -> Table:
 
 
 def _policy_text(figures: Result) -> str:
+    if figures["accuracy"] is None:
+        return "not read"
     return f"{100 * figures['accuracy']:.1f} ({100 * figures['unparsed_rate']:.1f} unparsed)"
 
 
