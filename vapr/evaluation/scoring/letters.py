@@ -80,10 +80,10 @@ def _at_beginning(text: str, letters: str, options: Sequence[str]) -> str | None
     if _lists_all(text, letters):
         return None
     text = without_lead(text)
-    said = _plain(text)
+    said = plain(text)
     if len(said) == 1 and said.upper() in letters:
         return said.upper()
-    for form in (_plain, _bare):  # as it is written, then without an article
+    for form in (plain, _bare):  # as it is written, then without an article
         same = [label for label, option in zip(letters, options, strict=False) if form(option) == form(text) != ""]
         if len(same) == 1:
             return same[0]
@@ -99,13 +99,13 @@ def _at_beginning(text: str, letters: str, options: Sequence[str]) -> str | None
     second = _SECOND.match(after.lstrip(") ") + rest)
     if second and second[1].upper() != chosen and second[1].upper() in letters:
         return None  # "A or B", "(A), (C)"
-    texts = [_plain(option) for option in options]
-    own, other = (texts[letters.index(chosen)] if options else ""), _plain(rest)
+    texts = [plain(option) for option in options]
+    own, other = (texts[letters.index(chosen)] if options else ""), plain(rest)
     if own != other and other in texts:
         return None  # the letter of one, the text of another
     for also in _ALSO.finditer(rest):  # "A: red and B: blue"
         place = letters.find(also[1].upper())
-        if place >= 0 and texts and also[1].upper() != chosen and _plain(also[2]).startswith(texts[place] or "\0"):
+        if place >= 0 and texts and also[1].upper() != chosen and plain(also[2]).startswith(texts[place] or "\0"):
             return None
     if own and re.match(rf"{re.escape(own)}(?!\w)", other):
         return chosen
@@ -157,9 +157,10 @@ def _option_lines(text: str, letters: str) -> list[tuple[int, str]]:
     return [(number, line[1].upper()) for number, line in found if line and line[1].upper() in letters]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a text in lower case without needless space and the marks around it."""
     return " ".join(text.lower().split()).strip(" \"'“”‘’*_`.,;:()[]{}$!。，：；（）【】")
 
 
 def _bare(text: str) -> str:
-    return re.sub(r"^(?:an?|the) ", "", _plain(text))
+    return re.sub(r"^(?:an?|the) ", "", plain(text))
