@@ -2,6 +2,7 @@
 
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.benchmarks.cv_bench import CV_BENCH
+from vapr.evaluation.benchmarks.mathvista import MATHVISTA
 from vapr.evaluation.benchmarks.mmmu import MMMU
 from vapr.evaluation.benchmarks.mmstar import MMSTAR
 from vapr.evaluation.benchmarks.pope import POPE
@@ -11,6 +12,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         CV_BENCH,
+        MATHVISTA,
         MMMU,
         MMSTAR,
         POPE,

@@ -17,8 +17,8 @@ SOURCES = ("ADE20K", "COCO", "Omni3D")
 
 
 def read(path: Path) -> list[Question]:
-    """Read ``test_2d.jsonl`` and ``test_3d.jsonl`` (pictures in ``img/`` beside them), or the ``test*.parquet``."""
-    files = files_of(path, ("test*.jsonl", "test*.parquet"), "nyu-visionx/CV-Bench on the hub")
+    """Read ``test_2d.jsonl`` and ``test_3d.jsonl`` of a folder, or one of them; pictures lie in ``img/``."""
+    files = files_of(path, ("test*.jsonl",), "nyu-visionx/CV-Bench on the hub")
     questions = [_question(row, where, file.parent) for file in files for where, row in read_rows(file)]
     check_ids(questions, path)
     return questions
@@ -29,13 +29,13 @@ def _question(row: Mapping[str, Any], where: str, folder: Path) -> Question:
     require(row, where, needed, "a question of CV-Bench")
     if row["source"] not in SOURCES:
         raise UserError(f"{where}: 'source' is {str(row['source'])[:40]!r}; CV-Bench has {', '.join(SOURCES)}")
-    image = row.get("image") if row.get("image") is not None else Path("img") / str(row.get("filename") or "")
-    name = row.get("filename") or row.get("source_filename")
+    name = row.get("filename") or row.get("image")
+    beside = f"img/{name}" if row.get("filename") and not row.get("image") else row.get("image")
     asked = f"{row['prompt']}\n{ASK_FOR_LETTER}" if row.get("prompt") else prompt_of(row["question"], row["choices"])
     meta = {"split": row["task"], "type": row["type"], "source": row["source"], "options": list(row["choices"])}
     return Question(
         benchmark="cv-bench", id=str(row["idx"]), question=asked, answer=row["answer"],
-        meta=meta | ({"image": name} if name else {}), images=pictures(image, folder),
+        meta=meta | ({"image": name} if name else {}), images=pictures(beside, folder),
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ DISCIPLINES = {
     "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
     "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
     "Health and Medicine": (
-        "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health",
+        "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy",
+        "Public_Health",
     ),
     "Humanities and Social Science": ("History", "Literature", "Psychology", "Sociology"),
     "Tech and Engineering": (
@@ -40,11 +41,11 @@ ASK_FOR_PHRASE = "Answer the question using a single word or phrase."
 
 
 def read(path: Path) -> list[Question]:
-    """Read ``answer_dict_val.json``, which holds no more than the truths, or the ``validation-*.parquet`` of the hub."""
-    patterns = ("answer_dict_val.json", "**/validation-*.parquet", "*.parquet")
+    """Read ``answer_dict_val.json``, which holds no more than the truths, or rows with the hub's columns."""
+    patterns = ("answer_dict_val.json", "validation*.jsonl", "*.jsonl")
     questions = []
     for file in files_of(path, patterns, "MMMU-Benchmark/MMMU, mmmu/, or MMMU/MMMU on the hub"):
-        if file.suffix == ".json":
+        if file.name.startswith("answer_dict"):
             questions += _truths(file)
         else:
             questions += [_question(row, where, file.parent) for where, row in read_rows(file)]
@@ -113,7 +114,9 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
     if path.is_dir():
         files = sorted(path.glob("*/output.json"))
         total = [file for file in sorted(path.glob("*.json")) if files]
-        files = files or files_of(path, ("total*.json", "output.json"), "the authors' layout: a folder for each subject")
+        files = files or files_of(
+            path, ("total*.json", "output.json"), "the authors' layout: a folder for each subject"
+        )
         notes = [f"{file.name} left aside: the subjects' own files are read" for file in total]
     predictions = [_answer(id, row, where, by_id) for file in files for id, row, where in _answers(file)]
     check_ids(predictions, path)

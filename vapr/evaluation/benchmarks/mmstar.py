@@ -17,8 +17,8 @@ _LISTED = re.compile(r"(?:^|[\s,;(])([A-F])\s*[:).]\s")
 
 
 def read(path: Path) -> list[Question]:
-    """Read ``mmstar.parquet``, or rows with its columns."""
-    files = files_of(path, ("*mmstar*.parquet", "*.parquet", "*.jsonl"), "Lin-Chen/MMStar on the hub")
+    """Read rows with the columns of ``mmstar.parquet``, which the readers turn into such a file."""
+    files = files_of(path, ("*mmstar*.jsonl", "*.jsonl"), "Lin-Chen/MMStar on the hub")
     questions = [_question(row, where, file.parent) for file in files for where, row in read_rows(file)]
     check_ids(questions, path)
     return questions

@@ -1,4 +1,4 @@
-"""Rows of a benchmark's own files: JSON, JSON lines and parquet, as their authors publish them."""
+"""Rows of a benchmark's own files, JSON and JSON lines. Tables are turned into such files by the readers."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,29 +24,28 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the columns of each row of a .jsonl, .json or .parquet file.
+    """Yield the place and the columns of each row of a .jsonl or .json file.
 
     A .json file holds a list of rows, an object whose ``questions`` are that list, or one row a line.
 
     Raises:
         UserError: for a file of another kind, one that cannot be read, or a row that is no object.
     """
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".jsonl" or (path.suffix == ".json" and _is_lines(path)):
+    if path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{path}: unknown file type; use .json or .jsonl")
+    if path.suffix == ".jsonl" or _is_lines(path):
         for number, row in read_json_lines(path):
             yield f"{path}:{number}", row
-    elif path.suffix == ".json":
-        rows = read_json(path)
-        rows = rows["questions"] if isinstance(rows, dict) and "questions" in rows else rows
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: a JSON {type(rows).__name__}, not a list of rows")
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: row {number} is a JSON {type(row).__name__}, not an object with keys")
-            yield f"{path}, row {number}", row
-    else:
-        raise UserError(f"{path}: unknown file type; use .jsonl, .json or .parquet")
+        return
+    rows = read_json(path)
+    if isinstance(rows, dict):
+        rows = rows.get("questions", [rows])
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a JSON {type(rows).__name__}, not a list of rows")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object with keys")
+        yield f"{path}, row {number}", row
 
 
 def files_of(path: Path, patterns: Sequence[str], where_from: str) -> list[Path]:
@@ -73,15 +72,10 @@ def require(row: Mapping[str, Any], where: str, keys: Sequence[str], what: str) 
         raise UserError(f"{where}: no '{missing[0]}'; {what} has {', '.join(keys)}")
 
 
-def pictures(value: Any, folder: Path) -> tuple[Path | bytes, ...]:
-    """Return the pictures of a row: bytes as parquet holds them, or files named from ``folder`` on."""
-    if isinstance(value, Mapping):  # an Image column of the datasets library
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, list):
-        return tuple(one for inner in value for one in pictures(inner, folder))
-    if value is None or value == "":
-        return ()
-    return (value,) if isinstance(value, bytes) else (folder / str(value),)
+def pictures(value: Any, folder: Path) -> tuple[Path, ...]:
+    """Return the pictures that a row names, from ``folder`` on; None and "" name none."""
+    names = value if isinstance(value, list) else [value]
+    return tuple(folder / str(name) for name in names if name not in (None, ""))
 
 
 def _is_lines(path: Path) -> bool:
@@ -92,19 +86,3 @@ def _is_lines(path: Path) -> bool:
         return isinstance(json.loads(first), dict) and bool(second.strip())
     except (OSError, ValueError, RecursionError):
         return False
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'vapr[data]'") from None
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet ({one_line(error)}); get it again") from None
