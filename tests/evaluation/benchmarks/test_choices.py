@@ -120,11 +120,11 @@ def test_perfect_wrong_and_constant_answerers(name, policy, tmp_path):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_random_answerer_is_right_as_often_as_it_should(name, policy, tmp_path):
     draw = random.Random(5)
-    questions = questions_of(name, tmp_path, 2000)
+    questions = questions_of(name, tmp_path, 1000)
     result = score(answered(questions, lambda q: draw.choice("ABCD")), BENCHMARKS[name], policy)
-    assert result["accuracy"] == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 2000) ** 0.5)
+    assert result["accuracy"] == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 1000) ** 0.5)
     low, high = result["intervals"]["accuracy"]
-    assert low < 0.25 < high and high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 2000) ** 0.5, rel=0.02)
+    assert low < 0.25 < high and high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 1000) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("policy", ["strict", "last-answer"])
@@ -154,9 +154,9 @@ def test_noise_under_the_official_rules(tmp_path):
 
 
 def test_drawn_options_are_right_as_often_as_expected(tmp_path):
-    predictions = answered(questions_of("mmmu", tmp_path, 2000), lambda q: "zxq")
+    predictions = answered(questions_of("mmmu", tmp_path, 1000), lambda q: "zxq")
     result = score(predictions, BENCHMARKS["mmmu"], "official")
-    assert result["accuracy"] == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 2000) ** 0.5)
+    assert result["accuracy"] == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 1000) ** 0.5)
     assert result["figures"]["expected_accuracy"]["value"] == 0.25
     turned = score(predictions[::-1], BENCHMARKS["mmmu"], "official")
     assert turned["accuracy"] == result["accuracy"]  # a draw hangs on its question alone
