@@ -56,6 +56,8 @@ def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
         policy: ``last-answer``, or anything else for ``strict``.
     """
     letters = string.ascii_uppercase[: len(options) or 26]
+    if len(text) < 5 and (alone := plain(text).upper()) and alone in letters and len(alone) == 1:
+        return alone  # "B", "(B)", "b.": what most answers are
     text = _STYLED.sub(r"\1", text)
     if policy != "last-answer":
         return _at_beginning(text, letters, options)
