@@ -62,6 +62,11 @@ def anything(rows: Sequence[Row]) -> None:
     """Accept all answers: no question counts only together with others."""
 
 
+def lacks_nothing(predictions: Sequence[Prediction], policy: Policy) -> str | None:
+    """Return that every policy can read the answers as they are."""
+    return None
+
+
 def by_split(prediction: Prediction) -> str | None:
     """Return the split that the prediction names."""
     return prediction.split
@@ -88,6 +93,7 @@ class Benchmark:
         read_results: reads the authors' own layout of results, given the questions.
         relabels: the benchmark whose answers count as answers to this one: only the truth differs.
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
+        lacks: why these answers cannot be read under a policy, None if they can.
         note: where the official rule is not followed, and why.
     """
 
@@ -105,6 +111,7 @@ class Benchmark:
     read_results: Callable[[Path, Sequence[Question]], Results] | None = None
     relabels: str | None = None
     scored: str | None = None
+    lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing
     note: str = ""
 
 

@@ -4,7 +4,7 @@ Counts are of six kinds: said yes, said no, unparsed; where the truth is yes, an
 wrong: it lowers accuracy and recall, and is neither a "yes" nor a "no". The positive class is "yes".
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ def figures_of(
     intervals allow.
     """
     counts, pictures = counts_of(gold, said), numbered(groups)
-    figures = of_counts(counts, pictures, STATISTICS, seed)
+    figures = of_counts(counts, pictures, MEASURES, seed)
     for name, (of, over) in SHARES.items():
         among = counts[:, over].sum(axis=1) > 0
         figures[name] = replace(share(counts[among][:, of].sum(axis=1), pictures[among]), count=len(counts))
@@ -124,16 +124,6 @@ def _z(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(known, hits, np.nan), np.where(known, alarms, np.nan)
 
 
-STATISTICS = {
-    "f1": _f1,
-    "f1_no": _f1_no,
-    "gap": lambda c: _yes_rate(c) - _yes(c) / _all(c),
-    "balanced_accuracy": lambda c: (c[:, YES_YES] / _yes(c) + c[:, NO_NO] / _no(c)) / 2,
-    "d_prime": lambda c: np.subtract(*_z(c)),
-    "criterion": lambda c: -np.add(*_z(c)) / 2,
-}
-"""Figures that are no shares, as functions of counts (R, 6)."""
-
 YES, NO = [YES_YES, YES_NO, YES_UNPARSED], [NO_YES, NO_NO, NO_UNPARSED]
 SHARES = {
     "accuracy": ([YES_YES, NO_NO], [*YES, *NO]),
@@ -149,3 +139,21 @@ SHARES = {
     "unparsed_rate": ([YES_UNPARSED, NO_UNPARSED], [*YES, *NO]),
 }
 """Figures that are shares: of which kinds, among which."""
+
+
+def _ratio(of: Sequence[int], over: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda c: c[:, list(of)].sum(axis=1) / c[:, list(over)].sum(axis=1)
+
+
+MEASURES = {
+    "f1": _f1,
+    "f1_no": _f1_no,
+    "gap": lambda c: _yes_rate(c) - _yes(c) / _all(c),
+    "balanced_accuracy": lambda c: (c[:, YES_YES] / _yes(c) + c[:, NO_NO] / _no(c)) / 2,
+    "d_prime": lambda c: np.subtract(*_z(c)),
+    "criterion": lambda c: -np.add(*_z(c)) / 2,
+}
+"""Figures that are no shares, as functions of counts (R, 6)."""
+
+STATISTICS = {name: _ratio(*kinds) for name, kinds in SHARES.items()} | MEASURES
+"""All that :func:`figures_of` returns, as functions of counts (R, 6)."""
