@@ -88,6 +88,15 @@ def test_pictures_count_only_whole(tmp_path):
     assert figures["existence"]["value"] == 200 and figures["acc_plus"]["count"] == 5
 
 
+def test_a_task_that_mme_does_not_have():
+    rows = [
+        Prediction(benchmark="mme", id=f"x-{n}", question="?", prediction="Yes", answer="yes", meta={"image": "x"})
+        for n in (1, 2)
+    ]
+    with pytest.raises(UserError, match="question 'x-2' of mme: 'split' is None, no task of MME"):
+        score(rows, MME)
+
+
 def test_bad_files(tmp_path):
     questions = MME.read(mme(tmp_path / "data"))
     folder = results(tmp_path / "answers", questions, lambda q: q.answer)

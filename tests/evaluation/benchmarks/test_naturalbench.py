@@ -50,18 +50,18 @@ def test_pictures_of_parquet_are_bytes(tmp_path):
 
 
 def test_figures_by_hand(tmp_path):
-    """Group 0: one answer of four wrong. Group 1: yes to all. Group 2, of A and B: all right."""
+    """Group 0: wrong on picture 0. Group 1: yes to all. Group 2, of A and B: all right."""
 
     def answer(question):
         if question.meta["group"] == 0:
-            return "No" if question.id == "0-q0-i0" else question.answer
+            return {"0-q0-i0": "No", "0-q1-i0": "Yes"}.get(question.id, question.answer)
         return "Yes" if question.meta["group"] == 1 else question.answer
 
     result = score(answered(NATURALBENCH.read(naturalbench(tmp_path)), answer), NATURALBENCH)
     figures = {name: figure["value"] for name, figure in result["figures"].items()}
     assert figures == pytest.approx({
-        "acc": (3 + 2 + 4) / 12, "q_acc": (1 + 0 + 2) / 6, "i_acc": (1 + 0 + 2) / 6, "g_acc": 1 / 3,
-        "same_answer": 3 / 6, "same_answer_yes_or_a": 2 / 6, "same_answer_no_or_b": 1 / 6,
+        "acc": (2 + 2 + 4) / 12, "q_acc": (0 + 0 + 2) / 6, "i_acc": (1 + 0 + 2) / 6, "g_acc": 1 / 3,
+        "same_answer": 4 / 6, "same_answer_yes_or_a": 3 / 6, "same_answer_no_or_b": 1 / 6,
     })  # fmt: skip
     assert result["splits"]["multiple_choice"]["figures"]["g_acc"]["value"] == 1
     assert result["accuracy"] == figures["acc"] and result["headline"] == "g_acc"

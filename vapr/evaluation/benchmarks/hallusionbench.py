@@ -23,6 +23,13 @@ def read(path: Path) -> list[Question]:
     """Read ``HallusionBench.json``, or a folder with it; pictures lie beside it, or in ``hallusion_bench/``."""
     file = path / "HallusionBench.json" if path.is_dir() else path
     rows = read_objects(file, (*PARTS, "question", "gt_answer"), "a question of HallusionBench")
+    questions = from_rows(rows, file.parent)
+    check_ids(questions, file)
+    return questions
+
+
+def from_rows(rows: Sequence[tuple[str, dict[str, Any]]], folder: Path) -> list[Question]:
+    """Return the questions of all rows of the benchmark, each with its place, from wherever they were read."""
     sizes = Counter(part for _, row in rows for part in _together(row))
     questions = []
     for where, row in rows:
@@ -38,10 +45,9 @@ def read(path: Path) -> list[Question]:
             Question(
                 benchmark="hallusionbench", id=_id(row), question=text_of(row, "question", where),
                 answer="yes" if str(row["gt_answer"]) == "1" else "no", meta=meta,
-                images=(picture(file.parent, str(name), ("hallusion_bench",)),) if name else (),
+                images=(picture(folder, str(name), ("hallusion_bench",)),) if name else (),
             )
         )  # fmt: skip
-    check_ids(questions, file)
     return questions
 
 

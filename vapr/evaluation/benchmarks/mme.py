@@ -1,7 +1,7 @@
 """MME: 14 tasks of perception and cognition, two questions a picture, the one to be answered yes, the other no."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,19 +132,19 @@ def check_groups(rows: Sequence[Row]) -> None:
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     """Return the official points: 100 x (accuracy + share of pictures all right) of each task, and their sums."""
-    tasks = [task for task in TASKS if any(row.prediction.split == task for row in rows)]
+    there = {row.prediction.split: row.prediction.id for row in rows}
+    if strange := [split for split in there if split not in TASKS]:
+        raise UserError(f"question '{there[strange[0]]}' of mme: 'split' is {strange[0]!r}, no task of MME")
+    tasks = [task for task in TASKS if task in there]
     column = {task: 4 * number for number, task in enumerate(tasks)}
-    pictures = list(
-        grouped([row for row in rows if row.prediction.split in column], lambda row: row.prediction.image).values()
-    )
-    counts = np.zeros(
-        (len(pictures), 4 * len(tasks))
-    )  # of each task: right, answers, pictures all right, whole pictures
+    pictures = list(grouped(rows, lambda row: row.prediction.image).values())
+    # Of each task: right answers, answers, pictures all right, pictures with both answers.
+    counts = np.zeros((len(pictures), 4 * len(tasks)))
     for picture_counts, group in zip(counts, pictures, strict=True):
         right, at = sum(row.right for row in group), column[str(group[0].prediction.split)]
         picture_counts[at : at + 4] = right, len(group), len(group) == 2 == right, len(group) == 2
 
-    def points(these: Sequence[str]):  # type: ignore[no-untyped-def]
+    def points(these: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
         at = np.array([column[task] for task in these], dtype=int)
         return lambda c: 100 * (c[:, at] / c[:, at + 1] + c[:, at + 2] / c[:, at + 3]).sum(axis=1)
 
