@@ -1,6 +1,15 @@
 """Benchmarks, one in a file. To add one, write its file and name it here."""
 
 from vapr.evaluation.benchmarks.benchmark import Benchmark
+from vapr.evaluation.benchmarks.judge_set import PACKAGED
+from vapr.evaluation.benchmarks.llava_bench import LLAVA_BENCH
 from vapr.evaluation.benchmarks.pope import POPE
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (POPE,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        LLAVA_BENCH,
+        *PACKAGED.values(),
+        POPE,
+    )
+}
