@@ -36,6 +36,7 @@ from vapr.evaluation.scoring.verdicts import Verdict
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 NOT_ASKED = ("id", "image", "prediction")
 """Columns that are no placeholders."""
+NOT_META = ("id", "question", "reference", "prediction")
 YES_NO_PATTERN = r"\bjudge?ment\W{1,9}(yes|no)\b"
 CHARACTERS = r"[a-z0-9][a-z0-9._-]*"
 
@@ -202,9 +203,7 @@ def read(config: JudgeSetConfig, path: Path) -> list[Question]:
             without.append(where)
         image = values.pop("image", None)
         named = {"image": _picture_name(image)} if image else {}
-        meta = {
-            role: value for role, value in values.items() if role not in ("id", "question", "reference", "prediction")
-        }
+        meta = {role: value for role, value in values.items() if role not in NOT_META}
         questions.append(
             Question(
                 benchmark=config.name, id=values.get("id") or str(number), question=str(values["question"]),

@@ -128,7 +128,7 @@ def read_reviews(path: Path) -> list[Review]:
                 problem = "a review marked as failed ([-1, -1])"
         reviews.append(
             Review(
-                benchmark="llava-bench", id=str(row["question_id"]), judge=str(row.get("reviewer_id") or path.name),
+                benchmark="llava-bench", id=str(row["question_id"]), judge=f"unknown, of {path.name}",
                 review=None if problem else review, problem=problem, answer_id=row.get("answer2_id"),
             )
         )  # fmt: skip
@@ -178,7 +178,7 @@ LLAVA_BENCH = Benchmark(
     headline="relative_score",
     read_results=read_results,
     scored=NEEDS_A_JUDGE,
-    note="Reviews that failed or cannot be read are left out and counted. The judge's prompt is vapr's own and GPT-4-0314 "
-    "is gone, so that only scores of one judge under one prompt compare; published ones do not.",
+    note="Reviews that failed or cannot be read are left out and counted. Only scores of one judge under one prompt "
+    "compare: vapr's prompt is its own, and the GPT-4 of the published scores is gone.",
     judged=JUDGED,
 )

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vapr.errors import UserError, reason_kind
 from vapr.evaluation.benchmarks.benchmark import Benchmark
@@ -14,6 +14,9 @@ from vapr.evaluation.scoring.prediction import Prediction
 from vapr.evaluation.scoring.review import Review, read_reviews, write_reviews
 from vapr.llm.request import Reply, Request
 from vapr.progress import Display
+
+if TYPE_CHECKING:
+    from vapr.llm.server import ServerModel
 
 
 def judge(
@@ -87,7 +90,10 @@ def _lacking(
     return wanted
 
 
-def _ask(model, prompts: Mapping[str, str], before: Review, config: JudgeConfig, file: Path) -> list[Review]:
+def _ask(
+    model: "ServerModel", prompts: Mapping[str, str], before: Review, config: JudgeConfig, file: Path
+) -> list[Review]:
+    """Return reviews in the order of the prompts; each is added to the file as it comes."""
     names = list(prompts)
     requests = [
         Request(
