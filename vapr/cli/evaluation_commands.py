@@ -27,7 +27,7 @@ def judging_options(command: Command) -> Command:
     """Add the options that say who judges; the command gets them as one, ``judging``."""
 
     @click.option("--judge", metavar="URL", help="OpenAI-compatible server of the judge, or a YAML file that has it.")
-    @click.option("--judge-model", metavar="NAME", help="The judge's name at the server.")
+    @click.option("--judge-model", metavar="NAME", help="The judge's name at the server (judge.model).")
     @click.option("--reviews", type=A_PATH, help="Reviews of the judge. [default: reviews.jsonl beside the answers]")
     @wraps(command)
     def run(judge: str | None, judge_model: str | None, reviews: Path | None, **values: Any) -> None:

@@ -61,8 +61,12 @@ class VerdictConfig:
             groups = re.compile(pattern).groups
         except re.error as error:
             raise ValueError(f"verdict.pattern: {pattern!r} is no regular expression ({error})") from None
-        if not groups:
-            raise ValueError(f"verdict.pattern: {pattern!r} has no group; put what is read in brackets")
+        names = re.compile(pattern).groupindex
+        if not groups or ("reference" in names and "score" not in names):
+            raise ValueError(
+                f"verdict.pattern: {pattern!r} lacks a group for the score; write (...), or (?P<score>...) beside a "
+                "(?P<reference>...)"
+            )
         return pattern
 
     @model_validator(mode="after")
@@ -274,12 +278,13 @@ def prompt(config: JudgeSetConfig, prediction: Prediction) -> str:
     values["reference"] = reference(prediction)
 
     def fill(found: re.Match[str]) -> str:
-        if (value := values.get(found[1])) is None:
+        value = values.get(found[1])
+        if value is None and (found[1] == "reference" or found[1] not in values):
             raise UserError(
                 f"question '{prediction.id}' of {config.name}: no {found[1]} for the judge; "
                 f"{config.no_reference if found[1] == 'reference' else 'give the questions, too: --bench SET=PATH'}"
             )
-        return str(value)
+        return "" if value is None else str(value)
 
     return PLACEHOLDER.sub(fill, config.prompt)
 

@@ -1,5 +1,6 @@
 """Which model judges, and how it is asked."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
@@ -62,4 +63,4 @@ class JudgeConfig(ConfigFile):
             return cls.parse({"url": judge, **named}, where="--judge")
         if not judge.endswith((".yaml", ".yml")):
             raise UserError(f"--judge {judge}: give http://HOST:PORT/v1, or a YAML file with url and model")
-        return cls.load(judge, [f"{key}={value}" for key, value in named.items()])
+        return cls.parse(cls.read(Path(judge)) | named, where=judge)

@@ -63,9 +63,8 @@ def ratio(verdicts: Sequence[Verdict], pictures: Sequence[Hashable], seed: int =
     """Return 100 times the mean score over the reference's mean score, with a bootstrap over pictures."""
     if not verdicts:
         return NONE
-    return of_counts(np.array(verdicts), numbered(pictures), {"ratio": lambda c: 100 * c[:, 0] / c[:, 1]}, seed)[
-        "ratio"
-    ]
+    in_percent = {"ratio": lambda c: 100 * c[:, 0] / c[:, 1]}
+    return of_counts(np.array(verdicts), numbered(pictures), in_percent, seed)["ratio"]
 
 
 def share_within(
