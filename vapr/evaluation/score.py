@@ -174,7 +174,7 @@ def _not_scored(
     if why is None:
         why = benchmark.scored
         if benchmark.judged is not None and not any(map(reference, predictions)):
-            why = benchmark.judged.no_reference
+            why = benchmark.judged.no_reference or why
     names = ("accuracy", *YES_NO_KEYS, "unparsed_rate")
     return {
         "benchmark": benchmark.name, "policy": policy, "scored": False, "why": why,

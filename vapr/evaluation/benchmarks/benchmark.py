@@ -65,7 +65,7 @@ class Judged:
         read_review: the scores that a review states; None if it states none.
         figures: of the predictions whose reviews could be read, their verdicts and the seed of the bootstrap. A figure
             ``accuracy`` becomes the common one.
-        no_reference: why questions without a reference answer cannot be judged, and the way out.
+        no_reference: why questions without a reference answer cannot be judged, and the way out; empty if they can.
         read_reviews: reads reviews in a layout of the authors; None if there is none.
     """
 

@@ -177,7 +177,7 @@ class JudgeSetConfig(ConfigFile):
                 prompt=partial(prompt, self),
                 read_review=self.verdict.read,
                 figures=partial(figures, self),
-                no_reference=self.no_reference,
+                no_reference=self.no_reference if "{reference}" in self.prompt else "",
             ),
         )
 

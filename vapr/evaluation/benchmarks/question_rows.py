@@ -65,4 +65,4 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{where}: a row of another number of fields than the header has")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not a readable row ({one_line(error)})") from None
+        raise UserError(f"{path}:{before + 1}: not a readable row ({one_line(error)})") from None

@@ -40,10 +40,10 @@ def reviews_of(
     """
     if benchmark.judged is None and judging == Judging():
         return None
-    judged_by(benchmark)
+    judged = judged_by(benchmark)
     file = judging.file or reviews_file(answers)
     if judging.judge is not None:
-        if not any(map(reference, predictions)):
+        if judged.no_reference and not any(map(reference, predictions)):
             return None
         given = judge(predictions, benchmark, judging.judge, file, say)
     elif file.exists():
