@@ -14,7 +14,7 @@ from vapr.evaluation.scoring.prediction import Prediction
 
 MMHAL = [
     {"question_type": kind, "question_topic": "food", "image_id": f"i{n}", "image_src": f"https://h.org/a/i{n}_o.jpg",
-     "image_content": ["Apple", "Table"], "question": f"What is {kind}?", "gt_answer": f"truth {n}",
+     "image_content": ["Apple", "Table"], "question": f"What is {kind}?" if n < 3 else "What is other?", "gt_answer": f"truth {n}",
      "model_answer": f"said {n}"}
     for n, kind in enumerate(["attribute", "counting", "other", "relation"])
 ]  # fmt: skip
@@ -35,6 +35,30 @@ def test_mmhal_from_its_own_layout(tmp_path):
     assert result["figures"]["hallucination_rate"]["value"] == 2 / 4  # 2 and 0, not 3
     assert result["splits"]["counting"]["figures"]["score"]["value"] == 2
     assert "do not compare" in result["note"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([{**MMHAL[0], "question": "Who?"}], "mine.json: row 1: 'Who?' is no question of mmhal"),
+        ([{**MMHAL[0], "image_src": "other.jpg"}], "mine.json: row 1: 'What is attribute?' is no question of mmhal"),
+        ([MMHAL[0], MMHAL[0]], "question '1' of mmhal stands twice"),
+        (MMHAL[:2], "2 answers to 4 questions; '3' has none"),
+        ([{k: v for k, v in MMHAL[0].items() if k != "model_answer"}], "mine.json: row 1: no 'model_answer'"),
+        ([{k: v for k, v in MMHAL[0].items() if k != "image_src"}], "mine.json: row 1: no 'image_src'"),
+    ],
+)  # fmt: skip
+def test_results_that_do_not_fit(tmp_path, rows, line):
+    (tmp_path / "response_template.json").write_text(json.dumps(MMHAL))
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    assert line in refused(tmp_path / "mine.json", "--bench", f"mmhal={tmp_path / 'response_template.json'}")
+
+
+def test_equal_questions_need_ids(tmp_path):
+    (tmp_path / "response_template.json").write_text(json.dumps([MMHAL[0], MMHAL[0]]))
+    (tmp_path / "mine.json").write_text(json.dumps(MMHAL[:1]))
+    line = refused(tmp_path / "mine.json", "--bench", f"mmhal={tmp_path / 'response_template.json'}")
+    assert "some questions are equal, picture included; the set needs columns.id to tell them" in line
 
 
 def test_what_mmhals_judge_is_told(tmp_path):
