@@ -1,14 +1,12 @@
 """Score what judges said of answers: the same object as of answers that rules read."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vapr.errors import reason_kind
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.scoring.figures import NONE, Figure, share
 from vapr.evaluation.scoring.prediction import Prediction
-from vapr.evaluation.scoring.review import Review
+from vapr.evaluation.scoring.review import Review, count_problems
 from vapr.evaluation.scoring.verdicts import Verdict
 
 UNREADABLE = "no verdict could be read from it"
@@ -48,7 +46,7 @@ def figures_of(rows: Sequence[Judgement], benchmark: Benchmark, seed: int, commo
 def problems_of(rows: Sequence[Judgement], reviews: Mapping[str, Review]) -> dict[str, int]:
     """Count the reviews without a verdict by what is wrong with them."""
     without = [reviews[prediction.id] for prediction, verdict in rows if verdict is None]
-    return dict(Counter(UNREADABLE if r.review is not None else reason_kind(r.problem or "no review") for r in without))
+    return count_problems(UNREADABLE if r.review is not None else r.problem or "no review" for r in without)
 
 
 def judge_of(rows: Sequence[Judgement], reviews: Mapping[str, Review]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_half_of_the_real_reviews_fail(real, tmp_path):
     assert result["figures"]["relative_score"]["value"] == pytest.approx(
         100 * sum(model for _, model in left) / sum(gpt for gpt, _ in left)
     )
-    assert result["problems"] == {"a review marked as failed ([-N, -N])": 30}
+    assert result["problems"] == {"marked as failed by who asked for it": 30}
     assert (result["unparsed"], result["unparsed_rate"], result["figures"]["relative_score"]["count"]) == (30, 0.5, 30)
 
 

@@ -176,7 +176,7 @@ def test_failed_reviews_are_counted_and_asked_for_again(tmp_path, serve):
     assert code == 0 and "judge j: 4 of 8 reviews failed: 4 x HTTP 400: too long" in err
     assert (result["questions"], result["unparsed"], result["unparsed_rate"]) == (8, 4, 0.5)
     assert result["figures"]["score"]["value"] == 6 / 4 and result["figures"]["score"]["count"] == 4  # 0 1 2 3
-    assert result["problems"] == {"HTTP N: too long": 4}
+    assert result["problems"] == {"HTTP 400: too long": 4}
     assert scored(answers, "--bench", bench) == result  # stored as failures, too
     server.models = ("well",)
     assert scored(answers, "--bench", bench, "--judge", server.url, "--judge-model", "j")["unparsed"] == 0

@@ -125,7 +125,7 @@ def read_reviews(path: Path) -> list[Review]:
                 raise UserError(f"{where}: 'tuple' is {str(scores)[:40]}, not the two scores of a review")
             review = f"{scores[0]:g} {scores[1]:g}"
             if min(scores) < 0:
-                problem = "a review marked as failed ([-1, -1])"
+                problem = "marked as failed by who asked for it"
         reviews.append(
             Review(
                 benchmark="llava-bench", id=str(row["question_id"]), judge=f"unknown, of {path.name}",

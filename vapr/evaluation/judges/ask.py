@@ -1,17 +1,16 @@
 """Ask a judge for reviews of answers: those that are stored already are not asked for again."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from vapr.errors import UserError, reason_kind
+from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.judges.config import SEED, TEMPERATURE, JudgeConfig
 from vapr.evaluation.judges.stored import asked, is_own, judged_by
 from vapr.evaluation.scoring.prediction import Prediction
-from vapr.evaluation.scoring.review import Review, read_reviews, write_reviews
+from vapr.evaluation.scoring.review import Review, count_problems, read_reviews, write_reviews
 from vapr.llm.request import Reply, Request
 from vapr.progress import Display
 
@@ -137,9 +136,7 @@ def _say_failures(reviews: Sequence[Review], who: str, say: Callable[[str], None
     problems = [review.problem or "no review" for review in reviews if review.review is None]
     if not problems:
         return
-    kinds = Counter(map(reason_kind, problems))
-    first = {reason_kind(problem): problem for problem in reversed(problems)}
-    told = "; ".join(f"{count:,} x {first[kind]}" for kind, count in kinds.most_common(3))
+    told = "; ".join(f"{count:,} x {problem}" for problem, count in list(count_problems(problems).items())[:3])
     if len(problems) == len(reviews):
         raise UserError(f"{who}: no review came of {len(reviews):,} that were asked for: {told}; run it again later")
     say(f"{who}: {len(problems):,} of {len(reviews):,} reviews failed: {told}; the same command asks for them again")

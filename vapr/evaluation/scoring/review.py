@@ -1,13 +1,14 @@
 """What a judge said of an answer: the rows of ``reviews.jsonl``."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vapr.cache import written_whole
-from vapr.errors import UserError
+from vapr.errors import UserError, reason_kind
 from vapr.evaluation.scoring.prediction import read_json_lines
 
 
@@ -53,6 +54,13 @@ def write_reviews(path: Path, reviews: Iterable[Review]) -> None:
     with written_whole(path) as file:
         for review in reviews:
             file.write(f"{review.as_json()}\n".encode(errors="backslashreplace"))
+
+
+def count_problems(problems: Iterable[str]) -> dict[str, int]:
+    """Count problems by their kind, the most frequent first; each kind is named by its first problem."""
+    first: dict[str, str] = {}
+    counts = Counter(first.setdefault(reason_kind(problem), problem) for problem in problems)
+    return dict(counts.most_common())
 
 
 def _review(row: dict[str, Any], where: str) -> Review:
