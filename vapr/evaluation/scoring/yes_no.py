@@ -38,10 +38,11 @@ def figures_of(
     intervals allow.
     """
     counts, pictures = counts_of(gold, said), numbered(groups)
-    figures = of_counts(counts, pictures, MEASURES, seed)
+    figures = of_counts(counts, pictures, STATISTICS, seed)
     for name, (of, over) in SHARES.items():
-        among = counts[:, over].sum(axis=1) > 0
-        figures[name] = replace(share(counts[among][:, of].sum(axis=1), pictures[among]), count=len(counts))
+        among = counts[:, over].any(axis=1)
+        held = np.asarray(counts[among][:, of].any(axis=1))
+        figures[name] = replace(share(held, pictures[among]), count=len(counts))
     for name in ("f1", "f1_no", "balanced_accuracy", "gap"):
         figure = figures[name]
         if figure.interval is not None and figure.interval[1] - figure.interval[0] < 1e-9:
@@ -124,6 +125,16 @@ def _z(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(known, hits, np.nan), np.where(known, alarms, np.nan)
 
 
+STATISTICS = {
+    "f1": _f1,
+    "f1_no": _f1_no,
+    "gap": lambda c: _yes_rate(c) - _yes(c) / _all(c),
+    "balanced_accuracy": lambda c: (c[:, YES_YES] / _yes(c) + c[:, NO_NO] / _no(c)) / 2,
+    "d_prime": lambda c: np.subtract(*_z(c)),
+    "criterion": lambda c: -np.add(*_z(c)) / 2,
+}
+"""Figures that are no shares, as functions of counts (R, 6)."""
+
 YES, NO = [YES_YES, YES_NO, YES_UNPARSED], [NO_YES, NO_NO, NO_UNPARSED]
 SHARES = {
     "accuracy": ([YES_YES, NO_NO], [*YES, *NO]),
@@ -141,19 +152,9 @@ SHARES = {
 """Figures that are shares: of which kinds, among which."""
 
 
-def _ratio(of: Sequence[int], over: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda c: c[:, list(of)].sum(axis=1) / c[:, list(over)].sum(axis=1)
-
-
-MEASURES = {
-    "f1": _f1,
-    "f1_no": _f1_no,
-    "gap": lambda c: _yes_rate(c) - _yes(c) / _all(c),
-    "balanced_accuracy": lambda c: (c[:, YES_YES] / _yes(c) + c[:, NO_NO] / _no(c)) / 2,
-    "d_prime": lambda c: np.subtract(*_z(c)),
-    "criterion": lambda c: -np.add(*_z(c)) / 2,
-}
-"""Figures that are no shares, as functions of counts (R, 6)."""
-
-STATISTICS = {name: _ratio(*kinds) for name, kinds in SHARES.items()} | MEASURES
-"""All that :func:`figures_of` returns, as functions of counts (R, 6)."""
+def statistic(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a figure as a function of counts (R, 6) that returns (R,), NaN where it is undefined."""
+    if name in STATISTICS:
+        return STATISTICS[name]
+    of, over = SHARES[name]
+    return lambda c: c[:, of].sum(axis=1) / c[:, over].sum(axis=1)
