@@ -16,7 +16,7 @@ from vapr.errors import BadRow, UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.readers.pictures import LONGEST_INDEX, encoded, resolve, save, several
 from vapr.evaluation.readers.shape import Row, Shape, as_text
-from vapr.evaluation.readers.tables import Table, data_files
+from vapr.evaluation.readers.tables import Table
 from vapr.evaluation.scoring.prediction import Question
 
 VERSION = 1
@@ -70,7 +70,8 @@ def write_own_files(table: Table, shape: Shape, folder: Path, *, pictures: bool)
     Returns:
         The place in the table of each line, by name of the file.
     """
-    rows = _without_pictures(table, shape, folder if pictures else None)
+    parts: Sequence[Table] = getattr(table, "parts", [table])
+    rows = [row for part in parts for row in _without_pictures(part, shape, folder if pictures else None)]
     lines: dict[str, list[tuple[str, Row]]] = {}
     for where, row in rows:
         try:
@@ -125,7 +126,7 @@ def _without_pictures(table: Table, shape: Shape, folder: Path | None) -> list[t
             if short or (column == "image" and column not in row):
                 paths = _beside(table.path, short or row.get("image_path"))
             else:
-                paths = _saved(row, column, index or str(number), shape, folder, where)
+                paths = _saved(row, column, f"{table.path.stem}-{index or number}", shape, folder, where)
             row[column] = _one_or_list(paths)
             if paths and index:
                 own[index] = paths
@@ -167,7 +168,8 @@ def _beside(table: Path, given: object) -> list[str]:
 
 
 def _one_or_list(paths: Sequence[str]) -> str | list[str]:
-    return paths[0] if len(paths) == 1 else list(paths)
+    """Return one path as such, several as a list, none as an empty text."""
+    return list(paths) if len(paths) > 1 else "".join(paths)
 
 
 def _plain(key: str) -> str:
@@ -177,7 +179,6 @@ def _plain(key: str) -> str:
 
 def _identity(table: Table) -> str:
     """Return a text that changes with the content of a table."""
-    if digest := getattr(table, "digest", None):
-        return str(digest)
-    files = data_files(table.path) if table.path.is_dir() else [table.path]
-    return "|".join(map(file_identity, files))
+    if parts := getattr(table, "parts", None):
+        return "|".join(map(_identity, parts))
+    return str(getattr(table, "digest", None) or file_identity(table.path))

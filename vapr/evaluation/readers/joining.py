@@ -21,8 +21,8 @@ FAILED = "Failed to obtain answer"
 class Answer:
     """An answer, and what its row tells about the question.
 
-    ``ids`` are what the question may be called, ``question`` its text, perhaps with more around it; ``image``, ``split``
-    and ``truth`` are None where the row does not tell. ``order`` is the row's number in the tool's own data set.
+    ``ids`` are what the question may be called, ``question`` its text, perhaps with more around it. ``image``,
+    ``split`` and ``truth`` are None where the row does not tell. ``order`` is the row's number in the tool's data set.
     """
 
     where: str
@@ -53,8 +53,8 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], file: Path) -
     for answer, question in zip(answers, shared, strict=True):
         if question.id in taken:
             raise UserError(
-                f"{answer.where}: a second answer to question '{question.id}', after {taken[question.id]}; keep one run "
-                "in a file"
+                f"{answer.where}: a second answer to question '{question.id}', after {taken[question.id]}; keep one "
+                "run in a file"
             )
         taken[question.id] = answer.where
         predictions.append(Prediction.of(question, answer.text, **answer.more))
@@ -66,7 +66,7 @@ def _by_id(answers: Sequence[Answer], questions: Sequence[Question]) -> list[lis
     known = {question.id: question for question in questions}
     found = []
     for answer in answers:
-        fitting = [known[id] for id in answer.ids if id in known and _agree(answer, known[id])]
+        fitting = [known[id] for id in dict.fromkeys(answer.ids) if id in known and _agree(answer, known[id])]
         if not fitting:
             return None
         found.append(_narrowed(answer, fitting))
@@ -109,11 +109,16 @@ def _hand_out(answers: Sequence[Answer], found: Sequence[list[Question]], file: 
     for ids, members in groups.items():
         fitting = found[members[0]]
         alike = {(_words(q.question), str(q.meta.get("image")), str(q.answer)) for q in fitting}
-        if len(alike) > 1 or len(members) != len(fitting):
-            answer = answers[members[0]]
+        where = answers[members[0]].where
+        if len(alike) > 1:
             raise UserError(
-                f"{answer.where}: could answer {len(ids):,} questions ('{ids[0]}', '{ids[1]}', ...), and its row names "
-                f"no picture; give the tool's own questions: --bench {fitting[0].benchmark}=PATH"
+                f"{where}: could answer {len(ids):,} questions ('{ids[0]}', '{ids[1]}', ...), and its row names no "
+                f"picture; give the tool's own questions: --bench {fitting[0].benchmark}=PATH"
+            )
+        if len(members) != len(fitting):
+            raise UserError(
+                f"{where}: {len(members):,} answer(s) to what {len(ids):,} questions ask ('{ids[0]}', '{ids[1]}', ...), "
+                "and nothing tells to which; give the answers to all splits, or to one that the file's name tells"
             )
         for question, number in zip(fitting, sorted(members, key=lambda n: answers[n].order), strict=True):
             chosen[number] = question
@@ -137,7 +142,7 @@ def _agree(answer: Answer, question: Question) -> bool:
     if image and name and not _unnamed(str(name)) and not _unnamed(image) and _stem(image) != _stem(str(name)):
         return False
     said, asked = _words(answer.question), _words(question.question)
-    return not said or asked in said or said in asked
+    return not said or said in asked or _first_line(question.question) in said
 
 
 def _same_split(answer: Answer, question: Question) -> bool:

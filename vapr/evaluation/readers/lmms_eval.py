@@ -18,8 +18,8 @@ TASK = re.compile(r"_samples_(.+)\.jsonl$")
 NEEDED = ("doc_id", "filtered_resps")
 IMAGE_KEYS = ("image_source", "image_path", "filename", "image_id", "image")
 ABOUT_THE_RUN = {
-    "doc_id", "doc", "target", "arguments", "input", "resps", "filtered_resps", "doc_hash", "prompt_hash", "target_hash",
-    "input_media", "token_counts",
+    "doc_id", "doc", "target", "arguments", "input", "resps", "filtered_resps", "doc_hash", "prompt_hash",
+    "target_hash", "input_media", "token_counts",
 }  # fmt: skip
 """Keys of a sample that are not a metric's. What a metric keeps names the question, for the document is not logged."""
 
@@ -49,7 +49,7 @@ def samples_of(file: Path) -> list[tuple[str, Row]] | None:
     if "results" in whole and {"configs", "config", "n-samples", "versions"} & whole.keys():
         samples = file.name.replace("_results.json", "_samples_TASK.jsonl")
         raise UserError(
-            f"{file}: lmms-eval's scores, without an answer in them; give {samples}, which --log_samples writes beside it"
+            f"{file}: lmms-eval's scores, without an answer in them; give {samples}, which --log_samples writes"
         )
     return None
 

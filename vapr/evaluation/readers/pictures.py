@@ -1,4 +1,4 @@
-"""Pictures inside the tables of benchmarks: base64, other rows' indices, structs of bytes; and those that are missing."""
+"""Pictures inside the tables of benchmarks (base64, other rows' indices, structs of bytes), and missing ones."""
 
 import ast
 import base64

@@ -11,6 +11,9 @@ from vapr.evaluation.readers.delimited import Delimited
 
 ARROW = (".parquet", ".arrow")
 DELIMITED = (".tsv", ".csv")
+DATASET_SUFFIXES = (*ARROW, *DELIMITED, ".xlsx")
+"""Endings that only tables have; .json can be anything."""
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -51,12 +54,29 @@ class Sheet:
             yield f"{self.path}:{number + 2}", row
 
 
+class Together:
+    """Tables that hold one benchmark, such as VLMEvalKit's files of the 2D and the 3D part of CV-Bench."""
+
+    def __init__(self, path: Path, parts: Sequence[Table]) -> None:
+        self.path, self.parts = path, parts
+        self.columns = tuple(name for name in parts[0].columns if all(name in part.columns for part in parts))
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for part in self.parts:
+            yield from part
+
+
+def is_data_set(name: str) -> bool:
+    """Return whether a name that is no file here can be one of a data set of the hub."""
+    return HUB_NAME.fullmatch(name) is not None and Path(name).suffix not in (*DATASET_SUFFIXES, ".json", ".jsonl")
+
+
 def open_table(path: Path, split: str | None = None) -> Table | None:
     """Open a file, a folder or a hub data set as one table; None if it is not of a kind that is a table.
 
     Args:
-        path: a file by its ending; a folder with parquet or Arrow files at any depth, or one that ``save_to_disk``
-            wrote; or ``owner/name`` of a data set of the hub, if nothing of that name is here.
+        path: a file by its ending; a folder with parquet or Arrow files at any depth, with .tsv or .csv files, or one
+            that ``save_to_disk`` wrote; or ``owner/name`` of a data set of the hub, if nothing of that name is here.
         split: of a data set. Of shards that are named after splits, only those of this one are read.
 
     Raises:
@@ -66,7 +86,7 @@ def open_table(path: Path, split: str | None = None) -> Table | None:
     if path.is_dir():
         return _open_folder(path, split)
     if not path.exists():
-        return _open_hub(path, split) if HUB_NAME.fullmatch(str(path)) else None
+        return _open_hub(path, split) if is_data_set(str(path)) else None
     if suffix in DELIMITED:
         return Delimited(path)
     if suffix == ".xlsx":
@@ -110,7 +130,9 @@ def _open_folder(folder: Path, split: str | None) -> Table | None:
         return Numbered(folder, [_table_rows().open_saved(folder, split or "test")])
     files = data_files(folder)
     if not files:
-        return None
+        tables = sorted(file for suffix in DELIMITED for file in folder.glob(f"*{suffix}"))
+        alone = not any(folder.glob("*.json*"))  # else the authors' own files are there
+        return Together(folder, [Delimited(file) for file in tables]) if tables and alone else None
     if split is not None and (named := [file for file in files if file.name.startswith(split)]):
         files = named
     return Numbered(folder, _table_rows().open_tables(files))
@@ -159,6 +181,8 @@ def _read_sheet(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     if not named:
         raise UserError(f"{path}: its first row names no columns")
     objects = [
-        {header[n]: row[n] if n < len(row) else None for n in named} for row in values if any(v is not None for v in row)
+        {header[n]: row[n] if n < len(row) else None for n in named}
+        for row in values
+        if any(v is not None for v in row)
     ]
     return tuple(header[n] for n in named), objects

@@ -22,9 +22,7 @@ def refuse_judged(file: Path) -> None:
         UserError: naming the file to give.
     """
     if file.suffix == ".pkl":
-        raise UserError(
-            f"{file}: a pickle can run code and is not read; give VLMEvalKit's MODEL_DATASET.xlsx (or set PRED_FORMAT=tsv)"
-        )
+        raise UserError(f"{file}: a pickle can run code and is not read; give VLMEvalKit's MODEL_DATASET.xlsx")
     if ending := next((ending for ending in JUDGED if file.stem.endswith(f"_{ending}")), None):
         answers = file.stem.removesuffix(f"_{ending}")
         raise UserError(

@@ -57,8 +57,8 @@ def _seed_tsv(row: Row) -> Iterator[Row]:
     options = [as_text(row.get(letter)) for letter in "ABCD"]
     yield {
         "question_id": f"tsv-{as_text(row['index'])}", "question_type_id": names.index(kind) + 1,
-        "question": row["question"], **dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), options, strict=True)),
-        "answer": row["answer"], "data_id": row["image"].removeprefix("SEED-Bench-image/"),
+        "question": row["question"], "choice_a": options[0], "choice_b": options[1], "choice_c": options[2],
+        "choice_d": options[3], "answer": row["answer"], "data_id": row["image"].removeprefix("SEED-Bench-image/"),
     }  # fmt: skip
 
 
