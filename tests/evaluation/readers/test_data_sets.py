@@ -2,8 +2,8 @@
 
 import pyarrow
 import pytest
-from tests.evaluation.readers.tool_files import number_of, pope_hub_rows, pope_own_files, write_parquet
 
+from tests.evaluation.readers.tool_files import number_of, pope_hub_rows, pope_own_files, write_parquet
 from vapr.errors import UserError
 from vapr.evaluation.readers.open import open_benchmark
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.evaluation.readers.tool_files import lmms_sample, pope_hub_rows, pope_own_files, shuffled, write_jsonl
 
+from tests.evaluation.readers.tool_files import lmms_sample, pope_hub_rows, pope_own_files, shuffled, write_jsonl
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.pope import POPE
 from vapr.evaluation.readers.open import open_answers, open_benchmark

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tests.evaluation.readers.tool_files import (
     number_of,
     pope_own_files,
@@ -13,7 +14,6 @@ from tests.evaluation.readers.tool_files import (
     write_tsv,
     write_xlsx,
 )
-
 from vapr.cache import user_cache
 from vapr.errors import UserError
 from vapr.evaluation.readers.open import open_answers, open_benchmark
@@ -251,7 +251,7 @@ def test_partial_answers_are_scored_when_asked(tsv, tmp_path):
 def test_a_table_that_names_no_pictures_is_not_joined_by_guess(tmp_path):
     """The same thing is asked about two pictures, and nothing tells which of the authors' questions is answered."""
     own = pope_own_files(tmp_path)
-    rows = [row for row in (tmp_path / "coco_pope_random.json").read_text().splitlines()]
+    rows = (tmp_path / "coco_pope_random.json").read_text().splitlines()
     again = [{**json.loads(rows[0]), "question_id": 7, "image": "other.jpg", "label": "no"}]
     (tmp_path / "coco_pope_random.json").write_text("\n".join([*rows, json.dumps(again[0])]) + "\n")
     said = [

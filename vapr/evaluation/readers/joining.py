@@ -117,8 +117,8 @@ def _hand_out(answers: Sequence[Answer], found: Sequence[list[Question]], file: 
             )
         if len(members) != len(fitting):
             raise UserError(
-                f"{where}: {len(members):,} answer(s) to what {len(ids):,} questions ask ('{ids[0]}', '{ids[1]}', ...), "
-                "and nothing tells to which; give the answers to all splits, or to one that the file's name tells"
+                f"{where}: {len(members):,} answer(s) to what {len(ids):,} questions ask ('{ids[0]}', '{ids[1]}', "
+                "...), and nothing tells to which; give the answers to all splits, or to one that the file's name tells"
             )
         for question, number in zip(fitting, sorted(members, key=lambda n: answers[n].order), strict=True):
             chosen[number] = question
