@@ -100,7 +100,10 @@ def _read_results(file: Path, benchmark: Benchmark, questions: Sequence[Question
             results = lmms_eval.read_answers(samples, file, benchmark, questions)
             return _with_note(results, f"{file}: read as a log of lmms-eval")
         table = open_table(file)
-        if table is not None and "prediction" in table.columns and "question" in table.columns:
+        if table is not None and {"prediction", "vapr_id"} <= set(table.columns):
+            results = vlmevalkit.read_own_answers(table, questions)
+            return _with_note(results, f"{file}: read as answers to questions that vapr handed over")
+        if table is not None and {"prediction", "question"} <= set(table.columns):
             shapes = SHAPES.get(benchmark.name, ())
             shape = next((shape for shape in shapes if shape.fits(table.columns)), None)
             if shape is None:

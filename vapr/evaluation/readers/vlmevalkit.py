@@ -51,3 +51,19 @@ def read_answers(table: Table, shape: Shape, benchmark: Benchmark, questions: Se
         for number, (where, asked) in enumerate(questions_of_answers(table, shape, benchmark))
     ]  # fmt: skip
     return join(answers, questions, table.path)
+
+
+def read_own_answers(table: Table, questions: Sequence[Question]) -> Results:
+    """Read the answers of a table whose questions vapr wrote: they name themselves.
+
+    Raises:
+        UserError: naming a row that answers none of the questions.
+    """
+    answers = [
+        Answer(
+            where=where, text=as_text(row["prediction"]), ids=(as_text(row["vapr_id"]).removeprefix("vapr:"),),
+            question=as_text(row.get("question")), truth=row.get("answer"), order=number,
+        )
+        for number, (where, row) in enumerate(table)
+    ]  # fmt: skip
+    return join(answers, questions, table.path)
