@@ -157,7 +157,7 @@ def changed(rows: list[dict], number: int, **values) -> list[dict]:
 
 
 BAD_TABLES = {
-    "wrong columns": ([{"id": 1, "text": "a", "label": "b"}], "its columns (id, text, label) are not those of POPE: VLMEvalKit's POPE.tsv has index, question, answer, category"),
+    "wrong columns": ([{"id": 1, "text": "a", "label": "b"}], "its columns (id, text, label) are not those of POPE: lmms-lab/POPE has question_id, question, answer, category, image_source; VLMEvalKit's POPE.tsv has index, question, answer, category"),
     "an index twice": (changed(pope_tsv_rows(), 3, index=2), "POPE.tsv:5: index 2 stands twice"),
     "an index of nothing": (changed(pope_tsv_rows(), 3, image="99"), "POPE.tsv:5: 'image' of index 3 is '99', neither a picture nor an index that has one"),
     "a circle": (changed(changed(pope_tsv_rows(), 3, image="2"), 2, image="3"), "'image' of index 2 leads in a circle: 2 -> 3 -> 2"),
@@ -177,14 +177,15 @@ def test_bad_tables_of_questions(tmp_path, case):
 def test_a_row_that_the_benchmark_refuses_is_named_as_it_is_in_the_table(tmp_path, monkeypatch):
     from vapr.evaluation.readers.shapes import SHAPES
 
-    shape = SHAPES["pope"][0]
+    shape = SHAPES["pope"][1]
 
     def without_label(row):
-        return ({k: v for k, v in own.items() if k != "label" or row["index"] != "2"} for own in shape.rows(row))
+        return (
+            (name, {k: v for k, v in own.items() if k != "label" or row["index"] != "2"})
+            for name, own in shape.rows(row)
+        )
 
-    monkeypatch.setitem(
-        SHAPES, "pope", (type(shape)(title="a tool's", needs=shape.needs, rows=without_label, file=shape.file),)
-    )
+    monkeypatch.setitem(SHAPES, "pope", (type(shape)(title="a tool's", needs=shape.needs, rows=without_label),))
     with pytest.raises(UserError, match=r"POPE.tsv:4: no 'label'"):
         open_benchmark(f"pope={write_tsv(tmp_path / 'POPE.tsv', pope_tsv_rows())}")
 

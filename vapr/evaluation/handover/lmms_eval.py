@@ -16,6 +16,9 @@ from vapr.evaluation.scoring.prediction import Question
 CLASSES = {"qwen2_5_vl": "qwen2_5_vl", "qwen2_vl": "qwen2_vl", "llava": "llava_hf"}
 """Names of lmms-eval's models by ``model_type``."""
 
+MORE = {"llava_hf": ",device_map=auto"}
+"""Arguments of a model that it does not run without: transformers refuses this one's empty default."""
+
 ROWS_AT_A_TIME = 64
 
 
@@ -38,7 +41,7 @@ def write(task: Task) -> Call:
         with written_whole(folder / f"{task_name(name)}.yaml") as file:
             file.write(_task_yaml(name, data, task.max_new_tokens).encode())
     arguments = [
-        "-m", "lmms_eval", "--model", model_class, "--model_args", f"pretrained={task.model.absolute()}",
+        "-m", "lmms_eval", "--model", model_class, "--model_args", f"pretrained={task.model.absolute()}{MORE.get(model_class, '')}",
         "--tasks", ",".join(map(task_name, task.questions)), "--include_path", str((task.folder / "tasks").absolute()),
         "--batch_size", "1", "--log_samples", "--output_path", str((task.folder / "logs").absolute()),
     ]  # fmt: skip

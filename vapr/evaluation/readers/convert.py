@@ -14,7 +14,7 @@ from vapr.cache import file_identity, user_cache, written_whole
 from vapr.data.text_rows import PICTURES
 from vapr.errors import BadRow, UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
-from vapr.evaluation.readers.pictures import LONGEST_INDEX, encoded, resolve, save, several
+from vapr.evaluation.readers.pictures import LONGEST_INDEX, UNNAMED, encoded, resolve, save, several
 from vapr.evaluation.readers.shape import Row, Shape, as_text
 from vapr.evaluation.readers.tables import Table
 from vapr.evaluation.scoring.prediction import Question
@@ -44,7 +44,7 @@ def questions_of_table(table: Table, shape: Shape, benchmark: Benchmark, *, pict
         places = write_own_files(table, shape, folder, pictures=pictures)
         with written_whole(done) as file:
             file.write(json.dumps(places).encode())
-    return read_own_files(folder, json.loads(done.read_text()), benchmark)
+    return read_own_files(folder, json.loads(done.read_text()), shape, benchmark)
 
 
 def questions_of_answers(table: Table, shape: Shape, benchmark: Benchmark) -> list[tuple[str, Question]]:
@@ -57,8 +57,8 @@ def questions_of_answers(table: Table, shape: Shape, benchmark: Benchmark) -> li
     """
     with tempfile.TemporaryDirectory() as folder:
         places = write_own_files(table, shape, Path(folder), pictures=False)
-        questions = read_own_files(Path(folder), places, benchmark)
-    where = [place for file in places.values() for place in file]
+        questions = read_own_files(Path(folder), places, shape, benchmark)
+    where = [place for name, file in places.items() if name not in shape.beside for place in file]
     if len(where) != len(questions):
         raise UserError(f"{table.path}: {len(where):,} rows make {len(questions):,} questions of {benchmark.title}")
     return list(zip(where, questions, strict=True))
@@ -75,24 +75,33 @@ def write_own_files(table: Table, shape: Shape, folder: Path, *, pictures: bool)
     lines: dict[str, list[tuple[str, Row]]] = {}
     for where, row in rows:
         try:
-            for own in shape.rows(row):
-                lines.setdefault(shape.file(own), []).append((where, own))
+            for name, own in shape.rows(row):
+                lines.setdefault(name, []).append((where, own))
         except KeyError as error:
             raise UserError(f"{where}: no column {error}; {shape.title} has {', '.join(shape.needs)}") from None
         except (BadRow, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: not a row of {shape.title}: {error}") from None
-    for name, found in sorted(lines.items()):
+    for name, found in lines.items():
         with written_whole(folder / name) as file:
-            for _, own in found:
-                file.write(json.dumps(own, ensure_ascii=False).encode(errors="replace") + b"\n")
+            file.write(_text([own for _, own in found], shape.form).encode(errors="replace"))
     return {name: [where for where, _ in found] for name, found in sorted(lines.items())}
 
 
-def read_own_files(folder: Path, places: dict[str, list[str]], benchmark: Benchmark) -> list[Question]:
+def _text(rows: Sequence[Row], form: str) -> str:
+    """Return the content of one of the authors' files."""
+    if form == "tabs":
+        cells = ([" ".join(str(value).split()) for value in row.values()] for row in rows)
+        return "".join("\t".join(row) + "\n" for row in cells)
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return "[" + ",\n".join(texts) + "]\n" if form == "list" else "".join(f"{text}\n" for text in texts)
+
+
+def read_own_files(folder: Path, places: dict[str, list[str]], shape: Shape, benchmark: Benchmark) -> list[Question]:
     """Read what :func:`write_own_files` wrote with the benchmark's own reader; what that refuses is named as it was."""
     if not places:
         return []
-    at = folder / next(iter(places)) if len(places) == 1 else folder
+    (first, *others) = places
+    at = folder if others or "/" in first or shape.form == "tabs" else folder / first
     try:
         return benchmark.read(at)
     except UserError as error:
@@ -145,7 +154,7 @@ def _saved(row: Row, column: str, key: str, shape: Shape, folder: Path | None, w
             if one.get("path"):
                 paths.append(str(one["path"]))
             continue
-        name = shape.name(row, column, number) if shape.name else f"pictures/{_plain(key)}-{column}-{number}"
+        name = shape.name(row, column, number) if shape.name else f"pictures/{UNNAMED}{_plain(key)}-{column}-{number}"
         if folder is None:
             paths.append(name)
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Results
+from vapr.evaluation.readers.pictures import UNNAMED
 from vapr.evaluation.scoring.prediction import Prediction, Question
 
 _MARK = re.compile(r"<image[^>]*>")
@@ -173,4 +174,4 @@ def _stem(name: str) -> str:
 
 def _unnamed(name: str) -> bool:
     """Return whether a picture has no name but its place in a table."""
-    return name.startswith("pictures/")
+    return _stem(name).startswith(UNNAMED)

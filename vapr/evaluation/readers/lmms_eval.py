@@ -1,5 +1,6 @@
 """Logs of lmms-eval: what ``--log_samples`` writes, JSON lines since its version 0.3, one JSON object before."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,10 @@ def _facts(sample: Row) -> Row:
 def _ids(facts: Row, benchmark: str) -> tuple[str, ...]:
     ids = []
     for template in ("{vapr_id}", *LOG_IDS.get(benchmark, ())):
+        if callable(template):
+            with contextlib.suppress(ValueError, TypeError):  # the log does not tell
+                ids.append(template(facts))
+            continue
         names = [name for _, name, _, _ in Formatter().parse(template) if name]
         if all(as_text(facts.get(name)) for name in names):
             ids.append(template.format(**{name: as_text(facts[name]) for name in names}))

@@ -15,6 +15,9 @@ from vapr.evaluation.scoring.prediction import Question
 LONGEST_INDEX = 64
 """Characters up to which VLMEvalKit takes an ``image`` for the index of another row, whose picture is meant."""
 
+UNNAMED = "index-"
+"""How the names of pictures begin that have none but their place in a table."""
+
 
 def several(value: Any) -> list[Any]:
     """Return the pictures of a field that may hold a list, also as text; of an empty field none."""

@@ -4,7 +4,7 @@ import ast
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vapr.errors import BadRow
 
@@ -19,18 +19,20 @@ class Shape:
     Attributes:
         title: whose files look like that.
         needs: the columns by which they are told.
-        rows: the benchmark's own rows, keys as in its authors' files, of a row; pictures are paths by then.
-        file: the name that the authors give to the file of such a row; several make a folder.
+        rows: what the benchmark's authors would have written for a row: names of files and rows of them. Pictures are
+            paths by then, from the folder of the files on.
+        beside: names of those files that hold no question.
+        form: how the authors' files hold rows: JSON lines, a JSON list, or cells with tabs between them.
         pictures: columns that hold pictures.
-        name: the path of a picture, from the folder of the files on, given row, column and number; without an ending
-            one is added.
+        name: the path of a picture, given row, column and number. An ending is added where it has none.
         split: of the data set on the hub.
     """
 
     title: str
     needs: tuple[str, ...]
-    rows: Callable[[Row], Iterable[Row]]
-    file: Callable[[Row], str]
+    rows: Callable[[Row], Iterable[tuple[str, Row]]]
+    beside: tuple[str, ...] = ()
+    form: Literal["lines", "list", "tabs"] = "lines"
     pictures: tuple[str, ...] = ("image",)
     name: Callable[[Row, str, int], str] | None = None
     split: str | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vapr.data.sources import SPLIT_NAME
 from vapr.data.text_rows import JsonLines, open_rows
 from vapr.errors import BadRow, UserError, one_line
 from vapr.evaluation.readers.delimited import Delimited
@@ -133,8 +134,10 @@ def _open_folder(folder: Path, split: str | None) -> Table | None:
         tables = sorted(file for suffix in DELIMITED for file in folder.glob(f"*{suffix}"))
         alone = not any(folder.glob("*.json*"))  # else the authors' own files are there
         return Together(folder, [Delimited(file) for file in tables]) if tables and alone else None
-    if split is not None and (named := [file for file in files if file.name.startswith(split)]):
-        files = named
+    if split is not None and all(SPLIT_NAME.match(file.name) for file in files):
+        files = [file for file in files if file.name.startswith(split)]
+        if not files:
+            raise UserError(f"{folder}: no parquet or Arrow file of the split '{split}' in it; name the file itself")
     return Numbered(folder, _table_rows().open_tables(files))
 
 
