@@ -40,8 +40,9 @@ def write(task: Task) -> Call:
             file.write(importlib.resources.files(__package__).joinpath("lmms_task.txt").read_bytes())
         with written_whole(folder / f"{task_name(name)}.yaml") as file:
             file.write(_task_yaml(name, data, task.max_new_tokens).encode())
+    model = f"pretrained={task.model.absolute()}{MORE.get(model_class, '')}"
     arguments = [
-        "-m", "lmms_eval", "--model", model_class, "--model_args", f"pretrained={task.model.absolute()}{MORE.get(model_class, '')}",
+        "-m", "lmms_eval", "--model", model_class, "--model_args", model,
         "--tasks", ",".join(map(task_name, task.questions)), "--include_path", str((task.folder / "tasks").absolute()),
         "--batch_size", "1", "--log_samples", "--output_path", str((task.folder / "logs").absolute()),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Answers as VLMEvalKit writes them, ``MODEL_DATASET.xlsx`` and the like, and other tables with ``prediction``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vapr.errors import UserError
@@ -50,7 +51,11 @@ def read_answers(table: Table, shape: Shape, benchmark: Benchmark, questions: Se
         )
         for number, (where, asked) in enumerate(questions_of_answers(table, shape, benchmark))
     ]  # fmt: skip
-    return join(answers, questions, table.path)
+    results = join(answers, questions, table.path)
+    if others := len(texts) - len({answer.where for answer in answers}):
+        note = f"{table.path.name}: {others:,} rows are no questions of {benchmark.title}; left out"
+        return replace(results, notes=[*results.notes, note])
+    return results
 
 
 def read_own_answers(table: Table, questions: Sequence[Question]) -> Results:

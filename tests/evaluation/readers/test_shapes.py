@@ -1,0 +1,97 @@
+"""Every benchmark in every tool's form asks what the authors' own files ask, and is scored alike."""
+
+import pytest
+
+from tests.evaluation.readers.benchmark_rows import HUB, TABLES
+from tests.evaluation.readers.tool_files import number_of, shuffled, write_parquet, write_tsv
+from vapr.evaluation.benchmarks import BENCHMARKS
+from vapr.evaluation.readers.open import open_answers, open_benchmark
+from vapr.evaluation.readers.pictures import missing_images
+from vapr.evaluation.readers.shapes import SHAPES
+from vapr.evaluation.scoring.prediction import Question
+
+ABOUT_THE_PICTURE = ("image", "together")
+
+
+def content(question: Question) -> tuple:
+    """Return what a question asks and what is known about it, its picture's name aside."""
+    meta = {key: value for key, value in question.meta.items() if key not in ABOUT_THE_PICTURE}
+    return question.question, question.answer, meta
+
+
+def opened(case: str, path) -> list[Question]:
+    return open_benchmark(f"{case.split(',')[0]}={path}")[1]
+
+
+def own_of(case: str, write, folder) -> list[Question]:
+    (folder / "own").mkdir()
+    return opened(case, write(folder / "own"))
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_data_sets_of_the_hub_ask_what_the_authors_files_ask(case, tmp_path):
+    rows, write_own = HUB[case]
+    own = own_of(case, write_own, tmp_path)
+    questions = opened(case, write_parquet(tmp_path / "rows.parquet", rows()))
+    assert [(q.id, content(q)) for q in questions] == [(q.id, content(q)) for q in own]
+    assert missing_images(questions) == []
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_of_vlmevalkit_ask_what_the_authors_files_ask(case, tmp_path):
+    rows, write_own = TABLES[case]
+    own = own_of(case, write_own, tmp_path)
+    questions = opened(case, write_tsv(tmp_path / "rows.tsv", rows()))
+    if case == "hallusionbench":  # it leaves out questions without a picture
+        own = [question for question in own if question.images]
+    same = [content(q) for q in own]
+    if case == "mmmu":  # of an open question it keeps one text
+        same[1] = (same[1][0], same[1][1], same[1][2])
+    assert [content(q) for q in questions] == same
+    assert missing_images(questions) == []
+
+
+def test_pictures_stay_with_their_questions(tmp_path):
+    questions = opened("naturalbench", write_parquet(tmp_path / "rows.parquet", HUB["naturalbench"][0]()))
+    assert [number_of(q.images[0]) for q in questions] == [0, 1, 0, 1, 2, 3, 2, 3]
+    questions = opened("mmmu", write_tsv(tmp_path / "rows.tsv", TABLES["mmmu"][0]()))
+    assert [[number_of(image) for image in q.images] for q in questions] == [[1], [11, 12]]
+    questions = opened("mmmu", write_parquet(tmp_path / "mmmu.parquet", HUB["mmmu"][0]()))
+    assert [[number_of(image) for image in q.images] for q in questions] == [[1], [11, 12]]
+    questions = opened("mme", write_tsv(tmp_path / "mme.tsv", TABLES["mme"][0]()))
+    assert [number_of(q.images[0]) for q in sorted(questions, key=lambda q: q.meta["image"])] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("asked", ["the table", "the authors' files"])
+def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
+    rows, write_own = TABLES[case]
+    own = own_of(case, write_own, tmp_path)
+    questions = opened(case, write_tsv(tmp_path / "rows.tsv", rows())) if asked == "the table" else own
+    results = [
+        {**{k: v for k, v in row.items() if k != "image"}, "prediction": f"{row['question']} {row['answer']}"}
+        for row in rows()
+    ]
+    if case == "llava-bench" and asked != "the table":
+        pytest.skip("the two questions ask the same about pictures that the table does not name")
+    file = write_tsv(tmp_path / "m_DATA.tsv", shuffled(results))
+    predictions, notes = open_answers(file, BENCHMARKS[case], questions, partial=True)
+    assert len(predictions) == sum("dev_" not in str(row.get("id")) for row in rows())
+    for prediction in predictions:
+        question = next(question for question in questions if question.id == prediction.id)
+        asked_first = prediction.prediction.splitlines()[0].split("?")[0].replace("<image 1>", "").strip()
+        assert asked_first.split("<image")[0].strip() in question.question.replace("<image>", "")
+    assert ("1 rows are no questions of MMMU" in " ".join(notes)) == (case == "mmmu")
+
+
+def test_a_folder_with_both_tables_of_cv_bench(tmp_path):
+    rows = TABLES["cv-bench"][0]()
+    write_tsv(tmp_path / "CV-Bench-2D.tsv", [{**row, "index": n} for n, row in enumerate(rows[:2])])
+    write_tsv(tmp_path / "CV-Bench-3D.tsv", [{**{k: v for k, v in rows[2].items() if k != "C"}, "index": 0}])
+    questions = opened("cv-bench", tmp_path)
+    assert [q.id for q in questions] == ["2D-0", "2D-1", "3D-0"]
+    assert [number_of(q.images[0]) for q in questions] == [0, 1, 2]
+
+
+def test_shapes_are_those_of_benchmarks():
+    assert set(SHAPES) <= set(BENCHMARKS)
