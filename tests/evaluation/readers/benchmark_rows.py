@@ -43,10 +43,12 @@ def naturalbench_flat() -> list[dict]:
         group = naturalbench_group(n)
         for q in (0, 1):
             for i in (0, 1):
-                rows.append({
-                    "Index": str(4 * n + 2 * q + i), "Image": group[f"Image_{i}"], "Question": group[f"Question_{q}"],
-                    "Question_Type": group["Question_Type"], "Answer": group[f"Image_{i}_Question_{q}"],
-                })  # fmt: skip
+                row = {
+                    "Index": str(4 * n + 2 * q + i),
+                    "Image": group[f"Image_{i}"],
+                    "Question": group[f"Question_{q}"],
+                }
+                rows.append(row | {"Question_Type": group["Question_Type"], "Answer": group[f"Image_{i}_Question_{q}"]})
     return rows
 
 
