@@ -314,7 +314,7 @@ def mathvista_tsv() -> list[dict]:
     return [
         {"index": int(row["pid"]), "image": base64_of(n), "question": row["query"], "answer": row["answer"], "answer_option": "",
          "question_type": row["question_type"], "answer_type": row["answer_type"], "choices": str(row["choices"] or []),
-         "task": row["metadata"]["task"], "skills": "['x']"}
+         "precision": row["precision"], "task": row["metadata"]["task"], "skills": "['x']"}
         for n, row in enumerate(mathvista_own_rows())
     ]  # fmt: skip
 

@@ -11,12 +11,13 @@ from vapr.evaluation.scoring.prediction import Question
 
 HUB_CASES = [case for case in HUB if case.split(",")[0] in BENCHMARKS]
 TABLE_CASES = [case for case in TABLES if case in BENCHMARKS]
-ABOUT_THE_PICTURE = ("image", "together")
+NOT_COMPARED = ("image", "together", "skills")
+"""Keys of ``meta`` that tell of the picture's name, of what else the file holds, or that a tool rewrites."""
 
 
 def content(question: Question) -> tuple:
     """Return what a question asks and what is known about it, its picture's name aside."""
-    meta = {key: value for key, value in question.meta.items() if key not in ABOUT_THE_PICTURE}
+    meta = {key: value for key, value in question.meta.items() if key not in NOT_COMPARED}
     return question.question, question.answer, meta
 
 
@@ -78,7 +79,7 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
     own = own_of(case, write_own, tmp_path)
     questions = opened(case, write_tsv(tmp_path / "rows.tsv", rows())) if asked == "the table" else own
     results = [
-        {**{k: v for k, v in row.items() if k != "image"}, "prediction": f"{row['question']} {row['answer']}"}
+        {**{k: v for k, v in row.items() if k != "image"}, "prediction": f"{row['question']} {row.get('answer')}"}
         for row in rows()
     ]
     if case == "llava-bench" and asked != "the table":

@@ -84,7 +84,7 @@ def write_own_files(table: Table, shape: Shape, folder: Path, *, pictures: bool)
     for name, found in lines.items():
         with written_whole(folder / name) as file:
             file.write(_text([own for _, own in found], shape.form).encode(errors="replace"))
-    return {name: [where for where, _ in found] for name, found in sorted(lines.items())}
+    return {name: [where for where, _ in lines[name]] for name in sorted(lines, key=shape.order)}
 
 
 def _text(rows: Sequence[Row], form: str) -> str:

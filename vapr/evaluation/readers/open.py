@@ -46,7 +46,7 @@ def open_questions(benchmark: Benchmark, path: Path, *, pictures: bool = True) -
     Raises:
         UserError: if there is none in them, or they are in no known form.
     """
-    shapes = SHAPES.get(benchmark.name, ())
+    shapes = SHAPES.get(benchmark.name, ()) if path.suffix not in (".json", ".jsonl") else ()  # those are the authors'
     table = open_table(path, next((shape.split for shape in shapes if shape.split), None)) if shapes else None
     shape = next((shape for shape in shapes if table is not None and shape.fits(table.columns)), None)
     if table is not None and shape is not None:

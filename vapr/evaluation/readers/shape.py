@@ -22,6 +22,7 @@ class Shape:
         rows: what the benchmark's authors would have written for a row: names of files and rows of them. Pictures are
             paths by then, from the folder of the files on.
         beside: names of those files that hold no question.
+        order: of the files, by name, in which the benchmark reads them.
         form: how the authors' files hold rows: JSON lines, a JSON list, or cells with tabs between them.
         pictures: columns that hold pictures.
         name: the path of a picture, given row, column and number. An ending is added where it has none.
@@ -32,6 +33,7 @@ class Shape:
     needs: tuple[str, ...]
     rows: Callable[[Row], Iterable[tuple[str, Row]]]
     beside: tuple[str, ...] = ()
+    order: Callable[[str], Any] = str
     form: Literal["lines", "list", "tabs"] = "lines"
     pictures: tuple[str, ...] = ("image",)
     name: Callable[[Row, str, int], str] | None = None

@@ -7,6 +7,10 @@ from vapr.errors import BadRow
 from vapr.evaluation.readers.shape import Row, Shape, as_text, picked
 
 POPE_SPLITS = ("adversarial", "popular", "random")
+MME_TASKS = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
+)  # fmt: skip
 HALLUSION = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")
 FLAT = {"index": "Index", "question": "Question", "type": "Question_Type", "answer": "Answer"}
 
@@ -45,18 +49,22 @@ def _amber_tsv(row: Row) -> Own:
 
 
 def _mme(row: Row) -> Own:
-    """Yield the line of a task's file: picture, question, truth; the picture lies in the folder of the task."""
+    """Yield a line of a picture's file, question and truth; the picture lies beside it in the folder of the task."""
     task = as_text(row["category"])
-    if not task or "/" in task:
-        raise BadRow(f"'category' is {task!r}, no task of MME")
-    picture = Path(as_text(row["image"])).name or f"{as_text(row.get('index') or row.get('question_id'))}.jpg"
-    yield f"{task}.txt", {"image": picture, "question": row["question"], "answer": row["answer"]}
+    if task not in MME_TASKS:
+        raise BadRow(f"'category' is {task!r}; MME's tasks are {', '.join(MME_TASKS)}")
+    name = Path(as_text(row["image"]) or _mme_name(row, "image", 0)).stem
+    yield f"{task}/{name}.txt", {"question": row["question"], "answer": row["answer"]}
 
 
 def _mme_name(row: Row, column: str, number: int) -> str:
     given = as_text(row.get("question_id") or row.get("image_path"))
     name = Path(given).name if given else f"index-{as_text(row.get('index'))}"
     return f"{as_text(row['category'])}/{name}"
+
+
+def _mme_order(name: str) -> tuple[int, str]:
+    return MME_TASKS.index(name.split("/")[0]), name
 
 
 def _hallusion_hub(row: Row) -> Own:
@@ -115,11 +123,11 @@ SHAPES = {
     "mme": (
         Shape(
             title="lmms-lab/MME", needs=("question_id", "question", "answer", "category"), rows=_mme, form="tabs",
-            split="test", name=_mme_name,
+            split="test", name=_mme_name, order=_mme_order,
         ),
         Shape(
             title="VLMEvalKit's MME.tsv", needs=("index", "question", "answer", "category"), rows=_mme, form="tabs",
-            name=_mme_name,
+            name=_mme_name, order=_mme_order,
         ),
     ),
     "hallusionbench": (
