@@ -79,7 +79,7 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
     own = own_of(case, write_own, tmp_path)
     questions = opened(case, write_tsv(tmp_path / "rows.tsv", rows())) if asked == "the table" else own
     results = [
-        {**{k: v for k, v in row.items() if k != "image"}, "prediction": f"{row['question']} {row.get('answer')}"}
+        {**{k: v for k, v in row.items() if k != "image"}, "prediction": f"{row['question']} {row.get('answer', '')}"}
         for row in rows()
     ]
     if case == "llava-bench" and asked != "the table":

@@ -54,8 +54,11 @@ def as_text(value: Any) -> str:
 
 def as_number(value: Any) -> Any:
     """Return whole numbers as such, whatever a table made of them; other values as they are."""
-    text = as_text(value)
-    return int(text) if text.lstrip("-").isdecimal() else value
+    try:
+        number = float(as_text(value))
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else number
 
 
 def as_list(value: Any) -> list[Any]:
