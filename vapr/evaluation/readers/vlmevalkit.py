@@ -47,7 +47,8 @@ def read_answers(table: Table, shape: Shape, benchmark: Benchmark, questions: Se
     answers = [
         Answer(
             where=where, text=texts[where], ids=(asked.id,), question=asked.question,
-            image=asked.meta.get("image") if asked.images else None, split=asked.meta.get("split"), truth=asked.answer, order=number,
+            image=asked.meta.get("image") if asked.images else None, split=asked.meta.get("split"),
+            truth=asked.answer, order=number,
         )
         for number, (where, asked) in enumerate(questions_of_answers(table, shape, benchmark))
     ]  # fmt: skip
