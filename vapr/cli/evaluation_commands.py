@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-<<<<<<< HEAD
-from vapr.cli.options import A_PATH, AT_LEAST_1, json_option
-=======
-from vapr.cli.options import A_PATH, json_option, page_option
->>>>>>> main
+from vapr.cli.options import A_PATH, AT_LEAST_1, json_option, page_option
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
 if TYPE_CHECKING:
@@ -45,7 +41,25 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, as_json: bool) -
     click.echo(json.dumps(result, indent=2, allow_nan=False) if as_json else report_text.show(result))
 
 
-<<<<<<< HEAD
+@click.command("eval")
+@click.argument("folders", nargs=-1, metavar="FOLDER...", type=A_PATH)
+@click.option(
+    "--compare",
+    "comparing",
+    is_flag=True,
+    required=True,
+    help="Compare result folders; the first is what the others are held against.",
+)
+@page_option("figures, and the questions that changed; the same as JSON goes beside it")
+@policy_option
+@json_option
+def evaluate(folders: tuple[Path, ...], comparing: bool, out: Path | None, policy: Policy, as_json: bool) -> None:
+    """Show result folders side by side: paired tests, and what changed question by question."""
+    from vapr.evaluation.compare.compare_folders import compare_folders
+
+    compare_folders(folders, out, policy, as_json, click.echo)
+
+
 @click.command()
 @click.argument("model", type=A_PATH)
 @click.option(
@@ -83,26 +97,4 @@ def handover(
     click.echo(f"{file}: score it with vapr score {file} --bench {benches[0].partition('=')[0]}")
 
 
-COMMANDS = (score, handover)
-=======
-@click.command("eval")
-@click.argument("folders", nargs=-1, metavar="FOLDER...", type=A_PATH)
-@click.option(
-    "--compare",
-    "comparing",
-    is_flag=True,
-    required=True,
-    help="Compare result folders; the first is what the others are held against.",
-)
-@page_option("figures, and the questions that changed; the same as JSON goes beside it")
-@policy_option
-@json_option
-def evaluate(folders: tuple[Path, ...], comparing: bool, out: Path | None, policy: Policy, as_json: bool) -> None:
-    """Show result folders side by side: paired tests, and what changed question by question."""
-    from vapr.evaluation.compare.compare_folders import compare_folders
-
-    compare_folders(folders, out, policy, as_json, click.echo)
-
-
-COMMANDS = (score, evaluate)
->>>>>>> main
+COMMANDS = (score, evaluate, handover)
