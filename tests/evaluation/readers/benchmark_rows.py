@@ -368,6 +368,91 @@ def llava_own(folder: Path) -> Path:
     return folder
 
 
+def natural_log() -> list[tuple[str, dict, str]]:
+    records = ({"id": int(row["Index"]), "score": row["Answer"]} for row in naturalbench_flat())
+    return [
+        (row["Question"], {"naturalbench_G_ACC": record}, row["Answer"])
+        for row, record in zip(naturalbench_flat(), records, strict=True)
+    ]
+
+
+def mme_log() -> list[tuple[str, dict, str]]:
+    return [
+        (q, {f"mme_{'perception'}_score": {"question_id": f"{t}/{n}", "category": t, "score": 1.0}}, a)
+        for t, n, q, a in MME_ROWS
+    ]
+
+
+def cv_bench_log() -> list[tuple[str, dict, str]]:
+    return [
+        (f"Note: You only need to respond with A, B without providing any additional information.\n\n{row['prompt']}",
+         {"cv_bench_acc": {"id": row["idx"], "gt_content": "A", "pred": "A", "type": row["type"], "task": row["task"], "source": row["source"]}}, row["answer"])
+        for row in cv_bench_hub()
+    ]  # fmt: skip
+
+
+def mmstar_log() -> list[tuple[str, dict, str]]:
+    return [
+        (
+            row["question"],
+            {row["category"]: {"question_id": row["index"], "l2_category": row["l2_category"], "score": 1.0}},
+            row["answer"],
+        )
+        for row in mmstar_hub()
+    ]
+
+
+def seed_log() -> list[tuple[str, dict, str]]:
+    return [
+        (f"{row['question']}\nA. One\nB. Two\nC. Three\nD. Four\nAnswer with the option's letter from the given choices directly.",
+         {"seed_image": {"pred": "A", "answer": "A", "question_id": row["question_id"]}}, "A")
+        for row in seed_own_rows()[:2]
+    ]  # fmt: skip
+
+
+def mmmu_log() -> list[tuple[str, dict, str]]:
+    return [
+        (row["question"].replace("<image 1>", "<image>").replace("<image 2>", "<image>"),
+         {"mmmu_acc": {"id": row["id"], "subdomain": "Art", "question_type": row["question_type"], "answer": row["answer"], "parsed_pred": ["B"]}}, row["answer"])
+        for row in mmmu_hub()[:2]
+    ]  # fmt: skip
+
+
+def mathvista_log() -> list[tuple[str, dict, str]]:
+    return [
+        (
+            row["query"],
+            {"submission": {"question_id": row["pid"], "query": row["query"], "answer": row["answer"], "metadata": {}}},
+            row["answer"],
+        )
+        for row in mathvista_own_rows()
+    ]
+
+
+def llava_log() -> list[tuple[str, dict, str]]:
+    return [
+        (
+            row["question"],
+            {
+                "gpt_eval_llava_all": {
+                    "question": row["question"],
+                    "ans1": row["gpt_answer"],
+                    "category": "llava_bench_conv",
+                }
+            },
+            row["gpt_answer"],
+        )
+        for row in llava_hub()
+    ]
+
+
+LOGS = {
+    "naturalbench": (natural_log, naturalbench_own), "mme": (mme_log, mme_own), "cv-bench": (cv_bench_log, cv_bench_own),
+    "mmstar": (mmstar_log, mmstar_own), "seed-bench": (seed_log, seed_own), "mmmu": (mmmu_log, mmmu_own),
+    "mathvista": (mathvista_log, mathvista_own), "llava-bench": (llava_log, llava_own),
+}  # fmt: skip
+"""What lmms-eval 0.7 logs of each question: the prompt, a metric's record, the target. Documents are left out."""
+
 HUB = {
     "naturalbench": (lambda: [naturalbench_group(0), naturalbench_group(1)], naturalbench_own),
     "naturalbench, flat": (naturalbench_flat, naturalbench_own),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.evaluation.readers.benchmark_rows import HUB, TABLES
-from tests.evaluation.readers.tool_files import number_of, shuffled, write_parquet, write_tsv
+from tests.evaluation.readers.benchmark_rows import HUB, LOGS, TABLES
+from tests.evaluation.readers.tool_files import number_of, shuffled, write_jsonl, write_parquet, write_tsv
 from vapr.evaluation.benchmarks import BENCHMARKS
 from vapr.evaluation.readers.open import open_answers, open_benchmark
 from vapr.evaluation.readers.pictures import missing_images
@@ -66,6 +66,14 @@ def test_pictures_of_data_sets_stay_with_their_questions(case, tmp_path):
     assert sorted([number_of(image) for image in q.images] for q in questions if q.images) == sorted(PICTURES[case])
 
 
+@pytest.mark.skipif("mme" not in BENCHMARKS, reason="its questions are read elsewhere")
+def test_pictures_of_mme_without_names(tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "image_path"} for row in TABLES["mme"][0]()]
+    questions = opened("mme", write_tsv(tmp_path / "mme.tsv", rows))
+    assert [number_of(q.images[0]) for q in questions] == [0, 0, 1, 1]
+    assert len({q.meta["image"] for q in questions}) == 2
+
+
 @pytest.mark.parametrize("case", TABLE_CASES)
 def test_pictures_of_tables_stay_with_their_questions(case, tmp_path):
     questions = opened(case, write_tsv(tmp_path / "rows.tsv", TABLES[case][0]()))
@@ -90,6 +98,26 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
         asked_first = prediction.prediction.splitlines()[0].split("?")[0].replace("<image 1>", "").strip()
         assert asked_first.split("<image")[0].strip() in question.question.replace("<image>", "")
     assert ("1 rows are no questions of MMMU" in " ".join(notes)) == (case == "mmmu")
+
+
+@pytest.mark.parametrize("case", [case for case in LOGS if case in BENCHMARKS])
+def test_logs_of_lmms_eval_find_their_questions(case, tmp_path):
+    log, write_own = LOGS[case]
+    own = own_of(case, write_own, tmp_path)
+    samples = [
+        {"doc_id": n, "target": target, "filtered_resps": f"answer {n}", "doc_hash": "0", "input": asked, **record}
+        for n, (asked, record, target) in enumerate(log())
+    ]
+    file = write_jsonl(tmp_path / f"20260801_120000_samples_{case}.jsonl", shuffled(samples))
+    predictions, notes = open_answers(file, BENCHMARKS[case], own)
+    assert notes == [f"{file}: read as a log of lmms-eval"]
+    # the rows are in the order of the authors' files, which MME's folders turn round
+    in_order = [f"answer {n}" for n in ((2, 3, 0, 1) if case == "mme" else range(len(samples)))]
+    by_id = {prediction.id: prediction.prediction for prediction in predictions}
+    expected = [by_id[question.id] for question in own]
+    assert sorted(expected) == sorted(in_order)
+    if case != "mme":
+        assert expected == in_order
 
 
 @pytest.mark.skipif("cv-bench" not in BENCHMARKS, reason="its questions are read elsewhere")

@@ -82,9 +82,9 @@ def test_pictures_beside_the_table(tmp_path):
 def test_scoring_writes_no_pictures(tsv, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     score_file(write_tsv(tmp_path / "m_POPE.tsv", answers()), f"pope={tsv}")
-    assert not list((user_cache() / "benchmarks").rglob("*.png"))
+    assert not list((user_cache() / "benchmarks").rglob("pictures/*"))
     open_benchmark(f"pope={tsv}")
-    assert len(list((user_cache() / "benchmarks").rglob("*.png"))) == 2
+    assert len(list((user_cache() / "benchmarks").rglob("pictures/*"))) == 2
 
 
 def test_what_was_made_of_a_table_is_found_again_until_the_table_changes(tsv, monkeypatch):

@@ -22,8 +22,6 @@ from vapr.evaluation.scoring.prediction import Question
 VERSION = 1
 """Raised when what is made of a table changes, so that older files in the cache are not taken for it."""
 
-ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
-
 
 def questions_of_table(table: Table, shape: Shape, benchmark: Benchmark, *, pictures: bool) -> list[Question]:
     """Read the questions of a table.
@@ -155,13 +153,8 @@ def _saved(row: Row, column: str, key: str, shape: Shape, folder: Path | None, w
                 paths.append(str(one["path"]))
             continue
         name = shape.name(row, column, number) if shape.name else f"pictures/{UNNAMED}{_plain(key)}-{column}-{number}"
-        if folder is None:
-            paths.append(name)
-            continue
-        content = encoded(one, f"{where}: '{column}'")
-        if not Path(name).suffix:
-            name += next((ending for start, ending in ENDINGS.items() if content.startswith(start)), ".img")
-        save(content, folder / name)
+        if folder is not None:
+            save(encoded(one, f"{where}: '{column}'"), folder / name)
         paths.append(name)
     return paths
 

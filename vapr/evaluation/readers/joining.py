@@ -37,16 +37,29 @@ class Answer:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
-def join(answers: Sequence[Answer], questions: Sequence[Question], file: Path) -> Results:
+def join(answers: Sequence[Answer], questions: Sequence[Question], file: Path, *, drops: str = "") -> Results:
     """Return the answers as predictions of the questions.
 
     Ids are trusted if every answer's leads to a question of its text; else text, picture and split have to tell.
+
+    Args:
+        answers: of the tool.
+        questions: that could have been asked.
+        file: for messages.
+        drops: the benchmark that was asked, if some of its questions are known to be left out here.
 
     Raises:
         UserError: naming the row whose question is unknown, or could be several.
     """
     if not answers:
         raise UserError(f"{file}: no answer in it; run the tool again, or give the file that it filled")
+    notes = []
+    if drops:
+        kept = [answer for answer in answers if _by_id([answer], questions)]
+        notes = [
+            f"{file.name}: answers to {drops}; {len(answers) - len(kept):,} are to questions that are dropped here"
+        ]
+        answers = kept
     found = _by_id(answers, questions) or _by_content(answers, questions, file)
     predictions: list[Prediction] = []
     taken: dict[str, str] = {}
@@ -59,7 +72,7 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], file: Path) -
             )
         taken[question.id] = answer.where
         predictions.append(Prediction.of(question, answer.text, **answer.more))
-    return Results(predictions, notes=_notes(answers, found, file))
+    return Results(predictions, notes=[*notes, *_notes(answers, found, file)])
 
 
 def _by_id(answers: Sequence[Answer], questions: Sequence[Question]) -> list[list[Question]] | None:

@@ -81,7 +81,7 @@ def read_answers(
                 truth=sample.get("target"), order=int(sample["doc_id"]),
             )
         )  # fmt: skip
-    results = join(answers, questions, file)
+    results = join(answers, questions, file, drops=getattr(benchmark, "relabels", None) or "")
     more = [f"{file.name}: {several:,} samples hold several responses; the first of each is read"] if several else []
     return Results(results.predictions, notes=[*results.notes, *more])
 

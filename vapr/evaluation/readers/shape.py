@@ -25,7 +25,7 @@ class Shape:
         order: of the files, by name, in which the benchmark reads them.
         form: how the authors' files hold rows: JSON lines, a JSON list, or cells with tabs between them.
         pictures: columns that hold pictures.
-        name: the path of a picture, given row, column and number. An ending is added where it has none.
+        name: the path of a picture, given row, column and number.
         split: of the data set on the hub.
     """
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vapr.errors import BadRow
+from vapr.evaluation.readers.pictures import UNNAMED
 from vapr.evaluation.readers.shape import Row, Shape, as_text, picked
 
 POPE_SPLITS = ("adversarial", "popular", "random")
@@ -59,7 +60,9 @@ def _mme(row: Row) -> Own:
 
 def _mme_name(row: Row, column: str, number: int) -> str:
     given = as_text(row.get("question_id") or row.get("image_path"))
-    name = Path(given).name if given else f"index-{as_text(row.get('index'))}"
+    name = (
+        Path(given).name if given else f"{UNNAMED}{as_text(row.get('index'))}.jpg"
+    )  # MME knows pictures by the ending
     return f"{as_text(row['category'])}/{name}"
 
 
