@@ -55,10 +55,10 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], file: Path, *
         raise UserError(f"{file}: no answer in it; run the tool again, or give the file that it filled")
     notes = []
     if drops:
-        kept = [answer for answer in answers if _by_id([answer], questions)]
-        notes = [
-            f"{file.name}: answers to {drops}; {len(answers) - len(kept):,} are to questions that are dropped here"
-        ]
+        known = {question.id: question for question in questions}
+        kept = [answer for answer in answers if _fitting(answer, known)]
+        left_out = len(answers) - len(kept)
+        notes = [f"{file.name}: answers to {drops}; {left_out:,} are to questions that {questions[0].benchmark} drops"]
         answers = kept
     found = _by_id(answers, questions) or _by_content(answers, questions, file)
     predictions: list[Prediction] = []
@@ -80,11 +80,15 @@ def _by_id(answers: Sequence[Answer], questions: Sequence[Question]) -> list[lis
     known = {question.id: question for question in questions}
     found = []
     for answer in answers:
-        fitting = [known[id] for id in dict.fromkeys(answer.ids) if id in known and _agree(answer, known[id])]
+        fitting = _fitting(answer, known)
         if not fitting:
             return None
         found.append(_narrowed(answer, fitting))
     return found
+
+
+def _fitting(answer: Answer, known: Mapping[str, Question]) -> list[Question]:
+    return [known[id] for id in dict.fromkeys(answer.ids) if id in known and _agree(answer, known[id])]
 
 
 def _by_content(answers: Sequence[Answer], questions: Sequence[Question], file: Path) -> list[list[Question]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from vapr.evaluation.readers.pictures import UNNAMED
 from vapr.evaluation.readers.shape import Row, Shape, as_text
 
 
@@ -14,7 +15,7 @@ def _llava_tsv(row: Row) -> Iterator[tuple[str, Row]]:
 
 
 def _llava(id: str, row: Row, reference: str) -> Iterator[tuple[str, Row]]:
-    image = row["image"] or f"{id}.jpg"
+    image = row["image"] or f"{UNNAMED}{id}.jpg"
     yield "questions.jsonl", {"question_id": id, "image": image, "text": row["question"], "category": row["category"]}
     yield "answers_gpt4.jsonl", {"question_id": id, "text": reference}
     yield "context.jsonl", {"image": image, "caption": row["caption"]}
