@@ -6,7 +6,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Row
-from vapr.evaluation.scoring import yes_no
+from vapr.evaluation.scoring import logit_view, yes_no
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 from vapr.evaluation.scoring.figures import NONE, Figure, share
 from vapr.evaluation.scoring.prediction import Prediction, Question
@@ -16,7 +16,7 @@ YES_NO_KEYS = ("precision", "recall", "f1", "yes_rate", "gold_yes_rate")
 
 def score(
     predictions: Sequence[Prediction], benchmark: Benchmark, policy: Policy = "strict", *,
-    questions: int | None = None, seed: int = 0,
+    questions: int | None = None, partial: bool = False, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the predictions of one benchmark under a parsing policy.
 
@@ -25,6 +25,7 @@ def score(
         benchmark: which.
         policy: how answers are read.
         questions: how many were asked; None for as many as there are answers.
+        partial: whether questions may lack an answer that count only together with others.
         seed: of the bootstrap.
 
     Returns:
@@ -37,6 +38,8 @@ def score(
     if (why := benchmark.lacks(predictions, policy)) is not None:
         return _not_scored(predictions, benchmark, policy, questions) | {"why": why}
     rows = score_rows(predictions, benchmark, policy)
+    if not partial:
+        benchmark.check_groups(rows)
     splits: dict[str, list[Row]] = {}
     for row in rows:
         if (name := benchmark.split(row.prediction)) is not None:
@@ -56,6 +59,8 @@ def score(
     yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
     if yes_no_rows:
         result["yes_bias"] = yes_no.yes_bias(*_columns(yes_no_rows), seed=seed)
+        asked = [row.prediction for row in yes_no_rows]
+        result["yes_bias"]["logits"] = logit_view.logit_view(asked, [str(row.gold) for row in yes_no_rows], seed)
     return result
 
 

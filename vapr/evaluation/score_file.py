@@ -31,4 +31,5 @@ def score_file(
     predictions, notes = open_answers(file, benchmark, questions, partial=partial)
     for note in notes:
         say(note)
-    return score(predictions, benchmark, policy, questions=None if questions is None else len(questions))
+    asked = None if questions is None else len(questions)
+    return score(predictions, benchmark, policy, questions=asked, partial=partial)

@@ -63,6 +63,10 @@ def lacks_nothing(predictions: Sequence[Prediction], policy: Policy) -> str | No
     return None
 
 
+def anything(rows: Sequence[Row]) -> None:
+    """Accept all answers: no question counts only together with others."""
+
+
 def by_split(prediction: Prediction) -> str | None:
     """Return the split that the prediction names."""
     return prediction.split
@@ -82,9 +86,12 @@ class Benchmark:
         read_answer: reads an answer under a policy.
         right: whether a reading is right.
         figures: the benchmark's own figures by name, values in the official unit.
+        check_groups: refuses answers to a part of the questions that count only together; not asked where a result is
+            known to be partial, whose group figures are those of the whole groups.
         headline: the figure that people quote: a key of ``figures``, or a common one.
         split: the part of the set that a question belongs to.
         read_results: reads the authors' own layout of results, given the questions.
+        relabels: the benchmark whose answers count as answers to this one: only the truth differs.
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
         lacks: why these answers cannot be read under a policy, None if they can.
         note: where the official rule is not followed, and why.
@@ -98,9 +105,11 @@ class Benchmark:
     read_answer: Callable[[Prediction, Policy], Reading]
     right: Callable[[Prediction, str | None, Reading], float] = equals_gold
     figures: Callable[[Sequence[Row]], Mapping[str, Figure]] = no_figures
+    check_groups: Callable[[Sequence[Row]], None] = anything
     headline: str = "accuracy"
     split: Callable[[Prediction], str | None] = by_split
     read_results: Callable[[Path, Sequence[Question]], Results] | None = None
+    relabels: str | None = None
     scored: str | None = None
     lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing
     note: str = ""

@@ -78,7 +78,7 @@ def open_answers(
         UserError: if the file cannot be used, or questions have no answer unless ``partial``.
     """
     if _is_own(file):
-        results = Results(of_benchmark(read_predictions(file), benchmark.name, str(file)))
+        results = _own(file, benchmark, questions)
     elif questions is None:
         raise UserError(f"{file}: no predictions.jsonl of vapr; give the questions, too: --bench {benchmark.name}=PATH")
     else:
@@ -120,6 +120,19 @@ def _read_results(file: Path, benchmark: Benchmark, questions: Sequence[Question
 
 def _with_note(results: Results, note: str) -> Results:
     return replace(results, notes=[note, *results.notes])
+
+
+def _own(file: Path, benchmark: Benchmark, questions: Sequence[Question] | None) -> Results:
+    """Read the answers to a benchmark in vapr's own file, or those to the one whose truth it replaces."""
+    predictions = read_predictions(file)
+    old, there = benchmark.relabels, {prediction.benchmark for prediction in predictions}
+    if old is None or questions is None or benchmark.name in there or old not in there:
+        return Results(of_benchmark(predictions, benchmark.name, str(file)))
+    predictions = of_benchmark(predictions, old, str(file))
+    ids = {question.id for question in questions}
+    kept = [replace(prediction, benchmark=benchmark.name) for prediction in predictions if prediction.id in ids]
+    left_out = len(predictions) - len(kept)
+    return Results(kept, notes=[f"answers to {old}: {left_out:,} are to questions that {benchmark.title} drops"])
 
 
 def _is_own(file: Path) -> bool:
