@@ -114,7 +114,8 @@ def _open_json(path: Path) -> Numbered | None:
             return _open_lines(path)
         if not start.startswith(b"["):
             return None
-    return Numbered(path, [open_rows(path)])
+    rows = open_rows(path)
+    return Numbered(path, [rows]) if len(rows) and isinstance(rows[0], dict) else None
 
 
 def _open_lines(path: Path) -> Numbered | None:
