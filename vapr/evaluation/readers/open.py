@@ -103,14 +103,14 @@ def _read_results(file: Path, benchmark: Benchmark, questions: Sequence[Question
         if table is not None and {"prediction", "vapr_id"} <= set(table.columns):
             results = vlmevalkit.read_own_answers(table, questions)
             return _with_note(results, f"{file}: read as answers to questions that vapr handed over")
-        if table is not None and {"prediction", "question"} <= set(table.columns):
-            shapes = SHAPES.get(benchmark.name, ())
+        shapes = SHAPES.get(benchmark.name, ())
+        if table is not None and shapes and {"prediction", "question"} <= set(table.columns):
             shape = next((shape for shape in shapes if shape.fits(table.columns)), None)
             if shape is None:
                 raise _no_shape(table, shapes, benchmark)
             results = vlmevalkit.read_answers(table, shape, benchmark, questions)
             return _with_note(results, f"{file}: read as answers of VLMEvalKit, columns as in {shape.title}")
-        if table is not None and file.suffix in DATASET_SUFFIXES:
+        if table is not None and shapes and file.suffix in DATASET_SUFFIXES:
             has = ", ".join(table.columns[:20]) or "none"
             raise UserError(f"{file}: no answers in it: its columns are {has}, and answers stand in 'prediction'")
     if benchmark.read_results is None:
