@@ -22,6 +22,8 @@ def show(result: dict[str, Any]) -> str:
     """Return the figures of :func:`vapr.evaluation.score.score` as lines of a table."""
     if not result["scored"]:
         return f"{result['benchmark']}  not scored: {result['why']}"
+    if result["policy"] == "judge":
+        return _judged(result)
     lines = [f"{result['benchmark']}, read as '{result['policy']}', {result['questions']:,} answers, shares in %"]
     lines.append(f"{'':16}{'questions':>10}" + "".join(f"{key.removesuffix('_rate'):>11}" for key in KEYS))
     for name, part in {"all": result, **result["splits"]}.items():
@@ -69,3 +71,22 @@ def _with_interval(figure: dict[str, Any], factor: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.2f}"
+
+
+def _judged(result: dict[str, Any]) -> str:
+    """Return the figures of a set that a judge scored, each with its interval."""
+    asked = f" of {result['asked']:,}: partial" if result["partial"] else ""
+    lines = [f"{result['benchmark']}, judged by '{result['judge']['name']}', {result['questions']:,} answers{asked}"]
+    for name, part in {"all": result, **result["splits"]}.items():
+        unparsed = f"{100 * part['unparsed_rate']:.2f} % unparsed"
+        lines.append(f"{name[:24]:26}{part['questions']:>8,} answers, {unparsed}")
+        figures = dict(part["figures"])
+        if part["accuracy"] is not None:
+            figures = {"accuracy": {"value": part["accuracy"], "interval": part["intervals"]["accuracy"]}, **figures}
+        for key, figure in figures.items():
+            low, high = figure["interval"] or (None, None)
+            interval = "" if low is None else f"  [{low:.2f}, {high:.2f}]"
+            lines.append(f"  {key:<24}{figure['value']:>8.2f}{interval}" if figure["value"] is not None else f"  {key}")
+    for problem, count in result["problems"].items():
+        lines.append(f"left out: {count:,} x {problem}")
+    return "\n".join([*lines, result["note"]] if result["note"] else lines)

@@ -10,7 +10,11 @@ from vapr.cli import main
 from vapr.evaluation.readers.shapes import SHAPES
 
 PAGE = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-COMMANDS = [line.split(" # ")[0] for block in re.findall(r"^```\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE) for line in block.splitlines()]
+COMMANDS = [
+    line.split(" # ")[0]
+    for block in re.findall(r"^```\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
 ROWS = {row.split("`")[1]: row for row in PAGE.splitlines() if row.startswith("| `")}
 
 

@@ -5,6 +5,8 @@ from vapr.evaluation.benchmarks.amber_g import AMBER_G
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.benchmarks.cv_bench import CV_BENCH
 from vapr.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from vapr.evaluation.benchmarks.judge_set import PACKAGED
+from vapr.evaluation.benchmarks.llava_bench import LLAVA_BENCH
 from vapr.evaluation.benchmarks.mathvista import MATHVISTA
 from vapr.evaluation.benchmarks.mme import MME
 from vapr.evaluation.benchmarks.mmmu import MMMU
@@ -17,10 +19,12 @@ from vapr.evaluation.benchmarks.seed_bench import SEED_BENCH
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
+        *PACKAGED.values(),
         AMBER_D,
         AMBER_G,
         CV_BENCH,
         HALLUSIONBENCH,
+        LLAVA_BENCH,
         MATHVISTA,
         MME,
         MMMU,

@@ -8,6 +8,8 @@ from typing import Any
 from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question
+from vapr.evaluation.scoring.review import Review
+from vapr.evaluation.scoring.verdicts import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,32 @@ class Results:
     predictions: Sequence[Prediction]
     asked: Sequence[Question] | None = None
     notes: Sequence[str] = ()
+
+
+NEEDS_A_JUDGE = (
+    "only a judge can score it; name an OpenAI-compatible server with --judge http://HOST:PORT/v1 --judge-model NAME, "
+    "or stored reviews with --reviews FILE"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """How a judge is asked about an answer, and what its verdicts come to.
+
+    Attributes:
+        prompt: what the judge is asked about an answer.
+        read_review: the scores that a review states; None if it states none.
+        figures: of the predictions whose reviews could be read, their verdicts and the seed of the bootstrap. A figure
+            ``accuracy`` becomes the common one.
+        no_reference: why questions without a reference answer cannot be judged, and the way out; empty if they can.
+        read_reviews: reads reviews in a layout of the authors; None if there is none.
+    """
+
+    prompt: Callable[[Prediction], str]
+    read_review: Callable[[str], Verdict | None]
+    figures: Callable[[Sequence[Prediction], Sequence[Verdict], int], Mapping[str, Figure]]
+    no_reference: str
+    read_reviews: Callable[[Path], list[Review]] | None = None
 
 
 def equals_gold(prediction: Prediction, gold: str | None, reading: Reading) -> float:
@@ -95,6 +123,7 @@ class Benchmark:
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
         lacks: why these answers cannot be read under a policy, None if they can.
         note: where the official rule is not followed, and why.
+        judged: how a judge scores the answers, where one is needed; :attr:`scored` then says so.
     """
 
     name: str
@@ -113,6 +142,7 @@ class Benchmark:
     scored: str | None = None
     lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing
     note: str = ""
+    judged: Judged | None = None
 
 
 def yes_no_gold(prediction: Prediction) -> str | None:
@@ -131,3 +161,13 @@ def options_of(prediction: Prediction) -> list[str]:
     """Return the texts of the options, none if only letters are known."""
     options: Any = prediction.meta.get("options") or prediction.meta.get("choices") or []
     return [str(option) for option in options]
+
+
+def reference(prediction: Prediction) -> str | None:
+    """Return the reference answer that a judge compares with; None if there is none."""
+    return str(prediction.answer) if prediction.answer not in (None, "") else None
+
+
+def unread(prediction: Prediction, policy: Policy) -> Reading:
+    """Return an answer that no rule reads: a judge does."""
+    return Reading(None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vapr.errors import UserError
-from vapr.evaluation.benchmarks import BENCHMARKS
+from vapr.evaluation.benchmarks import BENCHMARKS, judge_set
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Results
 from vapr.evaluation.readers import lmms_eval, vlmevalkit
 from vapr.evaluation.readers.convert import questions_of_table
@@ -20,6 +20,8 @@ from vapr.evaluation.scoring.prediction import Prediction, Question, read_json_l
 def open_benchmark(bench: str, *, pictures: bool = True) -> tuple[Benchmark, list[Question] | None]:
     """Return the benchmark of ``NAME`` or ``NAME=PATH``, and its questions if there is a path.
 
+    ``NAME`` is one of :data:`BENCHMARKS`, or the YAML file of a judge set (:mod:`..benchmarks.judge_set`).
+
     Args:
         bench: what stands after ``--bench``. PATH is a file, a folder, or a data set of the hub.
         pictures: whether the pictures will be looked at; scoring needs none.
@@ -28,11 +30,13 @@ def open_benchmark(bench: str, *, pictures: bool = True) -> tuple[Benchmark, lis
         UserError: for an unknown name, or files that are not the benchmark's.
     """
     name, equals, path = bench.partition("=")
-    if name not in BENCHMARKS:
+    benchmark = judge_set.load(Path(name)) if name.endswith((".yaml", ".yml")) else BENCHMARKS.get(name)
+    if benchmark is None:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
         raise UserError(f"--bench {name}: no such benchmark; {hint}")
-    benchmark = BENCHMARKS[name]
+    if BENCHMARKS.get(benchmark.name, benchmark) is not benchmark:
+        raise UserError(f"{name}: name: {benchmark.name} is a benchmark of vapr; give the set another name")
     if not equals:
         return benchmark, None
     if not path or not (Path(path).exists() or is_data_set(path)):
