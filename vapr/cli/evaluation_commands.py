@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vapr.cli.options import A_PATH, Command, json_option, page_option
+from vapr.cli.options import A_PATH, AT_LEAST_1, Command, json_option, page_option
 from vapr.errors import UserError
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
 if TYPE_CHECKING:
+    from vapr.evaluation.handover.run import Tool
     from vapr.evaluation.judges.reviews import Judging
 
 policy_option = click.option(
@@ -85,4 +86,41 @@ def evaluate(folders: tuple[Path, ...], comparing: bool, out: Path | None, polic
     compare_folders(folders, out, policy, as_json, click.echo)
 
 
-COMMANDS = (score, evaluate)
+@click.command()
+@click.argument("model", type=A_PATH)
+@click.option(
+    "--bench", "benches", required=True, multiple=True, metavar="NAME=PATH", help="Benchmark and its questions."
+)
+@click.option("--to", "tool", type=click.Choice(["lmms-eval", "vlmevalkit"]), required=True, help="The other harness.")
+@click.option("--out", type=A_PATH, required=True, help="Folder for the task, the tool's logs and the answers.")
+@click.option("--python", type=A_PATH, help="Run it now, with the Python of the environment that the tool is in.")
+@click.option("--model-class", help="The tool's name for the model's kind. [default: told from the model]")
+@click.option("--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="The longest answer.")
+@click.option(
+    "--take-back", "only_read", is_flag=True, help="Only read the answers that the tool has logged under OUT."
+)
+@partial_option
+def handover(
+    model: Path, benches: tuple[str, ...], tool: "Tool", out: Path, python: Path | None, model_class: str | None,
+    max_new_tokens: int, only_read: bool, partly: bool,
+) -> None:  # fmt: skip
+    """Hand MODEL and the questions over to another harness, and take its answers back.
+
+    OUT then holds all that the tool needs without a network, and predictions.jsonl once it has answered.
+    """
+    from vapr.evaluation.handover import run
+
+    if not only_read:
+        call = run.prepare(model, benches, tool, out, model_class=model_class, max_new_tokens=max_new_tokens)
+        for note in call.notes:
+            click.echo(note, err=True)
+        if python is None:
+            click.echo(call.text())
+            click.echo("then the same command with --take-back", err=True)
+            return
+        run.run(call, python)
+    file = run.take_back(benches, tool, out, partial=partly, say=partial(click.echo, err=True))
+    click.echo(f"{file}: score it with vapr score {file} --bench {benches[0].partition('=')[0]}")
+
+
+COMMANDS = (score, evaluate, handover)

@@ -30,7 +30,7 @@ def score_file(
     """
     if not file.exists():
         raise UserError(f"{file}: no such file; give predictions.jsonl, a result folder or another tool's results")
-    benchmark, questions = open_benchmark(bench)
+    benchmark, questions = open_benchmark(bench, pictures=False)
     predictions, notes = open_answers(file, benchmark, questions, partial=partial)
     for note in notes:
         say(note)

@@ -8,14 +8,23 @@ from pathlib import Path
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks import BENCHMARKS, judge_set
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Results
+from vapr.evaluation.readers import lmms_eval, vlmevalkit
+from vapr.evaluation.readers.convert import questions_of_table
+from vapr.evaluation.readers.shape import Shape
+from vapr.evaluation.readers.shapes import SHAPES
+from vapr.evaluation.readers.tables import DATASET_SUFFIXES, Table, is_data_set, open_table
 from vapr.evaluation.score import of_benchmark, with_truth
 from vapr.evaluation.scoring.prediction import Prediction, Question, read_json_lines, read_predictions
 
 
-def open_benchmark(bench: str) -> tuple[Benchmark, list[Question] | None]:
+def open_benchmark(bench: str, *, pictures: bool = True) -> tuple[Benchmark, list[Question] | None]:
     """Return the benchmark of ``NAME`` or ``NAME=PATH``, and its questions if there is a path.
 
     ``NAME`` is one of :data:`BENCHMARKS`, or the YAML file of a judge set (:mod:`..benchmarks.judge_set`).
+
+    Args:
+        bench: what stands after ``--bench``. PATH is a file, a folder, or a data set of the hub.
+        pictures: whether the pictures will be looked at; scoring needs none.
 
     Raises:
         UserError: for an unknown name, or files that are not the benchmark's.
@@ -30,21 +39,35 @@ def open_benchmark(bench: str) -> tuple[Benchmark, list[Question] | None]:
         raise UserError(f"{name}: name: {benchmark.name} is a benchmark of vapr; give the set another name")
     if not equals:
         return benchmark, None
-    if not path or not Path(path).exists():
+    if not path or not (Path(path).exists() or is_data_set(path)):
         raise UserError(f"--bench {bench}: no such file or folder")
-    return benchmark, open_questions(benchmark, Path(path))
+    return benchmark, open_questions(benchmark, Path(path), pictures=pictures)
 
 
-def open_questions(benchmark: Benchmark, path: Path) -> list[Question]:
+def open_questions(benchmark: Benchmark, path: Path, *, pictures: bool = True) -> list[Question]:
     """Read a benchmark's questions from its own files, or from another tool's.
 
     Raises:
-        UserError: if there is none in them.
+        UserError: if there is none in them, or they are in no known form.
     """
-    questions = benchmark.read(path)
+    shapes = SHAPES.get(benchmark.name, ()) if path.suffix not in (".json", ".jsonl") else ()  # those are the authors'
+    table = open_table(path, next((shape.split for shape in shapes if shape.split), None)) if shapes else None
+    shape = next((shape for shape in shapes if table is not None and shape.fits(table.columns)), None)
+    if table is not None and shape is not None:
+        questions = questions_of_table(table, shape, benchmark, pictures=pictures)
+    elif table is not None and (path.suffix in DATASET_SUFFIXES or not path.exists()):
+        raise _no_shape(table, shapes, benchmark)
+    else:
+        questions = benchmark.read(path)
     if not questions:
         raise UserError(f"{path}: no question of {benchmark.title} in it")
     return questions
+
+
+def _no_shape(table: Table, shapes: Sequence[Shape], benchmark: Benchmark) -> UserError:
+    has = ", ".join(table.columns[:20]) or "none"
+    forms = "; ".join(f"{shape.title} has {', '.join(shape.needs)}" for shape in shapes)
+    return UserError(f"{table.path}: its columns ({has}) are not those of {benchmark.title}: {forms}")
 
 
 def open_answers(
@@ -62,10 +85,8 @@ def open_answers(
         results = _own(file, benchmark, questions)
     elif questions is None:
         raise UserError(f"{file}: no predictions.jsonl of vapr; give the questions, too: --bench {benchmark.name}=PATH")
-    elif benchmark.read_results is not None:
-        results = benchmark.read_results(file, questions)
     else:
-        raise UserError(f"{file}: in no shape that {benchmark.title} is known to have")
+        results = _read_results(file, benchmark, questions)
     if questions is None:
         return list(results.predictions), list(results.notes)
     asked = questions if results.asked is None else results.asked
@@ -73,6 +94,36 @@ def open_answers(
     missing = len(asked) - len(predictions)
     notes = [f"partial: {missing:,} of {len(asked):,} questions have no answer"] if missing else []
     return predictions, [*results.notes, *notes]
+
+
+def _read_results(file: Path, benchmark: Benchmark, questions: Sequence[Question]) -> Results:
+    """Read what another tool wrote, told by its content."""
+    vlmevalkit.refuse_judged(file)
+    if not file.is_dir():
+        if (samples := lmms_eval.samples_of(file)) is not None:
+            results = lmms_eval.read_answers(samples, file, benchmark, questions)
+            return _with_note(results, f"{file}: read as a log of lmms-eval")
+        table = open_table(file)
+        if table is not None and {"prediction", "vapr_id"} <= set(table.columns):
+            results = vlmevalkit.read_own_answers(table, questions)
+            return _with_note(results, f"{file}: read as answers to questions that vapr handed over")
+        shapes = SHAPES.get(benchmark.name, ())
+        if table is not None and shapes and {"prediction", "question"} <= set(table.columns):
+            shape = next((shape for shape in shapes if shape.fits(table.columns)), None)
+            if shape is None:
+                raise _no_shape(table, shapes, benchmark)
+            results = vlmevalkit.read_answers(table, shape, benchmark, questions)
+            return _with_note(results, f"{file}: read as answers of VLMEvalKit, columns as in {shape.title}")
+        if table is not None and shapes and file.suffix in DATASET_SUFFIXES:
+            has = ", ".join(table.columns[:20]) or "none"
+            raise UserError(f"{file}: no answers in it: its columns are {has}, and answers stand in 'prediction'")
+    if benchmark.read_results is None:
+        raise UserError(f"{file}: in no form that answers to {benchmark.title} are known to have (docs/benchmarks.md)")
+    return benchmark.read_results(file, questions)
+
+
+def _with_note(results: Results, note: str) -> Results:
+    return replace(results, notes=[note, *results.notes])
 
 
 def _own(file: Path, benchmark: Benchmark, questions: Sequence[Question] | None) -> Results:
