@@ -71,12 +71,12 @@ class Probe:
             The values to log, and a line for the terminal.
         """
         began = time.monotonic()
-        figures = self._preferences(policy, note)
+        preferences, figures = self._preferences(policy, note)
         answers = self._answers(policy, note)
         figures |= _answer_figures([answer for answer in answers if answer["yes_or_no"]])
         seconds = time.monotonic() - began
         written = {name: figure.as_dict() for name, figure in figures.items()}
-        content = {"step": step, "seconds": seconds, "figures": written, "answers": answers}
+        content = {"step": step, "seconds": seconds, "figures": written, "preferences": preferences, "answers": answers}
         write_json(run_dir / "probe" / f"step-{step:06d}.json", content)
         values = {**{f"probe/{name}": figure.value for name, figure in figures.items()}, "probe/seconds": seconds}
         return values, _in_words(values)
@@ -90,19 +90,24 @@ class Probe:
             *(_asked(pair, probes, yes_or_no=False) for pair in self._slice.pairs[:most]),
         ]
 
-    def _preferences(self, policy: Policy, note: Note) -> dict[str, Figure]:
-        """Return how often chosen is likelier than rejected: with the image, without it, and the difference."""
+    def _preferences(self, policy: Policy, note: Note) -> tuple[list[dict[str, Any]], dict[str, Figure]]:
+        """Return of each pair whether chosen is likelier, and how often it is: with the image, without, the gap."""
         pairs = dict(enumerate(self._slice.pairs))
         shown, blind = self._preferred(policy, pairs, note), self._preferred(policy, self._slice.blind, note)
         pictures = [picture_of(pair) for pair in pairs.values()]
         groups = [pictures[n] for n in blind]
         counts = np.array([[shown[n], value, 1.0] for n, value in blind.items()]).reshape(-1, 3)
         gap = of_counts(counts, numbered(groups), {"gap": lambda c: (c[:, 0] - c[:, 1]) / c[:, 2]})
-        return {
+        rows = [
+            {"where": pair.where, "picture": picture_of(pair), "with_image": shown[n], "blind": blind.get(n)}
+            for n, pair in pairs.items()
+        ]
+        figures = {
             "accuracy": share([shown[n] for n in pairs], pictures),
             "accuracy_blind": share(list(blind.values()), groups),
             **gap,
         }
+        return rows, figures
 
     def _preferred(self, policy: Policy, pairs: Mapping[int, PreferencePair], note: Note) -> dict[int, float]:
         """Return 1 by number where chosen has the larger log-prob, 0 where rejected has, 0.5 where they are equal."""
