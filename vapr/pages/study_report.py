@@ -72,9 +72,9 @@ def _share(figure: dict[str, Any], *, interval: bool = True) -> str:
 def _points(figure: dict[str, Any] | None) -> str:
     if not figure or figure["value"] is None:
         return ""
-    low, high = figure["interval"] or (None, None)
     text = f"{100 * figure['value']:+.1f}"
-    if low is not None:
+    if figure["interval"]:
+        low, high = figure["interval"]
         text += f" [{100 * low:+.1f}, {100 * high:+.1f}]" + (" not told apart" if low <= 0 <= high else "")
     return text.replace("-", MINUS)
 

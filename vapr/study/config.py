@@ -62,16 +62,15 @@ class StudyConfig(ConfigFile):
             raise ValueError("nothing varies; give at least one of data, losses, sizes, seeds")
         for key in ("sizes", "seeds"):
             values = getattr(self, key) or []
-            if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
-                raise ValueError(f"{key}: {twice:,} is given twice")
-            if low := next((value for value in values if value < (key == "sizes")), None):
-                raise ValueError(f"{key}: {low} is too small")
+            for number, value in enumerate(values):
+                if value in values[:number]:
+                    raise ValueError(f"{key}: {value:,} is given twice")
+                if value < (key == "sizes"):
+                    raise ValueError(f"{key}: {value:,} is too small")
         for key in ("data", "losses"):
             for name in getattr(self, key) or ():
                 if not re.fullmatch(r"[\w][\w.-]*", name):
-                    raise ValueError(
-                        f"{key}: '{name}' becomes the name of a folder; use letters, digits, '.', '-', '_'"
-                    )
+                    raise ValueError(f"{key}: '{name}' becomes a folder's name; use letters, digits, '.', '-', '_'")
         for number, rule in enumerate(self.exclude):
             check_columns(rule, AXES, f"exclude.{number}")
         return self

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from vapr.batches.families import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.cache import files_hash, user_cache, written_whole
 from vapr.config import Config
@@ -20,7 +21,7 @@ from vapr.study.config import StudyConfig
 from vapr.study.subsets import DataSet, open_data_sets
 
 CHANGES_NOTHING = (
-    "run_dir", "trackers", "reference", "features", "probe", "data.train", "data.workers", "checkpoint.keep",
+    "run_dir", "trackers", "reference", "features", "data.train", "data.workers", "checkpoint.keep",
 )  # fmt: skip
 """Keys that do not decide what is trained. The pairs themselves are part of a cell's hash, wherever they lie."""
 
@@ -172,6 +173,7 @@ def _changes_nothing(key: str) -> bool:
 def _model_identity(base: Config) -> str:
     """Return a hash of the files of a model's folder; a hub id stands for itself."""
     source = find_model(base.policy.model, base.policy.base)
+    load_model_config(source.model)  # a mistake is told now, not once by every run
     folders = [Path(source.model), *([source.adapter] if source.adapter is not None else [])]
     files = [
         file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())

@@ -29,7 +29,7 @@ def run_study(
     study: StudyConfig, say: Callable[[str], None], *, plan_only: bool = False,
     start: Callable[[Cell], Any] = Training, evaluate: Evaluate | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and measure every cell that is not done, and write ``study.json`` and ``study.html`` into the study's folder.
+    """Train and measure every cell that is not done, and write ``study.json`` and ``study.html`` into ``out``.
 
     Args:
         study: the config.
@@ -86,7 +86,7 @@ def plan(study: StudyConfig, cells: Sequence[Cell]) -> Iterator[str]:
     there = {cell.run_dir.name for cell in cells}
     others = [run for run in (Path(study.out) / "runs").glob("*/") if run.name not in there]
     if others:
-        yield f"{'other':<10} {len(others):,} runs in {study.out}/runs are of other settings or data, and are left alone"
+        yield f"{'other':<10} {len(others):,} runs in {study.out}/runs are of other settings or data; left alone"
 
 
 def _open_benches(study: StudyConfig) -> dict[str, Benchmark]:
