@@ -1,5 +1,6 @@
 """Probes while training: they change nothing, and their figures are those of untouched Hugging Face models."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from tests import oracles
 from tests.runs import final_bytes, losses, metrics
 from vapr.batches.families import load_model_config
 from vapr.batches.tokenize import Processor
-from vapr.config import Config
+from vapr.config import Config, LoraConfig, PolicyConfig
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import write_pairs
+from vapr.data.sources import read_pairs
 from vapr.errors import UserError
-from vapr.training import checkpoint, trainer
+from vapr.model.policy import load_policy
+from vapr.training import checkpoint, probe, trainer
 from vapr.training.probe_slice import Slice
 
 KEYS = {
@@ -70,6 +73,9 @@ def test_a_probe_changes_no_byte(make_config, probed, family, lora):
     trainer.train(looked_at)
     assert final_bytes(looked_at) == final_bytes(plain)
     assert losses(looked_at) == losses(plain)
+    last = [checkpoint.list_checkpoints(Path(config.run_dir))[-1] for config in (plain, looked_at)]
+    moments, same = ((folder / "optimizer.safetensors").read_bytes() for folder in last)
+    assert moments == same  # they hold the random state, too
     assert [entry["step"] for entry in probes(looked_at)] == [0, 3, 6]
     assert all({key.removeprefix("probe/") for key in entry} == {*KEYS, "step"} for entry in probes(looked_at))
 
@@ -83,13 +89,11 @@ def preferred(model: torch.nn.Module, processor: Processor, family: str, pair: P
 
 def without_pictures(pair: PreferencePair) -> PreferencePair:
     """Return the pair as a row without ``images`` would be read."""
-    import dataclasses
-
     prompt = [{**turn, "content": [part for part in turn["content"] if part["type"] == "text"]} for turn in pair.prompt]
     return dataclasses.replace(pair, prompt=tuple(prompt), images=())
 
 
-def answer(model: torch.nn.Module, processor: Processor, family: str, pair: PreferencePair, most: int) -> str:
+def answered(model: torch.nn.Module, processor: Processor, family: str, pair: PreferencePair, most: int) -> str:
     """Answer greedily, token by token, each time by a forward of the whole sequence alone."""
     path = processor.tokenize_pair(pair).paths[0]
     ids, said = torch.from_numpy(path.input_ids[: path.completion_start])[None], []
@@ -129,11 +133,26 @@ def test_figures_are_those_of_plain_forwards(probed, family, lora):
         assert figures["accuracy_blind"] == pytest.approx(sum(blind) / len(blind))
         assert figures["gap"] == pytest.approx((sum(shown[n] for n in with_images) - sum(blind)) / len(blind))
         asked = [*looked_at.questions, *looked_at.pairs[:2]]
-        assert [one["said"] for one in found["answers"]] == [answer(model, processor, family, p, 6) for p in asked]
+        assert [one["said"] for one in found["answers"]] == [answered(model, processor, family, p, 6) for p in asked]
         gold = [pair.chosen[0]["content"][0]["text"].lower().startswith("yes") for pair in looked_at.questions]
         assert figures["answers/gold_yes_rate"] == pytest.approx(sum(gold) / 5)
     changed = [one["said"] for one in written(config, 0)["answers"]] != [one["said"] for one in found["answers"]]
     assert changed, "the training was to show in the answers"
+
+
+def test_a_policy_with_kernels_answers_like_one_without(tiny, photo_rows, photo_root, tmp_path, device, family):
+    """Fused norms, MLPs and adapters run inside transformers' own generate, through Triton's interpreter on a CPU."""
+    write_pairs(tmp_path / "pairs.jsonl", photo_rows[:3])
+    section = PolicyConfig(model=str(tiny(family)), dtype="float32", lora=LoraConfig(rank=2, alpha=4))
+    said = []
+    for kernels in ("auto", "off"):
+        policy = load_policy(section, device, kernels=kernels)
+        assert policy.kernels == (kernels == "auto")
+        processor = Processor(section.model, load_model_config(section.model))
+        pairs = list(read_pairs(tmp_path / "pairs.jsonl", image_root=photo_root))
+        said.append(probe.answer(policy, processor, pairs, 3, 1000))
+        assert policy.base.training
+    assert said[0] == said[1]
 
 
 class _Crash(Exception):
@@ -162,8 +181,6 @@ def test_a_resumed_run_has_the_probes_of_an_unbroken_one(probed, monkeypatch, be
 
 
 def test_the_probe_decides_the_best_checkpoint(probed, monkeypatch, capsys):
-    from vapr.training import probe
-
     gold = {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.9, 5: 0.1, 6: 0.3}
     monkeypatch.setattr(
         probe.Probe, "take", lambda self, policy, step, *_: ({"probe/accuracy": gold.get(step, 1.0)}, "probed")

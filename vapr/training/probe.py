@@ -128,9 +128,10 @@ class Probe:
         """Return what the policy answers to each question, and what that is read as."""
         questions = self._slice.questions
         asked = [*questions, *self._slice.pairs[: self._config.probe.shown]]
+        limits = self._config.probe.max_new_tokens, self._config.packing.max_tokens
         said: list[str] = []
         for chunk in _chunks(asked):
-            said += self._say(policy, chunk)
+            said += answer(policy, self._processor, chunk, *limits)
             note(f"probe: {len(said)}/{len(asked)} answers")
         return [
             {
@@ -140,13 +141,15 @@ class Probe:
             for n, (pair, text) in enumerate(zip(asked, said, strict=True))
         ]  # fmt: skip
 
-    def _say(self, policy: Policy, pairs: Sequence[PreferencePair]) -> list[str]:
-        processor = self._processor
-        answers = generate(
-            policy, [processor.tokenize_pair(pair).paths[0] for pair in pairs], processor.eos_token_ids,
-            max_new_tokens=self._config.probe.max_new_tokens, max_tokens=self._config.packing.max_tokens,
-        )  # fmt: skip
-        return [str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+
+def answer(
+    policy: Policy, processor: Processor, pairs: Sequence[PreferencePair], max_new_tokens: int, max_tokens: int
+) -> list[str]:
+    """Return what the policy answers to the prompts of pairs, greedily; see :func:`vapr.model.generation.generate`."""
+    paths = [processor.tokenize_pair(pair).paths[0] for pair in pairs]
+    limits = {"max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
+    answers = generate(policy, paths, processor.eos_token_ids, **limits)
+    return [str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
 
 def _answer_figures(answers: Sequence[dict[str, Any]]) -> dict[str, Figure]:
