@@ -130,7 +130,7 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
 @click.command()
 @config_argument
 @set_option
-@click.option("--plan", is_flag=True, help="Show the runs and what is left of them, and do nothing.")
+@click.option("--plan", is_flag=True, help="Show the runs and what is left of them, and train nothing.")
 @json_option
 def study(config: Path, overrides: tuple[str, ...], plan: bool, as_json: bool) -> None:
     """Train and measure every combination that CONFIG (a YAML file) lists; what is done is not done again."""

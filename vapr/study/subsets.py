@@ -59,7 +59,7 @@ class DataSet:
                 for part, start in self._starts()
                 if (rows := [number - start for number in picked if 0 <= number - start < len(part.rows)])
             ]
-            convert(Pairs(parts), "vapr", path)
+            convert(Pairs(parts), "vapr", path, quiet=True)
         return path
 
     def _first(self, size: int) -> list[int]:
