@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vapr.cli.options import A_PATH, json_option
+from vapr.cli.options import A_PATH, json_option, page_option
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
 policy_option = click.option(
@@ -37,4 +37,23 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, as_json: bool) -
     click.echo(json.dumps(result, indent=2, allow_nan=False) if as_json else report_text.show(result))
 
 
-COMMANDS = (score,)
+@click.command("eval")
+@click.argument("folders", nargs=-1, metavar="FOLDER...", type=A_PATH)
+@click.option(
+    "--compare",
+    "comparing",
+    is_flag=True,
+    required=True,
+    help="Compare result folders; the first is what the others are held against.",
+)
+@page_option("figures, and the questions that changed; the same as JSON goes beside it")
+@policy_option
+@json_option
+def evaluate(folders: tuple[Path, ...], comparing: bool, out: Path | None, policy: Policy, as_json: bool) -> None:
+    """Show result folders side by side: paired tests, and what changed question by question."""
+    from vapr.evaluation.compare.compare_folders import compare_folders
+
+    compare_folders(folders, out, policy, as_json, click.echo)
+
+
+COMMANDS = (score, evaluate)
