@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -300,23 +301,34 @@ def test_a_killed_study_goes_on_and_trains_no_run_twice(study_file, tmp_path):
     assert after == before
 
 
-def test_a_killed_study_leaves_no_run_going_on(study_file, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_ended_study_leaves_no_run_going_on(study_file, tmp_path, number):
     """The real thing: vapr study in a process, whose run in another must not outlive it."""
     file = study_file(
-        sizes=[24], seeds=[0], losses=None, base_changes={"optim": {"lr": 1e-3, "pairs_per_step": 4, "epochs": 500}}
-    )
+        sizes=[24], seeds=[0], losses=None,
+        base_changes={"optim": {"lr": 1e-3, "pairs_per_step": 4, "epochs": 500}},
+    )  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "vapr.cli", "study", str(file)], cwd=REPOSITORY, env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     runs = tmp_path / "out" / "runs"
-    while process.poll() is None and not list(runs.glob("*/metrics.jsonl")):
+    while process.poll() is None and not any(steps(file) for file in runs.glob("*/metrics.jsonl")):
         os.sched_yield()
     assert process.poll() is None, process.stdout.read()
-    process.kill()
-    process.wait()
+    process.send_signal(number)
+    output, _ = process.communicate()
     [lock] = runs.glob("*/.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # the run is dead as soon as it lets go
     assert not list(runs.glob("*/final"))
+    saved = [int(folder.name[5:]) for folder in runs.glob("*/checkpoints/step-*")]
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "Stopped: SIGTERM: 0 of 1 runs are trained; the same command goes on from there" in output
+        assert max(saved) == steps(*runs.glob("*/metrics.jsonl"))
+
+
+def steps(metrics: Path) -> int:
+    return metrics.read_text().count('"loss"')
 
 
 def test_the_command(study_file, tmp_path):
