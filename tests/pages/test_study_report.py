@@ -56,7 +56,7 @@ def test_the_table_says_what_was_measured():
         "truth is yes",
         "unparsed",
     ]
-    assert rows[0] == ["base", "", "", "", "60.0% [50.0, 70.0]", "", "80.0% [70.0, 90.0]", "50.0%", "2.5%"]
+    assert rows[0] == ["base", "–", "0", "–", "60.0% [50.0, 70.0]", "–", "80.0% [70.0, 90.0]", "50.0%", "2.5%"]
     assert rows[1][5] == "+5.0 [−1.0, +11.0] not told apart"
     assert rows[2][5] == "+15.0 [+5.0, +25.0]"
     assert rows[3][5] == "−10.0 [−20.0, −1.0]"

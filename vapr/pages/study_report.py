@@ -10,6 +10,9 @@ from vapr.pages.page import write_page
 
 HEADS = ["data", "loss", "pairs", "runs", "accuracy", "less the base's", "says yes", "truth is yes", "unparsed"]
 
+DASH = "\N{EN DASH}"
+"""What stands where a table has nothing to say."""
+
 CHARTS = (("accuracy", "accuracy"), ("yes rate", "yes_rate"))
 
 
@@ -41,12 +44,12 @@ def counted(cells: Sequence[dict[str, Any]]) -> str:
 
 def table(measure: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows of the table of a measure, the base first."""
-    rows = [["base", "", "", "", *_cells(measure["base"])]]
+    rows = [["base", "", "0", "", *_cells(measure["base"])]]
     for group in measure["groups"]:
         place = [group["data"], group["loss"], f"{group['size']:,}", str(len(group["seeds"]))]
         rows.append([*place, *_cells(group["figures"])])
-    used = [n for n, head in enumerate(HEADS) if n < 5 or any(row[n] for row in rows)]
-    return [HEADS[n] for n in used], [[row[n] for n in used] for row in rows]
+    used = [n for n in range(len(HEADS)) if n < 5 or any(row[n] for row in rows)]
+    return [HEADS[n] for n in used], [[row[n] or DASH for n in used] for row in rows]
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:

@@ -19,7 +19,6 @@ from vapr.data.images import read_image
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
-from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, of_counts, share
 from vapr.model.generation import generate
@@ -156,9 +155,14 @@ def _answer_figures(answers: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Return accuracy, yes rate, true yes rate and unparsed share of the answers to yes/no questions."""
     if not answers:
         return {}
-    gold, read, pictures = ([answer[key] for answer in answers] for key in ("gold", "read", "picture"))
-    figures = yes_no.figures_of(gold, read, pictures)
-    return {f"answers/{name}": figures[name] for name in ("accuracy", "yes_rate", "gold_yes_rate", "unparsed_rate")}
+    pictures = [answer["picture"] for answer in answers]
+    holds = {
+        "accuracy": [answer["read"] == answer["gold"] for answer in answers],
+        "yes_rate": [answer["read"] == "yes" for answer in answers],
+        "gold_yes_rate": [answer["gold"] == "yes" for answer in answers],
+        "unparsed_rate": [answer["read"] is None for answer in answers],
+    }
+    return {f"answers/{name}": share(values, pictures) for name, values in holds.items()}
 
 
 def _in_words(values: Mapping[str, float | None]) -> str:
