@@ -72,7 +72,7 @@ class Processor:
 
     Attributes:
         notes: lines on what differs from what one may expect, to be shown to the user once.
-        eos_token_ids: at which the model stops.
+        eos_token_ids: tokens at which the model stops.
 
     Raises:
         UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
