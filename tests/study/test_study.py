@@ -20,6 +20,7 @@ from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
 from vapr.errors import UserError
+from vapr.evaluation.benchmarks import BENCHMARKS
 from vapr.evaluation.scoring.prediction import Prediction, write_predictions
 from vapr.study.config import StudyConfig
 from vapr.study.grid import make_grid
@@ -378,6 +379,21 @@ def test_mistakes_are_told_in_one_line(study_file, changes, message):
     with pytest.raises(UserError) as error:
         run_study(study_of(study_file(**changes)), print, start=InThisProcess)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sets_that_need_a_judge_are_refused_before_the_training(study_file, tmp_path, monkeypatch):
+    study = study_of(study_file(bench={"pope": str(pope(tmp_path / "pope"))}, parsing="official"))
+    for changes in (
+        {"scored": "a judge has to read them"},
+        {"lacks": lambda answers, policy: f"{len(answers)} of {policy}"},
+    ):
+        monkeypatch.setitem(BENCHMARKS, "pope", dataclasses.replace(BENCHMARKS["pope"], **changes))
+        with pytest.raises(
+            UserError, match=r"bench.pope: a study cannot compare its answers under 'official': (a judge|30)"
+        ):
+            run_study(study, print, start=InThisProcess)
+        monkeypatch.undo()
+    assert not begun(tmp_path)
 
 
 def test_names_that_stand_twice(study_file):

@@ -12,6 +12,7 @@ from vapr.cache import file_identity, written_whole
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.readers.open import open_benchmark
+from vapr.evaluation.scoring.prediction import Prediction
 from vapr.pages.study_report import write_study_report
 from vapr.study.config import StudyConfig
 from vapr.study.grid import Cell, make_grid
@@ -96,11 +97,13 @@ def _open_benches(study: StudyConfig) -> dict[str, Benchmark]:
     benches = {}
     for name, path in study.bench.items():
         try:
-            benches[name], _ = open_benchmark(f"{name}={path}")
+            benches[name], questions = open_benchmark(f"{name}={path}")
         except UserError as error:
             raise UserError(f"bench.{name}: {str(error).removeprefix('--bench ')}") from None
-        if (why := benches[name].scored) is not None:
-            raise UserError(f"bench.{name}: {why}, so that a study cannot compare its answers; leave it out")
+        answers = [Prediction.of(question, "") for question in questions or ()]
+        why = benches[name].scored or benches[name].lacks(answers, study.parsing)
+        if why is not None:
+            raise UserError(f"bench.{name}: a study cannot compare its answers under '{study.parsing}': {why}")
     return benches
 
 
