@@ -24,12 +24,7 @@ def pope(folder: Path, name: str = "pope") -> Path:
     """Two splits of eight questions about two pictures, half of them yes."""
     for split in ("adversarial", "popular"):
         rows = [
-            {
-                "question_id": n,
-                "image": f"{n % 2}.jpg",
-                "text": f"Is there a thing{n} in the image?",
-                "label": "yes" if n < 5 else "no",
-            }
+            {"question_id": n, "image": f"{n % 2}.jpg", "text": f"Is there a thing{n} in the image?", "label": "yes" if n < 5 else "no"}
             for n in range(1, 9)
         ]
         write_lines(folder / f"coco_{name}_{split}.json", rows)
@@ -63,12 +58,7 @@ def amber(folder: Path) -> Path:
         {"id": 2, "type": "generative", "truth": ["bus", "tree", "man"], "hallu": ["cat"]},
     ]
     types = ["attribute-state", "attribute-number", "attribute-action", "hallucination"]
-    facts = [
-        (f"discriminative-{kind}", truth)
-        for kind in types
-        for truth in ("yes", "no")
-        if (kind, truth) != (types[3], "yes")
-    ]
+    facts = [(f"discriminative-{kind}", truth) for kind in types for truth in ("yes", "no") if (kind, truth) != (types[3], "yes")]
     facts += [("discriminative-relation", "yes"), ("relation", "no")]
     queries = []
     for number, (kind, truth) in enumerate(facts, start=1005):

@@ -57,9 +57,7 @@ def test_constant_answerers(name, policy, constant, tmp_path):
 @each
 @every
 def test_a_perfect_answerer(name, policy, tmp_path):
-    result = run(
-        name, policy, tmp_path, lambda question: YES[{"1": "yes", "0": "no"}.get(truth(question), truth(question))]
-    )
+    result = run(name, policy, tmp_path, lambda question: YES[{"1": "yes", "0": "no"}.get(truth(question), truth(question))])
     assert result["accuracy"] == result["f1"] == 1 and result["yes_bias"]["gap"]["value"] == 0
     assert result["unparsed_rate"] == 0
     best = {"perception": 400, "cognition": 200, "official_f1": 100, "official_accuracy": 100, "official_precision": 100,
@@ -150,10 +148,7 @@ def test_3000_answers_of_noise_are_unparsed(name, tmp_path):
     question = next(q for q in questions_of(name, tmp_path) if "letter" not in q.question)
     benchmark = BENCHMARKS[name]
     for policy in POLICIES:
-        read = [
-            benchmark.read_answer(row, policy)
-            for row in (answered([question], lambda q, t=text: t)[0] for text in texts)
-        ]
+        read = [benchmark.read_answer(row, policy) for row in (answered([question], lambda q, t=text: t)[0] for text in texts)]
         unparsed = sum(reading.unparsed for reading in read) / len(read)
         # Officially "there is no" and "is not" are denials, by chance, too.
         assert unparsed == 1 if policy != "official" else unparsed > 0.99

@@ -102,8 +102,7 @@ def test_after_reasoning():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["<think>" * 30_000, "<answer>" * 30_000, ", " * 50_000, "yes no " * 30_000, "No " * 50_000, "so, " * 50_000],
+    "text", ["<think>" * 30_000, "<answer>" * 30_000, ", " * 50_000, "yes no " * 30_000, "No " * 50_000, "so, " * 50_000]
 )
 def test_endless_repetition_is_read_in_one_pass(text):
     assert yes_or_no(text, "strict") is None  # minutes if a pattern backtracked

@@ -42,13 +42,7 @@ def test_unparsed_answers_by_hand():
     assert values["fpr"] == 0 and values["fnr"] == pytest.approx(2 / 3)
     assert values["balanced_accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     moved = yes_no.unparsed_as(gold, said)
-    assert moved["yes"] == {
-        "accuracy": 3 / 5,
-        "yes_rate": 3 / 5,
-        "fpr": 1 / 2,
-        "fnr": 1 / 3,
-        "f1": pytest.approx(2 / 3),
-    }
+    assert moved["yes"] == {"accuracy": 3 / 5, "yes_rate": 3 / 5, "fpr": 1 / 2, "fnr": 1 / 3, "f1": pytest.approx(2 / 3)}
     assert moved["no"]["accuracy"] == 3 / 5 and moved["no"]["yes_rate"] == 1 / 5
     assert moved["drop"] == {"accuracy": 2 / 3, "yes_rate": 1 / 3, "fpr": 0, "fnr": 1 / 2, "f1": pytest.approx(2 / 3)}
 
