@@ -72,6 +72,7 @@ class Processor:
 
     Attributes:
         notes: lines on what differs from what one may expect, to be shown to the user once.
+        eos_token_ids: tokens at which the model stops.
 
     Raises:
         UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
@@ -102,7 +103,8 @@ class Processor:
         if self.family == "llava":
             check_llava(model, config, self._settings, self.image_processor)
         try:
-            self._end_of_turn = self._read_end_of_turn(eos_tokens(model, config, self.tokenizer))
+            self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
+            self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
         except UserError as error:
             raise UserError(f"{model}: {error}") from None
         self.notes = self._notes()
