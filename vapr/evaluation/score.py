@@ -152,34 +152,74 @@ def of_benchmark(predictions: Sequence[Prediction], name: str, where: str) -> li
 def with_truth(
     predictions: Sequence[Prediction], questions: Sequence[Question], where: str, *, partial: bool = False
 ) -> list[Prediction]:
-    """Return predictions with the truth and the facts of the questions they answer, joined by id and question.
+    """Return predictions with the truth and the facts of the questions they answer.
+
+    They are joined by id, or by picture and question where the ids are of another kind; never by line.
 
     Raises:
-        UserError: for an answer to no question, another question under the same id, or questions without an answer
-            unless ``partial``.
+        UserError: for an answer to no question or to several, another question under the same id, a question answered
+            twice, or questions without an answer unless ``partial``.
     """
     by_id = {question.id: question for question in questions}
+    by_content = _by_content(questions)
+    answered: set[str] = set()
     joined = []
     for prediction in predictions:
-        question = by_id.pop(prediction.id, None)
-        if question is None:
-            raise UserError(f"{where}: an answer to '{prediction.id}', which is no question of {prediction.benchmark}")
-        if prediction.question and not _same(prediction.question, question.question):
+        question = by_id.get(prediction.id) or _find(prediction, by_content, where)
+        if prediction.question and not same_question(prediction.question, question.question):
             raise UserError(
                 f"{where}: '{prediction.id}' answers {prediction.question[:60]!r}, but the question is "
                 f"{question.question[:60]!r}; these are predictions of other questions"
             )
-        joined.append(Prediction.of(question, prediction.prediction, **prediction.meta))
-    if by_id and not partial:
+        if question.id in answered:
+            raise UserError(f"{where}: question '{question.id}' is answered twice; keep one of the two")
+        answered.add(question.id)
+        joined.append(Prediction.of(question, prediction.prediction, **{**prediction.meta, **question.meta}))
+    missing = [question.id for question in questions if question.id not in answered]
+    if missing and not partial:
         raise UserError(
-            f"{where}: {len(predictions):,} answers to {len(questions):,} questions; '{next(iter(by_id))}' has none. "
+            f"{where}: {len(predictions):,} answers to {len(questions):,} questions; '{missing[0]}' has none. "
             "Finish the run, or score what is there with --partial"
         )
     return joined
 
 
-def _same(one: str, other: str) -> bool:
+Contents = Mapping[tuple[str | None, str, str], list[Question]]
+
+
+def _by_content(questions: Sequence[Question]) -> Contents:
+    """Return questions by split, picture and wording, and also by picture and wording alone."""
+    found: dict[tuple[str | None, str, str], list[Question]] = {}
+    for question in questions:
+        as_asked = Prediction.of(question, "")
+        for split in {as_asked.split, None}:
+            found.setdefault((split, as_asked.image, plain_question(question.question)), []).append(question)
+    return found
+
+
+def _find(prediction: Prediction, by_content: Contents, where: str) -> Question:
+    """Return the one question about the prediction's picture in its words."""
+    asked = plain_question(prediction.question)
+    for split in (prediction.split, None):
+        found = by_content.get((split, prediction.image, asked), [])
+        if len(found) == 1:
+            return found[0]
+    name = prediction.benchmark
+    if found:
+        raise UserError(
+            f"{where}: '{prediction.id}' is no id of {name}, and {len(found)} of its questions ask that of "
+            f"{prediction.image}; give meta.split"
+        )
+    raise UserError(f"{where}: an answer to '{prediction.id}', which is no question of {name}")
+
+
+def same_question(one: str, other: str) -> bool:
     """Return whether two questions are equal but for spaces and what is asked of the answer's form after them."""
-    a, b = (" ".join(re.sub(r"<image[^>]*>", " ", text).lower().split()) for text in (one, other))
-    a, b = (text.replace("in the imange", "in the image") for text in (a, b))  # as some files of POPE have it
+    a, b = plain_question(one), plain_question(other)
     return a.startswith(b) or b.startswith(a)
+
+
+def plain_question(question: str) -> str:
+    """Return a question in lower case, without marks of pictures and needless space."""
+    text = " ".join(re.sub(r"<image[^>]*>", " ", question).lower().split())
+    return text.replace("in the imange", "in the image")  # as some files of POPE have it
