@@ -1,0 +1,237 @@
+"""One model's result folder: answers to benchmarks, with and without pictures, then scores."""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from vapr.batches.tokenize import Processor
+from vapr.errors import UserError
+from vapr.evaluation.generation.answer import answer_batches
+from vapr.evaluation.generation.journal import FolderLock, Journal
+from vapr.evaluation.generation.open_model import Answerer, Dtype
+from vapr.evaluation.generation.prompts import Asked, in_batches, tokenize_questions
+from vapr.evaluation.generation.record import NAME, AskedSet, describe, open_record, write_json
+from vapr.evaluation.generation.settings import Settings
+from vapr.evaluation.score import score, score_rows
+from vapr.evaluation.scoring.answers import Policy
+from vapr.evaluation.scoring.paired import difference, sign_flip
+from vapr.evaluation.scoring.prediction import Prediction
+from vapr.interrupts import stopped_at_once
+from vapr.progress import Display
+
+EngineName = Literal["auto", "transformers", "vllm"]
+Sizes = dict[Path | bytes, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is done beside asking the questions."""
+
+    settings: Settings = field(default_factory=Settings)
+    engine: EngineName = "transformers"
+    dtype: Dtype = "auto"
+    policy: Policy = "strict"
+    blind: bool = False
+
+
+class Engine(Protocol):
+    """What answers batches of questions."""
+
+    def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
+        """Yield the answers to each batch."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+class TransformersEngine:
+    """An untouched Hugging Face model, on a GPU if there is one."""
+
+    def __init__(self, answerer: Answerer, processor: Processor, options: Options) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._model: Any = answerer.load(options.dtype).to(device).eval()  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise UserError(f"{answerer.given} does not fit the GPU; CUDA_VISIBLE_DEVICES= takes the CPU") from None
+        self._processor, self._settings = processor, options.settings
+
+    def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
+        """Yield the answers to each batch."""
+        return answer_batches(self._model, self._processor, batches, self._settings)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def choose_engine(wanted: EngineName) -> Literal["transformers", "vllm"]:
+    """Return the engine to use; ``auto`` is vLLM where it is installed and there is a GPU."""
+    if wanted != "auto":
+        return wanted
+    return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+
+
+class Evaluation:
+    """A result folder in the making.
+
+    Whatever can be wrong with questions, prompts or the folder is found when this is made, before weights are loaded.
+
+    Args:
+        answerer: the model.
+        sets: what it is asked.
+        sizes: of the pictures, as :func:`~vapr.evaluation.generation.prompts.check_images` returns them.
+        options: how.
+        folder: the result folder.
+
+    Attributes:
+        notes: lines on what was found there, to be shown.
+
+    Raises:
+        UserError: as the parts raise it.
+    """
+
+    def __init__(
+        self, answerer: Answerer, sets: Sequence[AskedSet], sizes: Sizes, options: Options, folder: Path
+    ) -> None:
+        self.answerer, self.sets, self.options, self.folder = answerer, sets, options, folder
+        self.processor = answerer.processor()
+        engine = choose_engine(options.engine)
+        settings = {
+            **options.settings.as_dict(), "engine": engine, "dtype": options.dtype,
+            "image_backend": self.processor.image_backend,
+        }  # fmt: skip
+        record = describe(answerer.given, answerer.identity, settings, sets)
+        self.record, notes = open_record(folder, record)
+        self.notes = [*answerer.notes, *(f"{answerer.given}: {note}" for note in self.processor.notes), *notes]
+        self._parts = [
+            (name, one, in_batches(
+                tokenize_questions(one.questions, self.processor, blind=blind, sizes=sizes), options.settings.batch_size
+            ))
+            for name, blind in (("predictions", False), ("predictions.blind", True))[: 1 + options.blind]
+            for one in sets
+        ]  # fmt: skip
+
+    def answer(self, say: Callable[[str], None] = print, *, quiet: bool = False) -> dict[str, list[Prediction]]:
+        """Ask what is not answered yet, and write the finished files.
+
+        Returns:
+            The answers by benchmark, those without pictures as ``NAME (blind)``.
+
+        Raises:
+            UserError: if the model does not load or the folder cannot be written.
+            Stopped: by a signal; answers so far are kept.
+        """
+        with FolderLock(self.folder):
+            write_json(self.folder / NAME, self.record)
+            journals = {name: Journal(self.folder, name) for name in dict.fromkeys(name for name, _, _ in self._parts)}
+            self._tell(journals, say)
+            todo = [
+                (journals[name], one.benchmark.name, [b for b in batches if not _is_answered(b, journals[name])])
+                for name, one, batches in self._parts
+            ]
+            for journal, _, batches in todo:
+                if again := journal.forget((q.question.benchmark, q.question.id) for batch in batches for q in batch):
+                    say(f"{journal.partial}: {again:,} answers of a batch that was not complete are given again")
+            if any(batches for _, _, batches in todo):
+                self._ask(todo, quiet)
+            questions = [question for one in self.sets for question in one.questions]
+            answers: dict[str, list[Prediction]] = {}
+            for name, journal in journals.items():
+                finished = journal.finish(questions)
+                for one in self.sets:
+                    blind = "" if name == "predictions" else " (blind)"
+                    mine = [answer for answer in finished if answer.benchmark == one.benchmark.name]
+                    answers[one.benchmark.name + blind] = mine
+            return answers
+
+    def _tell(self, journals: Mapping[str, Journal], say: Callable[[str], None]) -> None:
+        for journal in journals.values():
+            if journal.dropped:
+                say(f"{journal.partial}: its last line was cut short and is dropped; the question is asked again")
+            keys = {(q.benchmark, q.id) for one in self.sets for q in one.questions}
+            if found := sum(key in journal.answered for key in keys):
+                say(f"{self.folder}: {found:,} of {len(keys):,} questions are answered in {journal.file.stem}")
+
+    def _ask(self, todo: list[tuple[Journal, str, list[list[Asked]]]], quiet: bool) -> None:
+        total = sum(len(batch) for _, _, batches in self._parts for batch in batches)
+        left = sum(len(batch) for _, _, batches in todo for batch in batches)
+        done = total - left
+
+        def stopped() -> str:
+            return f"{done:,} of {total:,} answers are kept in {self.folder}; the same command goes on from there"
+
+        with stopped_at_once(stopped):
+            engine = self._open_engine()
+            try:
+                with Display(self.answerer.name, total, done, unit="question", quiet=quiet) as display:
+                    for journal, name, batches in todo:
+                        for predictions in engine.answer(batches):
+                            journal.add(predictions)
+                            done += len(predictions)
+                            display.advance(name, len(predictions))
+            finally:
+                for journal, _, _ in todo:
+                    journal.close()
+                engine.close()
+
+    def _open_engine(self) -> Engine:
+        if choose_engine(self.options.engine) == "transformers":
+            return TransformersEngine(self.answerer, self.processor, self.options)
+        from vapr.evaluation.generation.vllm import VllmEngine
+
+        return VllmEngine(self.answerer, self.processor, self.options)
+
+    def score(self, answers: Mapping[str, list[Prediction]]) -> dict[str, Any]:
+        """Score answers, add them to ``scores.json``, and return the scores by benchmark."""
+        scores: dict[str, Any] = {}
+        for one in self.sets:
+            name = one.benchmark.name
+            scores[name] = self._scored(answers[name], one)
+            if self.options.blind:
+                blind = f"{name} (blind)"
+                scores[blind] = {**self._scored(answers[blind], one), "benchmark": blind}
+                if scores[blind]["scored"]:
+                    scores[blind]["gap"] = _gap(answers[name], answers[blind], one, self.options.policy)
+        path = self.folder / "scores.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError):
+            before = {}
+        write_json(path, {**before, **scores})
+        return scores
+
+    def _scored(self, answers: Sequence[Prediction], one: AskedSet) -> dict[str, Any]:
+        """Return the scores of a set; where truths are missing, why there are none."""
+        policy = self.options.policy
+        try:
+            return score(answers, one.benchmark, policy, questions=one.of)
+        except UserError as error:
+            withheld = dataclasses.replace(one.benchmark, scored=str(error))
+            return score(answers, withheld, policy, questions=one.of)
+
+
+def _is_answered(batch: Sequence[Asked], journal: Journal) -> bool:
+    return all((one.question.benchmark, one.question.id) in journal.answered for one in batch)
+
+
+def _gap(seen: Sequence[Prediction], blind: Sequence[Prediction], one: AskedSet, policy: Policy) -> dict[str, Any]:
+    """Return how much of the accuracy the pictures make: seen less blind, on the same questions."""
+    with_pictures, without = (
+        np.array([row.right for row in score_rows(answers, one.benchmark, policy)]) for answers in (seen, blind)
+    )
+    pictures = [prediction.image for prediction in seen]
+    return {
+        "accuracy": difference(without, with_pictures, pictures).as_dict(),
+        "p": sign_flip(without, with_pictures, pictures),
+    }
