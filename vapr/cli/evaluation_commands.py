@@ -3,10 +3,12 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
-from vapr.cli.options import A_PATH, json_option
+from vapr.cli.options import A_PATH, AT_LEAST_1, json_option
+from vapr.errors import UserError
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
 policy_option = click.option(
@@ -37,4 +39,57 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, as_json: bool) -
     click.echo(json.dumps(result, indent=2, allow_nan=False) if as_json else report_text.show(result))
 
 
-COMMANDS = (score,)
+@click.command("eval")
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("--bench", "benches", multiple=True, metavar="NAME=PATH", help="Benchmark and its questions; repeatable.")
+@click.option("--out", type=A_PATH, help="Result folder; with several models, the folder of theirs.")
+@policy_option
+@click.option("--limit", type=AT_LEAST_1, help="Ask only about so many questions a benchmark, drawn over its splits.")
+@click.option("--blind", is_flag=True, help="Ask without the pictures, too, and tell the gap.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="Tokens at which an answer is cut off."
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 answers greedily.")
+@click.option("--batch-size", type=AT_LEAST_1, help="Questions answered at once. [default: 16; vLLM 256]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --limit, and of answers that are drawn.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "vllm"]),
+    default="auto",
+    show_default=True,
+    help="What generates; auto is vLLM where it is installed and there is a GPU.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights; auto is float32 on a CPU, else their own.",
+)
+@json_option
+def evaluate(
+    models: tuple[str, ...], benches: tuple[str, ...], out: Path | None, limit: int | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Let each MODEL answer benchmarks, and score the answers.
+
+    MODEL is a hub id, a folder, an adapter (on the base that it names), a run or a checkpoint. The same command
+    goes on where it was stopped.
+    """
+    if not models or not benches or out is None:
+        lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
+        raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
+    from vapr.evaluation.generation.evaluate import options_of
+    from vapr.study import report_text
+    from vapr.study.evaluate_models import evaluate_models
+
+    evaluated = evaluate_models(
+        models, benches, out, options_of(**options), limit=limit, say=partial(click.echo, err=True)
+    )
+    if as_json:
+        click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))
+    else:
+        click.echo(report_text.show(evaluated, benches))
+
+
+COMMANDS = (score, evaluate)

@@ -1,5 +1,6 @@
 """Batches answer as each question alone does, through transformers' own processor and ``generate``."""
 
+import dataclasses
 import math
 
 import pytest
@@ -154,3 +155,21 @@ def test_a_question_too_long_for_the_model_is_refused_before_it_is_asked(opened,
     model, processor = opened
     with pytest.raises(UserError, match=r"^question 'q\d' of pope takes .* more than the model's 4,096; lower"):
         answer_questions(model, processor, questions, Settings(max_new_tokens=4090), quiet=True)
+
+
+def test_the_models_own_mark_in_a_question_is_refused(opened, questions):
+    _, processor = opened
+    if processor.image_token == "<image>":  # which is how questions name pictures
+        pytest.skip("a mark like any other")
+    bad = dataclasses.replace(questions[0], question=f"What is {processor.image_token}?")
+    with pytest.raises(UserError, match=r"^question 'q0' of pope: its prompt holds 2 '<\|image_pad\|>' for 1 image"):
+        tokenize_questions([bad], processor)
+
+
+def test_a_picture_that_breaks_off_names_its_question(opened, questions, tmp_path):
+    model, processor = opened
+    whole = questions[3].images[0].read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
+    bad = dataclasses.replace(questions[0], images=(tmp_path / "half.png",))
+    with pytest.raises(UserError, match=r"^question 'q0' of pope: image '.*half.png' cannot be read"):
+        answer_questions(model, processor, [bad, questions[1]], SETTINGS, quiet=True)

@@ -42,6 +42,21 @@ class Options:
     blind: bool = False
 
 
+BATCH_SIZES = {"transformers": 16, "vllm": 256}
+"""Questions that are answered at once unless told otherwise; vLLM fills its own batches out of them."""
+
+
+def options_of(
+    *, max_new_tokens: int, temperature: float, batch_size: int | None, seed: int, engine: EngineName, **others: Any
+) -> Options:
+    """Return the options of the command line; ``others`` are Options' own."""
+    named = choose_engine(engine)
+    settings = Settings(
+        max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size or BATCH_SIZES[named], seed=seed
+    )  # fmt: skip
+    return Options(settings=settings, engine=named, **others)
+
+
 class Engine(Protocol):
     """What answers batches of questions."""
 
@@ -113,7 +128,12 @@ class Evaluation:
         }  # fmt: skip
         record = describe(answerer.given, answerer.identity, settings, sets)
         self.record, notes = open_record(folder, record)
-        self.notes = [*answerer.notes, *(f"{answerer.given}: {note}" for note in self.processor.notes), *notes]
+        self.notes = [
+            *answerer.notes,
+            *answerer.left_out(),
+            *(f"{answerer.given}: {note}" for note in self.processor.notes),
+            *notes,
+        ]
         self._parts = [
             (name, one, in_batches(
                 tokenize_questions(one.questions, self.processor, blind=blind, sizes=sizes), options.settings.batch_size

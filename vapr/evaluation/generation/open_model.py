@@ -40,6 +40,18 @@ class Answerer:
         """Open its tokenizer, image processor and chat template."""
         return Processor(self.folder, load_model_config(self.folder))
 
+    def left_out(self) -> list[str]:
+        """Return a line on what its generation_config.json asks for and is not done."""
+        try:
+            asked = transformers.GenerationConfig.from_pretrained(self.folder)
+        except OSError:
+            return []
+        plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "do_sample": False}
+        ignored = [f"{k} {v}" for k, usual in plain.items() if (v := getattr(asked, k, None)) not in (None, usual)]
+        if not ignored:
+            return []
+        return [f"{self.given}: what generation_config.json asks for is not done: {', '.join(ignored)}"]
+
 
 def find_answerer(model: str) -> Answerer:
     """Find the files of a hub id, a model's folder or an adapter's folder.
