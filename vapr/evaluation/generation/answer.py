@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,10 +46,10 @@ def answer_questions(
     Raises:
         UserError: naming a question that cannot be asked, or if the GPU's memory does not suffice.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).of("transformers")
     asked = tokenize_questions(questions, processor, blind=blind)
     answered: dict[tuple[str, str], Prediction] = {}
-    batches = in_batches(asked, settings.batch_size)
+    batches = in_batches(asked, settings.batch_size or 1)
     with Display("answer", len(asked), unit="question", quiet=quiet) as display:
         for predictions in answer_batches(model, processor, batches, settings):
             answered |= {(one.benchmark, one.id): one for one in predictions}
@@ -77,8 +77,7 @@ def answer_batches(
                 said = _generate(model, processor, batch, pictures, settings, first)
             except torch.OutOfMemoryError:
                 raise UserError(
-                    f"{settings.batch_size} questions at a time do not fit the GPU; lower --batch-size (answers so "
-                    "far are kept)"
+                    f"{len(batch)} questions at a time do not fit the GPU; lower --batch-size (answers so far are kept)"
                 ) from None
             yield [
                 _prediction(one.question, ids, processor, first.log_probs[n] if words else None)  # type: ignore[index]
@@ -158,7 +157,7 @@ def _generate(
     )  # fmt: skip
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices):
-        torch.manual_seed(_seed(settings.seed, batch))
+        torch.manual_seed(question_seed(settings.seed, *batch))
         out = model.generate(
             **inputs, generation_config=config, logits_processor=transformers.LogitsProcessorList([first])
         )
@@ -198,7 +197,7 @@ def _pad(processor: Processor) -> int:
     return int(processor.eos_token_ids[0] if pad is None or pad == processor.image_token_id else pad)
 
 
-def _seed(seed: int, batch: Iterable[Asked]) -> int:
-    """Return the seed of a batch's draws: a resumed run draws alike."""
-    named = repr((seed, [(one.question.benchmark, one.question.id) for one in batch]))
+def question_seed(seed: int, *asked: Asked) -> int:
+    """Return the seed of a batch's draws, or of one answer's: a resumed run draws alike."""
+    named = repr((seed, [(one.question.benchmark, one.question.id) for one in asked]))
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:7], "big")

@@ -42,23 +42,10 @@ class Options:
     blind: bool = False
 
 
-BATCH_SIZES = {"transformers": 16, "vllm": 256}
-"""Questions that are answered at once unless told otherwise; vLLM fills its own batches out of them."""
-
-
-def options_of(
-    *, max_new_tokens: int, temperature: float, batch_size: int | None, seed: int, engine: EngineName, **others: Any
-) -> Options:
-    """Return the options of the command line; ``others`` are Options' own."""
-    named = choose_engine(engine)
-    settings = Settings(
-        max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size or BATCH_SIZES[named], seed=seed
-    )  # fmt: skip
-    return Options(settings=settings, engine=named, **others)
-
-
 class Engine(Protocol):
-    """What answers batches of questions."""
+    """What answers batches of questions. ``notes`` are lines on how it does."""
+
+    notes: list[str]
 
     def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
         """Yield the answers to each batch."""
@@ -70,13 +57,14 @@ class Engine(Protocol):
 class TransformersEngine:
     """An untouched Hugging Face model, on a GPU if there is one."""
 
-    def __init__(self, answerer: Answerer, processor: Processor, options: Options) -> None:
+    def __init__(self, answerer: Answerer, processor: Processor, settings: Settings, dtype: Dtype) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.notes: list[str] = []
         try:
-            self._model: Any = answerer.load(options.dtype).to(device).eval()  # type: ignore[arg-type]
+            self._model: Any = answerer.load(dtype).to(device).eval()  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             raise UserError(f"{answerer.given} does not fit the GPU; CUDA_VISIBLE_DEVICES= takes the CPU") from None
-        self._processor, self._settings = processor, options.settings
+        self._processor, self._settings = processor, settings
 
     def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
         """Yield the answers to each batch."""
@@ -90,11 +78,11 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def choose_engine(wanted: EngineName) -> Literal["transformers", "vllm"]:
-    """Return the engine to use; ``auto`` is vLLM where it is installed and there is a GPU."""
+def choose_engine(wanted: EngineName, *, whole: bool = True) -> Literal["transformers", "vllm"]:
+    """Return the engine to use; ``auto`` is vLLM where it is installed, there is a GPU, and the model is a folder."""
     if wanted != "auto":
         return wanted
-    return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+    return "vllm" if whole and torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
 
 
 class Evaluation:
@@ -121,9 +109,97 @@ class Evaluation:
     ) -> None:
         self.answerer, self.sets, self.options, self.folder = answerer, sets, options, folder
         self.processor = answerer.processor()
-        engine = choose_engine(options.engine)
+        self.engine = choose_engine(options.engine, whole=answerer.whole)
+        self.settings = options.settings.of(self.engine)
         settings = {
-            **options.settings.as_dict(), "engine": engine, "dtype": options.dtype,
+            **self.settings.as_dict(), "engine": self.engine, "dtype": options.dtype,
+            "image_backend": self.processor.image_backend,
+        }  # fmt: skip
+        record = describe(answerer.given, answerer.identity, settings, sets)
+        self.record, notes = open_record(folder, record)
+        self.notes = [
+            *answerer.notes,
+            *answerer.left_out(),
+            *(f"{answerer.given}: {note}" for note in self.processor.notes),
+            *notes,
+        ]
+        self._parts = [
+            (name, one, self._batches(one, sizes, blind=blind))
+            for name, blind in (("predictions", False), ("predictions.blind", True))[: 1 + options.blind]
+            for one in sets
+        ]
+
+    def _batches(self, one: AskedSet, sizes: Sizes, *, blind: bool) -> list[list[Asked]]:
+        """Return a set's questions in batches, which are the same whatever is answered already."""
+        asked = tokenize_questions(one.questions, self.processor, blind=blind, sizes=sizes)
+        return in_batches(asked, self.settings.batch_size or 1)
+
+    def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
+        """Yield the answers to each batch."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+class TransformersEngine:
+    """An untouched Hugging Face model, on a GPU if there is one."""
+
+    def __init__(self, answerer: Answerer, processor: Processor, settings: Settings, dtype: Dtype) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.notes: list[str] = []
+        try:
+            self._model: Any = answerer.load(dtype).to(device).eval()  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise UserError(f"{answerer.given} does not fit the GPU; CUDA_VISIBLE_DEVICES= takes the CPU") from None
+        self._processor, self._settings = processor, settings
+
+    def answer(self, batches: Sequence[Sequence[Asked]]) -> Iterator[list[Prediction]]:
+        """Yield the answers to each batch."""
+        return answer_batches(self._model, self._processor, batches, self._settings)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def choose_engine(wanted: EngineName, *, whole: bool = True) -> Literal["transformers", "vllm"]:
+    """Return the engine to use; ``auto`` is vLLM where it is installed, there is a GPU, and the model is a folder."""
+    if wanted != "auto":
+        return wanted
+    return "vllm" if whole and torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+
+
+class Evaluation:
+    """A result folder in the making.
+
+    Whatever can be wrong with questions, prompts or the folder is found when this is made, before weights are loaded.
+
+    Args:
+        answerer: the model.
+        sets: what it is asked.
+        sizes: of the pictures, as :func:`~vapr.evaluation.generation.prompts.check_images` returns them.
+        options: how.
+        folder: the result folder.
+
+    Attributes:
+        notes: lines on what was found there, to be shown.
+
+    Raises:
+        UserError: as the parts raise it.
+    """
+
+    def __init__(
+        self, answerer: Answerer, sets: Sequence[AskedSet], sizes: Sizes, options: Options, folder: Path
+    ) -> None:
+        self.answerer, self.sets, self.options, self.folder = answerer, sets, options, folder
+        self.processor = answerer.processor()
+        self.engine = choose_engine(options.engine, whole=answerer.whole)
+        self.settings = options.settings.of(self.engine)
+        settings = {
+            **self.settings.as_dict(), "engine": self.engine, "dtype": options.dtype,
             "image_backend": self.processor.image_backend,
         }  # fmt: skip
         record = describe(answerer.given, answerer.identity, settings, sets)
@@ -136,7 +212,7 @@ class Evaluation:
         ]
         self._parts = [
             (name, one, in_batches(
-                tokenize_questions(one.questions, self.processor, blind=blind, sizes=sizes), options.settings.batch_size
+                tokenize_questions(one.questions, self.processor, blind=blind, sizes=sizes), self.settings.batch_size or 1
             ))
             for name, blind in (("predictions", False), ("predictions.blind", True))[: 1 + options.blind]
             for one in sets
@@ -164,7 +240,7 @@ class Evaluation:
                 if again := journal.forget((q.question.benchmark, q.question.id) for batch in batches for q in batch):
                     say(f"{journal.partial}: {again:,} answers of a batch that was not complete are given again")
             if any(batches for _, _, batches in todo):
-                self._ask(todo, quiet)
+                self._ask(todo, say, quiet)
             questions = [question for one in self.sets for question in one.questions]
             answers: dict[str, list[Prediction]] = {}
             for name, journal in journals.items():
@@ -183,7 +259,7 @@ class Evaluation:
             if found := sum(key in journal.answered for key in keys):
                 say(f"{self.folder}: {found:,} of {len(keys):,} questions are answered in {journal.file.stem}")
 
-    def _ask(self, todo: list[tuple[Journal, str, list[list[Asked]]]], quiet: bool) -> None:
+    def _ask(self, todo: list[tuple[Journal, str, list[list[Asked]]]], say: Callable[[str], None], quiet: bool) -> None:
         total = sum(len(batch) for _, _, batches in self._parts for batch in batches)
         left = sum(len(batch) for _, _, batches in todo for batch in batches)
         done = total - left
@@ -192,7 +268,9 @@ class Evaluation:
             return f"{done:,} of {total:,} answers are kept in {self.folder}; the same command goes on from there"
 
         with stopped_at_once(stopped):
-            engine = self._open_engine()
+            engine = self._open_engine([one for _, _, batches in todo for batch in batches for one in batch])
+            for note in engine.notes:
+                say(note)
             try:
                 with Display(self.answerer.name, total, done, unit="question", quiet=quiet) as display:
                     for journal, name, batches in todo:
@@ -205,12 +283,12 @@ class Evaluation:
                     journal.close()
                 engine.close()
 
-    def _open_engine(self) -> Engine:
-        if choose_engine(self.options.engine) == "transformers":
-            return TransformersEngine(self.answerer, self.processor, self.options)
+    def _open_engine(self, asked: Sequence[Asked]) -> Engine:
+        if self.engine == "transformers":
+            return TransformersEngine(self.answerer, self.processor, self.settings, self.options.dtype)
         from vapr.evaluation.generation.vllm import VllmEngine
 
-        return VllmEngine(self.answerer, self.processor, self.options)
+        return VllmEngine(self.answerer, self.processor, self.settings, self.options.dtype, asked)
 
     def score(self, answers: Mapping[str, list[Prediction]]) -> dict[str, Any]:
         """Score answers, add them to ``scores.json``, and return the scores by benchmark."""
