@@ -31,7 +31,6 @@ from vapr.evaluation.generation.prompts import Asked, in_batches, messages_of, t
 from vapr.evaluation.generation.settings import Settings
 from vapr.evaluation.scoring.prediction import Question
 
-
 MODELS = ("small-qwen2.5-vl", "small-llava")
 
 
