@@ -19,6 +19,7 @@ from vapr.errors import UserError
 from vapr.evaluation import benchmarks
 from vapr.evaluation.benchmarks.pope import POPE
 from vapr.evaluation.generation import evaluate, open_model
+from vapr.evaluation.generation.journal import FolderLock, Journal
 from vapr.evaluation.scoring.prediction import read_predictions
 from vapr.study.find_model import find
 from vapr.training import trainer
@@ -119,6 +120,40 @@ def test_a_killed_run_loses_its_batch_and_resumes_to_the_same_bytes(tiny, family
     for name in ("predictions.jsonl", "predictions.blind.jsonl", "scores.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not partial.exists()
+
+
+def test_ctrl_c_keeps_the_answers_so_far_and_says_how_to_go_on(tiny, pope, tmp_path, monkeypatch):
+    add = Journal.add
+
+    def interrupted(journal, predictions):
+        if journal.answered:
+            raise KeyboardInterrupt
+        add(journal, predictions)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    command = ("eval", tiny("llava"), "--bench", f"pope={pope}", "--out", tmp_path / "out", *SHORT)
+    code, _, error = vapr(*command)
+    assert code == 130
+    assert f"Stopped: SIGINT: 5 of 24 answers are kept in {tmp_path / 'out'}; the same command goes on" in error
+    monkeypatch.undo()
+    assert vapr(*command)[0] == 0
+    assert len(read_predictions(tmp_path / "out")) == 24
+
+
+def test_two_processes_do_not_write_to_one_folder(tiny, pope, tmp_path):
+    with FolderLock(tmp_path / "out"):
+        line = refused(tiny("llava"), "--bench", f"pope={pope}", "--out", tmp_path / "out")
+    assert "is in use by another vapr process" in line
+
+
+def test_truths_that_are_withheld_are_answered_and_not_scored(tiny, pope, tmp_path):
+    for file in pope.glob("*.json"):
+        file.write_text(file.read_text().replace('"label": "yes"', '"label": "?"'))
+    out = tmp_path / "out"
+    [result] = ask(tiny("llava"), "--bench", f"pope={pope}", "--out", out, "--blind")["models"]
+    assert len(read_predictions(out)) == 24
+    assert (result["scores"]["pope"]["scored"], result["scores"]["pope"]["accuracy"]) == (False, None)
+    assert "no truth that POPE has" in result["scores"]["pope"]["why"]
 
 
 def test_what_is_answered_is_not_asked_again(tiny, pope, tmp_path, monkeypatch):

@@ -133,6 +133,8 @@ def test_sampling_is_seeded_by_batch(opened, questions):
         for settings in (hot, hot, Settings(max_new_tokens=12, batch_size=4, temperature=1.5, seed=1))
     )
     assert first == again != other
+    drawn, greedy = (answer_questions(model, processor, questions[:1], s, quiet=True)[0].meta for s in (hot, SETTINGS))
+    assert drawn["log_p_yes"] == pytest.approx(greedy["log_p_yes"], abs=1e-4)  # what the model thinks, not the draw
 
 
 def test_settings_of_generation_config_json_do_not_count(opened, questions):

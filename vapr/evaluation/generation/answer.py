@@ -48,13 +48,14 @@ def answer_questions(
     """
     settings = (settings or Settings()).of("transformers")
     asked = tokenize_questions(questions, processor, blind=blind)
-    answered: dict[tuple[str, str], Prediction] = {}
+    places = {id(one): number for number, one in enumerate(asked)}
+    answers: dict[int, Prediction] = {}
     batches = in_batches(asked, settings.batch_size or 1)
     with Display("answer", len(asked), unit="question", quiet=quiet) as display:
-        for predictions in answer_batches(model, processor, batches, settings):
-            answered |= {(one.benchmark, one.id): one for one in predictions}
+        for batch, predictions in zip(batches, answer_batches(model, processor, batches, settings), strict=True):
+            answers |= {places[id(one)]: said for one, said in zip(batch, predictions, strict=True)}
             display.advance("", len(predictions))
-    return [answered[question.benchmark, question.id] for question in questions]
+    return [answers[number] for number in range(len(asked))]
 
 
 def answer_batches(
