@@ -79,15 +79,12 @@ def evaluate(
     if not models or not benches or out is None:
         lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
         raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
-    from vapr.evaluation.generation.evaluate import Options
-    from vapr.evaluation.generation.settings import Settings
+    from vapr.evaluation.generation.evaluate import options_of
     from vapr.study import report_text
     from vapr.study.evaluate_models import evaluate_models
 
-    of_settings = ("max_new_tokens", "temperature", "batch_size", "seed")
-    settings = Settings(**{name: options.pop(name) for name in of_settings})
     evaluated = evaluate_models(
-        models, benches, out, Options(settings=settings, **options), limit=limit, say=partial(click.echo, err=True)
+        models, benches, out, options_of(**options), limit=limit, say=partial(click.echo, err=True)
     )
     if as_json:
         click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))

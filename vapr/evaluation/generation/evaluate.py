@@ -42,6 +42,14 @@ class Options:
     blind: bool = False
 
 
+def options_of(
+    *, max_new_tokens: int = 512, temperature: float = 0.0, batch_size: int | None = None, seed: int = 0, **others: Any
+) -> Options:
+    """Return options by the names they have on the command line; ``others`` are Options' own."""
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, seed=seed)
+    return Options(settings=settings, **others)
+
+
 class Engine(Protocol):
     """What answers batches of questions. ``notes`` are lines on how it does."""
 
