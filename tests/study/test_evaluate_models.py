@@ -379,6 +379,15 @@ def test_base_adapter_and_merged_model_side_by_side(trained, tiny, pope, tmp_pat
     assert code == 0
     assert "side by side" in text
     assert f"vapr eval --compare {out / 'qwen2_5_vl'} {out / 'lora'} --out compare.html" in text
+    assert "<html" in (out / "comparison.html").read_text()
+    compared = json.loads((out / "comparison.json").read_text())
+    assert [folder["name"] for folder in compared["folders"]] == ["qwen2_5_vl", "lora", "merged"]
+
+
+def test_options_for_models_are_refused_beside_compare(tmp_path):
+    code, _, error = vapr("eval", "--compare", tmp_path / "a", tmp_path / "b", "--batch-size", 3)
+    assert code == 2
+    assert "--batch-size is for asking models; --compare takes result folders, --out and --policy" in error
 
 
 def test_an_adapter_whose_base_is_gone_is_refused(trained, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vapr.cli.options import A_PATH, AT_LEAST_1, json_option
 from vapr.errors import UserError
@@ -41,8 +42,17 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, as_json: bool) -
 
 @click.command("eval")
 @click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Compare result folders, given in place of models; the others are held against the first.",
+)
 @click.option("--bench", "benches", multiple=True, metavar="NAME=PATH", help="Benchmark and its questions; repeatable.")
-@click.option("--out", type=A_PATH, help="Result folder; with several models, the folder of theirs.")
+@click.option(
+    "--out",
+    type=A_PATH,
+    help="Result folder; with several models, the folder of theirs; with --compare, a page (.html).",
+)
 @policy_option
 @click.option("--limit", type=AT_LEAST_1, help="Ask only about so many questions a benchmark, drawn over its splits.")
 @click.option("--blind", is_flag=True, help="Ask without the pictures, too, and tell the gap.")
@@ -68,20 +78,26 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, as_json: bool) -
 )
 @json_option
 def evaluate(
-    models: tuple[str, ...], benches: tuple[str, ...], out: Path | None, limit: int | None, as_json: bool,
-    **options: Any,
+    models: tuple[str, ...], compare: bool, benches: tuple[str, ...], out: Path | None, limit: int | None,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Let each MODEL answer benchmarks, and score the answers.
 
     MODEL is a hub id, a folder, an adapter (on the base that it names), a run or a checkpoint. The same command
     goes on where it was stopped.
+
+    vapr eval --compare FOLDER FOLDER... shows result folders side by side: paired tests, and what changed question by
+    question.
     """
+    if compare:
+        _compare_folders(models, out, options["policy"], as_json)
+        return
     if not models or not benches or out is None:
         lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
         raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
     from vapr.evaluation.generation.evaluate import options_of
     from vapr.study import report_text
-    from vapr.study.evaluate_models import evaluate_models
+    from vapr.study.evaluate_models import evaluate_models, write_comparison
 
     evaluated = evaluate_models(
         models, benches, out, options_of(**options), limit=limit, say=partial(click.echo, err=True)
@@ -90,6 +106,20 @@ def evaluate(
         click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))
     else:
         click.echo(report_text.show(evaluated, benches))
+    if len(evaluated) > 1:
+        write_comparison(evaluated, out, options["policy"], say=partial(click.echo, err=True))
+
+
+def _compare_folders(folders: tuple[str, ...], out: Path | None, policy: Policy, as_json: bool) -> None:
+    context = click.get_current_context()
+    for name in context.params:
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in ("models", "compare", "out", "policy", "as_json"):
+            option = "bench" if name == "benches" else name.replace("_", "-")
+            raise UserError(f"--{option} is for asking models; --compare takes result folders, --out and --policy")
+    from vapr.evaluation.compare.compare_folders import compare_folders
+
+    compare_folders([Path(folder) for folder in folders], out, policy, as_json, click.echo)
 
 
 COMMANDS = (score, evaluate)

@@ -34,6 +34,8 @@ def score(
     """
     if benchmark.scored is not None:
         return _not_scored(predictions, benchmark, policy, questions)
+    if (why := benchmark.lacks(predictions, policy)) is not None:
+        return _not_scored(predictions, benchmark, policy, questions) | {"why": why}
     rows = score_rows(predictions, benchmark, policy)
     splits: dict[str, list[Row]] = {}
     for row in rows:
@@ -106,7 +108,9 @@ def _figures(rows: Sequence[Row], benchmark: Benchmark, seed: int) -> dict[str, 
 def _short(
     predictions: Sequence[Prediction], benchmark: Benchmark, policy: Policy, rows: Sequence[Row], known: Policy
 ) -> Mapping[str, Any]:
-    """Return what one policy makes of the answers, in four figures without intervals."""
+    """Return what one policy makes of the answers, in four figures without intervals; null ones if it cannot."""
+    if (why := benchmark.lacks(predictions, policy)) is not None:
+        return {**dict.fromkeys(("accuracy", "yes_rate", "unparsed_rate", "guessed")), "why": why}
     if policy != known:
         rows = score_rows(predictions, benchmark, policy)
     count = len(rows)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vapr.errors import UserError
+from vapr.evaluation.compare.compare_folders import compare_folders
 from vapr.evaluation.generation.evaluate import Evaluation, Options
 from vapr.evaluation.generation.open_model import Answerer
 from vapr.evaluation.generation.prompts import check_images
 from vapr.evaluation.generation.record import AskedSet
 from vapr.evaluation.generation.sample import sample
 from vapr.evaluation.readers.open import open_benchmark
+from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.prediction import check_ids
 from vapr.study.find_model import find
 
@@ -82,6 +84,19 @@ def evaluate_models(
         evaluated.append(Evaluated(answerer.name, answerer.given, evaluation.folder, scores, cut_off))
         gc.collect()
     return evaluated
+
+
+def write_comparison(
+    evaluated: Sequence[Evaluated], out: Path, policy: Policy, *, say: Callable[[str], None] = print
+) -> None:
+    """Write ``comparison.html`` and ``comparison.json`` of several models into the folder of their folders."""
+    page = out / "comparison.html"
+    try:
+        compare_folders([one.folder for one in evaluated], page, policy, say=lambda line: None)
+    except UserError as error:
+        say(f"the answers are not compared: {error}")
+    else:
+        say(f"what changed, question by question: {page}")
 
 
 def open_sets(benches: Sequence[str], limit: int | None, seed: int) -> list[AskedSet]:

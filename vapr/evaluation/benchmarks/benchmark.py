@@ -58,6 +58,11 @@ def no_figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     return {}
 
 
+def lacks_nothing(predictions: Sequence[Prediction], policy: Policy) -> str | None:
+    """Return that every policy can read the answers as they are."""
+    return None
+
+
 def by_split(prediction: Prediction) -> str | None:
     """Return the split that the prediction names."""
     return prediction.split
@@ -81,6 +86,7 @@ class Benchmark:
         split: the part of the set that a question belongs to.
         read_results: reads the authors' own layout of results, given the questions.
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
+        lacks: why these answers cannot be read under a policy, None if they can.
         note: where the official rule is not followed, and why.
     """
 
@@ -96,6 +102,7 @@ class Benchmark:
     split: Callable[[Prediction], str | None] = by_split
     read_results: Callable[[Path, Sequence[Question]], Results] | None = None
     scored: str | None = None
+    lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing
     note: str = ""
 
 

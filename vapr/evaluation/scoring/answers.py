@@ -1,4 +1,4 @@
-"""Read what an answer says: yes or no, or the letter of an option, under a named policy.
+"""Read what an answer says, yes or no, under a named policy; letters of options are :mod:`.letters`' business.
 
 ``strict`` reads an answer that begins with what it says; ``last-answer`` drops reasoning and reads the answer after it,
 wherever that stands. Neither guesses: an answer that says nothing of the kind is None, *unparsed*. What a benchmark's
@@ -6,8 +6,6 @@ authors do is the policy ``official``, in the benchmark's own file.
 """
 
 import re
-import string
-from collections.abc import Sequence
 from typing import Literal
 
 from vapr.text import polarity, sentences
@@ -34,8 +32,6 @@ _ENDING = re.compile(r"(?:[,;:—–-]|\b(?:so|is|be|say))\s*[\"'*_(]*(yes|no)[\
 _LEAD = re.compile(
     r"(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)(?:\s+is)?[\s:：]*", re.IGNORECASE
 )
-_BEFORE_LETTER = "[\\s\"'“‘*_`#>(\\[{$]*"
-_AFTER_LETTER = "[\\s\"'”’*_`.)\\]}:：,;$]*"
 
 
 def after_reasoning(text: str) -> str:
@@ -82,52 +78,3 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
 def _polarity(text: str) -> str | None:
     text = _LEAD.sub("", text.lstrip(), count=1) if _LEAD.match(text.lstrip()) else text
     return None if _BOTH.match(text) else polarity(text)
-
-
-def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
-    """Read the letter of an option, ``"A"`` for the first; None if the answer names none, or several.
-
-    An answer names an option that begins with its letter ("B", "(B)", "B. red", "The answer is B") or is its text.
-    "A" is an article unless a mark, the end, or the option's text follows. Under ``last-answer`` the final answer or
-    the last sentence that names one counts.
-
-    Args:
-        text: the answer.
-        options: texts of the options; empty if only the letters are known.
-        policy: ``last-answer``, or anything else for ``strict``.
-    """
-    letters = string.ascii_uppercase[: len(options) or 26]
-    if policy != "last-answer":
-        return _letter(text, letters, options)
-    for place in final_answers(text):
-        place = _SO.sub("", place.strip(), count=1)
-        if (found := _letter(place, letters, options)) is not None:
-            return found
-        bracketed = re.findall(r"\(([A-Z])\)", place)
-        if len(set(bracketed)) == 1 and bracketed[0] in letters:
-            return str(bracketed[0])
-    return None
-
-
-def _letter(text: str, letters: str, options: Sequence[str]) -> str | None:
-    text = _LEAD.sub("", text.strip().lstrip("*_ "), count=1) if _LEAD.match(text.strip().lstrip("*_ ")) else text
-    said = _plain(text)
-    same = [letter for letter, option in zip(letters, options, strict=False) if _plain(option) == said]
-    if len(same) == 1:
-        return same[0]
-    found = re.match(rf"{_BEFORE_LETTER}([A-Za-z])(?![A-Za-z0-9'’])({_AFTER_LETTER})(.*)", text, re.DOTALL)
-    if found is None or found[1].upper() not in letters:
-        return None
-    chosen, after, rest = found[1].upper(), found[2], found[3]
-    if not rest.strip():
-        return chosen
-    if re.match(r"(?:or|and|/|&)\s*\(?[A-Za-z]\b(?!['’])", rest.strip(), re.IGNORECASE) and len(rest) < 12:
-        return None  # "A or B"
-    if options and _plain(rest).startswith(_plain(options[letters.index(chosen)])):
-        return chosen
-    # "A dog" and "I see" are words; "A. The dog" and "(A) The dog" are letters.
-    return chosen if found[1].isupper() and after.strip() else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" \"'“”‘’*_`.,;:()[]")

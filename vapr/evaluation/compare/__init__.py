@@ -1,0 +1,1 @@
+"""Result folders side by side: figures, paired tests, and what changed question by question."""
