@@ -100,8 +100,6 @@ def load_modules(config: PolicyConfig) -> Modules:
     Raises:
         UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # a log has no use for bars
     source = find_model(config.model, config.base)
     family = load_model_config(source.model).model_type
     dtype = getattr(torch, config.dtype)
@@ -150,6 +148,8 @@ def load_policy(
 
 def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Load the base's weights, all of them; those that an adapter will change keep the dtype of their file."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a log has no use for bars
     # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
     place = str(Path(source.model).resolve()) if Path(source.model).is_dir() else source.model
     loaded: Any
