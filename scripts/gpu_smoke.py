@@ -231,7 +231,7 @@ def questions_are_answered_in_batches() -> str:
         ]  # fmt: skip
         answerer = find_answerer(str(policy))
         for dtype in dict.fromkeys(("float32", DTYPE)):
-            model = answerer.load(dtype).to(DEVICE).eval()
+            model = answerer.load(getattr(torch, dtype)).to(DEVICE).eval()
             said = [
                 answer_questions(model, answerer.processor(), questions, Settings(max_new_tokens=8, batch_size=size))
                 for size in (4, 1)

@@ -214,7 +214,7 @@ def test_a_folder_belongs_to_one_model_one_setting_and_one_set_of_questions(tiny
     ask(copied, *common)
     assert f"holds answers of another model, {copied}; give another folder" in refused(tiny("qwen2_vl"), *common)
     assert "holds answers of temperature 0.0, now it is 0.5" in refused(copied, *common, "--temperature", 0.5)
-    assert "holds answers of dtype auto, now it is bfloat16" in refused(copied, *common, "--dtype", "bfloat16")
+    assert "holds answers of dtype float32, now it is bfloat16" in refused(copied, *common, "--dtype", "bfloat16")
     text = (copied / "chat_template.jinja").read_text() if (copied / "chat_template.jinja").is_file() else None
     assert text is not None
     (copied / "chat_template.jinja").write_text(text.replace("ASSISTANT", "Assistant"))
@@ -336,7 +336,7 @@ def trained(tmp_path_factory, tiny, photo_rows, photo_root):
 
 def weights(model: str | Path) -> dict[str, torch.Tensor]:
     """All weights, those of adapters merged."""
-    loaded = find(str(model)).load("float32")
+    loaded = find(str(model)).load(torch.float32)
     layers = [module for module in loaded.modules() if hasattr(module, "merge")]
     for layer in layers:
         layer.merge()

@@ -1,7 +1,6 @@
 """What ``vapr eval`` does: several models answer several benchmarks, one result folder each."""
 
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,8 @@ def evaluate_models(
         for answerer, folder in zip(answerers, folders, strict=True)
     ]  # fmt: skip
     evaluated = []
-    for evaluation in evaluations:
+    while evaluations:  # and let each go with the pictures that it remembers
+        evaluation = evaluations.pop(0)
         for note in evaluation.notes:
             say(note)
         answers = evaluation.answer(say, quiet=quiet)
@@ -82,7 +82,6 @@ def evaluate_models(
         scores = evaluation.score(answers)
         answerer = evaluation.answerer
         evaluated.append(Evaluated(answerer.name, answerer.given, evaluation.folder, scores, cut_off))
-        gc.collect()
     return evaluated
 
 

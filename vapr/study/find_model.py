@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import torch
 import transformers
 
 from vapr.batches.model_folder import ADAPTER_FILES, find_model
@@ -10,13 +11,11 @@ from vapr.config import Config
 from vapr.errors import UserError
 from vapr.evaluation.generation.open_model import (
     Answerer,
-    Dtype,
     as_model_argument,
     files_identity,
     find_answerer,
     remembered_hash,
-    torch_dtype,
-)  # fmt: skip
+)
 from vapr.model.policy import load_modules
 from vapr.training import checkpoint
 from vapr.training.trained_model import Trained, find_trained, put_weights, start_policy
@@ -51,16 +50,25 @@ def _of_checkpoint(model: str, config: Config, trained: Trained, said: list[str]
         identity["adapter"] = remembered_hash([source.adapter / name for name in ADAPTER_FILES])
     identity["checkpoint"] = remembered_hash([trained.folder / "weights.safetensors"])
 
-    def load(dtype: Dtype) -> transformers.PreTrainedModel:
-        wanted = torch_dtype(dtype, torch_dtype(start.dtype, None))
-        named = "float32" if str(wanted) == "torch.float32" else "bfloat16"
+    def load(dtype: torch.dtype) -> transformers.PreTrainedModel:
+        named = "float32" if dtype == torch.float32 else "bfloat16"
         try:
             modules = load_modules(dataclasses.replace(start, dtype=named))  # type: ignore[arg-type]
         except UserError as error:
             raise as_model_argument(error) from None
-        put_weights(modules, config, trained, wanted)
+        put_weights(modules, config, trained, dtype)
         return modules.base
 
     note = f"{model}: step {trained.step:,} of {trained.run}, with the weights of {trained.folder}"
     name = f"{trained.run.resolve().name}-{trained.folder.name}"
-    return Answerer(model, name, source.model, None, identity, load, whole=False, notes=tuple(said) or (note,))
+    return Answerer(
+        model,
+        name,
+        source.model,
+        None,
+        identity,
+        getattr(torch, start.dtype),
+        load,
+        whole=False,
+        notes=tuple(said) or (note,),
+    )

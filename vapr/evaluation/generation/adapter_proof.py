@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from vapr.batches.tokenize import Processor
 from vapr.errors import UserError
 from vapr.evaluation.generation.answer import collate
-from vapr.evaluation.generation.open_model import Answerer, Dtype
+from vapr.evaluation.generation.open_model import Answerer
 from vapr.evaluation.generation.prompts import Asked
 
 NUM_PROVEN = 4
@@ -35,7 +35,9 @@ class KnownAnswer:
     rounding: float
 
 
-def known_answers(answerer: Answerer, processor: Processor, asked: Sequence[Asked], dtype: Dtype) -> list[KnownAnswer]:
+def known_answers(
+    answerer: Answerer, processor: Processor, asked: Sequence[Asked], dtype: torch.dtype
+) -> list[KnownAnswer]:
     """Answer a few questions with transformers, and give its memory back."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = answerer.load(dtype)

@@ -65,7 +65,7 @@ class Engine(Protocol):
 class TransformersEngine:
     """An untouched Hugging Face model, on a GPU if there is one."""
 
-    def __init__(self, answerer: Answerer, processor: Processor, settings: Settings, dtype: Dtype) -> None:
+    def __init__(self, answerer: Answerer, processor: Processor, settings: Settings, dtype: torch.dtype) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.notes: list[str] = []
         try:
@@ -119,8 +119,9 @@ class Evaluation:
         self.processor = answerer.processor()
         self.engine = choose_engine(options.engine, whole=answerer.whole)
         self.settings = options.settings.of(self.engine)
+        self.dtype = answerer.dtype(options.dtype)
         settings = {
-            **self.settings.as_dict(), "engine": self.engine, "dtype": options.dtype,
+            **self.settings.as_dict(), "engine": self.engine, "dtype": str(self.dtype).removeprefix("torch."),
             "image_backend": self.processor.image_backend,
         }  # fmt: skip
         record = describe(answerer.given, answerer.identity, settings, sets)
@@ -209,10 +210,10 @@ class Evaluation:
 
     def _open_engine(self, asked: Sequence[Asked]) -> Engine:
         if self.engine == "transformers":
-            return TransformersEngine(self.answerer, self.processor, self.settings, self.options.dtype)
+            return TransformersEngine(self.answerer, self.processor, self.settings, self.dtype)
         from vapr.evaluation.generation.vllm import VllmEngine
 
-        return VllmEngine(self.answerer, self.processor, self.settings, self.options.dtype, asked)
+        return VllmEngine(self.answerer, self.processor, self.settings, self.dtype, asked)
 
     def score(self, answers: Mapping[str, list[Prediction]]) -> dict[str, Any]:
         """Score answers, add them to ``scores.json``, and return the scores by benchmark."""

@@ -32,9 +32,16 @@ class Answerer:
     folder: str  # folder or hub id of config, tokenizer and image processor, and of the weights below an adapter
     adapter: Path | None
     identity: dict[str, Any]  # of all files that its answers depend on; the same wherever they lie
-    load: Callable[[Dtype], transformers.PreTrainedModel]
+    own: torch.dtype | None  # of its weights
+    load: Callable[[torch.dtype], transformers.PreTrainedModel]
     whole: bool = True  # whether folder and adapter are all of it, so that another engine can load it
     notes: tuple[str, ...] = ()
+
+    def dtype(self, wanted: Dtype) -> torch.dtype:
+        """Return the dtype to compute in; ``auto`` is float32 on a CPU, else that of the weights."""
+        if wanted != "auto":
+            return getattr(torch, wanted)
+        return (self.own or torch.bfloat16) if torch.cuda.is_available() else torch.float32
 
     def processor(self) -> Processor:
         """Open its tokenizer, image processor and chat template."""
@@ -63,26 +70,26 @@ def find_answerer(model: str) -> Answerer:
     """
     try:
         source = find_model(model)
-        load_model_config(source.model)
-        identity = {**files_identity(source.model)}
+        config = load_model_config(source.model)
+        identity = files_identity(source.model)
         if source.adapter is not None:
             identity["adapter"] = remembered_hash([source.adapter / name for name in ADAPTER_FILES])
     except UserError as error:
         raise as_model_argument(error) from None
 
-    def load(dtype: Dtype) -> transformers.PreTrainedModel:
-        config = load_model_config(source.model)
-        wanted = torch_dtype(dtype, own_dtype(config))
+    def load(dtype: torch.dtype) -> transformers.PreTrainedModel:
         try:
-            base = load_weights(config.model_type, dataclasses.replace(source, adapter=None), model, wanted)
+            base = load_weights(config.model_type, dataclasses.replace(source, adapter=None), model, dtype)
             if source.adapter is not None:
                 attach_adapter(base, source.adapter)
         except UserError as error:
             raise as_model_argument(error) from None
-        return base.to(wanted)  # type: ignore[arg-type]
+        return base.to(dtype)  # type: ignore[arg-type]
 
     notes = (f"{model}: an adapter, on {source.base}",) if source.adapter is not None else ()
-    return Answerer(model, short_name(model), source.model, source.adapter, identity, load, notes=notes)
+    return Answerer(
+        model, short_name(model), source.model, source.adapter, identity, own_dtype(config), load, notes=notes
+    )
 
 
 def files_identity(model: str) -> dict[str, Any]:
@@ -113,13 +120,6 @@ def own_dtype(config: Any) -> torch.dtype | None:
     """Return the dtype that a model's config names."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return getattr(torch, named) if isinstance(named, str) else named
-
-
-def torch_dtype(wanted: Dtype, own: torch.dtype | None) -> torch.dtype:
-    """Return the dtype to compute in; ``auto`` is float32 on a CPU, else that of the weights."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return (own or torch.bfloat16) if torch.cuda.is_available() else torch.float32
 
 
 def as_model_argument(error: UserError) -> UserError:

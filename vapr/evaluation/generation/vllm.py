@@ -22,7 +22,7 @@ from vapr.errors import UserError, one_line
 from vapr.evaluation.generation.adapter_proof import NUM_PROVEN, KnownAnswer, check_adapter, known_answers
 from vapr.evaluation.generation.answer import asks_yes_or_no, question_seed
 from vapr.evaluation.generation.first_token import yes_no_tokens
-from vapr.evaluation.generation.open_model import Answerer, Dtype
+from vapr.evaluation.generation.open_model import Answerer
 from vapr.evaluation.generation.prompts import Asked, check_lengths
 from vapr.evaluation.generation.settings import Settings
 from vapr.evaluation.scoring.prediction import Prediction
@@ -61,7 +61,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self, answerer: Answerer, processor: Processor, settings: Settings, dtype: Dtype, asked: Sequence[Asked]
+        self, answerer: Answerer, processor: Processor, settings: Settings, dtype: torch.dtype, asked: Sequence[Asked]
     ) -> None:
         if not answerer.whole:
             raise UserError(
@@ -87,11 +87,11 @@ class VllmEngine:
         words = yes_no_tokens(processor.tokenizer)
         self._words = words or ([], [])
 
-    def _start(self, answerer: Answerer, dtype: Dtype, longest: _Longest) -> Any:
+    def _start(self, answerer: Answerer, dtype: torch.dtype, longest: _Longest) -> Any:
         on_gpu = torch.cuda.is_available()
-        settings: dict[str, Any] = {"dtype": dtype}
+        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if not on_gpu:
-            settings = {"dtype": "float32" if dtype == "auto" else dtype, "enforce_eager": True, "block_size": 32}
+            settings |= {"enforce_eager": True, "block_size": 32}
         if answerer.adapter is not None:
             rank = int(read_adapter_config(answerer.adapter)["r"])
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in RANKS if r >= rank)}
