@@ -13,8 +13,8 @@ from vapr.editing.draft.editor import Editor
 from vapr.editing.job.folder import Job
 from vapr.editing.job.start import Start, open_job
 from vapr.editing.job.worker import Worker
-from vapr.editing.llm.request import LanguageModel, Reply, Request, tell_nobody
 from vapr.editing.llm.vllm_offline import OfflineModel
+from vapr.llm.request import LanguageModel, Reply, Request, tell_nobody
 from vapr.progress import Display
 
 

@@ -34,7 +34,7 @@ def imports(path: Path) -> set[str]:
     [
         ("deepspeed", {"vapr/training/engine.py"}),
         ("vllm", {"vapr/editing/llm/vllm_offline.py", "vapr/evaluation/generation/vllm.py"}),
-        ("openai", {"vapr/editing/llm/server.py"}),
+        ("openai", {"vapr/llm/server.py"}),
         (
             "click",
             {

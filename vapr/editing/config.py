@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber, parse_section
 from vapr.config_mistakes import check_columns
+from vapr.llm.request import check_extra_body
 
 COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence")
 """What ``source.columns`` can map."""
@@ -141,12 +142,6 @@ class CheckConfig:
         return ratio
 
 
-SAMPLING = ("seed", "max_tokens", "temperature")
-"""What a request says of the sampling, and ``engine.omit`` can leave out."""
-FIXED = ("model", "messages", "response_format")
-"""What ``engine.extra_body`` cannot replace."""
-
-
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class EngineConfig:
     """What runs the language model: vLLM in this process, or an OpenAI-compatible server."""
@@ -180,10 +175,7 @@ class EngineConfig:
     @field_validator("extra_body")
     @classmethod
     def _leave_ours_alone(cls, body: dict[str, Any] | None) -> dict[str, Any] | None:
-        for key in body or ():
-            if key in FIXED:
-                raise ValueError(f"engine.extra_body must be keys other than {', '.join(FIXED)}, got '{key}'")
-        return body
+        return check_extra_body(body, "engine")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -4,16 +4,89 @@ from typing import Any
 
 KEYS = ("accuracy", "precision", "recall", "f1", "yes_rate", "gold_yes_rate", "unparsed_rate")
 
+BIAS = (
+    ("yes rate", "yes_rate", 100), ("yes rate of the truth", "gold_yes_rate", 100), ("gap", "gap", 100),
+    ("false yes (FPR)", "fpr", 100), ("missed yes (FNR)", "fnr", 100), ("unparsed", "unparsed_rate", 100),
+    ("balanced accuracy", "balanced_accuracy", 100), ("F1 of yes", "f1", 100), ("F1 of no", "f1_no", 100),
+    ("d'", "d_prime", 1), ("criterion", "criterion", 1),
+)  # fmt: skip
+"""What stands in the table of the yes-bias: name, key, and what it is multiplied with."""
+
+LOGITS = (
+    ("P(yes) - P(no)", "p_yes_minus_p_no", 1), ("accuracy, likelier of two", "accuracy_unshifted", 100),
+    ("threshold of equal errors", "threshold_shift", 1), ("accuracy there", "accuracy_shifted", 100),
+)  # fmt: skip
+
 
 def show(result: dict[str, Any]) -> str:
     """Return the figures of :func:`vapr.evaluation.score.score` as lines of a table."""
     if not result["scored"]:
         return f"{result['benchmark']}  not scored: {result['why']}"
+    if result["policy"] == "judge":
+        return _judged(result)
     lines = [f"{result['benchmark']}, read as '{result['policy']}', {result['questions']:,} answers, shares in %"]
     lines.append(f"{'':16}{'questions':>10}" + "".join(f"{key.removesuffix('_rate'):>11}" for key in KEYS))
     for name, part in {"all": result, **result["splits"]}.items():
         values = "".join(f"{'':>11}" if part[key] is None else f"{100 * part[key]:>11.2f}" for key in KEYS)
         lines.append(f"{name[:15]:16}{part['questions']:>10,}{values}")
     for name, figure in result["figures"].items():
-        lines.append(f"{name:<26}{figure['value']:.4f}" if figure["value"] is not None else f"{name:<26}none")
+        lines.append(f"{name:<30}{figure['value']:.4f}" if figure["value"] is not None else f"{name:<30}none")
+    if "yes_bias" in result:
+        lines += ["", *_yes_bias(result)]
     return "\n".join(lines)
+
+
+def _yes_bias(result: dict[str, Any]) -> list[str]:
+    """Return the figures of the leaning to "yes", with intervals, and how it depends on the policy."""
+    bias = result["yes_bias"]
+    lines = [
+        f"yes-bias of {bias['questions']:,} answers, read as '{result['policy']}'",
+        f"{'':26}{'':>9}   95 % interval",
+    ]
+    for name, key, factor in BIAS:
+        lines.append(f"{name:26}{_with_interval(bias[key], factor)}")
+    for name, moved in bias["unparsed_as"].items():
+        said = {"drop": "unparsed left out", "yes": "unparsed taken for yes", "no": "unparsed taken for no"}[name]
+        lines.append(f"{said:26}accuracy {_percent(moved['accuracy'])}, yes {_percent(moved['yes_rate'])}")
+    for policy, short in result["policies"].items():
+        guessed = f", guessed {short['guessed']:,}" if short["guessed"] else ""
+        unparsed = _percent(short["unparsed_rate"])
+        lines.append(f"read as {policy:18}yes {_percent(short['yes_rate'])}, unparsed {unparsed}{guessed}")
+    if logits := bias.get("logits"):
+        without = f" ({logits['without']:,} answers have no logits)" if logits["without"] else ""
+        lines.append(f"at the first answer token, {logits['questions']:,} answers{without}")
+        for name, key, factor in LOGITS:
+            lines.append(f"{name:26}{_with_interval(logits[key], factor)}")
+    return lines
+
+
+def _with_interval(figure: dict[str, Any], factor: float) -> str:
+    if figure["value"] is None:
+        return f"{'none':>9}"
+    interval = (
+        "" if figure["interval"] is None else "   [{:.2f}, {:.2f}]".format(*(factor * x for x in figure["interval"]))
+    )
+    return f"{factor * figure['value']:>9.2f}{interval}"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.2f}"
+
+
+def _judged(result: dict[str, Any]) -> str:
+    """Return the figures of a set that a judge scored, each with its interval."""
+    asked = f" of {result['asked']:,}: partial" if result["partial"] else ""
+    lines = [f"{result['benchmark']}, judged by '{result['judge']['name']}', {result['questions']:,} answers{asked}"]
+    for name, part in {"all": result, **result["splits"]}.items():
+        unparsed = f"{100 * part['unparsed_rate']:.2f} % unparsed"
+        lines.append(f"{name[:24]:26}{part['questions']:>8,} answers, {unparsed}")
+        figures = dict(part["figures"])
+        if part["accuracy"] is not None:
+            figures = {"accuracy": {"value": part["accuracy"], "interval": part["intervals"]["accuracy"]}, **figures}
+        for key, figure in figures.items():
+            low, high = figure["interval"] or (None, None)
+            interval = "" if low is None else f"  [{low:.2f}, {high:.2f}]"
+            lines.append(f"  {key:<24}{figure['value']:>8.2f}{interval}" if figure["value"] is not None else f"  {key}")
+    for problem, count in result["problems"].items():
+        lines.append(f"left out: {count:,} x {problem}")
+    return "\n".join([*lines, result["note"]] if result["note"] else lines)

@@ -5,38 +5,49 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vapr.errors import UserError
-from vapr.evaluation.benchmarks.benchmark import Benchmark, Row
-from vapr.evaluation.scoring import yes_no
+from vapr.evaluation import score_judged
+from vapr.evaluation.benchmarks.benchmark import Benchmark, Row, reference
+from vapr.evaluation.scoring import logit_view, yes_no
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 from vapr.evaluation.scoring.figures import NONE, Figure, share
 from vapr.evaluation.scoring.prediction import Prediction, Question
+from vapr.evaluation.scoring.review import Review
 
 YES_NO_KEYS = ("precision", "recall", "f1", "yes_rate", "gold_yes_rate")
 
 
 def score(
     predictions: Sequence[Prediction], benchmark: Benchmark, policy: Policy = "strict", *,
-    questions: int | None = None, seed: int = 0,
+    questions: int | None = None, partial: bool = False, seed: int = 0,
+    reviews: Mapping[str, Review] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score the predictions of one benchmark under a parsing policy.
+    """Score the predictions of one benchmark under a parsing policy, or by what a judge said of them.
 
     Args:
         predictions: of that benchmark.
         benchmark: which.
         policy: how answers are read.
         questions: how many were asked; None for as many as there are answers.
+        partial: whether questions may lack an answer that count only together with others.
         seed: of the bootstrap.
+        reviews: of a judge, by id, for a benchmark that needs one. Without them it is not scored: no figure has a
+            value. Answers without a review are left out, and the result is ``partial``; reviews without a verdict are
+            ``unparsed``, and no figure but ``unparsed_rate`` counts them.
 
     Returns:
         What JSON holds: ``accuracy, precision, recall, f1, yes_rate, gold_yes_rate, unparsed_rate`` in [0, 1], None
         where the benchmark has no such figure; ``intervals`` of each, ``figures`` of the benchmark's own, ``splits``
         with the same, ``yes_bias`` where truths are yes or no, and under ``policies`` what other policies give.
     """
+    if benchmark.judged is not None and reviews:
+        return _by_judge(predictions, benchmark, reviews, questions, seed)
     if benchmark.scored is not None:
         return _not_scored(predictions, benchmark, policy, questions)
     if (why := benchmark.lacks(predictions, policy)) is not None:
         return _not_scored(predictions, benchmark, policy, questions) | {"why": why}
     rows = score_rows(predictions, benchmark, policy)
+    if not partial:
+        benchmark.check_groups(rows)
     splits: dict[str, list[Row]] = {}
     for row in rows:
         if (name := benchmark.split(row.prediction)) is not None:
@@ -56,6 +67,8 @@ def score(
     yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
     if yes_no_rows:
         result["yes_bias"] = yes_no.yes_bias(*_columns(yes_no_rows), seed=seed)
+        asked = [row.prediction for row in yes_no_rows]
+        result["yes_bias"]["logits"] = logit_view.logit_view(asked, [str(row.gold) for row in yes_no_rows], seed)
     return result
 
 
@@ -123,6 +136,42 @@ def _short(
     }
 
 
+def _by_judge(
+    predictions: Sequence[Prediction], benchmark: Benchmark, reviews: Mapping[str, Review], questions: int | None,
+    seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the score of a benchmark whose answers a judge has reviewed."""
+    rows = score_judged.judgements(predictions, benchmark, reviews)
+    asked = len(predictions) if questions is None else questions
+    judge = score_judged.judge_of(rows, reviews)
+    problems = score_judged.problems_of(rows, reviews)
+    if sum(problems.values()) == len(rows):
+        why = f"none of {len(rows):,} reviews by {judge['name']} gives a verdict: {next(iter(problems))}"
+        none = _not_scored(predictions, benchmark, "judge", asked, why)
+        return none | {"unparsed_rate": 1.0, "judge": judge, "problems": problems}
+    splits: dict[str, list[score_judged.Judgement]] = {}
+    for row in rows:
+        if (name := benchmark.split(row[0])) is not None:
+            splits.setdefault(name, []).append(row)
+
+    def figures(members: Sequence[score_judged.Judgement]) -> dict[str, Any]:
+        return score_judged.figures_of(members, benchmark, seed, YES_NO_KEYS)
+
+    return {
+        "benchmark": benchmark.name,
+        "policy": "judge",
+        "judge": judge,
+        "scored": True,
+        "headline": benchmark.headline,
+        "asked": asked,
+        "partial": asked > len(rows),
+        **figures(rows),
+        "problems": problems,
+        "splits": {name: figures(members) for name, members in splits.items()},
+        "note": benchmark.note,
+    }
+
+
 def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str | None], list[str]]:
     """Return truth, answer and picture of each row."""
     gold = [str(row.gold) for row in rows]
@@ -130,13 +179,17 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str | None], list[str
 
 
 def _not_scored(
-    predictions: Sequence[Prediction], benchmark: Benchmark, policy: Policy, questions: int | None
+    predictions: Sequence[Prediction], benchmark: Benchmark, policy: str, questions: int | None, why: str | None = None
 ) -> dict[str, Any]:
+    if why is None:
+        why = benchmark.scored
+        if benchmark.judged is not None and not any(map(reference, predictions)):
+            why = benchmark.judged.no_reference or why
     names = ("accuracy", *YES_NO_KEYS, "unparsed_rate")
     return {
-        "benchmark": benchmark.name, "policy": policy, "scored": False, "why": benchmark.scored,
+        "benchmark": benchmark.name, "policy": policy, "scored": False, "why": why,
         "questions": len(predictions), "asked": len(predictions) if questions is None else questions,
-        **dict.fromkeys(names), "splits": {},
+        **dict.fromkeys(names), "figures": {}, "splits": {},
     }  # fmt: skip
 
 

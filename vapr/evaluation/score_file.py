@@ -5,21 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from vapr.errors import UserError
+from vapr.evaluation.judges.reviews import Judging, reviews_of
 from vapr.evaluation.readers.open import open_answers, open_benchmark
 from vapr.evaluation.score import score
 from vapr.evaluation.scoring.answers import Policy
 
 
 def score_file(
-    file: Path, bench: str, policy: Policy = "strict", *, partial: bool = False, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+    file: Path, bench: str, policy: Policy = "strict", *, partial: bool = False, judging: Judging | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
     """Score the answers of a file; see :func:`vapr.evaluation.score.score` for what is returned.
 
     Args:
         file: ``predictions.jsonl``, a result folder, or a file of another tool.
         bench: ``NAME`` or ``NAME=PATH`` with the benchmark's questions.
         policy: how answers are read.
-        partial: score although questions are unanswered.
+        partial: score although questions are unanswered, or answers without a review.
+        judging: who judges, where a judge is needed, and where reviews are stored.
         say: called with lines on what was read.
 
     Raises:
@@ -31,4 +34,6 @@ def score_file(
     predictions, notes = open_answers(file, benchmark, questions, partial=partial)
     for note in notes:
         say(note)
-    return score(predictions, benchmark, policy, questions=None if questions is None else len(questions))
+    reviews = reviews_of(file, predictions, benchmark, judging or Judging(), partial=partial, say=say)
+    asked = None if questions is None else len(questions)
+    return score(predictions, benchmark, policy, questions=asked, partial=partial, reviews=reviews)

@@ -79,7 +79,7 @@ def evaluate_models(
             say(note)
         answers = evaluation.answer(say, quiet=quiet)
         cut_off = sum(bool(one.meta.get("cut_off")) for part in answers.values() for one in part)
-        scores = evaluation.score(answers)
+        scores = evaluation.score(answers, say)
         answerer = evaluation.answerer
         evaluated.append(Evaluated(answerer.name, answerer.given, evaluation.folder, scores, cut_off))
     return evaluated

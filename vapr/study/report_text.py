@@ -54,6 +54,10 @@ def _side_by_side(evaluated: Sequence[Evaluated]) -> str:
 def _next(evaluated: Sequence[Evaluated], benches: Sequence[str]) -> list[str]:
     first = shlex.quote(str(evaluated[0].folder))
     lines = [f"read otherwise: vapr score {first} --bench {shlex.quote(benches[0])} --policy last-answer"]
+    for name, result in evaluated[0].scores.items():
+        if "judge" in str(result.get("why")) and not name.endswith(" (blind)"):
+            bench = next((one for one in benches if one.partition("=")[0] == name), name)
+            lines.append(f"have it judged: vapr score {first} --bench {shlex.quote(bench)} --judge http://HOST:PORT/v1")
     if len(evaluated) > 1:
         folders = " ".join(shlex.quote(str(one.folder)) for one in evaluated[:2])
         lines.append(f"what changed:   vapr eval --compare {folders} --out compare.html")

@@ -17,11 +17,11 @@ from vapr.editing.draft.trades import PARTNER_LOST
 from vapr.editing.job.pair_rows import read_table
 from vapr.editing.job.run import run
 from vapr.editing.job.start import Start
-from vapr.editing.llm.request import Reply
 from vapr.editing.rules.agreement import article_of
 from vapr.editing.rules.categories import load_categories
 from vapr.editing.rules.operations import spliced
 from vapr.editing.rules.turns import InstructionData, Turn, why_left_out
+from vapr.llm.request import Reply
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions"
 EXPECTED = {

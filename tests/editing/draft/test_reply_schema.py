@@ -8,9 +8,9 @@ import pytest
 from vapr.editing.config import EditConfig
 from vapr.editing.draft.editor import Editor
 from vapr.editing.draft.prompts import BadReply, edit_schema, read_edits, read_rewrite
-from vapr.editing.llm.request import Reply
 from vapr.editing.rules.categories import load_categories
 from vapr.editing.rules.turns import Turn
+from vapr.llm.request import Reply
 
 CATEGORIES = load_categories()
 QUESTION, SIGN = "What does the sign say?", 'The stop sign has the word "stop" on it.'

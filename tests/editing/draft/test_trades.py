@@ -20,11 +20,11 @@ from vapr.editing.draft.trades import (
     match,
     release,
 )  # fmt: skip
-from vapr.editing.llm.request import Reply
 from vapr.editing.rules.categories import Categories, Category, ClosedSet, load_categories
 from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.turns import Turn
 from vapr.editing.rules.why_not import NO_OPPOSITE, NO_VALUE
+from vapr.llm.request import Reply
 
 CATEGORIES = load_categories()
 NOUNS = Nouns()

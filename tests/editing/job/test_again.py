@@ -27,7 +27,7 @@ from tests.editing.edit_jobs import (
     start_of,
     write_source,
 )
-from tests.editing.fake_server import FakeServer, completion, obedient
+from tests.fake_server import FakeServer, completion, obedient
 from vapr.editing.job.start import Start
 from vapr.errors import UserError
 

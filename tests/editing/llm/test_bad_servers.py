@@ -9,7 +9,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from tests.editing.edit_command import assert_refused, edit, ledger_of, pairs_of, rejects_of, row, talk, write
 from tests.editing.edit_jobs import CATEGORY
-from tests.editing.fake_server import Drop, FakeServer, completion, obedient
+from tests.fake_server import Drop, FakeServer, completion, obedient
 
 pytest_plugins = ["tests.editing.edit_command"]
 
@@ -173,7 +173,7 @@ def test_a_server_that_dies_in_the_middle(fruits, serve):
 
     server = serve(answer)
     more = ("turns_per_shard=2", "engine.concurrency=1")
-    assert_refused("is not reachable any more; finished shards are kept, run the same command again",
+    assert_refused("is not reachable any more; what is finished is kept, run the same command again",
                    *with_server(fruits, server, *more))  # fmt: skip
     kept = {file.name: file.read_bytes() for file in (fruits.parent / "out" / "pairs").iterdir()}
     assert sorted(kept) == ["part-00000.parquet", "part-00001.parquet"]

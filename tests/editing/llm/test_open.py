@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("openai", reason="the openai package is not installed")
 
-from tests.editing.fake_server import Drop, FakeServer, completion, obedient
+from tests.fake_server import Drop, FakeServer, completion, obedient
 from vapr.editing.config import EditConfig, EngineConfig
 from vapr.editing.llm.open import open_llm
-from vapr.editing.llm.request import Reply, Request
-from vapr.editing.llm.server import ServerModel
 from vapr.errors import UserError
+from vapr.llm.request import Reply, Request
+from vapr.llm.server import ServerModel
 
 SCHEMA = {"type": "object", "properties": {"echo": {"type": "string"}}, "required": ["echo"]}
 KEY = "sk-test-0123456789abcdef"
@@ -335,7 +335,7 @@ def test_a_server_that_dies_in_the_middle_ends_the_run_at_once(serve):
 
     server = serve(answer)
     llm, slept = opened(server, tries=3, concurrency=4)
-    with pytest.raises(UserError, match="is not reachable any more; finished shards are kept, run the same command"):
+    with pytest.raises(UserError, match="is not reachable any more; what is finished is kept, run the same command"):
         llm.ask([ask_for(f"row {n}") for n in range(5000)])
     assert len(slept) <= 2 * 4  # four rows were tried to the end, not thousands
 

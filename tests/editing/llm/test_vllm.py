@@ -19,8 +19,8 @@ from vapr.editing.config import AskConfig, EngineConfig
 from vapr.editing.llm import vllm_offline as offline
 from vapr.editing.llm.engine_log import EngineLog
 from vapr.editing.llm.open import open_llm
-from vapr.editing.llm.request import Request
 from vapr.errors import UserError
+from vapr.llm.request import Request
 
 WINDOW = 1024
 SCHEMA = {

@@ -56,6 +56,8 @@ def test_disciplines_hold_thirty_subjects():
     [
         ("B", "B"),
         ("B.", "B"),
+        ("'B'!", "B"),
+        ("B?", "B"),
         ("(A) is wrong, so (C)", "C"),  # the last in brackets
         ("A or B is fine ", "B"),
         ("B) blue", None),  # neither "(B)" nor " B ", and too short to be looked through

@@ -13,7 +13,7 @@ NAMED_AT_ONCE = {
           "The answer is B", "The correct answer is option B.", "The answer is **B**", "**Answer:** B", "**Answer: B**",
           "### B", "`B`", "> **B. blue**", "- B", r"\boxed{B}", r"\boxed{\text{B}}", r"$\boxed{\textbf{(B)}}$",
           "答案：B", "答案是B。", "选B", "（B）", "B、blue", "选B,因为它是蓝色", "B因为", "B is correct", "B because it is blue",
-          "B, not C", "B. blue\n\nExplanation: the car is blue.", "B. The colour is blue. A is wrong because it is red."],
+          "B, not C", "B, for it is blue", "B, a dog", "B. blue\n\nExplanation: the car is blue.", "B. The colour is blue. A is wrong because it is red."],
     "A": ["A", "A red thing", "A is the correct answer", "A."],
     "C": ["a green car", "A green car", "The correct option is (C).", "The answer is C, not B."],
     "D": ["Answer: (D) yellow since the sun is", "Answer: (D) yellow, (A) is wrong"],

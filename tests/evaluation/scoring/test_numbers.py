@@ -42,6 +42,7 @@ def test_texts_that_are_none(text):
         ("Therefore, 2 + 3 = 5", None, 5),
         ("I cannot tell.", None, None),
         ("It is 3 or 4.", None, None),
+        ("The answer is 5. That is 2 more than 3.", 5, 5),
         ("", None, None),
     ],
 )  # fmt: skip

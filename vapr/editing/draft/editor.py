@@ -14,13 +14,13 @@ from vapr.editing.config import EditConfig
 from vapr.editing.draft import prompts
 from vapr.editing.draft.checks import Verdict, check_pair
 from vapr.editing.draft.trades import NO_PARTNER, PARTNER_LOST, Plan, Planner, release
-from vapr.editing.llm.request import LanguageModel, Reply, Request
 from vapr.editing.rules.agreement import CannotEdit
 from vapr.editing.rules.categories import Categories, Category
 from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.operations import apply, changed_spans
 from vapr.editing.rules.turns import Turn, answer_hash, bare
 from vapr.errors import UserError
+from vapr.llm.request import LanguageModel, Reply, Request
 from vapr.progress import Display
 
 RULES = "rules"

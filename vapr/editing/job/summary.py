@@ -8,7 +8,7 @@ from typing import Any
 from vapr.data.pairs import columns_told
 from vapr.editing.draft import editor, trades
 from vapr.editing.job.worker import DROPPED
-from vapr.editing.llm.request import CUT_OFF
+from vapr.llm.request import CUT_OFF
 
 CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"

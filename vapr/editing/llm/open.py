@@ -6,8 +6,8 @@ import secrets
 from typing import Any
 
 from vapr.editing.config import EngineConfig
-from vapr.editing.llm.request import CUT_OFF, LanguageModel, Request
 from vapr.errors import UserError
+from vapr.llm.request import CUT_OFF, LanguageModel, Request
 
 
 def is_server(model: str) -> bool:
@@ -23,7 +23,7 @@ def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
     """
     llm: LanguageModel
     if is_server(model):
-        from vapr.editing.llm.server import ServerModel
+        from vapr.llm.server import ServerModel
 
         llm = ServerModel(model, engine)
     else:

@@ -19,8 +19,8 @@ from transformers.utils import cached_file
 from vapr.cache import files_hash, user_cache
 from vapr.editing.config import EngineConfig
 from vapr.editing.llm.engine_log import EngineLog
-from vapr.editing.llm.request import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError, one_line
+from vapr.llm.request import Reply, Request, cut_off, tell_nobody
 
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of the files that decide a model's replies: config, weights, tokenizer and chat template."""

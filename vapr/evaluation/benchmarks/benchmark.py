@@ -8,6 +8,8 @@ from typing import Any
 from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question
+from vapr.evaluation.scoring.review import Review
+from vapr.evaluation.scoring.verdicts import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,32 @@ class Results:
     notes: Sequence[str] = ()
 
 
+NEEDS_A_JUDGE = (
+    "only a judge can score it; name an OpenAI-compatible server with --judge http://HOST:PORT/v1 --judge-model NAME, "
+    "or stored reviews with --reviews FILE"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """How a judge is asked about an answer, and what its verdicts come to.
+
+    Attributes:
+        prompt: what the judge is asked about an answer.
+        read_review: the scores that a review states; None if it states none.
+        figures: of the predictions whose reviews could be read, their verdicts and the seed of the bootstrap. A figure
+            ``accuracy`` becomes the common one.
+        no_reference: why questions without a reference answer cannot be judged, and the way out; empty if they can.
+        read_reviews: reads reviews in a layout of the authors; None if there is none.
+    """
+
+    prompt: Callable[[Prediction], str]
+    read_review: Callable[[str], Verdict | None]
+    figures: Callable[[Sequence[Prediction], Sequence[Verdict], int], Mapping[str, Figure]]
+    no_reference: str
+    read_reviews: Callable[[Path], list[Review]] | None = None
+
+
 def equals_gold(prediction: Prediction, gold: str | None, reading: Reading) -> float:
     """Return whether the reading is the truth."""
     return float(reading.value is not None and reading.value == gold)
@@ -61,6 +89,10 @@ def no_figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
 def lacks_nothing(predictions: Sequence[Prediction], policy: Policy) -> str | None:
     """Return that every policy can read the answers as they are."""
     return None
+
+
+def anything(rows: Sequence[Row]) -> None:
+    """Accept all answers: no question counts only together with others."""
 
 
 def by_split(prediction: Prediction) -> str | None:
@@ -82,12 +114,16 @@ class Benchmark:
         read_answer: reads an answer under a policy.
         right: whether a reading is right.
         figures: the benchmark's own figures by name, values in the official unit.
+        check_groups: refuses answers to a part of the questions that count only together; not asked where a result is
+            known to be partial, whose group figures are those of the whole groups.
         headline: the figure that people quote: a key of ``figures``, or a common one.
         split: the part of the set that a question belongs to.
         read_results: reads the authors' own layout of results, given the questions.
+        relabels: the benchmark whose answers count as answers to this one: only the truth differs.
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
         lacks: why these answers cannot be read under a policy, None if they can.
         note: where the official rule is not followed, and why.
+        judged: how a judge scores the answers, where one is needed; :attr:`scored` then says so.
     """
 
     name: str
@@ -98,12 +134,15 @@ class Benchmark:
     read_answer: Callable[[Prediction, Policy], Reading]
     right: Callable[[Prediction, str | None, Reading], float] = equals_gold
     figures: Callable[[Sequence[Row]], Mapping[str, Figure]] = no_figures
+    check_groups: Callable[[Sequence[Row]], None] = anything
     headline: str = "accuracy"
     split: Callable[[Prediction], str | None] = by_split
     read_results: Callable[[Path, Sequence[Question]], Results] | None = None
+    relabels: str | None = None
     scored: str | None = None
     lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing
     note: str = ""
+    judged: Judged | None = None
 
 
 def yes_no_gold(prediction: Prediction) -> str | None:
@@ -122,3 +161,13 @@ def options_of(prediction: Prediction) -> list[str]:
     """Return the texts of the options, none if only letters are known."""
     options: Any = prediction.meta.get("options") or prediction.meta.get("choices") or []
     return [str(option) for option in options]
+
+
+def reference(prediction: Prediction) -> str | None:
+    """Return the reference answer that a judge compares with; None if there is none."""
+    return str(prediction.answer) if prediction.answer not in (None, "") else None
+
+
+def unread(prediction: Prediction, policy: Policy) -> Reading:
+    """Return an answer that no rule reads: a judge does."""
+    return Reading(None)

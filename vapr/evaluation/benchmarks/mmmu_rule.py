@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from vapr.evaluation.benchmarks.benchmark import Reading
 
-SEED = 10
-"""Of the draws where no option can be read. For LLaVA-1.5-13B's published answers it draws as many right as the authors
-did, so that the score is theirs to the last digit; the expectation beside it owes nothing to the seed."""
+SEED = 0
+"""Of the draws where no option can be read. Of the two for LLaVA-1.5-13B's published answers one is right, as with the
+authors' own; the expectation that is given beside the score owes nothing to the seed."""
 
 _BEFORE_KEY = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (

@@ -9,7 +9,7 @@ from vapr.evaluation.benchmarks.benchmark import Row
 from vapr.evaluation.compare.changes import changes
 from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
 from vapr.evaluation.scoring.paired import detectable_difference, difference, mcnemar, sign_flip
-from vapr.evaluation.scoring.yes_no import STATISTICS, counts_of
+from vapr.evaluation.scoring.yes_no import counts_of, statistic
 
 BIAS = (
     "f1", "f1_no", "yes_rate", "gap", "fpr", "fnr", "unparsed_rate", "balanced_accuracy", "d_prime", "criterion",
@@ -64,4 +64,5 @@ def bias_differences(first: Sequence[Row], other: Sequence[Row], seed: int) -> d
 
 
 def _difference_of(name: str) -> Any:
-    return lambda counts: STATISTICS[name](counts[:, 6:]) - STATISTICS[name](counts[:, :6])
+    of = statistic(name)
+    return lambda counts: of(counts[:, 6:]) - of(counts[:, :6])

@@ -20,10 +20,12 @@ from vapr.evaluation.generation.open_model import Answerer, Dtype
 from vapr.evaluation.generation.prompts import Asked, in_batches, tokenize_questions
 from vapr.evaluation.generation.record import NAME, AskedSet, describe, open_record, write_json
 from vapr.evaluation.generation.settings import Settings
+from vapr.evaluation.judges.reviews import Judging, reviews_of
 from vapr.evaluation.score import score, score_rows
 from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.paired import difference, sign_flip
 from vapr.evaluation.scoring.prediction import Prediction
+from vapr.evaluation.scoring.review import Review
 from vapr.interrupts import stopped_at_once
 from vapr.progress import Display
 
@@ -215,16 +217,22 @@ class Evaluation:
 
         return VllmEngine(self.answerer, self.processor, self.settings, self.dtype, asked)
 
-    def score(self, answers: Mapping[str, list[Prediction]]) -> dict[str, Any]:
-        """Score answers, add them to ``scores.json``, and return the scores by benchmark."""
+    def score(
+        self, answers: Mapping[str, list[Prediction]], say: Callable[[str], None] = print
+    ) -> dict[str, Any]:  # fmt: skip
+        """Score answers, add them to ``scores.json``, and return the scores by benchmark.
+
+        What a judge has to score is scored by the reviews that are stored in the folder, if there are any.
+        """
         scores: dict[str, Any] = {}
         for one in self.sets:
             name = one.benchmark.name
-            scores[name] = self._scored(answers[name], one)
+            reviews = reviews_of(self.folder, answers[name], one.benchmark, Judging(), partial=True, say=say)
+            scores[name] = self._scored(answers[name], one, reviews)
             if self.options.blind:
                 blind = f"{name} (blind)"
                 scores[blind] = {**self._scored(answers[blind], one), "benchmark": blind}
-                if scores[blind]["scored"]:
+                if scores[name]["scored"] and scores[blind]["scored"]:
                     scores[blind]["gap"] = _gap(answers[name], answers[blind], one, self.options.policy)
         path = self.folder / "scores.json"
         try:
@@ -234,14 +242,16 @@ class Evaluation:
         write_json(path, {**before, **scores})
         return scores
 
-    def _scored(self, answers: Sequence[Prediction], one: AskedSet) -> dict[str, Any]:
+    def _scored(
+        self, answers: Sequence[Prediction], one: AskedSet, reviews: Mapping[str, Review] | None = None
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the scores of a set; where truths are missing, why there are none."""
-        policy = self.options.policy
+        policy, part = self.options.policy, len(one.questions) < one.of
         try:
-            return score(answers, one.benchmark, policy, questions=one.of)
+            return score(answers, one.benchmark, policy, questions=one.of, partial=part, reviews=reviews)
         except UserError as error:
             withheld = dataclasses.replace(one.benchmark, scored=str(error))
-            return score(answers, withheld, policy, questions=one.of)
+            return score(answers, withheld, policy, questions=one.of, partial=part)
 
 
 def _is_answered(batch: Sequence[Asked], journal: Journal) -> bool:

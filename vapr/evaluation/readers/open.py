@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vapr.errors import UserError
-from vapr.evaluation.benchmarks import BENCHMARKS
+from vapr.evaluation.benchmarks import BENCHMARKS, judge_set
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Results
 from vapr.evaluation.score import of_benchmark, with_truth
 from vapr.evaluation.scoring.prediction import Prediction, Question, read_json_lines, read_predictions
@@ -14,15 +15,19 @@ from vapr.evaluation.scoring.prediction import Prediction, Question, read_json_l
 def open_benchmark(bench: str) -> tuple[Benchmark, list[Question] | None]:
     """Return the benchmark of ``NAME`` or ``NAME=PATH``, and its questions if there is a path.
 
+    ``NAME`` is one of :data:`BENCHMARKS`, or the YAML file of a judge set (:mod:`..benchmarks.judge_set`).
+
     Raises:
         UserError: for an unknown name, or files that are not the benchmark's.
     """
     name, equals, path = bench.partition("=")
-    if name not in BENCHMARKS:
+    benchmark = judge_set.load(Path(name)) if name.endswith((".yaml", ".yml")) else BENCHMARKS.get(name)
+    if benchmark is None:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
         raise UserError(f"--bench {name}: no such benchmark; {hint}")
-    benchmark = BENCHMARKS[name]
+    if BENCHMARKS.get(benchmark.name, benchmark) is not benchmark:
+        raise UserError(f"{name}: name: {benchmark.name} is a benchmark of vapr; give the set another name")
     if not equals:
         return benchmark, None
     if not path or not Path(path).exists():
@@ -54,7 +59,7 @@ def open_answers(
         UserError: if the file cannot be used, or questions have no answer unless ``partial``.
     """
     if _is_own(file):
-        results = Results(of_benchmark(read_predictions(file), benchmark.name, str(file)))
+        results = _own(file, benchmark, questions)
     elif questions is None:
         raise UserError(f"{file}: no predictions.jsonl of vapr; give the questions, too: --bench {benchmark.name}=PATH")
     elif benchmark.read_results is not None:
@@ -68,6 +73,19 @@ def open_answers(
     missing = len(asked) - len(predictions)
     notes = [f"partial: {missing:,} of {len(asked):,} questions have no answer"] if missing else []
     return predictions, [*results.notes, *notes]
+
+
+def _own(file: Path, benchmark: Benchmark, questions: Sequence[Question] | None) -> Results:
+    """Read the answers to a benchmark in vapr's own file, or those to the one whose truth it replaces."""
+    predictions = read_predictions(file)
+    old, there = benchmark.relabels, {prediction.benchmark for prediction in predictions}
+    if old is None or questions is None or benchmark.name in there or old not in there:
+        return Results(of_benchmark(predictions, benchmark.name, str(file)))
+    predictions = of_benchmark(predictions, old, str(file))
+    ids = {question.id for question in questions}
+    kept = [replace(prediction, benchmark=benchmark.name) for prediction in predictions if prediction.id in ids]
+    left_out = len(predictions) - len(kept)
+    return Results(kept, notes=[f"answers to {old}: {left_out:,} are to questions that {benchmark.title} drops"])
 
 
 def _is_own(file: Path) -> bool:

@@ -13,36 +13,71 @@ from vapr.text import polarity, sentences
 Policy = Literal["official", "strict", "last-answer"]
 POLICIES: tuple[Policy, ...] = ("official", "strict", "last-answer")
 
-_OPEN = r"<(?:think|thinking|thought|reasoning|reason|analysis)>|◁think▷|\[THINK\]"
-_CLOSE = r"</(?:think|thinking|thought|reasoning|reason|analysis)>|◁/think▷|\[/THINK\]"
-_REASONING = re.compile(rf"(?:{_OPEN}).*?(?:{_CLOSE})", re.DOTALL | re.IGNORECASE)
-_FIRST_OPEN = re.compile(_OPEN, re.IGNORECASE)
-_LAST_CLOSE = re.compile(rf".*(?:{_CLOSE})", re.DOTALL | re.IGNORECASE)
-_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}")
+_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reason|analysis|reflection|scratchpad)"
+_TAG = re.compile(
+    rf"(?P<open><\s*{_NAMES}\s*>|◁think▷|\[THINK\]|<\|begin_of_thought\|>)"
+    rf"|<\s*/\s*{_NAMES}\s*>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+_TAGGED = re.compile(r"<(answer|conclusion)>(?P<said>.*?)(?:</\1>|$)", re.DOTALL | re.IGNORECASE)
+_BOX = re.compile(r"<\|begin_of_box\|>(?P<said>.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{(?:\\(?:text|textbf|mathrm|mathbf)\{)?(?P<said>[^{}]*)\}")
 _MARKED = re.compile(
-    r"\b(?:answer|conclusion)\b[\s*_]*(?:to (?:the|this|your) question)?[\s*_]*"
+    r"\b(?:answer|conclusion)\b[\s*_\"']*(?:to (?:the|this|your) question)?[\s*_\"']*"
     r"(?:(?:is|would be|should be)\b|[:：=])[\s:：]*",
     re.IGNORECASE,
 )
 _SO = re.compile(r"(?:(?:so|thus|therefore|hence|in conclusion|overall|finally|in short)[\s,:]+)+", re.IGNORECASE)
-_BOTH = re.compile(r"\W*yes\s*(?:/|and|or|\|)\s*no\b|\W*no\s*(?:/|and|or|\|)\s*yes\b", re.IGNORECASE)
-_ENDING = re.compile(r"(?:[,;:—–-]|\b(?:so|is|be|say))\s*[\"'*_(]*(yes|no)[\"'*_)]*[.!]*\s*$", re.IGNORECASE)
-
-_LEAD = re.compile(
-    r"(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)(?:\s+is)?[\s:：]*", re.IGNORECASE
+_BOTH = re.compile(r"\W*(?:yes\W{1,3}(?:(?:and|or)\W+)?no|no\W{1,3}(?:(?:and|or)\W+)?yes)\b", re.IGNORECASE)
+_ENDING = re.compile(
+    r"(?:[,;:—–-]\s*(?:so\s+)?|\banswer (?:is|would be|should be)\s+|\bI(?:['’]d| would) say\s+|\bI think\s+)"
+    r"[\"'“‘*_(]*(yes|no)[\"'”’*_)]*[.!]*\s*$",
+    re.IGNORECASE,
 )
+_DENIAL = re.compile(
+    r"\W*no\b|.*\b(?:there(?:['’]s| is| are| was| were) no(?:t|ne|thing)?"
+    r"|(?:is|are|was|were|do|does) ?n(?:o|['’])t|has no|have no)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_ANSWER_IS = re.compile(
+    r"[\s*_#>\"']*(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?answer[*_]*(?:\s+is\b\s*[:：]?|\s*[:：])",
+    re.IGNORECASE,
+)
+# "No" without a mark behind it answers only where a whole sentence follows, as in "No it is red".
+_DENIES = re.compile(
+    r"[\s\"'“‘(*_`#>-]*no[ \t]+(?!(?:there|it|they|he|she|i|we|you|this|that|these|those)(?:['’]\w|\s+(?:is|are|was|"
+    r"were|do|does|did|can|cannot|could|has|have|am|don|isn|aren|doesn|see|only|seems?|appears?|looks?)\b))\w",
+    re.IGNORECASE,
+)
+# The other word, alone between marks: "Yes... wait, no", "No. Yes."
+_TAKEN_BACK = {
+    said: re.compile(
+        rf"[.,;:!?…—–-]\s*(?:(?:wait|actually|sorry|or)\W+)*[*_\"']*{other}\b(?=\W*$|[,.!…])", re.IGNORECASE
+    )
+    for said, other in (("yes", "no"), ("no", "yes"))
+}
 
 
 def after_reasoning(text: str) -> str:
-    """Return what a reasoning model says after its reasoning; empty if it never got there.
+    """Return what a reasoning model says outside its reasoning, behind it if it says anything there.
 
     Blocks such as ``<think>...</think>`` are dropped. Where only the end of one stands, because the chat template
-    opened it, all before it is dropped; where one never ends, all after its beginning.
+    opened it, all before it is dropped; where one never ends, all after its beginning, so that the answer of a model
+    that never got out of it is empty.
     """
-    text = _LAST_CLOSE.sub("", _REASONING.sub("", text), count=1)
-    opened = _FIRST_OPEN.search(text)
-    return (text[: opened.start()] if opened else text).strip()
+    said, start, inside = [], 0, False
+    for tag in _TAG.finditer(text):
+        if tag["open"]:
+            if not inside:
+                said.append(text[start : tag.start()])
+            inside = True
+        else:
+            if not inside:  # the end of a block that began before the text, or of one around the last
+                said.clear()
+            start, inside = tag.end(), False
+    if not inside:
+        said.append(text[start:])
+    return next((part.strip() for part in reversed(said) if part.strip()), "")
 
 
 def final_answers(text: str) -> list[str]:
@@ -52,7 +87,7 @@ def final_answers(text: str) -> list[str]:
     from the last to the first.
     """
     text = after_reasoning(text)
-    places = [found[-1] for pattern in (_TAGGED, _BOXED) if (found := pattern.findall(text))]
+    places = [found[-1]["said"] for pattern in (_TAGGED, _BOX, _BOXED) if (found := list(pattern.finditer(text)))]
     if marks := list(_MARKED.finditer(text)):
         places.append(text[marks[-1].end() :])
     return [*places, *reversed(sentences(text))]
@@ -61,20 +96,43 @@ def final_answers(text: str) -> list[str]:
 def yes_or_no(text: str, policy: Policy) -> str | None:
     """Read ``"yes"`` or ``"no"``; None if the answer says neither.
 
-    An answer says so that begins with the word ("Yes", "No.", "Yes, there is a dog"). Under ``last-answer`` the final
-    answer or the last sentence that says so counts, also where it ends with the word ("so the answer is no").
+    An answer says so that begins with the word ("Yes", "No.", "Yes, there is a dog") and does not take it back ("Yes...
+    wait, no"). Under ``last-answer`` the final answer or the last sentence that says so counts, also where it ends with
+    the word ("so the answer is no").
     """
     if policy != "last-answer":
-        return _polarity(text)
+        said = _polarity(text)
+        if said is None or _TAKEN_BACK[said].search(text):
+            return None
+        tag = _TAG.search(text)
+        return None if tag and not tag["open"] else said  # what ends as reasoning began as reasoning
     for place in final_answers(text):
-        place = _SO.sub("", place.strip(), count=1)
-        if (found := _polarity(place)) is not None:
-            return found
+        place = _without(_SO, place.strip())
         if ending := _ENDING.search(place):
             return ending[1].lower()
+        if (found := _polarity(place)) is not None:
+            return found
     return None
 
 
+def states(text: str, said: str) -> bool:
+    """Return whether an answer says yes or no in words, where an official rule reads it as ``said``.
+
+    Rules that look for a word anywhere read much that says nothing of the kind. A "yes" is stated by the word, a "no"
+    also by a denial such as "There is no dog" or "It isn't red" in the first sentence.
+    """
+    if said == "no" and _DENIAL.match(text.split(".")[0]):
+        return True
+    return yes_or_no(text, "last-answer") == said
+
+
+def _without(beginning: re.Pattern[str], text: str) -> str:
+    found = beginning.match(text)
+    return text[found.end() :] if found else text
+
+
 def _polarity(text: str) -> str | None:
-    text = _LEAD.sub("", text.lstrip(), count=1) if _LEAD.match(text.lstrip()) else text
-    return None if _BOTH.match(text) else polarity(text)
+    text = _without(_ANSWER_IS, text).lstrip()
+    if text[:1] in ("[", "{", "$"):
+        text = re.sub(r"[\[\]{}$]", " ", text)
+    return None if _BOTH.match(text) or _DENIES.match(text) else polarity(text)

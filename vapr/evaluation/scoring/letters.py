@@ -21,7 +21,7 @@ _NAMED = re.compile(
     re.DOTALL,
 )
 _SECOND = re.compile(
-    r"(?:[,/&+]|and\b|or\b)[\s,]*(?:and\b|or\b)?\s*\(?([A-Za-z])\)?(?=\s*(?:$|[,.;:)&/!?]|and\b|or\b|are\b))",
+    r"(?:[,/&+]|and\b|or\b)[\s,]*(?:and\b|or\b)?\s*\(?([A-Za-z])\)?(?=\s*(?:$|[,.;:)&/!?])|\s+(?:and|or|are)\b)",
     re.IGNORECASE,
 )
 _ALSO = re.compile(r"(?:[,;/&\n]|\band\b|\bor\b)\s*(?:option\s+)?\(?([A-Z])\s*[.):]+(?=(.*))", re.IGNORECASE)

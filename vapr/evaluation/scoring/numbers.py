@@ -4,7 +4,6 @@ import re
 
 from vapr.evaluation.scoring.answers import Policy, final_answers
 from vapr.evaluation.scoring.letters import without_lead
-from vapr.text import sentences
 
 WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -26,6 +25,7 @@ _UNIT = re.compile(
     r"(?:\s*(?:\\?[A-Za-zµμΩÅ°%‰][A-Za-zµμΩÅ°%‰′″/·⋅{}\\'-]*(?:\^\{?[-−]?[0-3]\}?|(?<=m)[23])?(?!\d)|[²³°%$€£¥])){0,4}"
 )
 _CLOSING = re.compile(r"[\s\"'”’*_`)\]}$.,;:!\\]*$")
+_FIRST = re.compile(r"[.!?]\s+(?=[A-Z\"'(])|\n")  # "5. That is" begins no list here
 _IN_TEXT = re.compile(rf"(?<![\w.,^{{])(?:{_VALUE.pattern})(?![\w]*\d)")
 _WORD_IN_TEXT = re.compile(rf"\b(?:{'|'.join(WORDS[2:])})\b", re.IGNORECASE)
 
@@ -55,22 +55,17 @@ def stated_number(text: str, policy: Policy) -> float | None:
     stand in it, the one after the last "=".
     """
     if policy != "last-answer":
-        return _of_beginning(without_lead(text))
+        said = without_lead(text)
+        value = number(said)
+        return number(_FIRST.split(said.strip(), maxsplit=1)[0]) if value is None else value
     for place in final_answers(text):
-        for part in dict.fromkeys([*sentences(place)[:1], place]):
+        for part in dict.fromkeys([_FIRST.split(place.strip(), maxsplit=1)[0], place]):
             for said in (part, re.split(r"=|≈|\\approx|\bequals\b", part)[-1]):
                 if (value := number(said)) is not None:
                     return value
             if (value := _only(part)) is not None:
                 return value
     return None
-
-
-def _of_beginning(text: str) -> float | None:
-    value = number(text)
-    if value is None and (parts := sentences(text)):
-        value = number(parts[0])
-    return value
 
 
 def _only(text: str) -> float | None:

@@ -4,24 +4,24 @@ Counts are of six kinds: said yes, said no, unparsed; where the truth is yes, an
 wrong: it lowers accuracy and recall, and is neither a "yes" nor a "no". The positive class is "yes".
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
 
-from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
+from vapr.evaluation.scoring.figures import Figure, numbered, of_counts, share
+from vapr.intervals import Z
 
 YES_YES, YES_NO, YES_UNPARSED, NO_YES, NO_NO, NO_UNPARSED = range(6)
 """Columns of the counts: the truth, then what was said."""
 
-COMMON = ("accuracy", "precision", "recall", "f1", "yes_rate", "gold_yes_rate")
-
 
 def counts_of(gold: Sequence[str], said: Sequence[str | None]) -> np.ndarray:
-    """Return which of the six kinds each answer is, (P, 6) of 0 and 1."""
-    kinds = {"yes": 0, "no": 1, None: 2}
-    columns = [3 * (truth == "no") + kinds[answer] for truth, answer in zip(gold, said, strict=True)]
+    """Return which of the six kinds each answer is, (P, 6) of 0 and 1; neither yes nor no is unparsed."""
+    kinds = {"yes": 0, "no": 1}
+    columns = [3 * (truth == "no") + kinds.get(answer or "", 2) for truth, answer in zip(gold, said, strict=True)]
     return np.eye(6)[np.array(columns, dtype=np.int64)]
 
 
@@ -33,9 +33,34 @@ def figures_of(
     ``gap`` is the predicted minus the true yes rate; ``fpr`` is "yes" where the truth is no, ``fnr`` anything but "yes"
     where it is yes. ``d_prime`` and ``criterion`` are of the parsed answers, z(hits) - z(false alarms) and minus their
     mean, with half an answer added to each kind (M. J. Hautus, Behav. Res. Methods 27 (1995) 46); a criterion below 0
-    leans to "yes". Intervals are a bootstrap over ``groups``, the pictures.
+    leans to "yes". Intervals of shares are Wilson's, widened for ``groups``, the pictures; those of the others are a
+    bootstrap over pictures, and where that knows no spread (all right, or all the same answer), what the shares'
+    intervals allow.
     """
-    return of_counts(counts_of(gold, said), numbered(groups), STATISTICS, seed)
+    counts, pictures = counts_of(gold, said), numbered(groups)
+    figures = of_counts(counts, pictures, STATISTICS, seed)
+    for name, (of, over) in SHARES.items():
+        among = counts[:, over].any(axis=1)
+        held = np.asarray(counts[among][:, of].any(axis=1))
+        figures[name] = replace(share(held, pictures[among]), count=len(counts))
+    for name in ("f1", "f1_no", "balanced_accuracy", "gap"):
+        figure = figures[name]
+        if figure.interval is not None and figure.interval[1] - figure.interval[0] < 1e-9:
+            figures[name] = replace(figure, interval=_allowed(name, figures, int(pictures.max()) + 1))
+    return figures
+
+
+def _allowed(name: str, figures: Mapping[str, Figure], num_pictures: int) -> tuple[float, float]:
+    """Return the interval of a figure that its shares' intervals allow."""
+    if name == "gap":  # A. Agresti and Y. Min, Stat. Med. 24 (2005) 729, with no discordant answer
+        value, reach = figures["gap"].value or 0.0, Z / (num_pictures + 2)
+        return max(value - reach, -1.0), min(value + reach, 1.0)
+    ends = (figures["recall"].interval or (0.0, 1.0)), (figures["recall_no"].interval or (0.0, 1.0))
+    if name == "balanced_accuracy":
+        return (ends[0][0] + ends[1][0]) / 2, (ends[0][1] + ends[1][1]) / 2
+    recall, precision = ends[name == "f1_no"], figures[name.replace("f1", "precision")].interval or (0.0, 1.0)
+    low, high = (2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True))
+    return low, high
 
 
 def unparsed_as(gold: Sequence[str], said: Sequence[str | None]) -> dict[str, dict[str, float | None]]:
@@ -47,11 +72,13 @@ def unparsed_as(gold: Sequence[str], said: Sequence[str | None]) -> dict[str, di
         if name != "drop":
             c[[YES_YES, NO_YES] if name == "yes" else [YES_NO, NO_NO]] += c[[YES_UNPARSED, NO_UNPARSED]]
         c[[YES_UNPARSED, NO_UNPARSED]] = 0
-        keys = ("accuracy", "yes_rate", "fpr", "fnr", "f1")
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = {key: float(STATISTICS[key](c[None])[0]) for key in keys}
-        moved[name] = {key: None if np.isnan(value) else value for key, value in values.items()}
+        moved[name] = {key: _share(c, *SHARES[key]) for key in ("accuracy", "yes_rate", "fpr", "fnr")}
+        moved[name]["f1"] = float(_f1(c[None])[0]) if c.sum() else None
     return moved
+
+
+def _share(c: np.ndarray, of: Sequence[int], over: Sequence[int]) -> float | None:
+    return float(c[list(of)].sum() / c[list(over)].sum()) if c[list(over)].sum() else None
 
 
 def yes_bias(
@@ -99,20 +126,35 @@ def _z(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 STATISTICS = {
-    "accuracy": lambda c: (c[:, YES_YES] + c[:, NO_NO]) / _all(c),
-    "precision": lambda c: c[:, YES_YES] / (c[:, YES_YES] + c[:, NO_YES]),
-    "recall": lambda c: c[:, YES_YES] / _yes(c),
     "f1": _f1,
     "f1_no": _f1_no,
-    "yes_rate": _yes_rate,
-    "no_rate": lambda c: (c[:, YES_NO] + c[:, NO_NO]) / _all(c),
-    "gold_yes_rate": lambda c: _yes(c) / _all(c),
     "gap": lambda c: _yes_rate(c) - _yes(c) / _all(c),
-    "fpr": lambda c: c[:, NO_YES] / _no(c),
-    "fnr": lambda c: 1 - c[:, YES_YES] / _yes(c),
-    "unparsed_rate": lambda c: (c[:, YES_UNPARSED] + c[:, NO_UNPARSED]) / _all(c),
     "balanced_accuracy": lambda c: (c[:, YES_YES] / _yes(c) + c[:, NO_NO] / _no(c)) / 2,
     "d_prime": lambda c: np.subtract(*_z(c)),
     "criterion": lambda c: -np.add(*_z(c)) / 2,
 }
-"""What :func:`figures_of` returns, as functions of counts (R, 6)."""
+"""Figures that are no shares, as functions of counts (R, 6)."""
+
+YES, NO = [YES_YES, YES_NO, YES_UNPARSED], [NO_YES, NO_NO, NO_UNPARSED]
+SHARES = {
+    "accuracy": ([YES_YES, NO_NO], [*YES, *NO]),
+    "precision": ([YES_YES], [YES_YES, NO_YES]),
+    "recall": ([YES_YES], YES),
+    "precision_no": ([NO_NO], [NO_NO, YES_NO]),
+    "recall_no": ([NO_NO], NO),
+    "yes_rate": ([YES_YES, NO_YES], [*YES, *NO]),
+    "no_rate": ([YES_NO, NO_NO], [*YES, *NO]),
+    "gold_yes_rate": (YES, [*YES, *NO]),
+    "fpr": ([NO_YES], NO),
+    "fnr": ([YES_NO, YES_UNPARSED], YES),
+    "unparsed_rate": ([YES_UNPARSED, NO_UNPARSED], [*YES, *NO]),
+}
+"""Figures that are shares: of which kinds, among which."""
+
+
+def statistic(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a figure as a function of counts (R, 6) that returns (R,), NaN where it is undefined."""
+    if name in STATISTICS:
+        return STATISTICS[name]
+    of, over = SHARES[name]
+    return lambda c: c[:, of].sum(axis=1) / c[:, over].sum(axis=1)

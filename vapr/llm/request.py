@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One conversation whose next message is wanted, as JSON that follows ``schema``."""
+    """One conversation whose next message is wanted, as JSON that follows ``schema`` if there is one."""
 
     messages: tuple[dict[str, Any], ...]
     """Chat messages; content is text, or for a vision-language model a list of ``{"type": "text"}`` and ``{"type":
     "image_url", "image_url": {"url": data URI}}`` parts."""
-    schema: dict[str, Any]
+    schema: dict[str, Any] | None  # None: plain text
     seed: int  # of the sampling; the same request gives the same reply as far as the engine's arithmetic does
     max_tokens: int
     temperature: float  # 0 takes the likeliest token each time
@@ -54,6 +54,10 @@ class LanguageModel(Protocol):
         ...
 
 
+SAMPLING = ("seed", "max_tokens", "temperature")
+"""What a request says of the sampling, and a config's ``omit`` can leave out."""
+FIXED = ("model", "messages", "response_format")
+"""What a config's ``extra_body`` cannot replace."""
 CUT_OFF = "cut off after"
 """The beginning of the problem of a reply that reached ``max_tokens``."""
 
@@ -61,3 +65,15 @@ CUT_OFF = "cut off after"
 def cut_off(tokens: int) -> str:
     """Return the problem of a reply that reached ``max_tokens``."""
     return f"{CUT_OFF} {tokens} tokens"
+
+
+def check_extra_body(body: dict[str, Any] | None, section: str) -> dict[str, Any] | None:
+    """Return what a config adds to the body of every request.
+
+    Raises:
+        ValueError: for a key that is the request's own; ``section`` names the section of the config.
+    """
+    for key in body or ():
+        if key in FIXED:
+            raise ValueError(f"{section}.extra_body must be keys other than {', '.join(FIXED)}, got '{key}'")
+    return body

@@ -12,25 +12,43 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from vapr.editing.config import SAMPLING, EngineConfig
-from vapr.editing.llm.request import Reply, Request, cut_off, tell_nobody
 from vapr.errors import UserError
+from vapr.llm.request import SAMPLING, Reply, Request, cut_off, tell_nobody
 
 MAX_BACKOFF_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 300.0
 REFUSED = {
     401: "it wants another key",
     403: "the key may not use this model",
-    404: "check the URL and engine.model",
+    404: "check the URL and {section}.model",
 }
 """Statuses that say what is wrong with every request, not with one."""
 TRY_AGAIN = (408, 409, 425, 429)
 """Statuses that may pass, besides every 5xx."""
 THOUGHTS = ("reasoning_content", "reasoning")
 """Where servers put what a model says before its answer."""
+
+
+class ServerSettings(Protocol):
+    """The keys of a config that say how a server is asked; what they mean stands there."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def concurrency(self) -> int: ...
+    @property
+    def timeout_seconds(self) -> float: ...
+    @property
+    def tries(self) -> int: ...
+    @property
+    def api_key_env(self) -> str: ...
+    @property
+    def omit(self) -> Sequence[str]: ...
+    @property
+    def extra_body(self) -> dict[str, Any] | None: ...
 
 
 class _Failure(Exception):
@@ -63,7 +81,8 @@ class ServerModel:
 
     Args:
         url: the address of the server, with or without ``/v1``.
-        engine: its server keys are read.
+        settings: how it is asked.
+        section: the section of the config that holds the settings, for messages.
 
     Raises:
         UserError: if the server cannot be reached, or it is unclear which of its models is meant.
@@ -71,14 +90,14 @@ class ServerModel:
 
     num_gpus = 0
 
-    def __init__(self, url: str, engine: EngineConfig) -> None:
+    def __init__(self, url: str, settings: ServerSettings, section: str = "engine") -> None:
         try:
             import openai
         except ImportError:
             raise UserError("a language model behind a server needs the openai package; pip install openai") from None
         self._openai = openai
-        self._settings = engine
-        self._key = _read_key(engine.api_key_env)
+        self._settings, self._section = settings, section
+        self._key = _read_key(settings.api_key_env)
         self._shown = _without_secrets(url)
         self._base_url = _with_version(url)
         self.engine = f"openai-compatible server at {self._shown}"
@@ -90,23 +109,27 @@ class ServerModel:
         Raises:
             UserError: if the server refuses the key or the model, or is gone.
         """
-        return asyncio.run(self._ask(requests, on_reply))
+        return self.ask_each(requests, lambda number, reply: on_reply())
+
+    def ask_each(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
+        """Do as :meth:`ask`; ``on_each`` is called with the number of a request and its reply, as they come."""
+        return asyncio.run(self._ask(requests, on_each))
 
     def close(self) -> None:
         """Give nothing back: connections live as long as one :meth:`ask`."""
 
-    async def _ask(self, requests: Sequence[Request], on_reply: Callable[[], None]) -> list[Reply]:
+    async def _ask(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
         free = asyncio.Semaphore(self._settings.concurrency)
 
-        async def answer(request: Request) -> Reply:
+        async def answer(number: int, request: Request) -> Reply:
             async with free:
                 reply = await self._answer(client, request)
-                on_reply()
+                on_each(number, reply)
                 return reply
 
         try:
             async with self._client() as client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(request)) for request in requests]
+                tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
@@ -114,31 +137,36 @@ class ServerModel:
     async def _answer(self, client: Any, request: Request) -> Reply:
         for attempt in range(1, self._settings.tries + 1):
             try:
-                return _read_reply(await self._body(self._send(client, request)), request)
+                return _read_reply(await self._body(self._send(client, request)), request, self._section)
             except _Failure as error:
                 failure = error
             words = self._quote(failure.said) if failure.answered else ""
             if failure.status in REFUSED:
                 raise UserError(f"server {self._shown}: {failure.problem}{words}; {self._way_out(failure.status)}")
             if not failure.may_pass:
-                return Reply(None, failure.problem + words + _refused_parameter(words))
+                return Reply(None, failure.problem + words + self._refused_parameter(words))
             if attempt < self._settings.tries:
                 await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
         if not failure.answered and not await self._is_there(client):
             raise UserError(
-                f"server {self._shown} is not reachable any more; finished shards are kept, run the same command again"
+                f"server {self._shown} is not reachable any more; what is finished is kept, run the same command again"
             )
         return Reply(None, f"{failure.problem} after {self._settings.tries} tries{words}")
 
     def _send(self, client: Any, request: Request) -> Awaitable[Any]:
-        schema = {"name": "reply", "schema": request.schema, "strict": True}
-        sampling = {"seed": request.seed, "max_tokens": request.max_tokens, "temperature": request.temperature}
+        sampling: dict[str, Any] = {
+            "seed": request.seed,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+        }
         for name in self._settings.omit:
             del sampling[name]
+        if request.schema is not None:
+            schema = {"name": "reply", "schema": request.schema, "strict": True}
+            sampling["response_format"] = {"type": "json_schema", "json_schema": schema}
         return client.chat.completions.with_raw_response.create(
             model=self.name,
             messages=list(request.messages),
-            response_format={"type": "json_schema", "json_schema": schema},
             extra_body=self._settings.extra_body,
             **sampling,
         )
@@ -206,7 +234,7 @@ class ServerModel:
             if len(models) != 1:
                 listed = ", ".join(str(model["id"]) for model in models) or "none"
                 raise UserError(
-                    f"server {self._shown} lists {len(models)} models; engine.model must name one: {listed}"
+                    f"server {self._shown} lists {len(models)} models; {self._section}.model must name one: {listed}"
                 )
             name = str(models[0]["id"])
         root = next((model.get("root") for model in models if model["id"] == name), None)
@@ -221,7 +249,15 @@ class ServerModel:
         if status in (401, 403):
             variable = self._settings.api_key_env
             return f"{REFUSED[status]} ({variable} is {'set' if self._key else 'not set'})"
-        return REFUSED.get(status, "look at the server's log")
+        return REFUSED.get(status, "look at the server's log").format(section=self._section)
+
+    def _refused_parameter(self, words: str) -> str:
+        """Return the way out where a server names a parameter that it does not take."""
+        named = [name for name in SAMPLING if re.search(rf"\b{name}\b", words)]
+        if not named:
+            return ""
+        section = self._section
+        return f"; {section}.omit=[{named[0]}] leaves it out, {section}.extra_body sends what is wanted instead"
 
     def _quote(self, words: object) -> str:
         """Return the server's words after a colon, in one line and without the key, which some servers repeat."""
@@ -231,13 +267,7 @@ class ServerModel:
         return f": {' '.join(text.split())[:300]}" if text else ""
 
 
-def _refused_parameter(words: str) -> str:
-    """Return the way out where a server names a parameter that it does not take."""
-    named = [name for name in SAMPLING if re.search(rf"\b{name}\b", words)]
-    return f"; engine.omit=[{named[0]}] leaves it out, engine.extra_body sends what is wanted instead" if named else ""
-
-
-def _read_reply(body: Any, request: Request) -> Reply:
+def _read_reply(body: Any, request: Request, section: str) -> Reply:
     try:
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
@@ -253,17 +283,17 @@ def _read_reply(body: Any, request: Request) -> Reply:
     elif finish == "content_filter" or message.get("refusal"):
         problem = "refused by the server's content filter or by the model"
     elif not isinstance(text, str) or not text.strip():
-        problem = _empty_reply(message)
+        problem = _empty_reply(message, section)
     return Reply(text if problem is None else None, problem, prompt, cached, generated)
 
 
-def _empty_reply(message: dict[str, Any]) -> str:
+def _empty_reply(message: dict[str, Any], section: str) -> str:
     for key in THOUGHTS:
         if isinstance(thought := message.get(key), str) and thought.strip():
             return (
                 f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not "
-                "think, for instance with engine.extra_body={chat_template_kwargs: {enable_thinking: false}}, or "
-                "without its reasoning parser"
+                f"think, for instance with {section}.extra_body={{chat_template_kwargs: {{enable_thinking: false}}}}, "
+                "or without its reasoning parser"
             )
     return "an empty reply"
 

@@ -1,0 +1,1 @@
+"""Judges: language models that review answers, and reviews that are stored already."""
