@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
+from tests.evaluation.judged_answers import write_lines, write_set
 from vapr.cli import main
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
@@ -154,6 +156,27 @@ def test_truths_that_are_withheld_are_answered_and_not_scored(tiny, pope, tmp_pa
     assert len(read_predictions(out)) == 24
     assert (result["scores"]["pope"]["scored"], result["scores"]["pope"]["accuracy"]) == (False, None)
     assert "no truth that POPE has" in result["scores"]["pope"]["why"]
+
+
+def test_a_judge_set_is_answered_and_scored_once_it_is_reviewed(tiny, tmp_path):
+    for n in range(4):
+        Image.new("RGB", (60, 60), (60 * n, 90, 40)).save(tmp_path / f"{n}.jpg")
+    bench, out = write_set(tmp_path), tmp_path / "out"
+    command = ("eval", tiny("llava"), "--bench", bench, "--out", out, *SHORT)
+    code, text, error = vapr(*command)
+    assert code == 0, error
+    assert "mine  not scored: only a judge can score it" in text
+    assert f"have it judged: vapr score {out} --bench {bench} --judge http://HOST:PORT/v1" in text
+    reviews = [
+        {"benchmark": "mine", "id": one.id, "judge": "j", "review": f"rating: {n % 2 * 6}", "answer": one.prediction}
+        for n, one in enumerate(read_predictions(out))
+    ]
+    write_lines(out / "reviews.jsonl", reviews)
+    code, scored, error = vapr("score", out, "--bench", bench, "--json")
+    assert code == 0, error
+    [result] = ask(*command[1:6])["models"]
+    assert result["scores"]["mine"] == json.loads(scored)
+    assert result["scores"]["mine"]["figures"]["score"]["value"] == 3
 
 
 def test_what_is_answered_is_not_asked_again(tiny, pope, tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))
     else:
-        click.echo(report_text.show(evaluated, benches))
+        click.echo(report_text.show(evaluated))
     if len(evaluated) > 1:
         write_comparison(evaluated, out, options["policy"], say=partial(click.echo, err=True))
 

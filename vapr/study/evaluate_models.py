@@ -27,6 +27,7 @@ class Evaluated:
     model: str
     folder: Path
     scores: dict[str, Any]
+    benches: dict[str, str]  # NAME=PATH, by benchmark
     cut_off: int  # answers that reached the limit of tokens
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def evaluate_models(
         Evaluation(answerer, sets, sizes, options, folder)
         for answerer, folder in zip(answerers, folders, strict=True)
     ]  # fmt: skip
+    given = {one.benchmark.name: one.given for one in sets}
     evaluated = []
     while evaluations:  # and let each go with the pictures that it remembers
         evaluation = evaluations.pop(0)
@@ -81,7 +83,7 @@ def evaluate_models(
         cut_off = sum(bool(one.meta.get("cut_off")) for part in answers.values() for one in part)
         scores = evaluation.score(answers, say)
         answerer = evaluation.answerer
-        evaluated.append(Evaluated(answerer.name, answerer.given, evaluation.folder, scores, cut_off))
+        evaluated.append(Evaluated(answerer.name, answerer.given, evaluation.folder, scores, given, cut_off))
     return evaluated
 
 

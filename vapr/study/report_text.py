@@ -8,12 +8,12 @@ from vapr.evaluation import report_text
 from vapr.study.evaluate_models import Evaluated
 
 
-def show(evaluated: Sequence[Evaluated], benches: Sequence[str]) -> str:
+def show(evaluated: Sequence[Evaluated]) -> str:
     """Return the scores of models as lines of text, the next commands last."""
     blocks = [_of_one(one) for one in evaluated]
     if len(evaluated) > 1:
         blocks.append(_side_by_side(evaluated))
-    blocks.append("\n".join(_next(evaluated, benches)))
+    blocks.append("\n".join(_next(evaluated)))
     return "\n\n".join(blocks)
 
 
@@ -51,13 +51,15 @@ def _side_by_side(evaluated: Sequence[Evaluated]) -> str:
     return "\n".join(lines)
 
 
-def _next(evaluated: Sequence[Evaluated], benches: Sequence[str]) -> list[str]:
+def _next(evaluated: Sequence[Evaluated]) -> list[str]:
     first = shlex.quote(str(evaluated[0].folder))
-    lines = [f"read otherwise: vapr score {first} --bench {shlex.quote(benches[0])} --policy last-answer"]
-    for name, result in evaluated[0].scores.items():
-        if "judge" in str(result.get("why")) and not name.endswith(" (blind)"):
-            bench = next((one for one in benches if one.partition("=")[0] == name), name)
-            lines.append(f"have it judged: vapr score {first} --bench {shlex.quote(bench)} --judge http://HOST:PORT/v1")
+    lines: list[str] = []
+    for name, bench in evaluated[0].benches.items():
+        result, named = evaluated[0].scores[name], shlex.quote(bench)
+        if result["scored"] and not lines:
+            lines.append(f"read otherwise: vapr score {first} --bench {named} --policy last-answer")
+        if not result["scored"] and "judge" in result["why"]:
+            lines.append(f"have it judged: vapr score {first} --bench {named} --judge http://HOST:PORT/v1")
     if len(evaluated) > 1:
         folders = " ".join(shlex.quote(str(one.folder)) for one in evaluated[:2])
         lines.append(f"what changed:   vapr eval --compare {folders} --out compare.html")
