@@ -80,7 +80,8 @@ class Journal:
         """Drop answers of a batch that is not complete, to be given again. Returns how many there were."""
         gone = [key for key in keys if self.answered.pop(key, None) is not None]
         if gone:
-            kept = [one for key, one in self.answered.items() if key not in set(self._finished)]
+            finished = set(self._finished)
+            kept = [one for key, one in self.answered.items() if key not in finished]
             write_predictions(self.partial, kept)
         return len(gone)
 
@@ -109,7 +110,7 @@ class Journal:
         """
         asked = [(question.benchmark, question.id) for question in questions]
         order = dict.fromkeys([*self._finished, *asked])
-        if list(order) != self._finished:
+        if list(order) != self._finished or self.partial.is_file():
             write_predictions(self.file, [self.answered[key] for key in order])
         self.close()
         self.partial.unlink(missing_ok=True)
