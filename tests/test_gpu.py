@@ -27,6 +27,7 @@ from vapr.config import (
     OptimConfig,
     PackingConfig,
     PolicyConfig,
+    ProbeConfig,
     ReferenceConfig,
     TrainConfig,
 )
@@ -327,8 +328,13 @@ def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tm
 
 
 def check_whole_runs(folder: Path, rows: list[dict], images: Path, cache: Path, dtype: str, tolerance: float) -> None:
-    """With workers and cached features, with neither but layers computed again, without kernels: the same losses."""
+    """With workers and cached features, with neither but layers computed again, without kernels: the same losses.
+
+    The second is probed: transformers' own forward and generate run on its patched modules before and after.
+    """
     write_pairs(cache / "pairs.jsonl", rows)
+    limits = {"pairs": 4, "questions": 2, "shown": 1, "max_new_tokens": 4}
+    probe = ProbeConfig(every=100, data=str(cache / "pairs.jsonl"), **limits)
     runs = {"all on": ("auto", 2, True), "all off": ("auto", 0, False), "no kernels": ("off", 2, False)}
     curves = {}
     for name, (kernels, workers, features) in runs.items():
@@ -345,6 +351,7 @@ def check_whole_runs(folder: Path, rows: list[dict], images: Path, cache: Path, 
             features=FeaturesConfig(cache=features, cache_dir=str(cache / "features")),
             optim=OptimConfig(lr=1e-3, warmup_ratio=0.0, pairs_per_step=8, epochs=2),
             reference=ReferenceConfig(cache_dir=str(cache / "reference")),
+            probe=probe if name == "all off" else ProbeConfig(),
         )
         assert (trainer.train(config) / "adapter_model.safetensors").is_file()
         curves[name] = losses(config)
