@@ -88,6 +88,20 @@ def test_the_models_own_words_are_read(own, tmp_path):
     assert "1 samples hold several responses; the first of each is read" in notes[-1]
 
 
+def test_a_log_of_pope_is_scored_with_repopes_truths(own, tmp_path):
+    """RePOPE calls the second question's truth a mistake, and drops the first."""
+    (tmp_path / "re").mkdir()
+    for split in ("adversarial", "popular", "random"):
+        rows = [json.loads(line) for line in (own / f"coco_pope_{split}.json").read_text().splitlines()][1:]
+        rows[0]["label"] = "yes"
+        write_jsonl(tmp_path / "re" / f"coco_repope_{split}.json", rows)
+    notes: list[str] = []
+    file = write_jsonl(tmp_path / "x_samples_pope.jsonl", shuffled(samples()))
+    result = score_file(file, f"repope={tmp_path / 're'}", say=notes.append)
+    assert result["questions"] == 15 and result["splits"]["popular"]["accuracy"] == pytest.approx(4 / 5)
+    assert "answers to pope; 3 are to questions that repope drops" in notes[1]
+
+
 @needs_real
 def test_real_answers_of_llava_as_a_log_give_the_published_f1(tmp_path):
     """LLaVA-1.5-13B's answers, shuffled, as lmms-eval would have logged them: no picture, no split, ids without one."""
