@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 
 from vapr.cli import main
 from vapr.config import Config
@@ -242,6 +243,19 @@ def test_answers_to_benchmarks_are_compared_with_the_base(study_file, tmp_path):
     assert figures["yes_rate"] == pytest.approx(said_yes) and figures["gold_yes_rate"] == 0.5
     run_study(study, print, start=InThisProcess, evaluate=evaluate)
     assert len(asked) == 3
+
+
+def test_vapr_eval_answers_the_benchmarks(study_file, tmp_path, capsys):
+    folder = pope(tmp_path / "pope", 6)
+    for n in range(2):
+        Image.new("RGB", (56, 56), (90 * n, 60, 40)).save(folder / f"{n}.png")
+    study = study_of(study_file(sizes=[4], seeds=[0], losses=None, bench={"pope": str(folder)}, max_new_tokens=3))
+    result = run_study(study, print, start=InThisProcess)
+    [cell] = result["cells"]
+    for name in ("base", Path(cell["run"]).name):
+        [file] = (tmp_path / "out" / "answers").glob(f"*/{name}/predictions.jsonl")
+        assert len(read_rows(file)) == 6
+    assert result["measures"]["pope"]["groups"][0]["figures"]["accuracy"]["count"] == 6
 
 
 def test_the_interval_holds_questions_and_seeds():

@@ -150,7 +150,7 @@ def test_a_policy_with_kernels_answers_like_one_without(tiny, photo_rows, photo_
         assert policy.kernels == (kernels == "auto")
         processor = Processor(section.model, load_model_config(section.model))
         pairs = list(read_pairs(tmp_path / "pairs.jsonl", image_root=photo_root))
-        said.append(probe.answer(policy, processor, pairs, 3, 1000))
+        said.append(probe.answer(policy, processor, pairs, 3))
         assert policy.base.training
     assert said[0] == said[1]
 

@@ -35,7 +35,7 @@ CHARTS = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class Shown:
     """A question of the probe with what the policy answered, step by step."""
 
     question: str
@@ -58,7 +58,7 @@ class ProbeSection:
     boxes: list[tuple[str, list[Series], Markup, str]]
     table: tuple[list[str], list[list[str]]]
     changed: str
-    asked: Sequence[Asked]
+    asked: Sequence[Shown]
 
 
 def read_probes(run_dir: Path) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def read_probes(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda probe: probe["step"])
 
 
-def probe_section(run_dir: Path, last_step: int, asked: Sequence[Asked]) -> ProbeSection | None:
+def probe_section(run_dir: Path, last_step: int, asked: Sequence[Shown]) -> ProbeSection | None:
     """Return the section on the probes up to ``last_step``; None if there was none."""
     probes = [probe for probe in read_probes(run_dir) if probe["step"] <= last_step]
     if not probes:

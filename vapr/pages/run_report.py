@@ -12,7 +12,7 @@ from vapr.pages.chart import MINUS, readable
 from vapr.pages.curves import SIDES, Rows, best_evaluation, column, curve_boxes, number, read_metrics, saved_share
 from vapr.pages.figures import at, figures_of, mapping, setting
 from vapr.pages.page import write_page
-from vapr.pages.probe import Asked, probe_section
+from vapr.pages.probe import Shown, probe_section
 from vapr.pages.skipped import read_skipped
 from vapr.pages.word_diff import word_diff
 
@@ -53,7 +53,7 @@ class ShownPair:
 
 def write_run_report(
     run_dir: Path, extremes: Sequence[ShownPair], notes: Sequence[str] = (), *,
-    num_steps: int | None = None, asked: Sequence[Asked] = (),
+    num_steps: int | None = None, asked: Sequence[Shown] = (),
 ) -> Path:  # fmt: skip
     """Write ``run_dir/report.html`` from the files of a run, whole or not at all; returns its path.
 

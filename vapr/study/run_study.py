@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from vapr.study.grid import Cell, make_grid
 from vapr.study.measures import Measured, figures_of, of_bench, of_probes
 from vapr.study.run_cells import Failures, Training, seconds_a_pair, train_cells
 
-Evaluate = Callable[[str, Sequence[str], Path, StudyConfig], None]
+Evaluate = Callable[[str, Sequence[str], Path, StudyConfig], Any]
 """Lets a model answer ``NAME=PATH`` benchmarks into a result folder; what is answered there already stays."""
 
 Measures = dict[str, tuple[Measured, dict[str, Measured]]]
@@ -171,7 +172,7 @@ def _vapr_eval(model: str, benches: Sequence[str], folder: Path, study: StudyCon
     from vapr.study.evaluate_models import evaluate_models
 
     options = options_of(policy=study.parsing, max_new_tokens=study.max_new_tokens)
-    evaluate_models([model], benches, folder, options)
+    evaluate_models([model], benches, folder, options, say=lambda line: print(line, file=sys.stderr))
 
 
 def _figures(base: Measured, by_cell: dict[str, Measured], trained: Sequence[Cell]) -> dict[str, Any]:

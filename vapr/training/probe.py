@@ -15,22 +15,29 @@ import numpy as np
 from vapr.batches.packing import fill_packs, pack
 from vapr.batches.tokenize import Processor
 from vapr.config import Config
-from vapr.data.images import read_image
+from vapr.data.images import image_size, read_image
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
+from vapr.evaluation.generation.answer import answer_batches
+from vapr.evaluation.generation.prompts import Asked, in_batches
+from vapr.evaluation.generation.settings import Settings
 from vapr.evaluation.scoring.answers import yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, of_counts, share
-from vapr.model.generation import generate
+from vapr.evaluation.scoring.prediction import Question
+from vapr.model.generation import as_transformers
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.pages.page import thumbnail
-from vapr.pages.probe import Asked, read_probes
+from vapr.pages.probe import Shown, read_probes
 from vapr.training.checkpoint import write_json
 from vapr.training.probe_slice import Slice, picture_of, said_in, text_of
 
 AT_ONCE = 16
-"""Pairs whose pixels are in memory together."""
+"""Pairs scored whose pixels are in memory together."""
+
+ASKED_AT_ONCE = 8
+"""Questions answered together; training leaves a GPU little memory."""
 
 Note = Callable[[str], None]
 
@@ -80,13 +87,13 @@ class Probe:
         values = {**{f"probe/{name}": figure.value for name, figure in figures.items()}, "probe/seconds": seconds}
         return values, _in_words(values)
 
-    def shown(self, run_dir: Path) -> list[Asked]:
+    def shown(self, run_dir: Path) -> list[Shown]:
         """Return the questions that the report shows, with their pictures and every answer so far."""
         most = self._config.probe.shown
         probes = read_probes(run_dir)
         return [
-            *(_asked(pair, probes, yes_or_no=True) for pair in self._slice.questions[:most]),
-            *(_asked(pair, probes, yes_or_no=False) for pair in self._slice.pairs[:most]),
+            *(_shown(pair, probes, yes_or_no=True) for pair in self._slice.questions[:most]),
+            *(_shown(pair, probes, yes_or_no=False) for pair in self._slice.pairs[:most]),
         ]
 
     def _preferences(self, policy: Policy, note: Note) -> tuple[list[dict[str, Any]], dict[str, Figure]]:
@@ -127,11 +134,8 @@ class Probe:
         """Return what the policy answers to each question, and what that is read as."""
         questions = self._slice.questions
         asked = [*questions, *self._slice.pairs[: self._config.probe.shown]]
-        limits = self._config.probe.max_new_tokens, self._config.packing.max_tokens
-        said: list[str] = []
-        for chunk in _chunks(asked):
-            said += answer(policy, self._processor, chunk, *limits)
-            note(f"probe: {len(said)}/{len(asked)} answers")
+        note(f"probe: {len(asked)} answers")
+        said = answer(policy, self._processor, asked, self._config.probe.max_new_tokens)
         return [
             {
                 "id": pair.id, "where": pair.where, "picture": picture_of(pair), "truth": text_of(pair.chosen),
@@ -141,14 +145,22 @@ class Probe:
         ]  # fmt: skip
 
 
-def answer(
-    policy: Policy, processor: Processor, pairs: Sequence[PreferencePair], max_new_tokens: int, max_tokens: int
-) -> list[str]:
-    """Return what the policy answers to the prompts of pairs, greedily; see :func:`vapr.model.generation.generate`."""
-    paths = [processor.tokenize_pair(pair).paths[0] for pair in pairs]
-    limits = {"max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-    answers = generate(policy, paths, processor.eos_token_ids, **limits)
-    return [str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+def answer(policy: Policy, processor: Processor, pairs: Sequence[PreferencePair], max_new_tokens: int) -> list[str]:
+    """Return what the policy answers to the prompts of pairs, greedily."""
+    asked = [_question(processor, n, pair) for n, pair in enumerate(pairs)]
+    settings = Settings(max_new_tokens=max_new_tokens)
+    said: dict[int, str] = {}
+    with as_transformers(policy) as model:
+        for predictions in answer_batches(model, processor, in_batches(asked, ASKED_AT_ONCE), settings):
+            said |= {int(prediction.id): prediction.prediction for prediction in predictions}
+    return [said[n] for n in range(len(pairs))]
+
+
+def _question(processor: Processor, number: int, pair: PreferencePair) -> Asked:
+    question = Question(benchmark="probe", id=str(number), question="", answer="", images=pair.images)
+    prompt = processor.tokenize_prompt(list(pair.prompt))
+    more = sum(processor.expected_image_tokens(*image_size(image)) - 1 for image in pair.images)
+    return Asked(question, prompt, pair.images, len(prompt.ids) + more)
 
 
 def _answer_figures(answers: Sequence[dict[str, Any]]) -> dict[str, Figure]:
@@ -181,7 +193,7 @@ def _in_words(values: Mapping[str, float | None]) -> str:
     return f"{line}; {shown('seconds', '.1f')} s"
 
 
-def _asked(pair: PreferencePair, probes: Sequence[dict[str, Any]], *, yes_or_no: bool) -> Asked:
+def _shown(pair: PreferencePair, probes: Sequence[dict[str, Any]], *, yes_or_no: bool) -> Shown:
     said = [
         (probe["step"], answer["said"])
         for probe in probes
@@ -193,7 +205,7 @@ def _asked(pair: PreferencePair, probes: Sequence[dict[str, Any]], *, yes_or_no:
     except UserError:
         pictures = ()
     question = "".join(part.get("text", "") for part in pair.prompt[-1]["content"])
-    return Asked(question, text_of(pair.chosen), pictures, said)
+    return Shown(question, text_of(pair.chosen), pictures, said)
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -64,7 +64,7 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
     if which == "best":
         metric = config.checkpoint.best_metric
         if (best := checkpoint.best_checkpoint(run_dir, metric)) is None:
-            raise UserError(f"{run_dir}: no checkpoint in it has a held-out figure {metric}; see data.eval")
+            raise UserError(f"{run_dir}: no checkpoint in it has a held-out figure {metric}; see data.eval and probe")
         say(f"best of {len(there)} kept checkpoints: {best[0].name}, {metric} {best[1]:.4g}")
         return Trained(run_dir, best[0], checkpoint.step_of(best[0]))
     if which != "last":
