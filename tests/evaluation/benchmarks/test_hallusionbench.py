@@ -41,7 +41,7 @@ def test_results_of_the_authors_layout(tmp_path):
     questions = HALLUSIONBENCH.read(hallusionbench(tmp_path))
     rows = [row | {"model_prediction": row["gt_answer"] if n < 5 else "No."} for n, row in enumerate(HALLUSION)]
     file = write_json(tmp_path / "HallusionBench_result.json", rows[::-1])
-    predictions, _ = open_answers(file, HALLUSIONBENCH, questions)
+    predictions, _, _ = open_answers(file, HALLUSIONBENCH, questions)
     assert score(predictions, HALLUSIONBENCH, "official")["accuracy"] == 5 / 6  # "0" and "1" are official answers
     assert score(predictions, HALLUSIONBENCH, "strict")["unparsed_rate"] == 5 / 6
 

@@ -74,6 +74,11 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
     return Results(predictions)
 
 
+def questions_in_results(path: Path) -> list[Question]:
+    """Read the questions of ``HallusionBench_result.json``, whose truths stand beside the answers."""
+    return read(path / "HallusionBench_result.json" if path.is_dir() else path)
+
+
 def read_answer(prediction: Prediction, policy: Policy) -> Reading:
     """Read yes or no. Official scores are GPT-4's judgement of free answers; here ``official`` is the last answer.
 
@@ -164,6 +169,7 @@ HALLUSIONBENCH = Benchmark(
     headline="a_acc",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=questions_in_results,
     note="Official scores are GPT-4's judgement of free answers; here an answer is the yes or no that it says, and one "
     "that says neither is wrong. Under 'official' it is right, and counted as guessed, where no picture was given.",
 )

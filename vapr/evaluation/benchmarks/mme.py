@@ -167,6 +167,7 @@ MME = Benchmark(
     headline="perception",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=read,
     note="Points are sums over the tasks that are there: 2,000 of perception and 800 of cognition at most. The "
     "official rule finds 'no' in the first four letters of 'I know', too; such readings count as guessed.",
 )

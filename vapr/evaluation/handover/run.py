@@ -81,7 +81,7 @@ def take_back(
         found = TOOLS[tool].logs(folder, benchmark.name)
         if not found:
             raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; run it first")
-        answered, notes = open_answers(found[-1], benchmark, questions, partial=partial)
+        answered, notes, _ = open_answers(found[-1], benchmark, questions, partial=partial)
         predictions += answered
         for note in notes:
             say(note)
