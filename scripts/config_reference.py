@@ -1,8 +1,8 @@
 """The reference of every config key as Markdown, made from the fields of the config classes and their documentation.
 
-    python scripts/config_reference.py [--of run|edit] [--write docs/config.md | --check docs/config.md]
+    python scripts/config_reference.py [--of run|edit|study] [--write docs/config.md | --check docs/config.md]
 
-``--of run`` (the default) is vapr/config.py, ``--of edit`` vapr/editing/config.py.
+``--of run`` (the default) is vapr/config.py, ``--of edit`` vapr/editing/config.py, ``--of study`` vapr/study/config.py.
 
 ``--write`` replaces the block between the markers below; ``--check`` exits 1 if that block is out of date.
 """
@@ -21,8 +21,9 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from vapr.config import Config  # noqa: E402
 from vapr.config_mistakes import fields_of, rule, sections_in  # noqa: E402
 from vapr.editing.config import EditConfig  # noqa: E402
+from vapr.study.config import StudyConfig  # noqa: E402
 
-CONFIGS: dict[str, Any] = {"run": Config, "edit": EditConfig}
+CONFIGS: dict[str, Any] = {"run": Config, "edit": EditConfig, "study": StudyConfig}
 BEGIN, END = "<!-- config:begin -->", "<!-- config:end -->"
 WORDS: dict[Any, str] = {
     str: "text",
@@ -64,8 +65,9 @@ def replace_block(text: str, block: str) -> str:
 
 
 def render(of: str = "run") -> str:
-    """Return every section: its heading, its docstring, a table of its keys."""
-    return "\n\n".join(part for names, section in sections(CONFIGS[of]) for part in section_parts(names, section))
+    """Return every section: its heading, its docstring, a table of its keys. A study's other sections are a run's."""
+    shown = sections(CONFIGS[of])[: 1 if of == "study" else None]
+    return "\n\n".join(part for names, section in shown for part in section_parts(names, section))
 
 
 def sections(section: Any, prefix: str = "") -> list[tuple[list[str], Any]]:
@@ -102,7 +104,8 @@ def words(annotation: Any) -> str:
         case types.UnionType | typing.Union:
             return " or ".join(dict.fromkeys(words(part) for part in parts))
         case kind if kind is list:
-            return f"list of {words(parts[0])}" + ("" if words(parts[0]).endswith(("s", "`")) else "s")
+            item = "mapping" if typing.get_origin(parts[0]) is dict else words(parts[0])
+            return f"list of {item}" + ("" if item.endswith(("s", "`")) else "s")
         case kind if kind is tuple:
             return f"{len(parts)} numbers"
         case kind if kind is dict:

@@ -212,6 +212,38 @@ def runs_with_workers_features_and_kernels_off() -> None:
 
 
 @check
+def questions_are_answered_in_batches() -> str:
+    """In fp32 as each question alone; in the GPU's dtype they are counted."""
+    from vapr.evaluation.generation.answer import answer_questions
+    from vapr.evaluation.generation.open_model import find_answerer
+    from vapr.evaluation.generation.settings import Settings
+    from vapr.evaluation.scoring.prediction import Question
+
+    notes = []
+    for family in ("qwen2_5_vl", "qwen2_vl", "llava"):
+        policy, pairs, _, _ = tiny_policy(family)
+        questions = [
+            Question(
+                benchmark="smoke", id=str(n), images=pair.images, answer="yes",
+                question="".join(part["text"] for part in pair.prompt[-1]["content"] if part["type"] == "text"),
+            )
+            for n, pair in enumerate(pairs[:8])
+        ]  # fmt: skip
+        answerer = find_answerer(str(policy))
+        for dtype in dict.fromkeys(("float32", DTYPE)):
+            model = answerer.load(getattr(torch, dtype)).to(DEVICE).eval()
+            said = [
+                answer_questions(model, answerer.processor(), questions, Settings(max_new_tokens=8, batch_size=size))
+                for size in (4, 1)
+            ]
+            assert all(one.meta["log_p_yes"] < 0 for one in said[0])
+            same = sum(a.prediction == b.prediction for a, b in zip(*said, strict=True))
+            assert same == len(questions) or dtype != "float32", f"{family}: {same} of {len(questions)}"
+            notes.append(f"{family} {dtype}: {same} of {len(questions)} as alone")
+    return ", ".join(notes)
+
+
+@check
 def a_broken_off_run_goes_on() -> None:
     policy, _, rows, images = tiny_policy("qwen2_5_vl")
     folder = FOLDER / "resumed"

@@ -16,6 +16,7 @@ from PIL import Image
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.study.config import StudyConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -57,6 +58,20 @@ def test_the_edit_config_reference_is_current(config_reference):
         "run python scripts/config_reference.py --of edit --write docs/edit.md"
     )
     assert "|  |" not in config_reference.render("edit"), "a key without a docstring in vapr/editing/config.py"
+
+
+def test_the_study_config_reference_is_current(config_reference):
+    text = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    assert config_reference.replace_block(text, config_reference.render("study")) == text, (
+        "run python scripts/config_reference.py --of study --write docs/study.md"
+    )
+    assert "|  |" not in config_reference.render("study"), "a key without a docstring in vapr/study/config.py"
+
+
+def test_the_study_in_the_documents_is_accepted():
+    [block] = [block for block in fenced(CONTENT, "yaml") if re.search(r"^base:", block, flags=re.MULTILINE)]
+    study = StudyConfig.parse(yaml.safe_load(block))
+    assert study.base_config().optim.lr == 5e-6
 
 
 def test_the_script_writes_and_checks(tmp_path):

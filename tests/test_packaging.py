@@ -33,7 +33,7 @@ def imports(path: Path) -> set[str]:
     ("package", "doors"),
     [
         ("deepspeed", {"vapr/training/engine.py"}),
-        ("vllm", {"vapr/editing/llm/vllm_offline.py"}),
+        ("vllm", {"vapr/editing/llm/vllm_offline.py", "vapr/evaluation/generation/vllm.py"}),
         ("openai", {"vapr/llm/server.py"}),
         (
             "click",

@@ -130,7 +130,10 @@ class DataConfig:
 
     def sources(self, name: Literal["train", "eval"]) -> list[SourceConfig]:
         """Return the sets of ``train`` or ``eval``, with what they leave out filled in."""
-        given = getattr(self, name) or []
+        return self.filled(getattr(self, name) or [])
+
+    def filled(self, given: Sources) -> list[SourceConfig]:
+        """Return sets with what they leave out filled in."""
         listed = given if isinstance(given, list) else [given]
         sources = [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
         return [
@@ -265,11 +268,35 @@ class CheckpointConfig:
     keep: WholeNumber = Field(default=3, ge=1)
     """Newest checkpoints that are kept; older ones are deleted."""
     best: bool = False
-    """Also keep the checkpoint with the best held-out figure (``data.eval``)."""
-    best_metric: Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen"] = (
-        "eval/loss"
-    )
+    """Also keep the checkpoint with the best held-out figure (``data.eval``, or the probe's)."""
+    best_metric: Literal[
+        "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen",
+        "probe/accuracy", "probe/gap", "probe/answers/accuracy",
+    ] = "eval/loss"  # fmt: skip
     """The figure that decides which is best: the smallest loss, or the largest of the others."""
+
+    @property
+    def best_by_probe(self) -> bool:
+        return self.best and self.best_metric.startswith("probe/")
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class ProbeConfig:
+    """A look at the policy while it trains, on a small slice of held-out pairs that stays the same. It changes nothing
+    of what is trained (docs/study.md)."""
+
+    every: WholeNumber | None = Field(default=None, ge=1)
+    """Steps between two probes; there is one before the first step and one after the last, too. null: no probe."""
+    data: Sources | None = None
+    """Held-out pairs that the slice is drawn from; null: ``data.eval``."""
+    pairs: WholeNumber = Field(default=64, ge=1)
+    """Pairs of which it is measured whether the policy finds chosen likelier, with the image and without."""
+    questions: WholeNumber = Field(default=32, ge=0)
+    """Questions answered whose chosen answer says yes or no: the yes rate, and how many are right."""
+    shown: WholeNumber = Field(default=4, ge=0, le=32)
+    """Questions of any kind answered besides; so many of both kinds are shown in the report."""
+    max_new_tokens: WholeNumber = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
 
 
 Losses = Annotated[list[LossConfig], BeforeValidator(lambda loss: [loss] if isinstance(loss, dict) else loss)]
@@ -304,6 +331,7 @@ class Config(ConfigFile):
     )
     """``auto``: fused Triton kernels where they run (a GPU, triton installed); ``off``: PyTorch's operations."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probe: ProbeConfig = ProbeConfig()
     trackers: list[TrackerName] = Field(default=["tensorboard"])
     """Where metrics go besides metrics.jsonl: ``tensorboard``, ``wandb``, ``trackio``, ``mlflow``."""
 
@@ -317,11 +345,30 @@ class Config(ConfigFile):
             raise ValueError("loss: token_weights must be the same in every term")
         if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
-        if self.checkpoint.best and self.data.eval is None:
+        if self.checkpoint.best and self.data.eval is None and not self.checkpoint.best_by_probe:
             raise ValueError("checkpoint.best: held-out pairs decide which is best, and data.eval names none")
+        self._agree_on_probe()
         if self.features.cache and (self.policy.train.projector or self.policy.train.vision_tower):
             raise ValueError("features.cache: the features change when policy.train names projector or vision_tower")
         return self
+
+    def _agree_on_probe(self) -> None:
+        every = self.probe.every
+        if every is not None and not (self.probe.data or self.data.eval):
+            raise ValueError("probe.every: a probe needs held-out pairs; name them in probe.data or data.eval")
+        if self.checkpoint.best_by_probe and (every is None or self.checkpoint.every % every):
+            raise ValueError(
+                f"checkpoint.best_metric: {self.checkpoint.best_metric} is known where a probe was taken; set "
+                "probe.every so that checkpoint.every is a multiple of it"
+            )
+        for source in self.probe_sources:
+            if source.format in ("auto", None):
+                check_columns(source.columns, MAPPED_KEYS, "probe.data.columns")
+
+    @property
+    def probe_sources(self) -> list[SourceConfig]:
+        """Return the sets that the probe's pairs are drawn from."""
+        return self.data.filled(self.probe.data or self.data.eval or []) if self.probe.every else []
 
     @property
     def token_weights(self) -> TokenWeights:

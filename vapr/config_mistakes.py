@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 SHAPES = {
     "data.train": "should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those",
     "data.eval": "should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those",
+    "probe.data": "should be a path or hub id, a mapping {path: ..., weight: ...}, or a list of those",
     "loss": "should be a mapping such as {kind: sigmoid, beta: 0.1}, or a list of them",
     "trackers": "should be a list such as [tensorboard, wandb]",
     "policy.lora.targets": "should be all-linear, or a list of module names such as [q_proj, v_proj]",

@@ -230,13 +230,19 @@ def _open_pairs(config: Config, name: Name, say: Callable[[str], None]) -> Pairs
     return pairs
 
 
-def warning_of_rows_in_both(train: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> str | None:
-    """Warn of pairs that are held out and trained on; None if no file of ``held_out`` is one of ``train``."""
+def warning_of_rows_in_both(
+    train: Sequence[PreferencePair], held_out: Sequence[PreferencePair], key: str = "data.eval"
+) -> str | None:
+    """Warn of pairs that are held out and trained on; None if no file of ``held_out`` is one of ``train``.
+
+    ``key`` of the config names the held-out pairs.
+    """
     count = held_out.rows_in(train) if isinstance(train, Pairs) and isinstance(held_out, Pairs) else 0
     if not count:
         return None
+    figures = "eval/" if key == "data.eval" else "probe/"
     return (
-        f"{'warning':<10} data.eval: {count:,} of its rows are in data.train, too; eval/ figures of pairs that are "
+        f"{'warning':<10} {key}: {count:,} of its rows are in data.train, too; {figures} figures of pairs that are "
         "trained on show what was learned by heart, not how the policy does on others; hold other pairs out"
     )
 

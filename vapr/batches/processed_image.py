@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,25 +26,28 @@ class ProcessedImage:
 
 
 class RecentImages:
-    """Processed images by source, the least recently used dropped first."""
+    """Processed images by source, the least recently used dropped first. Several threads may share them."""
 
     def __init__(self, maximum_bytes: int) -> None:
         self._maximum_bytes = maximum_bytes
         self._num_bytes = 0
+        self._lock = threading.Lock()
         self._images: OrderedDict[object, ProcessedImage] = OrderedDict()
 
     def get(self, key: object) -> ProcessedImage | None:
-        if key in self._images:
-            self._images.move_to_end(key)
-        return self._images.get(key)
+        with self._lock:
+            if key in self._images:
+                self._images.move_to_end(key)
+            return self._images.get(key)
 
     def put(self, key: object, image: ProcessedImage) -> None:
-        if key not in self._images:
-            self._images[key] = image
-            self._num_bytes += image.pixel_values.nbytes
-        while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
-            _, dropped = self._images.popitem(last=False)
-            self._num_bytes -= dropped.pixel_values.nbytes
+        with self._lock:
+            if key not in self._images:
+                self._images[key] = image
+                self._num_bytes += image.pixel_values.nbytes
+            while self._num_bytes > self._maximum_bytes and len(self._images) > 1:
+                _, dropped = self._images.popitem(last=False)
+                self._num_bytes -= dropped.pixel_values.nbytes
 
 
 def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:

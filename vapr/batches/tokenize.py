@@ -53,7 +53,7 @@ class TokenizedPair:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prompt:
+class Prompt:
     """A rendered prompt, with one placeholder an image: whatever its number, what stands around it is the same."""
 
     text: str
@@ -72,6 +72,7 @@ class Processor:
 
     Attributes:
         notes: lines on what differs from what one may expect, to be shown to the user once.
+        eos_token_ids: tokens at which the model stops.
 
     Raises:
         UserError: if a file of the model is missing, the files do not fit each other or the backend cannot be had.
@@ -102,7 +103,8 @@ class Processor:
         if self.family == "llava":
             check_llava(model, config, self._settings, self.image_processor)
         try:
-            self._end_of_turn = self._read_end_of_turn(eos_tokens(model, config, self.tokenizer))
+            self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
+            self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
         except UserError as error:
             raise UserError(f"{model}: {error}") from None
         self.notes = self._notes()
@@ -155,7 +157,7 @@ class Processor:
         """
         try:
             weights = weights or TokenWeights()
-            prompt = self._prompt(list(pair.prompt))
+            prompt = self.tokenize_prompt(list(pair.prompt))
             images = [tuple(self.process_image(image) for image in pair.images)] * 2
             if pair.rejected_images is not None:
                 images[1] = tuple(self.process_image(image) for image in pair.rejected_images)
@@ -203,22 +205,35 @@ class Processor:
         self._recent.put(key, processed)
         return processed
 
+    def expected_image_tokens(self, width: int, height: int) -> int:
+        """Placeholders that an image of this size will get, without processing it."""
+        if self.family == "llava":
+            side = self._vision_config.image_size
+            return self._num_image_tokens(np.empty((side, side)), None)
+        patches = int(self.image_processor.get_number_of_image_patches(height, width))
+        return patches // self.image_processor.merge_size**2
+
     def _num_image_tokens(self, pixels: np.ndarray, grid: tuple[int, int, int] | None) -> int:
         if grid is not None:
             return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
         patch_size = self._settings.get("patch_size") or self._vision_config.patch_size
         return num_llava_tokens(self._settings, patch_size, *pixels.shape[-2:])
 
-    def _prompt(self, messages: list[Message]) -> "_Prompt":
+    def tokenize_prompt(self, messages: list[Message]) -> Prompt:
+        """Render and tokenise what the model is asked. Raises UserError if the template refuses it."""
         text = self.render(messages, add_generation_prompt=True)
         # As transformers does: a template that writes the BOS itself must not get a second one.
         bos = self.tokenizer.bos_token
         add_special_tokens = not (bos is not None and text.startswith(bos))
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return _Prompt(text, np.array(ids, np.int64), add_special_tokens)
+        return Prompt(text, np.array(ids, np.int64), add_special_tokens)
 
-    def _with_images(self, prompt: "_Prompt", images: tuple[ProcessedImage, ...]) -> np.ndarray:
-        """The prompt's ids, each image's placeholder as often as it has tokens."""
+    def with_images(self, prompt: Prompt, images: tuple[ProcessedImage, ...]) -> np.ndarray:
+        """The prompt's ids, each image's placeholder as often as it has tokens.
+
+        Raises:
+            UserError: if the prompt has another number of placeholders than there are images.
+        """
         placeholders = prompt.ids == self.image_token_id
         if (written := prompt.text.count(self.image_token)) != len(images) or placeholders.sum() != written:
             raise UserError(
@@ -230,7 +245,7 @@ class Processor:
         return prompt.ids.repeat(times)
 
     def _completion(
-        self, pair: PreferencePair, side: str, prompt: "_Prompt", weights: TokenWeights
+        self, pair: PreferencePair, side: str, prompt: Prompt, weights: TokenWeights
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (tokens,) and weights (tokens,) of one completion."""
         messages = getattr(pair, side)
@@ -283,9 +298,9 @@ class Processor:
                     token_weights[n] = changed
 
     def _path(
-        self, prompt: "_Prompt", images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
+        self, prompt: Prompt, images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
     ) -> TokenPath:
-        prompt_ids = self._with_images(prompt, images)
+        prompt_ids = self.with_images(prompt, images)
         input_ids = np.concatenate([prompt_ids, ids])
         first = np.cumsum([0, *(image.num_tokens for image in images)])[:-1]
         starts = tuple(np.flatnonzero(prompt_ids == self.image_token_id)[first].tolist()) if images else ()

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from vapr.cli.options import A_PATH, AT_LEAST_1, Command, json_option, page_option
+from vapr.cli.options import A_PATH, AT_LEAST_1, Command, json_option
 from vapr.errors import UserError
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
@@ -68,22 +69,85 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, judging: "Judgin
 
 
 @click.command("eval")
-@click.argument("folders", nargs=-1, metavar="FOLDER...", type=A_PATH)
+@click.argument("models", nargs=-1, metavar="MODEL...")
 @click.option(
     "--compare",
-    "comparing",
     is_flag=True,
-    required=True,
-    help="Compare result folders; the first is what the others are held against.",
+    help="Compare result folders, given in place of models; the others are held against the first.",
 )
-@page_option("figures, and the questions that changed; the same as JSON goes beside it")
+@click.option("--bench", "benches", multiple=True, metavar="NAME=PATH", help="Benchmark and its questions; repeatable.")
+@click.option(
+    "--out",
+    type=A_PATH,
+    help="Result folder; with several models, the folder of theirs; with --compare, a page (.html).",
+)
 @policy_option
+@click.option("--limit", type=AT_LEAST_1, help="Ask only about so many questions a benchmark, drawn over its splits.")
+@click.option("--blind", is_flag=True, help="Ask without the pictures, too, and tell the gap.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="Tokens at which an answer is cut off."
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 answers greedily.")
+@click.option("--batch-size", type=AT_LEAST_1, help="Questions answered at once. [default: 16; vLLM 256]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --limit, and of answers that are drawn.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "vllm"]),
+    default="auto",
+    show_default=True,
+    help="What generates; auto is vLLM where it is installed and there is a GPU.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights; auto is float32 on a CPU, else their own.",
+)
 @json_option
-def evaluate(folders: tuple[Path, ...], comparing: bool, out: Path | None, policy: Policy, as_json: bool) -> None:
-    """Show result folders side by side: paired tests, and what changed question by question."""
+def evaluate(
+    models: tuple[str, ...], compare: bool, benches: tuple[str, ...], out: Path | None, limit: int | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Let each MODEL answer benchmarks, and score the answers.
+
+    MODEL is a hub id, a folder, an adapter (on the base that it names), a run or a checkpoint. The same command
+    goes on where it was stopped.
+
+    vapr eval --compare FOLDER FOLDER... shows result folders side by side: paired tests, and what changed question by
+    question.
+    """
+    if compare:
+        _compare_folders(models, out, options["policy"], as_json)
+        return
+    if not models or not benches or out is None:
+        lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
+        raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
+    from vapr.evaluation.generation.evaluate import options_of
+    from vapr.study import report_text
+    from vapr.study.evaluate_models import evaluate_models, write_comparison
+
+    evaluated = evaluate_models(
+        models, benches, out, options_of(**options), limit=limit, say=partial(click.echo, err=True)
+    )
+    if as_json:
+        click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))
+    else:
+        click.echo(report_text.show(evaluated))
+    if len(evaluated) > 1:
+        write_comparison(evaluated, out, options["policy"], say=partial(click.echo, err=True))
+
+
+def _compare_folders(folders: tuple[str, ...], out: Path | None, policy: Policy, as_json: bool) -> None:
+    context = click.get_current_context()
+    for name in context.params:
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in ("models", "compare", "out", "policy", "as_json"):
+            option = "bench" if name == "benches" else name.replace("_", "-")
+            raise UserError(f"--{option} is for asking models; --compare takes result folders, --out and --policy")
     from vapr.evaluation.compare.compare_folders import compare_folders
 
-    compare_folders(folders, out, policy, as_json, click.echo)
+    compare_folders([Path(folder) for folder in folders], out, policy, as_json, click.echo)
 
 
 @click.command()

@@ -17,6 +17,7 @@ from vapr.cli.options import (
     set_option,
 )
 from vapr.errors import UserError
+from vapr.interrupts import Stopped
 
 
 @click.command()
@@ -127,6 +128,28 @@ def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -
 
 
 @click.command()
+@config_argument
+@set_option
+@click.option("--plan", is_flag=True, help="Show the runs and what is left of them, and train nothing.")
+@json_option
+def study(config: Path, overrides: tuple[str, ...], plan: bool, as_json: bool) -> None:
+    """Train and measure every combination that CONFIG (a YAML file) lists; what is done is not done again."""
+    from vapr.study.config import StudyConfig
+
+    study_config = StudyConfig.load(config, overrides)
+    from vapr.study import study_text
+    from vapr.study.run_study import run_study
+
+    result = run_study(study_config, partial(click.echo, err=as_json), plan_only=plan)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    elif not plan:
+        study_text.show(result)
+    if failed := [cell for cell in result["cells"] if cell["state"] == "failed"]:
+        raise Stopped(f"{len(failed):,} of {len(result['cells']):,} runs failed; the same command tries them again")
+
+
+@click.command()
 @click.option("--out", default=Path("demo-out"), type=A_PATH, show_default=True, help="A new or empty folder.")
 @click.option("--seed", default=0, type=AT_LEAST_0, show_default=True, help="Seed of pictures, weights and order.")
 def demo(out: Path, seed: int) -> None:
@@ -136,4 +159,4 @@ def demo(out: Path, seed: int) -> None:
     run_demo(out, seed)
 
 
-COMMANDS = (train, data, prepare, compare, export, demo)
+COMMANDS = (train, data, prepare, compare, export, study, demo)

@@ -18,7 +18,7 @@ from vapr.errors import BadRow, UserError
 from vapr.progress import Display
 
 
-def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
+def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Write every pair to ``out``, whole or not at all.
 
     Image paths are written relative to ``out``'s folder where they lie below it, else absolute. Images that were bytes
@@ -28,6 +28,7 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
         pairs: what to write; bad rows are errors, or skipped if the pairs say so.
         to: one of :data:`vapr.data.writers.WRITER_NAMES`.
         out: a new file; its suffix decides between jsonl, json and parquet.
+        quiet: show no progress.
 
     Returns:
         ``written``, ``skipped`` (reason by place), ``lost`` (how many pairs lost which key) and ``images`` written.
@@ -47,7 +48,7 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
         raise UserError(f"{out.parent}: cannot be made a folder ({error.strerror})") from None
     entries = _entries_of_llama_factory(out) if to == "llama-factory" else {}
     with _Images(out, read_files=to == "rlaif-v") as images:
-        lost, written = _write_all(pairs, to, out, images)
+        lost, written = _write_all(pairs, to, out, images, quiet)
         if not written:
             out.unlink()
             raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
@@ -56,11 +57,11 @@ def convert(pairs: Pairs, to: str, out: Path) -> dict[str, Any]:
     return {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
 
 
-def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images") -> tuple[Counter[str], int]:
+def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images", quiet: bool) -> tuple[Counter[str], int]:
     """Write every pair; return how many pairs lost which key, and how many were written."""
     lost: Counter[str] = Counter()
     written = 0
-    with _sink(out, to) as write, Display("convert", len(pairs), unit="row") as display:
+    with _sink(out, to) as write, Display("convert", len(pairs), unit="row", quiet=quiet) as display:
         for number in range(len(pairs)):
             display.advance("")
             pair = pairs.read(number)

@@ -1,10 +1,12 @@
 """Decode images, without torch."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vapr.errors import UserError, one_line
 
@@ -21,6 +23,21 @@ def read_image(source: Path | bytes) -> Image.Image:
     Raises:
         UserError: for a file that is no image, is cut short, animated, absurdly large, or of a mode RGB would clip.
     """
+    with _opened(source) as image:
+        return ImageOps.exif_transpose(image)
+
+
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """Return width and height of an image as :func:`read_image` gives it, from its header; raises as that does."""
+    with _opened(source) as image:
+        width, height = image.size
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (height, width) if on_its_side else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """Open an image without decoding it; what is wrong with it, then or while it is read, is a UserError."""
     name = image_name(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -34,7 +51,7 @@ def read_image(source: Path | bytes) -> Image.Image:
                 raise UserError(f"image {name} is animated ({num_frames} frames); save one frame")
             if width * height == 0:
                 raise UserError(f"image {name} has size {width} x {height}")
-            return ImageOps.exif_transpose(image)
+            yield image
     except Image.DecompressionBombError as error:
         raise UserError(f"image {name} may be a decompression bomb: {one_line(error)}") from None
     except UnidentifiedImageError:

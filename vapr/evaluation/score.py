@@ -124,15 +124,18 @@ def _short(
     """Return what one policy makes of the answers, in four figures without intervals; null ones if it cannot."""
     if (why := benchmark.lacks(predictions, policy)) is not None:
         return {**dict.fromkeys(("accuracy", "yes_rate", "unparsed_rate", "guessed")), "why": why}
-    if policy != known:
-        rows = score_rows(predictions, benchmark, policy)
-    count = len(rows)
-    said = [row.reading.value for row in rows if row.gold in ("yes", "no")]
+    if policy == known:
+        readings, right = [row.reading for row in rows], [row.right for row in rows]
+    else:
+        readings = [benchmark.read_answer(row.prediction, policy) for row in rows]
+        judged = zip(rows, readings, strict=True)
+        right = [benchmark.right(row.prediction, row.gold, reading) for row, reading in judged]
+    said = [reading.value for row, reading in zip(rows, readings, strict=True) if row.gold in ("yes", "no")]
     return {
-        "accuracy": sum(row.right for row in rows) / count,
+        "accuracy": sum(right) / len(rows),
         "yes_rate": said.count("yes") / len(said) if said else None,
-        "unparsed_rate": sum(row.reading.unparsed for row in rows) / count,
-        "guessed": sum(row.reading.guessed for row in rows),
+        "unparsed_rate": sum(reading.unparsed for reading in readings) / len(rows),
+        "guessed": sum(reading.guessed for reading in readings),
     }
 
 

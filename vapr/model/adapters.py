@@ -56,6 +56,19 @@ def merge_adapter(base: transformers.PreTrainedModel, folder: Path, dtype: torch
     Raises:
         UserError: if it is another kind of adapter, or does not fit the base, or cannot be merged.
     """
+    adapted = attach_adapter(base, folder)
+    try:
+        return merge_layers(adapted, dtype)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"policy.model: the adapter {folder} cannot be merged ({one_line(error)})") from None
+
+
+def attach_adapter(base: transformers.PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """Put the LoRA adapter in ``folder`` into the modules of ``base``, beside its weights.
+
+    Raises:
+        UserError: if it is another kind of adapter, or does not fit the base.
+    """
     where = f"policy.model: the adapter {folder}"
     if (kind := read_adapter_config(folder)["peft_type"]) != "LORA":
         raise UserError(f"{where} is of PEFT's type {kind or 'unknown'}; vapr merges LORA alone: merge it with PEFT")
@@ -76,12 +89,11 @@ def merge_adapter(base: transformers.PreTrainedModel, folder: Path, dtype: torch
             result = adapted.load_adapter(str(folder), "default", torch_device=str(base.device), key_mapping=names)
             if strange := sorted([*result.unexpected_keys, *result.missing_keys]):
                 raise UserError(f"{where} does not fit its base: {len(strange)} weights without a place, {strange[0]}")
-            report = merge_layers(adapted, dtype)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} cannot be merged ({one_line(error)})") from None
-    return report
+    return adapted
 
 
 @torch.no_grad()

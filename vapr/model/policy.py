@@ -61,7 +61,7 @@ class Policy:
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained by name, in a fixed order; tied weights appear once."""
-        return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+        return trained_parameters(self.base)
 
     @property
     def operations(self) -> str:
@@ -77,31 +77,60 @@ class Policy:
         return self.adapters.disable_adapter() if self.adapters is not None else contextlib.nullcontext()
 
 
-def load_policy(
-    config: PolicyConfig, device: torch.device | None = None, *, kernels: Literal["auto", "off"] = "auto"
-) -> Policy:
-    """Load a model of a supported family, freeze what is not trained, and add adapters.
+def trained_parameters(base: transformers.PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that are trained, by name."""
+    return {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
 
-    Args:
-        device: a GPU if there is one, unless given.
-        kernels: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Modules:
+    """A model as transformers and peft make it, nothing of it changed."""
+
+    base: transformers.PreTrainedModel
+    adapters: peft.PeftModel | None
+    folder: Path
+    source: ModelSource
+    merged: str | None
+    family: str
+
+
+def load_modules(config: PolicyConfig) -> Modules:
+    """Load a model of a supported family, freeze what is not trained, and add adapters.
 
     Raises:
         UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # a log has no use for bars
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = find_model(config.model, config.base)
     family = load_model_config(source.model).model_type
     dtype = getattr(torch, config.dtype)
-    backend = choose_backend(config.attention, device, dtype)
-    base = _load_weights(family, source, config.model, dtype)
+    base = load_weights(family, source, config.model, dtype)
     merged = None
     if source.adapter is not None:
         merged = f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
     trained = _freeze(base, config, family)
     adapters = _add_lora(base, config, trained) if config.lora else None
+    folder = Path(str(cached_file(source.model, "config.json"))).parent
+    return Modules(base, adapters, folder, source, merged, family)
+
+
+def load_policy(
+    config: PolicyConfig, device: torch.device | None = None, *, kernels: Literal["auto", "off"] = "auto"
+) -> Policy:
+    """Load a policy, and change its modules as :mod:`vapr.model.patches` says.
+
+    Args:
+        config: names the model, what is trained, and how attention runs.
+        device: a GPU if there is one, unless given.
+        kernels: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
+
+    Raises:
+        UserError: as :func:`load_modules`, or if an attention path cannot run here.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.dtype)
+    backend = choose_backend(config.attention, device, dtype)
+    modules = load_modules(config)
+    base, family = modules.base, modules.family
     nn.Module.to(base, device)
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
     written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run)
@@ -110,15 +139,17 @@ def load_policy(
         (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
     base.train()
     return Policy(
-        base=base, adapters=adapters, folder=Path(str(cached_file(source.model, "config.json"))).parent, source=source,
-        merged=merged, family=family, attention_backend=backend, kernels=kernels_run, dtype=dtype,
+        base=base, adapters=modules.adapters, folder=modules.folder, source=modules.source,
+        merged=modules.merged, family=family, attention_backend=backend, kernels=kernels_run, dtype=dtype,
         vision_trained=config.train.projector or config.train.vision_tower,
         left_unfused=left_unfused, written_out=written_out,
     )  # fmt: skip
 
 
-def _load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Load the base's weights, all of them; those that an adapter will change keep the dtype of their file."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a log has no use for bars
     # A local folder is remembered by its whole path, so that the adapter finds its base from anywhere.
     place = str(Path(source.model).resolve()) if Path(source.model).is_dir() else source.model
     loaded: Any

@@ -7,7 +7,7 @@ from pathlib import Path
 from vapr.batches.model_folder import ADAPTER_FILES
 from vapr.cache import files_hash, user_cache
 from vapr.errors import UserError
-from vapr.model.policy import Policy
+from vapr.model.policy import Modules, Policy
 
 
 def cache_root(section: str, cache_dir: str | None) -> Path:
@@ -44,7 +44,7 @@ def open_cache_folder(policy: Policy, section: str, cache_dir: str | None, *, ve
     return folder, policy_id
 
 
-def weights_hash(policy: Policy, root: Path, *, config: bool = True) -> str:
+def weights_hash(policy: Policy | Modules, root: Path, *, config: bool = True) -> str:
     """Return the sha256 over the files of weights, of an adapter merged into them, and of the model's config.
 
     ``config=False`` leaves the config out, which may change without any effect. Files are read once: their hashes are

@@ -18,12 +18,16 @@ Point = tuple[float, float | None]
 
 
 class Series(NamedTuple):
-    """A line, or with ``marks`` separate dots; ``colour`` is a class of the page's style that sets ``--colour``."""
+    """A line, or with ``marks`` separate dots; ``colour`` is a class of the page's style that sets ``--colour``.
+
+    With ``intervals``, one for each point or None, the points are marked, too, and whiskers show them.
+    """
 
     name: str
     colour: str
     points: Sequence[Point]  # (x, y) by rising x; None is a gap
     marks: bool = False
+    intervals: Sequence[tuple[float, float] | None] = ()
 
     @property
     def last(self) -> str:
@@ -46,21 +50,23 @@ class _Axes(NamedTuple):
 
 
 def line_chart(
-    series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False
+    series: Sequence[Series], *, label: str, include: tuple[float, ...] = (), smooth: bool = False, axis: str = "step"
 ) -> Markup:
-    """Draw every series by step.
+    """Draw every series by step, or by what else ``axis`` names.
 
     Args:
         series: the lines and dots; those without any value are left out.
         label: what a screen reader says.
         include: values that the vertical axis must reach.
         smooth: draw lines thin, and a thick running mean over them.
+        axis: what the horizontal axis counts.
 
     Returns:
         The SVG, or an empty string if there is no value at all.
     """
     series = [one._replace(points=[(x, _clamp(y)) for x, y in one.points]) for one in series if one.last]
     values = [y for one in series for _, y in one.points if y is not None]
+    values += [end for one in series for interval in one.intervals if interval is not None for end in interval]
     if not values:
         return Markup("")
     xs = [x for one in series for x, _ in one.points]
@@ -70,13 +76,14 @@ def line_chart(
     left = 12 + 6.8 * max(len(text) for text in labels)
     axes = _Axes(left, (first, last) if first < last else (first - 1, first + 1), (ticks[0], ticks[-1]))
     drawn = "".join(
-        f'<g class="{escape(one.colour)}">{_marks(one, axes) if one.marks else _line(one, axes, smooth)}</g>'
+        f'<g class="{escape(one.colour)}">{_marks(one, axes) if one.marks else _line(one, axes, smooth)}'
+        f"{_whiskers(one, axes)}</g>"
         for one in series
     )
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{_grid(axes, ticks, labels)}{_steps(axes, first, last)}"
-        f'<text class="axis" x="{(left + RIGHT) / 2:.1f}" y="{HEIGHT - 6}">step</text>{drawn}</svg>'
+        f'<text class="axis" x="{(left + RIGHT) / 2:.1f}" y="{HEIGHT - 6}">{escape(axis)}</text>{drawn}</svg>'
     )
 
 
@@ -140,6 +147,18 @@ def _marks(one: Series, axes: _Axes) -> str:
     points = [(x, y) for x, y in thinned(one.points, MAX_POINTS // 2) if y is not None]
     radius = 4 if len(points) <= 30 else 2.5
     return "".join(f'<circle class="mark" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="{radius}"/>' for x, y in points)
+
+
+def _whiskers(one: Series, axes: _Axes) -> str:
+    drawn = ""
+    for (x, y), interval in zip(one.points, one.intervals, strict=False):
+        if y is None or interval is None:
+            continue
+        low, high = (axes.y(value) for value in interval)
+        left, right = axes.x(x) - 3, axes.x(x) + 3
+        ends = "".join(f"M{left:.1f} {place:.1f}H{right:.1f}" for place in (low, high))
+        drawn += f'<path class="spread" d="M{axes.x(x):.1f} {low:.1f}V{high:.1f}{ends}"/>'
+    return drawn + (_marks(one, axes) if one.intervals and not one.marks else "")
 
 
 def _grid(axes: _Axes, ticks: Sequence[float], labels: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from vapr.pages.chart import MINUS, readable
 from vapr.pages.curves import SIDES, Rows, best_evaluation, column, curve_boxes, number, read_metrics, saved_share
 from vapr.pages.figures import at, figures_of, mapping, setting
 from vapr.pages.page import write_page
+from vapr.pages.probe import Shown, probe_section
 from vapr.pages.skipped import read_skipped
 from vapr.pages.word_diff import word_diff
 
@@ -51,8 +52,9 @@ class ShownPair:
 
 
 def write_run_report(
-    run_dir: Path, extremes: Sequence[ShownPair], notes: Sequence[str] = (), *, num_steps: int | None = None
-) -> Path:
+    run_dir: Path, extremes: Sequence[ShownPair], notes: Sequence[str] = (), *,
+    num_steps: int | None = None, asked: Sequence[Shown] = (),
+) -> Path:  # fmt: skip
     """Write ``run_dir/report.html`` from the files of a run, whole or not at all; returns its path.
 
     Args:
@@ -62,6 +64,7 @@ def write_run_report(
             is shown as largest.
         notes: sentences to put below the headline, such as why the run stopped.
         num_steps: steps of the whole run; None takes ``optim.max_steps`` of the config.
+        asked: questions of the probe to show; its figures are read from the run's folder.
     """
     training, evaluation = read_metrics(run_dir / "metrics.jsonl")
     config_text = _text(run_dir / "config.yaml")
@@ -80,6 +83,7 @@ def write_run_report(
         cards=_cards(training, num_steps or number(at(config, "optim", "max_steps"))) if training else None,
         boxes=boxes,
         absent=absent,
+        probe=probe_section(run_dir, int(training[-1]["step"]) if training else 0, asked),
         margins=_by_margin(extremes),
         skipped=read_skipped(run_dir / "skipped.json"),
         config_text=config_text,

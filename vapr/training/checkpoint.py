@@ -73,7 +73,8 @@ def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, float] | None:
 
     Only checkpoints that are still there count.
     """
-    figures = {step: values[metric] for step, values in evaluations(run_dir).items() if values.get(metric) is not None}
+    rows = _rows_with(run_dir, metric)
+    figures = {step: values[metric] for step, values in rows.items() if values[metric] is not None}
     folders = list_checkpoints(run_dir)
     scored = [(folder, figures[step]) for folder in folders if (step := step_of(folder)) in figures]
     sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -82,10 +83,15 @@ def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, float] | None:
 
 def evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Read the held-out figures of a run: step -> ``eval/...`` -> value."""
+    return _rows_with(run_dir, "eval/loss")
+
+
+def _rows_with(run_dir: Path, metric: str) -> dict[int, dict[str, Any]]:
+    """Read the objects of metrics.jsonl that hold a figure, by step."""
     found = {}
     with contextlib.suppress(OSError):
         for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            if '"eval/loss"' in line:
+            if f'"{metric}"' in line:
                 with contextlib.suppress(ValueError):  # the half-written last line of a killed run
                     entry = json.loads(line)
                     found[entry["step"]] = entry

@@ -61,10 +61,13 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = trackers
-        self._sent: set[tuple[int, bool]] = set()  # what was cut off, and a tracker may have: step, whether evaluation
+        self._sent: set[tuple[int, str]] = set()  # what was cut off, and a tracker may have: step, kind of figures
         self._path = run_dir / "metrics.jsonl"
         self.evaluated: dict[int, float] = {}  # held-out loss by step
-        if resume_step is not None and self._path.exists():
+        self.probed: set[int] = set()  # steps
+        if resume_step is None:
+            self._path.unlink(missing_ok=True)  # a probe of a run that never took a step
+        elif self._path.exists():
             self._cut_off(resume_step)
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -74,7 +77,7 @@ class MetricsLog:
         return cls(run_dir, resume_step, open_trackers(config, run_dir, resume_step))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append the values of a step, training's or an evaluation's."""
+        """Append the values of a step: training's, an evaluation's or a probe's."""
         # JSON knows no NaN: a number that is none becomes null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
@@ -82,7 +85,7 @@ class MetricsLog:
         self._note_evaluation(step, clean)
         known = {name: value for name, value in clean.items() if value is not None}
         for tracker in self._trackers:
-            if tracker.cuts_off or (step, "eval/loss" in values) not in self._sent:
+            if tracker.cuts_off or (step, _kind(values)) not in self._sent:
                 tracker.write(step, known)
 
     def write_evaluation(self, step: int, values: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -110,7 +113,9 @@ class MetricsLog:
             tracker.close()
 
     def _note_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        if "eval/loss" in values:
+        if _kind(values) == "probe":
+            self.probed.add(step)
+        if _kind(values) == "eval":
             loss = values["eval/loss"]
             self.evaluated[step] = math.inf if loss is None else loss
 
@@ -120,7 +125,7 @@ class MetricsLog:
             try:
                 entry = json.loads(line)
                 if entry["step"] > step:
-                    self._sent.add((entry["step"], "eval/loss" in entry))
+                    self._sent.add((entry["step"], _kind(entry)))
                     continue
                 kept.append(line)
                 self._note_evaluation(entry["step"], entry)
@@ -129,6 +134,11 @@ class MetricsLog:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+def _kind(values: dict[str, Any]) -> str:
+    """Return what an object of metrics.jsonl holds: ``train``, ``eval`` or ``probe``."""
+    return "eval" if "eval/loss" in values else "probe" if "probe/accuracy" in values else "train"
 
 
 def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:

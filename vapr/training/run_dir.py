@@ -22,7 +22,7 @@ from vapr.training import checkpoint
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
-    "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
+    "probe", "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
     "parallel",  # only older runs have it, and it meant nothing
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
@@ -83,7 +83,10 @@ class RunDir:
     def holds_run(self) -> bool:
         """Tell whether at least one step was taken here."""
         metrics = self.path / "metrics.jsonl"
-        begun = metrics.is_file() and metrics.stat().st_size > 0
+        begun = False
+        if metrics.is_file():
+            with metrics.open("rb") as file:
+                begun = any(b'"loss"' in line for line in file)  # a probe comes before the first step
         return begun or self.finished or bool(checkpoint.list_checkpoints(self.path))
 
     @property

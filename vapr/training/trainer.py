@@ -4,7 +4,9 @@ import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
-        policy, engine, reference, features, loader, held_out = _set_up(config, run, opened)
+        parts = _set_up(config, run, opened)
+        policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
         state = run_state.resume(run, engine, loader) if resume else RunState()
         run.keep_merged_policy(policy, begins=engine.num_updates == 0)
         with (
@@ -50,18 +53,14 @@ def train(config: Config, *, resume: bool = False) -> Path:
         ):
 
             def save() -> Path:
-                return run_state.save(run, state, engine, [loader, held_out], [reference, features], config.checkpoint)
+                caches = [reference, parts.features]
+                return run_state.save(run, state, engine, [loader, parts.held_out], caches, config.checkpoint)
 
-            def evaluate_once() -> None:
-                if held_out is not None and engine.num_updates not in log.evaluated:
-                    note = _note_until_interrupted(run, display, interrupts)
-                    values = evaluate(policy, reference, held_out, config.loss, features, note)
-                    log.write_evaluation(engine.num_updates, values, display.say)
-                    checkpoint.delete_old(run.path, config.checkpoint)
-
+            _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
-                evaluate_once()  # the run may have ended between the checkpoint and its evaluation
-            with _saved_on_mistakes(run, state, engine, loader, save):
+                # The run may have ended between the checkpoint and its evaluation.
+                _evaluate(config, parts, run, log, display, interrupts)
+            with _saved_on_mistakes(run, state, parts, save):
                 began = time.monotonic()
                 for step in loader.steps(engine.num_updates, engine.num_steps):
                     if step.num_pairs == 0:
@@ -70,35 +69,48 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     else:
                         if state.num_pairs == 0 and reference is not None:
                             check_first_margin(policy, reference, step, config.reference.tolerance, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, features)
+                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
                         values |= speed(policy, step, time.monotonic() - began)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, features), display.say)
+                        _show_messages((reference, parts.features), display.say)
+                    _take_probe(parts, run, log, display)
                     if _is_due(engine, config) or interrupts.received:
                         saved = save()
                         if interrupts.received and engine.num_updates < engine.num_steps:
                             raise interrupts.stopped(saved)
-                        evaluate_once()
-                        _write_report(run, state, engine, loader)
+                        _evaluate(config, parts, run, log, display, interrupts)
+                        _write_report(run, state, parts)
                     began = time.monotonic()
         checkpoint.save_final(policy, run.final)
-        print_outcome(config, run, [loader, held_out], reference)
+        print_outcome(config, run, [loader, parts.held_out], reference)
         return run.final
 
 
-def _set_up(
-    config: Config, run: RunDir, opened: contextlib.ExitStack
-) -> tuple[Policy, Engine, Reference | None, ImageFeatures | None, PairLoader, PairLoader | None]:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a run is made of, opened."""
+
+    policy: Policy
+    engine: Engine
+    reference: Reference | None
+    features: ImageFeatures | None
+    loader: PairLoader
+    held_out: PairLoader | None
+    probe: Any  # a vapr.training.probe.Probe, or None
+
+
+def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack) -> _Parts:
     """Open the data, load the policy and fill what has to be known before the first update."""
     check_installed(config.trackers)
     opened_loaders = opened.enter_context(open_loaders(config))
     loader, held_out = opened_loaders["train"], opened_loaders.get("eval")
     if held_out is not None and (warning := warning_of_rows_in_both(loader.pairs, held_out.pairs)):
         print(warning)
+    probe = _open_probe(config, loader)
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = load_policy(config.policy, kernels=config.kernels)
     features = open_features(config, policy, loader)
@@ -106,7 +118,42 @@ def _set_up(
     run.describe(config, policy)
     print_setup(config, policy, loader, held_out, engine.num_steps)
     loaders = [loader] if held_out is None else [loader, held_out]
-    return policy, engine, open_reference(config, policy, features, loaders), features, loader, held_out
+    reference = open_reference(config, policy, features, loaders)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+
+
+def _open_probe(config: Config, loader: PairLoader) -> Any:
+    """Open the probe, if there is to be one; its libraries (scipy, rapidfuzz) are loaded only then."""
+    if config.probe.every is None:
+        return None
+    from vapr.training.probe import Probe
+
+    probe = Probe(config, loader.processor)
+    print(f"{'probe':<10} {probe.in_words()}")
+    if config.probe.data and (warning := warning_of_rows_in_both(loader.pairs, probe.rows, "probe.data")):
+        print(warning)
+    return probe
+
+
+def _take_probe(parts: _Parts, run: RunDir, log: MetricsLog, display: Display) -> None:
+    """Probe the policy where a probe is due and not in the log yet."""
+    step = parts.engine.num_updates
+    if parts.probe is not None and parts.probe.is_due(step, parts.engine.num_steps) and step not in log.probed:
+        values, line = parts.probe.take(parts.policy, step, run.path, display.note)
+        log.write(step, values)
+        display.say(f"step {step:,} {line}")
+
+
+def _evaluate(
+    config: Config, parts: _Parts, run: RunDir, log: MetricsLog, display: Display, interrupts: Interrupts
+) -> None:
+    """Score the held-out pairs, unless they were at this step."""
+    step = parts.engine.num_updates
+    if parts.held_out is not None and step not in log.evaluated:
+        note = _note_until_interrupted(run, display, interrupts)
+        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, note)
+        log.write_evaluation(step, values, display.say)
+        checkpoint.delete_old(run.path, config.checkpoint)
 
 
 def _is_due(engine: Engine, config: Config) -> bool:
@@ -114,9 +161,10 @@ def _is_due(engine: Engine, config: Config) -> bool:
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 
 
-def _write_report(run: RunDir, state: RunState, engine: Engine, loader: PairLoader, *notes: str) -> None:
-    shown = shown_pairs(state.extremes, loader.pairs)
-    write_run_report(run.path, shown, notes, num_steps=engine.num_steps)
+def _write_report(run: RunDir, state: RunState, parts: _Parts, *notes: str) -> None:
+    shown = shown_pairs(state.extremes, parts.loader.pairs)
+    asked = parts.probe.shown(run.path) if parts.probe is not None else ()
+    write_run_report(run.path, shown, notes, num_steps=parts.engine.num_steps, asked=asked)
 
 
 def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupts) -> Callable[[str], None]:
@@ -139,14 +187,13 @@ def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Call
 
 
 @contextlib.contextmanager
-def _saved_on_mistakes(
-    run: RunDir, state: RunState, engine: Engine, loader: PairLoader, save: Callable[[], Path]
-) -> Iterator[None]:
+def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callable[[], Path]) -> Iterator[None]:
     """Checkpoint the steps before a bad row or too small a GPU, which may be found hours into a run."""
+    engine = parts.engine
     try:
         yield
     except TrainingStopped as stopped:
-        _write_report(run, state, engine, loader, f"Stopped: {stopped}")
+        _write_report(run, state, parts, f"Stopped: {stopped}")
         raise
     except (UserError, torch.OutOfMemoryError) as error:
         way_out = ""
@@ -154,7 +201,7 @@ def _saved_on_mistakes(
             save()
         if state.saved_step:
             way_out = f"; the {state.saved_step} steps before it are saved, continue with --resume"
-            _write_report(run, state, engine, loader, f"Stopped: {error}")
+            _write_report(run, state, parts, f"Stopped: {error}")
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(

@@ -124,10 +124,10 @@ def test_a_random_answerer_is_in_the_middle(name, tmp_path):
         assert means[key] == pytest.approx(value, rel=0.2), key
 
 
-WORDS = (
-    "the a picture shows dog no not table red there is some lorem ipsum dolor sit amet consectetur nothing another with "
-    "and sky person can be seen in on blue tempor incididunt under two small wooden eiusmod know cannot note"
-).split()
+WORDS = """
+the a picture shows dog no not table red there is some lorem ipsum dolor sit amet consectetur nothing another with and
+sky person can be seen in on blue tempor incididunt under two small wooden eiusmod know cannot note
+"""
 
 
 def noise(count: int) -> list[str]:
@@ -137,7 +137,7 @@ def noise(count: int) -> list[str]:
     for _ in range(count):
         said = []
         for _ in range(rng.randint(1, 4)):
-            words = rng.choices(WORDS, k=rng.randint(4, 12))
+            words = rng.choices(WORDS.split(), k=rng.randint(4, 12))
             words[0] = rng.choice(["The", "A", "Some", "Lorem", "Dolor"])
             said.append(" ".join(words) + ".")
         texts.append(" ".join(said))

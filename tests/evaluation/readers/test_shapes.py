@@ -89,7 +89,7 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
         for row in rows()
     ]
     file = write_tsv(tmp_path / "m_DATA.tsv", shuffled(results))
-    predictions, notes = open_answers(file, BENCHMARKS[case], questions, partial=True)
+    predictions, notes, _ = open_answers(file, BENCHMARKS[case], questions, partial=True)
     assert len(predictions) == sum("dev_" not in str(row.get("id")) for row in rows())
     for prediction in predictions:
         question = next(question for question in questions if question.id == prediction.id)
@@ -107,7 +107,7 @@ def test_logs_of_lmms_eval_find_their_questions(case, tmp_path):
         for n, (asked, record, target) in enumerate(log())
     ]
     file = write_jsonl(tmp_path / f"20260801_120000_samples_{case}.jsonl", shuffled(samples))
-    predictions, notes = open_answers(file, BENCHMARKS[case], own)
+    predictions, notes, _ = open_answers(file, BENCHMARKS[case], own)
     assert notes == [f"{file}: read as a log of lmms-eval"]
     # the rows are in the order of the authors' files, which MME's folders turn round
     in_order = [f"answer {n}" for n in ((2, 3, 0, 1) if case == "mme" else range(len(samples)))]

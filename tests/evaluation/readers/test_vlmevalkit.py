@@ -128,7 +128,7 @@ def test_excel_cells_that_are_no_text(tsv, tmp_path):
     rows[0]["prediction"], rows[1]["prediction"], rows[2]["prediction"] = None, 1, "Yes_x000D_\nindeed"
     rows[3]["prediction"] = "Failed to obtain answer via API."
     benchmark, questions = open_benchmark(f"pope={tsv}")
-    predictions, notes = open_answers(write_xlsx(tmp_path / "m_POPE.xlsx", rows), benchmark, questions)
+    predictions, notes, _ = open_answers(write_xlsx(tmp_path / "m_POPE.xlsx", rows), benchmark, questions)
     said = {prediction.id: prediction.prediction for prediction in predictions}
     assert said["random-tsv-0"] == "" and said["adversarial-tsv-1"] == "1" and said["random-tsv-2"] == "Yes\r\nindeed"
     assert "3 answers are empty; they count as unparsed" in notes[1]
@@ -282,5 +282,5 @@ def test_a_table_that_names_pictures_is_joined_by_them(tmp_path):
         for n, said in ((2, "No"), (1, "Yes"))
     ]  # fmt: skip
     benchmark, questions = open_benchmark(f"pope={tmp_path / 'own'}")
-    predictions, _ = open_answers(write_tsv(tmp_path / "m_POPE.tsv", rows), benchmark, questions)
+    predictions, _, _ = open_answers(write_tsv(tmp_path / "m_POPE.tsv", rows), benchmark, questions)
     assert {prediction.id: prediction.prediction for prediction in predictions} == {"random-1": "Yes", "random-2": "No"}

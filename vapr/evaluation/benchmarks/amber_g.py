@@ -14,13 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import inflect
 import numpy as np
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.amber import PLACES, annotated, folder_of, read_results, relations
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row
-from vapr.evaluation.benchmarks.json_files import picture
+from vapr.evaluation.benchmarks.rows import picture
 from vapr.evaluation.scoring.answers import Policy, after_reasoning
 from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -70,6 +69,8 @@ def read(path: Path) -> list[Question]:
 @lru_cache(maxsize=4)
 def _forms(vocabulary: str) -> dict[str, str]:
     """Return the word of the vocabulary for each of its forms."""
+    import inflect  # half a second, of no use to other benchmarks
+
     engine = inflect.engine()
     words = vocabulary.split()
     plurals = {

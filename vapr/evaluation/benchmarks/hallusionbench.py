@@ -9,7 +9,7 @@ from typing import Any
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
 from vapr.evaluation.benchmarks.groups import all_right, grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture, read_objects, text_of
+from vapr.evaluation.benchmarks.rows import picture, read_objects, text_of
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, share
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -23,6 +23,13 @@ def read(path: Path) -> list[Question]:
     """Read ``HallusionBench.json``, or a folder with it; pictures lie beside it, or in ``hallusion_bench/``."""
     file = path / "HallusionBench.json" if path.is_dir() else path
     rows = read_objects(file, (*PARTS, "question", "gt_answer"), "a question of HallusionBench")
+    questions = from_rows(rows, file.parent)
+    check_ids(questions, file)
+    return questions
+
+
+def from_rows(rows: Sequence[tuple[str, dict[str, Any]]], folder: Path) -> list[Question]:
+    """Return the questions of all rows of the benchmark, each with its place, from wherever they were read."""
     sizes = Counter(part for _, row in rows for part in _together(row))
     questions = []
     for where, row in rows:
@@ -38,10 +45,9 @@ def read(path: Path) -> list[Question]:
             Question(
                 benchmark="hallusionbench", id=_id(row), question=text_of(row, "question", where),
                 answer="yes" if str(row["gt_answer"]) == "1" else "no", meta=meta,
-                images=(picture(file.parent, str(name), ("hallusion_bench",)),) if name else (),
+                images=(picture(folder, str(name), ("hallusion_bench",)),) if name else (),
             )
         )  # fmt: skip
-    check_ids(questions, file)
     return questions
 
 
@@ -66,6 +72,11 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
         answer = Prediction.of(by_id[_id(row)], text_of(row, "model_prediction", where))
         predictions.append(replace(answer, question=str(row.get("question") or answer.question)))
     return Results(predictions)
+
+
+def questions_in_results(path: Path) -> list[Question]:
+    """Read the questions of ``HallusionBench_result.json``, whose truths stand beside the answers."""
+    return read(path / "HallusionBench_result.json" if path.is_dir() else path)
 
 
 def read_answer(prediction: Prediction, policy: Policy) -> Reading:
@@ -158,6 +169,7 @@ HALLUSIONBENCH = Benchmark(
     headline="a_acc",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=questions_in_results,
     note="Official scores are GPT-4's judgement of free answers; here an answer is the yes or no that it says, and one "
     "that says neither is wrong. Under 'official' it is right, and counted as guessed, where no picture was given.",
 )

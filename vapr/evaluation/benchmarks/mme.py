@@ -1,7 +1,7 @@
 """MME: 14 tasks of perception and cognition, two questions a picture, the one to be answered yes, the other no."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
 from vapr.evaluation.benchmarks.groups import grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture
+from vapr.evaluation.benchmarks.rows import picture
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, of_counts, share
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -132,19 +132,19 @@ def check_groups(rows: Sequence[Row]) -> None:
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     """Return the official points: 100 x (accuracy + share of pictures all right) of each task, and their sums."""
-    tasks = [task for task in TASKS if any(row.prediction.split == task for row in rows)]
+    there = {row.prediction.split: row.prediction.id for row in rows}
+    if strange := [split for split in there if split not in TASKS]:
+        raise UserError(f"question '{there[strange[0]]}' of mme: 'split' is {strange[0]!r}, no task of MME")
+    tasks = [task for task in TASKS if task in there]
     column = {task: 4 * number for number, task in enumerate(tasks)}
-    pictures = list(
-        grouped([row for row in rows if row.prediction.split in column], lambda row: row.prediction.image).values()
-    )
-    counts = np.zeros(
-        (len(pictures), 4 * len(tasks))
-    )  # of each task: right, answers, pictures all right, whole pictures
+    pictures = list(grouped(rows, lambda row: row.prediction.image).values())
+    # Of each task: right answers, answers, pictures all right, pictures with both answers.
+    counts = np.zeros((len(pictures), 4 * len(tasks)))
     for picture_counts, group in zip(counts, pictures, strict=True):
         right, at = sum(row.right for row in group), column[str(group[0].prediction.split)]
         picture_counts[at : at + 4] = right, len(group), len(group) == 2 == right, len(group) == 2
 
-    def points(these: Sequence[str]):  # type: ignore[no-untyped-def]
+    def points(these: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
         at = np.array([column[task] for task in these], dtype=int)
         return lambda c: 100 * (c[:, at] / c[:, at + 1] + c[:, at + 2] / c[:, at + 3]).sum(axis=1)
 
@@ -167,6 +167,7 @@ MME = Benchmark(
     headline="perception",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=read,
     note="Points are sums over the tasks that are there: 2,000 of perception and 800 of cognition at most. The "
     "official rule finds 'no' in the first four letters of 'I know', too; such readings count as guessed.",
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vapr.errors import UserError
-from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, letter_gold, yes_no_gold
+from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, letter_gold, options_of, yes_no_gold
 from vapr.evaluation.benchmarks.groups import all_right, grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture, read_objects, text_of
+from vapr.evaluation.benchmarks.rows import picture, read_objects, text_of
 from vapr.evaluation.scoring.answers import Policy, states, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, share
 from vapr.evaluation.scoring.letters import letter
@@ -24,6 +24,7 @@ ASKED_FOR = {
 }
 """What is asked of the answer's form, by the type of the question."""
 
+_OPTIONS = re.compile(r"\bA\s*[:.)]\s*(.+?)[\s;,.]*(?:\bOption\s*)?\bB\s*[:.)]\s*(.+?)[\s;.]*$", re.DOTALL)
 GROUP = ("Question_0", "Question_1", *(f"Image_{i}_Question_{q}" for q in (0, 1) for i in (0, 1)))
 FLAT = ("Index", "Question", "Question_Type", "Answer")
 
@@ -73,6 +74,8 @@ def from_row(row: Mapping[str, Any], where: str, folder: Path) -> list[Question]
         for key in (asked, answer):
             text_of(dict(row), key, where)
         meta = {"split": row["Question_Type"], "group": group, "question_number": q, "image": f"{group}_{i}"}
+        if row["Question_Type"] == "multiple_choice" and (options := _OPTIONS.search(row[asked])):
+            meta["options"] = list(options.groups())
         questions.append(
             Question(
                 benchmark="naturalbench", id=f"{group}-q{q}-i{i}",
@@ -104,14 +107,19 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
     """Read yes or no, or A or B. The official rule: whichever of the two words comes first, wherever it stands."""
     text, choice = prediction.prediction, prediction.split == "multiple_choice"
     if policy != "official":
-        return Reading(letter(text, ["", ""], policy) if choice else yes_or_no(text, policy))
+        return Reading(_letter(prediction, policy) if choice else yes_or_no(text, policy))
     found = re.search(r"\b(a|b)\b" if choice else r"\b(yes|no)\b", text, re.IGNORECASE)
     if found is None:
         return Reading(None)
     if choice:  # "a" is mostly an article
         said = found[1].upper()
-        return Reading(said, guessed=letter(text, ["", ""], "last-answer") != said)
+        return Reading(said, guessed=_letter(prediction, "last-answer") != said)
     return Reading(found[1].lower(), guessed=not states(text, found[1].lower()))
+
+
+def _letter(prediction: Prediction, policy: Policy) -> str | None:
+    said = letter(prediction.prediction, options_of(prediction), policy)
+    return said if said in ("A", "B") else None
 
 
 def _group(row: Row) -> Hashable:

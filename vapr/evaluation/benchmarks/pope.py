@@ -9,7 +9,7 @@ import numpy as np
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
-from vapr.evaluation.benchmarks.json_files import picture, text_of
+from vapr.evaluation.benchmarks.rows import picture, text_of
 from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import Policy, states, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered
@@ -18,6 +18,7 @@ from vapr.intervals import Z
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"
 SPLITS = ("adversarial", "popular", "random")
+_YES = re.compile(r"\byes\b", re.IGNORECASE)
 _OBJECT = re.compile(r"Is there an? (.+) in the (?:image|imange)\?")
 
 
@@ -140,7 +141,7 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
     words = prediction.prediction.split(".")[0].replace(",", "").split(" ")
     if {"No", "not", "no"} & set(words):
         return Reading("no", guessed=not states(prediction.prediction, "no"))
-    return Reading("yes", guessed=not re.search(r"\byes\b", prediction.prediction, re.IGNORECASE))
+    return Reading("yes", guessed=_YES.search(prediction.prediction) is None)
 
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:

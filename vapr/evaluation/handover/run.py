@@ -83,7 +83,7 @@ def take_back(
             pickled = any((folder / "logs").rglob("*.pkl"))
             out = "it left a pickle, for want of XlsxWriter: install that there, and" if pickled else "to get them"
             raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; {out} run it")
-        answered, notes = open_answers(found[-1], benchmark, questions, partial=partial)
+        answered, notes, _ = open_answers(found[-1], benchmark, questions, partial=partial)
         predictions += answered
         for note in notes:
             say(note)

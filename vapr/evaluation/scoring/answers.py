@@ -6,6 +6,7 @@ authors do is the policy ``official``, in the benchmark's own file.
 """
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 from vapr.text import polarity, sentences
@@ -93,6 +94,7 @@ def final_answers(text: str) -> list[str]:
     return [*places, *reversed(sentences(text))]
 
 
+@lru_cache(maxsize=2048)  # most answers to such questions are the same few words
 def yes_or_no(text: str, policy: Policy) -> str | None:
     """Read ``"yes"`` or ``"no"``; None if the answer says neither.
 

@@ -1,0 +1,1 @@
+"""Questions -> answers of a model, kept as they come."""
