@@ -1,6 +1,7 @@
 """``vapr score``: one object for programs, a table for people, and one line for what cannot be scored."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,21 @@ def test_bad_arguments(arguments, message, file):
 def test_no_file(tmp_path):
     result = vapr(tmp_path / "none.jsonl", "--bench", "pope")
     assert result.exit_code == 2 and "none.jsonl: no such file" in result.stderr
+
+
+@pytest.mark.skipif(not os.environ.get("VAPR_REAL_DATA"), reason="VAPR_REAL_DATA is not set")
+def test_results_that_hold_their_questions_need_no_other_file():
+    """The authors' files of real models, with their published scores."""
+    real = Path(os.environ["VAPR_REAL_DATA"])
+    mmmu = vapr(real / "mmmu" / "llava1.5_13b", "--bench", "mmmu", "--policy", "official", "--json")
+    assert round(json.loads(mmmu.stdout)["accuracy"], 3) == 0.367
+    assert "questions and truths are those that stand beside the answers" in mmmu.stderr
+    for number, score in ((1, 72.8), (2, 72.7), (3, 72.1)):
+        name = real / "llava_bench" / "llava-v1.5-13b"
+        reviews = name.with_name(f"{name.name}-eval{number}.jsonl")
+        judged = vapr(f"{name}.jsonl", "--bench", "llava-bench", "--reviews", reviews, "--json")
+        assert round(json.loads(judged.stdout)["figures"]["relative_score"]["value"], 1) == score
+    letters = vapr(real / "mmmu" / "llava1.5_13b" / "total_val_output.json", "--bench", "mmmu")
+    assert letters.exit_code == 2 and "give the questions, too: --bench mmmu=PATH" in letters.stderr
+    pope = json.loads(vapr(real / "pope" / "llava-v1.5-13b.jsonl", "--bench", f"pope={real / 'pope'}", "--json").stdout)
+    assert pope["asked"] == 8910 and pope["partial"] is False

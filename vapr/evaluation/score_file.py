@@ -31,9 +31,8 @@ def score_file(
     if not file.exists():
         raise UserError(f"{file}: no such file; give predictions.jsonl, a result folder or another tool's results")
     benchmark, questions = open_benchmark(bench, pictures=False)
-    predictions, notes = open_answers(file, benchmark, questions, partial=partial)
+    predictions, notes, asked = open_answers(file, benchmark, questions, partial=partial)
     for note in notes:
         say(note)
     reviews = reviews_of(file, predictions, benchmark, judging or Judging(), partial=partial, say=say)
-    asked = None if questions is None else len(questions)
     return score(predictions, benchmark, policy, questions=asked, partial=partial, reviews=reviews)

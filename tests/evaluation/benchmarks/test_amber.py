@@ -144,7 +144,7 @@ def test_results_of_both_tasks(tmp_path):
     rows = [{"id": n, "response": "A man."} for n in (1, 2)] + [{"id": n, "response": "No"} for n in range(1005, 1014)]
     file = write_json(tmp_path / "results.json", rows[::-1])
     for benchmark, count, other in ((AMBER_D, 9, 2), (AMBER_G, 2, 9)):
-        predictions, notes = open_answers(file, benchmark, benchmark.read(folder))
+        predictions, notes, _ = open_answers(file, benchmark, benchmark.read(folder))
         assert len(predictions) == count and notes == [f"{other} answers are to AMBER's other task"]
 
 

@@ -87,7 +87,7 @@ def test_seed_bench_layouts_of_answers(keys, tmp_path):
     questions = SEED_BENCH.read(write_lines(tmp_path / "SEED-Bench.json", [seed_row(n) for n in range(9)]))
     answers = [{keys[0]: str(n), keys[1]: "B" if n else "C"} for n in range(9)] + [{keys[0]: "v7", keys[1]: "A"}]
     file = write_lines(tmp_path / "results.json", answers)
-    predictions, notes = open_answers(file, SEED_BENCH, questions)
+    predictions, notes, _ = open_answers(file, SEED_BENCH, questions)
     result = score(predictions, SEED_BENCH, "official")
     assert notes == ["1 answers about videos left out"]
     assert result["accuracy"] == pytest.approx(8 / 9) and result["splits"]["Scene Understanding"]["accuracy"] == 0

@@ -41,7 +41,7 @@ def test_results_of_the_authors_layout(tmp_path):
     questions = HALLUSIONBENCH.read(hallusionbench(tmp_path))
     rows = [row | {"model_prediction": row["gt_answer"] if n < 5 else "No."} for n, row in enumerate(HALLUSION)]
     file = write_json(tmp_path / "HallusionBench_result.json", rows[::-1])
-    predictions, _ = open_answers(file, HALLUSIONBENCH, questions)
+    predictions, _, _ = open_answers(file, HALLUSIONBENCH, questions)
     assert score(predictions, HALLUSIONBENCH, "official")["accuracy"] == 5 / 6  # "0" and "1" are official answers
     assert score(predictions, HALLUSIONBENCH, "strict")["unparsed_rate"] == 5 / 6
 
@@ -77,7 +77,7 @@ def test_bad_files(tmp_path):
     assert "row 1: 'gt_answer' is '2', not 0 (no) or 1 (yes)" in refused([row | {"gt_answer": "2"}], tmp_path)
     assert "row 2: no 'set_id'" in refused([row, {k: v for k, v in row.items() if k != "set_id"}], tmp_path)
     assert "stands twice" in refused([row, row], tmp_path)
-    assert "row 1: a JSON text, not an object" in refused(["x"], tmp_path)
+    assert "row 1: a JSON str, not an object" in refused(["x"], tmp_path)
     said = [r | {"model_prediction": "Yes"} for r in HALLUSION]
     assert "no 'model_prediction'" in refused(HALLUSION, tmp_path, results=True)
     assert "'model_prediction' is null" in refused([said[0] | {"model_prediction": None}], tmp_path, results=True)

@@ -40,12 +40,12 @@ def test_mmhal_from_its_own_layout(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([{**MMHAL[0], "question": "Who?"}], "mine.json: row 1: 'Who?' is no question of mmhal"),
-        ([{**MMHAL[0], "image_src": "other.jpg"}], "mine.json: row 1: 'What is attribute?' is no question of mmhal"),
+        ([{**MMHAL[0], "question": "Who?"}], "mine.json, row 1: 'Who?' is no question of mmhal"),
+        ([{**MMHAL[0], "image_src": "other.jpg"}], "mine.json, row 1: 'What is attribute?' is no question of mmhal"),
         ([MMHAL[0], MMHAL[0]], "question '1' of mmhal stands twice"),
         (MMHAL[:2], "2 answers to 4 questions; '3' has none"),
-        ([{k: v for k, v in MMHAL[0].items() if k != "model_answer"}], "mine.json: row 1: no 'model_answer'"),
-        ([{k: v for k, v in MMHAL[0].items() if k != "image_src"}], "mine.json: row 1: no 'image_src'"),
+        ([{k: v for k, v in MMHAL[0].items() if k != "model_answer"}], "mine.json, row 1: no 'model_answer'"),
+        ([{k: v for k, v in MMHAL[0].items() if k != "image_src"}], "mine.json, row 1: no 'image_src'"),
     ],
 )  # fmt: skip
 def test_results_that_do_not_fit(tmp_path, rows, line):
@@ -209,11 +209,11 @@ def test_questions_that_do_not_fit(tmp_path, rows, line):
     [
         ("q.csv", "q,truth\na\n", "q.csv:2: a row of another number of fields than the header has"),
         ("q.csv", 'q,truth\n"a,b\n', "q.csv:2: not a readable row"),
-        ("q.json", "{}", "q.json: a JSON dict, not a list of rows"),
-        ("q.json", "[1]", "q.json: row 1 is a JSON int, not an object with keys"),
-        ("q.json", "[", "q.json: not valid JSON"),
-        ("q.txt", "", "q.txt: a file that ends in '.txt'; questions are read from .jsonl, .json, .csv or .tsv"),
-        ("folder", None, "folder: a folder; questions are read from"),
+        ("q.json", "3", "q.json: a JSON int, not a list of rows"),
+        ("q.json", "[1]", "q.json, row 1: a JSON int, not an object with keys"),
+        ("q.json", "[", "q.json:1: not JSON"),
+        ("q.txt", "", "q.txt: a file that ends in '.txt'; rows are read from .jsonl, .json, .csv or .tsv"),
+        ("folder", None, "folder: a folder; rows are read from"),
         ("nowhere.csv", "", "nowhere.csv: no such file or folder"),
     ],
 )  # fmt: skip

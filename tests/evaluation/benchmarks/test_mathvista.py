@@ -141,7 +141,7 @@ def test_files_of_the_authors(files):
         "1": {"response": "I say blue", "extraction": "blue"}, "2": {"response": "1.24 m", "extraction": "1.24"},
     }  # fmt: skip
     (files / "output_model.json").write_text(json.dumps(answers))
-    predictions, _ = open_answers(files / "output_model.json", MATHVISTA, [first, second])
+    predictions, _, _ = open_answers(files / "output_model.json", MATHVISTA, [first, second])
     result = score(predictions, MATHVISTA, "official")
     assert result["accuracy"] == 1 and result["figures"]["algebraic reasoning"]["count"] == 2
     assert set(result["figures"]) == {"multi_choice", "free_form", "algebraic reasoning"}

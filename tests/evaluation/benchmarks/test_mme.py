@@ -62,10 +62,10 @@ def results(folder, questions, answer):
 def test_results_of_eval_tool(tmp_path):
     questions = MME.read(mme(tmp_path / "data"))
     folder = results(tmp_path / "answers", questions, lambda q: "Yes" if q.meta["split"] == "OCR" else q.answer)
-    predictions, notes = open_answers(folder, MME, questions)
+    predictions, notes, _ = open_answers(folder, MME, questions)
     assert notes == [] and score(predictions, MME)["figures"]["perception"]["value"] == 250
     # The same folder holds the questions with their truths, too.
-    predictions, _ = open_answers(folder, MME, MME.read(folder))
+    predictions, _, _ = open_answers(folder, MME, MME.read(folder))
     assert score(predictions, MME, "official")["figures"]["perception"]["value"] == 250
 
 

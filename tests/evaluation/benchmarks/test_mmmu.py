@@ -21,7 +21,7 @@ needs_real = pytest.mark.skipif(not os.environ.get("VAPR_REAL_DATA"), reason="VA
 def test_published_score_of_llava():
     """0.367 from the answers by subject, of which two are guesses, and from the file of letters."""
     questions = MMMU.read(REAL)
-    predictions, notes = open_answers(REAL / "llava1.5_13b", MMMU, questions)
+    predictions, notes, _ = open_answers(REAL / "llava1.5_13b", MMMU, questions)
     assert notes == ["total_val_output.json left aside: the subjects' own files are read"]
     result = score(predictions, MMMU, "official")
     assert len(questions) == 900 and len(result["splits"]) == 30
@@ -29,7 +29,7 @@ def test_published_score_of_llava():
     # one of the two draws is right; of four options each, half a question is to be expected
     assert result["figures"]["expected_accuracy"]["value"] == pytest.approx((330 - 1 + 2 / 4) / 900)
 
-    letters, _ = open_answers(REAL / "llava1.5_13b" / "total_val_output.json", MMMU, questions)
+    letters, _, _ = open_answers(REAL / "llava1.5_13b" / "total_val_output.json", MMMU, questions)
     total = score(letters, MMMU, "official")
     assert round(total["accuracy"], 3) == 0.367 and total["guessed"] == 0
     for policy in ("strict", "last-answer"):  # a list of all options is no answer, and "Step b" is not "B"

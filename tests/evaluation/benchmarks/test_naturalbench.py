@@ -132,5 +132,5 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match=r"three.json:1: not JSON .*is the file whole"):
         (tmp_path / "three.json").write_text('[{"Index": 1, ')
         NATURALBENCH.read(tmp_path / "three.json")
-    with pytest.raises(UserError, match="a JSON object, not the list"):
+    with pytest.raises(UserError, match="row 1: no 'Index'"):
         NATURALBENCH.read(write_json(tmp_path / "four.json", {"rows": []}))

@@ -49,7 +49,7 @@ def test_questions_of_a_folder(folder):
 def test_published_f1_of_llava():
     """LLaVA-1.5-13B: the official scorer's F1, 85.9 in the paper as the mean of the three."""
     questions = POPE.read(REAL)
-    predictions, notes = open_answers(REAL / "llava-v1.5-13b.jsonl", POPE, questions)
+    predictions, notes, _ = open_answers(REAL / "llava-v1.5-13b.jsonl", POPE, questions)
     assert notes == ["llava_pope_test.jsonl asks 8,910 of the 9,000 questions"]
     for policy in ("official", "strict", "last-answer"):
         result = score(predictions, POPE, policy)
@@ -65,7 +65,7 @@ def test_order_of_the_answers_is_nothing(tmp_path):
     lines = (REAL / "llava-v1.5-13b.jsonl").read_text().splitlines()
     (tmp_path / "answers.jsonl").write_text("\n".join(reversed(lines)))
     (tmp_path / "llava_pope_test.jsonl").write_bytes((REAL / "llava_pope_test.jsonl").read_bytes())
-    predictions, _ = open_answers(tmp_path / "answers.jsonl", POPE, POPE.read(REAL))
+    predictions, _, _ = open_answers(tmp_path / "answers.jsonl", POPE, POPE.read(REAL))
     assert round(score(predictions, POPE)["splits"]["random"]["f1"], 4) == 0.8714
 
 

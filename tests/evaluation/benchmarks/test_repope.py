@@ -29,7 +29,7 @@ def test_each_reads_its_own_files(folder):
 
 def test_answers_to_pope_are_scored_with_its_truth(folder):
     write_predictions(folder / "predictions.jsonl", answered(POPE.read(folder), lambda q: q.answer))
-    predictions, notes = open_answers(folder / "predictions.jsonl", REPOPE, REPOPE.read(folder))
+    predictions, notes, _ = open_answers(folder / "predictions.jsonl", REPOPE, REPOPE.read(folder))
     assert notes == ["answers to pope: 2 are to questions that RePOPE drops"]
     assert score(predictions, REPOPE)["accuracy"] == 12 / 14
     with pytest.raises(UserError, match="no predictions of repope; it holds pope"):
@@ -43,7 +43,7 @@ def test_answers_of_llavas_layout(folder):
     ]
     write_lines(folder / "llava_pope_test.jsonl", asked)
     file = write_lines(folder / "answers.jsonl", [{"question_id": n, "text": "Yes"} for n in range(16)])
-    predictions, notes = open_answers(file, REPOPE, REPOPE.read(folder))
+    predictions, notes, _ = open_answers(file, REPOPE, REPOPE.read(folder))
     assert len(predictions) == 14 and notes == ["2 answers are to questions that the truth drops"]
     assert score(predictions, REPOPE)["accuracy"] == 6 / 14
 
@@ -58,12 +58,12 @@ def test_answers_of_popes_own_layout(folder):
     with pytest.raises(UserError, match="no 'split', and the file's name says none of"):
         open_answers(write_lines(folder / "named.jsonl", named), POPE, questions)
     split = [row | {"split": q.meta["split"]} for row, q in zip(named, questions, strict=True)]
-    predictions, notes = open_answers(write_lines(folder / "split.jsonl", split[::-1]), POPE, questions)
+    predictions, notes, _ = open_answers(write_lines(folder / "split.jsonl", split[::-1]), POPE, questions)
     assert score(predictions, POPE)["accuracy"] == 0.5 and notes == []
     half = write_lines(folder / "answers_popular.jsonl", named[8:])
     with pytest.raises(UserError, match="8 answers to 16 questions"):
         open_answers(half, POPE, questions)
-    predictions, notes = open_answers(half, POPE, questions, partial=True)
+    predictions, notes, _ = open_answers(half, POPE, questions, partial=True)
     assert {row.split for row in predictions} == {"popular"} and notes == ["partial: 8 of 16 questions have no answer"]
     other = [row | {"image": "other.jpg"} for row in split]
     with pytest.raises(UserError, match=r"'thing1' on other.jpg is no question of POPE adversarial"):

@@ -204,7 +204,12 @@ def test_missing_pictures_are_found_before_anything_is_written(model, tmp_path):
 
 def test_what_cannot_be_taken_back(bench, tmp_path):
     out = tmp_path / "out"
-    assert "lmms-eval logged no answers to pope; run it first" in refused(take_back, [bench], "lmms-eval", out)
+    assert "lmms-eval logged no answers to pope; to get them run it" in refused(take_back, [bench], "lmms-eval", out)
+    (out / "logs" / "model").mkdir(parents=True)
+    (out / "logs" / "model" / "model_vapr_pope_openended.pkl").write_bytes(b"")
+    assert "it left a pickle, for want of XlsxWriter: install that there, and run it" in refused(
+        take_back, [bench], "vlmevalkit", out
+    )
     lmms_log(out, open_benchmark(bench)[1][:5])
     assert "5 answers to 18 questions" in refused(take_back, [bench], "lmms-eval", out, say=lambda line: None)
     take_back([bench], "lmms-eval", out, partial=True, say=lambda line: None)

@@ -52,7 +52,7 @@ def test_the_task_tells_the_split(own, tmp_path):
     rows = [(n, row) for n, row in enumerate(pope_hub_rows()) if row["category"] == "popular"]
     file = write_jsonl(tmp_path / "x_samples_pope_pop.jsonl", shuffled([lmms_sample(n, row, "No") for n, row in rows]))
     benchmark, questions = open_benchmark(f"pope={own}")
-    predictions, _ = open_answers(file, benchmark, questions, partial=True)
+    predictions, _, _ = open_answers(file, benchmark, questions, partial=True)
     assert {prediction.split for prediction in predictions} == {"popular"} and len(predictions) == 6
 
 
@@ -82,24 +82,38 @@ def test_the_models_own_words_are_read(own, tmp_path):
     rows[0] |= {"resps": ["<think>Is it? Yes.</think> No"], "filtered_resps": "No"}
     rows[1] |= {"resps": ["No", "Yes"], "filtered_resps": ["No", "Yes"]}
     benchmark, questions = open_benchmark(f"pope={own}")
-    predictions, notes = open_answers(write_jsonl(tmp_path / "x_samples_pope.jsonl", rows), benchmark, questions)
+    predictions, notes, _ = open_answers(write_jsonl(tmp_path / "x_samples_pope.jsonl", rows), benchmark, questions)
     by_id = {prediction.id: prediction.prediction for prediction in predictions}
     assert by_id["adversarial-1"] == "<think>Is it? Yes.</think> No" and by_id["adversarial-2"] == "No"
     assert "1 samples hold several responses; the first of each is read" in notes[-1]
+
+
+def test_a_log_of_pope_is_scored_with_repopes_truths(own, tmp_path):
+    """RePOPE calls the second question's truth a mistake, and drops the first."""
+    (tmp_path / "re").mkdir()
+    for split in ("adversarial", "popular", "random"):
+        rows = [json.loads(line) for line in (own / f"coco_pope_{split}.json").read_text().splitlines()][1:]
+        rows[0]["label"] = "yes"
+        write_jsonl(tmp_path / "re" / f"coco_repope_{split}.json", rows)
+    notes: list[str] = []
+    file = write_jsonl(tmp_path / "x_samples_pope.jsonl", shuffled(samples()))
+    result = score_file(file, f"repope={tmp_path / 're'}", say=notes.append)
+    assert result["questions"] == 15 and result["splits"]["popular"]["accuracy"] == pytest.approx(4 / 5)
+    assert "answers to pope; 3 are to questions that repope drops" in notes[1]
 
 
 @needs_real
 def test_real_answers_of_llava_as_a_log_give_the_published_f1(tmp_path):
     """LLaVA-1.5-13B's answers, shuffled, as lmms-eval would have logged them: no picture, no split, ids without one."""
     questions = POPE.read(REAL)
-    predictions, _ = open_answers(REAL / "llava-v1.5-13b.jsonl", POPE, questions)
+    predictions, _, _ = open_answers(REAL / "llava-v1.5-13b.jsonl", POPE, questions)
     said = {prediction.id: prediction.prediction for prediction in predictions}
     rows = [
         lmms_sample(n, {"question_id": q.id.split("-")[1], "question": q.question, "answer": q.answer}, said[q.id])
         for n, q in enumerate(questions) if q.id in said
     ]  # fmt: skip
     file = write_jsonl(tmp_path / "x_samples_pope.jsonl", shuffled(rows))
-    joined, _ = open_answers(file, POPE, [q for q in questions if q.id in said])
+    joined, _, _ = open_answers(file, POPE, [q for q in questions if q.id in said])
     splits = score(joined, POPE, "official")["splits"]
     assert {name: round(part["f1"], 4) for name, part in splits.items()} == {
         "adversarial": 0.8446,

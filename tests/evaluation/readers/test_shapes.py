@@ -7,10 +7,9 @@ from tests.evaluation.readers.tool_files import number_of, shuffled, write_jsonl
 from vapr.evaluation.benchmarks import BENCHMARKS
 from vapr.evaluation.readers.open import open_answers, open_benchmark
 from vapr.evaluation.readers.pictures import missing_images
+from vapr.evaluation.readers.shapes import SHAPES
 from vapr.evaluation.scoring.prediction import Question
 
-HUB_CASES = [case for case in HUB if case.split(",")[0] in BENCHMARKS]
-TABLE_CASES = [case for case in TABLES if case in BENCHMARKS]
 NOT_COMPARED = ("image", "together", "skills")
 """Keys of ``meta`` that tell of the picture's name, of what else the file holds, or that a tool rewrites."""
 
@@ -30,7 +29,7 @@ def own_of(case: str, write, folder) -> list[Question]:
     return opened(case, write(folder / "own"))
 
 
-@pytest.mark.parametrize("case", HUB_CASES)
+@pytest.mark.parametrize("case", HUB)
 def test_data_sets_of_the_hub_ask_what_the_authors_files_ask(case, tmp_path):
     rows, write_own = HUB[case]
     own = own_of(case, write_own, tmp_path)
@@ -39,7 +38,7 @@ def test_data_sets_of_the_hub_ask_what_the_authors_files_ask(case, tmp_path):
     assert missing_images(questions) == []
 
 
-@pytest.mark.parametrize("case", TABLE_CASES)
+@pytest.mark.parametrize("case", TABLES)
 def test_tables_of_vlmevalkit_ask_what_the_authors_files_ask(case, tmp_path):
     rows, write_own = TABLES[case]
     own = own_of(case, write_own, tmp_path)
@@ -60,13 +59,12 @@ PICTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", HUB_CASES)
+@pytest.mark.parametrize("case", HUB)
 def test_pictures_of_data_sets_stay_with_their_questions(case, tmp_path):
     questions = opened(case, write_parquet(tmp_path / "rows.parquet", HUB[case][0]()))
     assert sorted([number_of(image) for image in q.images] for q in questions if q.images) == sorted(PICTURES[case])
 
 
-@pytest.mark.skipif("mme" not in BENCHMARKS, reason="its questions are read elsewhere")
 def test_pictures_of_mme_without_names(tmp_path):
     rows = [{key: value for key, value in row.items() if key != "image_path"} for row in TABLES["mme"][0]()]
     questions = opened("mme", write_tsv(tmp_path / "mme.tsv", rows))
@@ -74,13 +72,13 @@ def test_pictures_of_mme_without_names(tmp_path):
     assert len({q.meta["image"] for q in questions}) == 2
 
 
-@pytest.mark.parametrize("case", TABLE_CASES)
+@pytest.mark.parametrize("case", TABLES)
 def test_pictures_of_tables_stay_with_their_questions(case, tmp_path):
     questions = opened(case, write_tsv(tmp_path / "rows.tsv", TABLES[case][0]()))
     assert sorted([number_of(image) for image in q.images] for q in questions) == sorted(PICTURES[case])
 
 
-@pytest.mark.parametrize("case", TABLE_CASES)
+@pytest.mark.parametrize("case", TABLES)
 @pytest.mark.parametrize("asked", ["the table", "the authors' files"])
 def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
     rows, write_own = TABLES[case]
@@ -91,7 +89,7 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
         for row in rows()
     ]
     file = write_tsv(tmp_path / "m_DATA.tsv", shuffled(results))
-    predictions, notes = open_answers(file, BENCHMARKS[case], questions, partial=True)
+    predictions, notes, _ = open_answers(file, BENCHMARKS[case], questions, partial=True)
     assert len(predictions) == sum("dev_" not in str(row.get("id")) for row in rows())
     for prediction in predictions:
         question = next(question for question in questions if question.id == prediction.id)
@@ -100,7 +98,7 @@ def test_answers_of_vlmevalkit_find_their_questions(case, asked, tmp_path):
     assert ("1 rows are no questions of MMMU" in " ".join(notes)) == (case == "mmmu")
 
 
-@pytest.mark.parametrize("case", [case for case in LOGS if case in BENCHMARKS])
+@pytest.mark.parametrize("case", LOGS)
 def test_logs_of_lmms_eval_find_their_questions(case, tmp_path):
     log, write_own = LOGS[case]
     own = own_of(case, write_own, tmp_path)
@@ -109,7 +107,7 @@ def test_logs_of_lmms_eval_find_their_questions(case, tmp_path):
         for n, (asked, record, target) in enumerate(log())
     ]
     file = write_jsonl(tmp_path / f"20260801_120000_samples_{case}.jsonl", shuffled(samples))
-    predictions, notes = open_answers(file, BENCHMARKS[case], own)
+    predictions, notes, _ = open_answers(file, BENCHMARKS[case], own)
     assert notes == [f"{file}: read as a log of lmms-eval"]
     # the rows are in the order of the authors' files, which MME's folders turn round
     in_order = [f"answer {n}" for n in ((2, 3, 0, 1) if case == "mme" else range(len(samples)))]
@@ -120,7 +118,6 @@ def test_logs_of_lmms_eval_find_their_questions(case, tmp_path):
         assert expected == in_order
 
 
-@pytest.mark.skipif("cv-bench" not in BENCHMARKS, reason="its questions are read elsewhere")
 def test_a_folder_with_both_tables_of_cv_bench(tmp_path):
     rows = TABLES["cv-bench"][0]()
     write_tsv(tmp_path / "CV-Bench-2D.tsv", [{**row, "index": n} for n, row in enumerate(rows[:2])])
@@ -128,3 +125,10 @@ def test_a_folder_with_both_tables_of_cv_bench(tmp_path):
     questions = opened("cv-bench", tmp_path)
     assert [q.id for q in questions] == ["2D-0", "2D-1", "3D-0"]
     assert [number_of(q.images[0]) for q in questions] == [0, 1, 2]
+
+
+def test_shapes_are_of_benchmarks_and_tell_themselves_apart():
+    assert set(SHAPES) <= set(BENCHMARKS)
+    for shapes in SHAPES.values():
+        for shape in shapes:
+            assert next(other for other in shapes if other.fits(shape.needs)) is shape

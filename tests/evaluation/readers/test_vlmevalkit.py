@@ -128,7 +128,7 @@ def test_excel_cells_that_are_no_text(tsv, tmp_path):
     rows[0]["prediction"], rows[1]["prediction"], rows[2]["prediction"] = None, 1, "Yes_x000D_\nindeed"
     rows[3]["prediction"] = "Failed to obtain answer via API."
     benchmark, questions = open_benchmark(f"pope={tsv}")
-    predictions, notes = open_answers(write_xlsx(tmp_path / "m_POPE.xlsx", rows), benchmark, questions)
+    predictions, notes, _ = open_answers(write_xlsx(tmp_path / "m_POPE.xlsx", rows), benchmark, questions)
     said = {prediction.id: prediction.prediction for prediction in predictions}
     assert said["random-tsv-0"] == "" and said["adversarial-tsv-1"] == "1" and said["random-tsv-2"] == "Yes\r\nindeed"
     assert "3 answers are empty; they count as unparsed" in notes[1]
@@ -269,3 +269,18 @@ def test_a_table_that_names_no_pictures_is_not_joined_by_guess(tmp_path):
         match=r"could answer 2 questions \('random-1', 'random-7', ...\), and its row names no picture; give the tool's own questions: --bench pope=PATH",
     ):
         score_file(write_tsv(tmp_path / "m_POPE.tsv", said), f"pope={own}", partial=True)
+
+
+def test_a_table_that_names_pictures_is_joined_by_them(tmp_path):
+    """The authors' ids are others, and the same thing is asked about both pictures with the same truth."""
+    asked = "Is there a person in the image?"
+    (tmp_path / "own").mkdir()
+    own = [{"question_id": n, "image": f"COCO_val2014_{n}.jpg", "text": asked, "label": "yes"} for n in (1, 2)]
+    write_jsonl(tmp_path / "own" / "coco_pope_random.json", own)
+    rows = [
+        {"index": 7 - n, "question": asked, "answer": "Yes", "category": "random", "image_path": f"val2014/COCO_val2014_{n}.jpg", "prediction": said}
+        for n, said in ((2, "No"), (1, "Yes"))
+    ]  # fmt: skip
+    benchmark, questions = open_benchmark(f"pope={tmp_path / 'own'}")
+    predictions, _, _ = open_answers(write_tsv(tmp_path / "m_POPE.tsv", rows), benchmark, questions)
+    assert {prediction.id: prediction.prediction for prediction in predictions} == {"random-1": "Yes", "random-2": "No"}

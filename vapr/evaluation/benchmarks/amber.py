@@ -7,7 +7,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Results
-from vapr.evaluation.benchmarks.json_files import read_json, read_objects, text_of
+from vapr.evaluation.benchmarks.rows import read_json, read_objects, text_of
 from vapr.evaluation.scoring.prediction import Prediction, Question
 
 PLACES = ("image", "images")

@@ -6,7 +6,7 @@ from pathlib import Path
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.amber import PLACES, annotated, folder_of, read_results
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, yes_no_gold
-from vapr.evaluation.benchmarks.json_files import picture
+from vapr.evaluation.benchmarks.rows import picture
 from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
 from vapr.evaluation.scoring.figures import Figure

@@ -19,7 +19,7 @@ import numpy as np
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.amber import PLACES, annotated, folder_of, read_results, relations
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row
-from vapr.evaluation.benchmarks.json_files import picture
+from vapr.evaluation.benchmarks.rows import picture
 from vapr.evaluation.scoring.answers import Policy, after_reasoning
 from vapr.evaluation.scoring.figures import Figure, numbered, of_counts
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids

@@ -119,6 +119,7 @@ class Benchmark:
         headline: the figure that people quote: a key of ``figures``, or a common one.
         split: the part of the set that a question belongs to.
         read_results: reads the authors' own layout of results, given the questions.
+        questions_in_results: reads questions with their truths from that layout, where it holds them.
         relabels: the benchmark whose answers count as answers to this one: only the truth differs.
         scored: None, or why answers alone cannot be scored (a judge is needed, the truth is withheld).
         lacks: why these answers cannot be read under a policy, None if they can.
@@ -138,6 +139,7 @@ class Benchmark:
     headline: str = "accuracy"
     split: Callable[[Prediction], str | None] = by_split
     read_results: Callable[[Path, Sequence[Question]], Results] | None = None
+    questions_in_results: Callable[[Path], list[Question]] | None = None
     relabels: str | None = None
     scored: str | None = None
     lacks: Callable[[Sequence[Prediction], Policy], str | None] = lacks_nothing

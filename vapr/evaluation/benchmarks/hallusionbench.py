@@ -9,7 +9,7 @@ from typing import Any
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
 from vapr.evaluation.benchmarks.groups import all_right, grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture, read_objects, text_of
+from vapr.evaluation.benchmarks.rows import picture, read_objects, text_of
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, share
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -72,6 +72,11 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
         answer = Prediction.of(by_id[_id(row)], text_of(row, "model_prediction", where))
         predictions.append(replace(answer, question=str(row.get("question") or answer.question)))
     return Results(predictions)
+
+
+def questions_in_results(path: Path) -> list[Question]:
+    """Read the questions of ``HallusionBench_result.json``, whose truths stand beside the answers."""
+    return read(path / "HallusionBench_result.json" if path.is_dir() else path)
 
 
 def read_answer(prediction: Prediction, policy: Policy) -> Reading:
@@ -164,6 +169,7 @@ HALLUSIONBENCH = Benchmark(
     headline="a_acc",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=questions_in_results,
     note="Official scores are GPT-4's judgement of free answers; here an answer is the yes or no that it says, and one "
     "that says neither is wrong. Under 'official' it is right, and counted as guessed, where no picture was given.",
 )

@@ -24,7 +24,7 @@ from typing import Any
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import NEEDS_A_JUDGE, Benchmark, Judged, Results, reference, unread
 from vapr.evaluation.benchmarks.judge_set_config import PLACEHOLDER, JudgeSetConfig
-from vapr.evaluation.benchmarks.question_rows import read_rows, text_of
+from vapr.evaluation.benchmarks.rows import read_rows
 from vapr.evaluation.scoring import verdicts
 from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -95,10 +95,14 @@ def read(config: JudgeSetConfig, path: Path) -> list[Question]:
 
 
 def _value(row: Mapping[str, Any], role: str, column: str, where: str) -> str | None:
+    """Return a value as a judge reads it, lists with commas; None for none and for an empty text."""
     if column not in row and role not in ("reference", "prediction"):
         has = ", ".join(map(repr, list(row)[:8])) or "nothing"
         raise UserError(f"{where}: no '{column}' (it has {has}); the set's columns.{role} names it")
-    return text_of(row.get(column))
+    value = row.get(column)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return None if value is None or not str(value).strip() else str(value)
 
 
 def _picture_name(image: str) -> str:

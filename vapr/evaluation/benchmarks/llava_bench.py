@@ -109,6 +109,17 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
     return Results(predictions)
 
 
+def questions_in_results(path: Path) -> list[Question]:
+    """Read the questions that stand beside answers as LLaVA writes them: enough to score stored reviews."""
+    questions = []
+    for number, row in read_json_lines(path):
+        _need(row, ("question_id", "prompt"), f"{path}:{number}")
+        id = str(row["question_id"])
+        questions.append(Question(benchmark="llava-bench", id=id, question=str(row["prompt"]), answer=None))
+    check_ids(questions, path)
+    return questions
+
+
 def read_reviews(path: Path) -> list[Review]:
     """Read reviews as LLaVA writes them: ``question_id``, ``content``, and ``tuple``, the two scores read from it.
 
@@ -177,6 +188,7 @@ LLAVA_BENCH = Benchmark(
     read_answer=unread,
     headline="relative_score",
     read_results=read_results,
+    questions_in_results=questions_in_results,
     scored=NEEDS_A_JUDGE,
     note="Reviews that failed or cannot be read are left out and counted. Only scores of one judge under one prompt "
     "compare: vapr's prompt is its own, and the GPT-4 of the published scores is gone.",

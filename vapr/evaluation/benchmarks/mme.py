@@ -9,7 +9,7 @@ import numpy as np
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
 from vapr.evaluation.benchmarks.groups import grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture
+from vapr.evaluation.benchmarks.rows import picture
 from vapr.evaluation.scoring.answers import Policy, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, of_counts, share
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids
@@ -167,6 +167,7 @@ MME = Benchmark(
     headline="perception",
     check_groups=check_groups,
     read_results=read_results,
+    questions_in_results=read,
     note="Points are sums over the tasks that are there: 2,000 of perception and 800 of cognition at most. The "
     "official rule finds 'no' in the first four letters of 'I know', too; such readings count as guessed.",
 )

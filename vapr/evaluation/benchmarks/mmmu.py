@@ -110,17 +110,30 @@ def read_results(path: Path, questions: Sequence[Question]) -> Results:
     that were read already, guesses cannot be told.
     """
     by_id = {question.id: question for question in questions}
-    files, notes = [path], []
-    if path.is_dir():
-        files = sorted(path.glob("*/output.json"))
-        total = [file for file in sorted(path.glob("*.json")) if files]
-        files = files or files_of(
-            path, ("total*.json", "output.json"), "the authors' layout: a folder for each subject"
-        )
-        notes = [f"{file.name} left aside: the subjects' own files are read" for file in total]
+    files, notes = _result_files(path)
     predictions = [_answer(id, row, where, by_id) for file in files for id, row, where in _answers(file)]
     check_ids(predictions, path)
     return Results(predictions, notes=notes)
+
+
+def questions_in_results(path: Path) -> list[Question]:
+    """Read the truths that ``output.json`` holds beside the answers; one file of answers by id holds none."""
+    questions = []
+    for id, row, where in (answer for file in _result_files(path)[0] for answer in _answers(file)):
+        require(row, where, ("answer", "question_type"), "an answer that holds its truth")
+        meta = {"split": _subject(id), "question_type": row["question_type"]}
+        questions.append(Question(benchmark="mmmu", id=id, question="", answer=row["answer"], meta=meta))
+    check_ids(questions, path)
+    return questions
+
+
+def _result_files(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of results, and what is said of others."""
+    if not path.is_dir():
+        return [path], []
+    if files := sorted(path.glob("*/output.json")):
+        return files, [f"{file.name} left aside: the subjects' own files are read" for file in path.glob("*.json")]
+    return files_of(path, ("total*.json", "output.json"), "the authors' layout: a folder for each subject"), []
 
 
 def _answers(file: Path) -> list[tuple[str, Mapping[str, Any], str]]:
@@ -236,6 +249,7 @@ MMMU = Benchmark(
     figures=figures,
     split=split,
     read_results=read_results,
+    questions_in_results=questions_in_results,
     note=(
         "The official rule draws an option where it reads none: such answers are guessed, and expected_accuracy is the "
         "score without the luck of the draw. Under the other policies any text answers an open question whose truth is "

@@ -12,7 +12,7 @@ from typing import Any
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, letter_gold, options_of, yes_no_gold
 from vapr.evaluation.benchmarks.groups import all_right, grouped, refuse_parts
-from vapr.evaluation.benchmarks.json_files import picture, read_objects, text_of
+from vapr.evaluation.benchmarks.rows import picture, read_objects, text_of
 from vapr.evaluation.scoring.answers import Policy, states, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered, share
 from vapr.evaluation.scoring.letters import letter

@@ -9,7 +9,7 @@ import numpy as np
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, yes_no_gold
-from vapr.evaluation.benchmarks.json_files import picture, text_of
+from vapr.evaluation.benchmarks.rows import picture, text_of
 from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.answers import Policy, states, yes_or_no
 from vapr.evaluation.scoring.figures import Figure, numbered

@@ -80,8 +80,10 @@ def take_back(
         benchmark, questions = open_benchmark(bench, pictures=False)
         found = TOOLS[tool].logs(folder, benchmark.name)
         if not found:
-            raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; run it first")
-        answered, notes = open_answers(found[-1], benchmark, questions, partial=partial)
+            pickled = any((folder / "logs").rglob("*.pkl"))
+            out = "it left a pickle, for want of XlsxWriter: install that there, and" if pickled else "to get them"
+            raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; {out} run it")
+        answered, notes, _ = open_answers(found[-1], benchmark, questions, partial=partial)
         predictions += answered
         for note in notes:
             say(note)

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks import BENCHMARKS, judge_set
@@ -15,6 +16,14 @@ from vapr.evaluation.readers.shapes import SHAPES
 from vapr.evaluation.readers.tables import DATASET_SUFFIXES, Table, is_data_set, open_table
 from vapr.evaluation.score import of_benchmark, with_truth
 from vapr.evaluation.scoring.prediction import Prediction, Question, read_json_lines, read_predictions
+
+
+class Answers(NamedTuple):
+    """Answers to a benchmark: lines on what was read and left out, and how many were asked for; None if unknown."""
+
+    predictions: list[Prediction]
+    notes: list[str]
+    num_asked: int | None
 
 
 def open_benchmark(bench: str, *, pictures: bool = True) -> tuple[Benchmark, list[Question] | None]:
@@ -72,28 +81,38 @@ def _no_shape(table: Table, shapes: Sequence[Shape], benchmark: Benchmark) -> Us
 
 def open_answers(
     file: Path, benchmark: Benchmark, questions: Sequence[Question] | None, *, partial: bool = False
-) -> tuple[list[Prediction], list[str]]:
-    """Read the answers to a benchmark, joined with its questions if they are given.
-
-    Returns:
-        The predictions, and lines on what was read and left out.
+) -> Answers:
+    """Read the answers to a benchmark, joined with its questions if they are given or stand beside the answers.
 
     Raises:
         UserError: if the file cannot be used, or questions have no answer unless ``partial``.
     """
     if _is_own(file):
         results = _own(file, benchmark, questions)
-    elif questions is None:
-        raise UserError(f"{file}: no predictions.jsonl of vapr; give the questions, too: --bench {benchmark.name}=PATH")
+        if questions is None:
+            return Answers(list(results.predictions), list(results.notes), None)
     else:
+        own = questions is None
+        questions = _questions_beside(file, benchmark) if questions is None else questions
         results = _read_results(file, benchmark, questions)
-    if questions is None:
-        return list(results.predictions), list(results.notes)
+        if own:
+            results = _with_note(results, f"{file}: questions and truths are those that stand beside the answers")
     asked = questions if results.asked is None else results.asked
     predictions = with_truth(results.predictions, asked, str(file), partial=partial)
     missing = len(asked) - len(predictions)
     notes = [f"partial: {missing:,} of {len(asked):,} questions have no answer"] if missing else []
-    return predictions, [*results.notes, *notes]
+    return Answers(predictions, [*results.notes, *notes], len(asked))
+
+
+def _questions_beside(file: Path, benchmark: Benchmark) -> list[Question]:
+    """Return the questions that results of the benchmark's authors hold."""
+    missing = UserError(f"{file}: no predictions.jsonl of vapr; give the questions, too: --bench {benchmark.name}=PATH")
+    if benchmark.questions_in_results is None:
+        raise missing
+    try:
+        return benchmark.questions_in_results(file)
+    except UserError as error:
+        raise UserError(f"{missing} (no questions in it: {error})") from None
 
 
 def _read_results(file: Path, benchmark: Benchmark, questions: Sequence[Question]) -> Results:

@@ -24,6 +24,8 @@ def refuse_judged(file: Path) -> None:
     """
     if file.suffix == ".pkl":
         raise UserError(f"{file}: a pickle can run code and is not read; give VLMEvalKit's MODEL_DATASET.xlsx")
+    if file.suffix == ".json":
+        return  # authors of benchmarks, too, call theirs HallusionBench_result.json
     if ending := next((ending for ending in JUDGED if file.stem.endswith(f"_{ending}")), None):
         answers = file.stem.removesuffix(f"_{ending}")
         raise UserError(
