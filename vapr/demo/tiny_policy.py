@@ -18,6 +18,8 @@ QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+import os
+POS=float(os.environ.get("POS","1"))
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
@@ -43,8 +45,9 @@ LLAVA_TEMPLATE = (
 
 
 def build_tiny_policy(
-    family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000, **sizes: Any
-) -> Path:
+    family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000,
+    rope_theta: float = 10_000.0, vision: dict[str, Any] | None = None, **sizes: Any,
+) -> Path:  # fmt: skip
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
@@ -53,6 +56,8 @@ def build_tiny_policy(
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
+        rope_theta: base of the rotary positions of the Qwen families' text model. Their axis of image columns has the
+            lowest frequencies; in a small picture neighbouring columns are far enough apart for a low base only.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
@@ -64,7 +69,10 @@ def build_tiny_policy(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = _llava(tokenizer, text) if family == "llava" else _qwen(family, tokenizer, text)
+    model = _llava(tokenizer, text, vision or {}) if family == "llava" else _qwen(family, tokenizer, text, rope_theta)
+    if family == "llava":  # beside those of its patches, CLIP's position embeddings are too small to be told apart
+        with torch.no_grad():
+            model.model.vision_tower.embeddings.position_embedding.weight.mul_(POS)
     model.save_pretrained(folder)
     if family == "llava":
         side = model.config.vision_config.image_size
@@ -73,7 +81,7 @@ def build_tiny_policy(
                 size={"shortest_edge": side}, crop_size={"height": side, "width": side}
             ),
             tokenizer=tokenizer,
-            patch_size=14,
+            patch_size=model.config.vision_config.patch_size,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
             chat_template=LLAVA_TEMPLATE,
@@ -141,10 +149,11 @@ def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tra
     )  # fmt: skip
 
 
-def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]) -> transformers.PreTrainedModel:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
-    )
+def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], sizes: dict[str, Any]) -> transformers.PreTrainedModel:
+    vision = transformers.CLIPVisionConfig(**{
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56,
+        "patch_size": 14, **sizes,
+    })
     ids = tokenizer.get_vocab()
     special: dict[str, Any] = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
     config = transformers.LlavaConfig(
@@ -158,12 +167,12 @@ def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 
 
 def _qwen(
-    family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
+    family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], rope_theta: float
 ) -> transformers.PreTrainedModel:
     ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    mrope = {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": sections}
     text_config = {
         **text, "rope_parameters": mrope, "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
