@@ -35,7 +35,13 @@ def imports(path: Path) -> set[str]:
         ("deepspeed", {"vapr/training/engine.py"}),
         ("vllm", {"vapr/editing/llm/vllm_offline.py"}),
         ("openai", {"vapr/editing/llm/server.py"}),
-        ("click", {"vapr/cli.py"}),
+        (
+            "click",
+            {
+                f"vapr/cli/{name}.py"
+                for name in ("evaluation_commands", "main", "options", "pair_commands", "training_commands")
+            },
+        ),
         ("datasets", {"vapr/data/table_rows.py"}),
         ("pickle", set()),
     ],

@@ -1,0 +1,5 @@
+"""``python -m vapr.cli``."""
+
+from vapr.cli.main import main
+
+main()

@@ -1,0 +1,65 @@
+"""The ``vapr`` command: parses and calls, nothing else. Torch loads only when a command needs it."""
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from vapr import __version__
+from vapr.cli import evaluation_commands, pair_commands, training_commands
+from vapr.errors import UserError
+from vapr.interrupts import Stopped
+
+
+class _Mistake(click.ClickException):
+    """A user's mistake: one line on stderr, never wrapped, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"Error: {' '.join(self.message.split())}", err=True)
+
+
+class _Commands(click.Group):
+    """Commands that show a user's mistake, a full disk and an early end as one line instead of a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            raise _Mistake(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
+                raise
+            problem = "no space left" if error.errno == errno.ENOSPC else "this name is too long for a file"
+            raise _Mistake(f"{error.filename or 'the output'}: {problem}") from None
+        except Stopped as stopped:
+            click.echo(f"Stopped: {stopped}", err=True)
+            sys.exit(stopped.exit_code)
+
+
+def _quiet_libraries() -> None:
+    """Silence other libraries' start-up chatter, which is not for our users; their errors still are."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # transformers imports deepspeed wherever it is installed, which then announces that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Align vision-language models with preference pairs: packed, exact, fast."""
+    _quiet_libraries()
+
+
+for _command in (*training_commands.COMMANDS, *pair_commands.COMMANDS, *evaluation_commands.COMMANDS):
+    main.add_command(_command)

@@ -1,0 +1,139 @@
+"""Commands that train, and what belongs to a run."""
+
+import json
+import shlex
+from functools import partial
+from pathlib import Path
+
+import click
+
+from vapr.cli.options import (
+    A_PATH,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    config_argument,
+    json_option,
+    page_option,
+    set_option,
+)
+from vapr.errors import UserError
+
+
+@click.command()
+@config_argument
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in run_dir.")
+@set_option
+def train(config: Path, resume: bool, overrides: tuple[str, ...]) -> None:
+    """Train the policy that CONFIG (a YAML file) describes."""
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr.training import trainer
+
+    trainer.train(run_config, resume=resume)
+
+
+@click.command()
+@config_argument
+@set_option
+@click.option("--limit", type=AT_LEAST_1, help="Read about so many rows only, chosen at random.")
+@json_option
+def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+    """Show what is read for CONFIG: rows, images, tokens, what sharing saves, what is skipped and why."""
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr.batches import survey
+
+    results = {"train": survey.survey(run_config, "train", limit)}
+    if run_config.data.eval is not None:
+        results["eval"] = survey.survey(run_config, "eval", limit)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        for name, result in results.items():
+            click.echo(f"data.{name}\n{survey.show(result)}")
+    if warning := survey.rows_in_both(run_config):
+        click.echo(warning, err=True)
+    for name, result in results.items():
+        if stopping := survey.stops_training(run_config, result):
+            raise UserError(f"data.{name}: vapr train would stop at {stopping}")
+
+
+@click.command()
+@config_argument
+@set_option
+@json_option
+def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Build the reference cache (and with features.cache the image features) of CONFIG ahead of training."""
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr.training import fill_caches
+
+    result = fill_caches.prepare(run_config, partial(click.echo, err=as_json))
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for name in ("reference", "features"):
+        if counts := result.get(name):
+            counted = f"{counts['found']:,} found, {counts['computed']:,} computed, {counts['on disk']:,} on disk"
+            click.echo(f"{name:<10} {counted} ({counts['folder']})")
+    if result["skipped"]:
+        click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
+    click.echo(f"next       vapr train {shlex.quote(str(config))}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=A_PATH)
+@page_option("the curves overlaid")
+@json_option
+def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Show the held-out figures of several run folders side by side, and what differs in their configs."""
+    from vapr.pages import compare, runs_side_by_side
+
+    opened = runs_side_by_side.read_runs(runs)
+    result = runs_side_by_side.compare(opened)
+    if out is not None:
+        compare.write_compare_page(out, opened, result)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=str))
+        return
+    runs_side_by_side.show(opened, result)
+    if out is not None:
+        click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.argument("run", type=A_PATH)
+@click.option("--out", required=True, type=A_PATH, help="New folder for the model.")
+@click.option("--adapter", is_flag=True, help="Write the PEFT adapter instead of merged weights.")
+@click.option(
+    "--checkpoint", "which", default="last", show_default=True, metavar="last|best|STEP",
+    help="The newest checkpoint, the one with the best held-out figure, or one by name such as step-000100.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the written weights. [default: policy.dtype]"
+)
+def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -> None:
+    """Write the model of RUN as a Hugging Face folder: merged weights, or its adapter.
+
+    RUN is a run's folder, finished or not, or one of its checkpoints.
+    """
+    from vapr.training.export import export
+
+    export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
+    click.echo(f"wrote {out}; {out / 'README.md'} says how to load it")
+
+
+@click.command()
+@click.option("--out", default=Path("demo-out"), type=A_PATH, show_default=True, help="A new or empty folder.")
+@click.option("--seed", default=0, type=AT_LEAST_0, show_default=True, help="Seed of pictures, weights and order.")
+def demo(out: Path, seed: int) -> None:
+    """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
+    from vapr.demo.run import run_demo
+
+    run_demo(out, seed)
+
+
+COMMANDS = (train, data, prepare, compare, export, demo)

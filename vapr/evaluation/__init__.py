@@ -1,0 +1,1 @@
+"""Answers of models to benchmarks: generated, read, scored and compared."""

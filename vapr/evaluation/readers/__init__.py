@@ -1,0 +1,1 @@
+"""Files that other evaluation harnesses write, read as questions and predictions."""
