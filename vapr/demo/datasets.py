@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs, write_pairs
-from vapr.data.sources import read_pairs
 from vapr.demo.questions import CATEGORIES, Question, ask
 from vapr.demo.scenes import Scene, draw, random_scene
 from vapr.editing.config import EditConfig, PlanConfig
@@ -18,6 +18,9 @@ from vapr.editing.job.start import Start
 
 KINDS_CATEGORY = Path(__file__).parent / "kinds.yaml"
 """The category that the demo adds to those of ``vapr edit``."""
+
+MOST = 3
+"""Most things in a picture."""
 
 CLAUSE = " in the picture."
 """What a length-biased rejected answer ends with, besides its error: true or not, it only makes the answer longer."""
@@ -66,10 +69,6 @@ def draw_pictures(
     return found
 
 
-MOST = 4
-"""Most things in a picture."""
-
-
 def contents(scene: Scene) -> frozenset[tuple[str, int, int]]:
     """Return what a picture shows where; two pictures of the same contents are the same to every question."""
     return frozenset((thing.name, thing.column, thing.row) for thing in scene.things)
@@ -96,3 +95,49 @@ def edit(instructions: Path, out: Path, seed: int, say: Callable[[str], None]) -
     """Make pairs with the rules editor, as ``vapr edit`` does; return the job's ledger."""
     config = EditConfig(seed=seed, plan=PlanConfig(add_categories=[str(KINDS_CATEGORY)]))
     return run(Start(source=str(instructions), folder=out, config=config), say)
+
+
+def subset(pairs: Pairs, pictures: int) -> list[dict[str, Any]]:
+    """Return rows of the pairs about the first pictures, so that smaller sets lie inside larger ones."""
+    return [_row(pair) for pair in pairs if int(Path(str(pair.images[0])).stem) < pictures]
+
+
+def length_biased(pairs: Pairs) -> list[dict[str, Any]]:
+    """Return the same pairs with rejected answers that are longer, besides being wrong: length tells them, too."""
+    rows = [_row(pair) for pair in pairs]
+    return [{**row, "rejected": row["rejected"].removesuffix(".") + CLAUSE, } for row in rows]
+
+
+def write_set(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write ``pairs.jsonl`` into a folder; return the file."""
+    folder.mkdir(exist_ok=True)
+    write_pairs(folder / "pairs.jsonl", rows)
+    return folder / "pairs.jsonl"
+
+
+def _row(pair: PreferencePair) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "images": [str(pair.images[0])],
+        "prompt": list(pair.prompt),
+        "chosen": pair.chosen[0]["content"][0]["text"],
+        "rejected": pair.rejected[0]["content"][0]["text"],
+        "category": pair.category,
+    }
+
+
+def without_rejected(asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Return rows of questions with true answers; sft and the held-out questions have no use for rejected ones."""
+    return [
+        {
+            "id": f"{number:06d}",
+            "images": [f"{one.picture:05d}.png"],
+            "prompt": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.question.text}]}
+            ],
+            "chosen": one.question.answer,
+            "rejected": "-",
+            "category": one.question.category,
+        }
+        for number, one in enumerate(asked)
+    ]  # fmt: skip

@@ -15,10 +15,10 @@ CATEGORIES: tuple[Category, ...] = ("existence", "colour", "kind", "count", "sid
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PHRASINGS: dict[Category, tuple[str, ...]] = {
     "existence": ("{value}.", "{value}, there is{negation}.", "{value}, it is{negation} there."),
-    "colour": ("{value}.", "It is {value}.", "The {subject} is {value}.", "The color is {value}."),
+    "colour": ("It is {value}.", "The {subject} is {value}.", "The color is {value}."),
     "kind": ("A {value}.", "It is a {value}.", "The {subject} toy is a {value}."),
-    "count": ("{value}.", "There are {value}.", "There are {value} toys.", "{value} toys are in the picture."),
-    "side": ("{value}.", "On the {value}.", "It is on the {value}.", "The {subject} toy is on the {value}."),
+    "count": ("There are {value}.", "There are {value} toys.", "There are {value} toys in the picture."),
+    "side": ("On the {value}.", "It is on the {value}.", "The {subject} toy is on the {value}."),
 }
 """Ways to say a value. People say the same thing in different ways, and so do answers in instruction data."""
 COLUMNS = ("on the left", "in the middle", "on the right")
@@ -84,7 +84,7 @@ def ask(
         wants_yes = bool(random.random() < yes_share)
         named = _choose(random, sorted(scene.names) if wants_yes else _absent(scene, hard))
         truth = "yes" if wants_yes else "no"
-        return Question(category, f"Is there a {named} in the picture?", named, truth, phrasing) if named else None
+        return Question(category, f"Is there a {named}?", named, truth, phrasing) if named else None
     if category == "count":
         return Question(category, "How many toys are there?", "", NUMBERS[len(scene.things)], phrasing)
     by = "kind" if category == "colour" else "colour"

@@ -4,7 +4,7 @@ Built from configuration, without a download: the demo trains one, the tests and
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-import os
-POS=float(os.environ.get("POS","1"))
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
@@ -46,7 +44,7 @@ LLAVA_TEMPLATE = (
 
 def build_tiny_policy(
     family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000,
-    rope_theta: float = 10_000.0, vision: dict[str, Any] | None = None, **sizes: Any,
+    vision: Mapping[str, int] | None = None, position_scale: float = 1.0, **sizes: Any,
 ) -> Path:  # fmt: skip
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
@@ -56,8 +54,9 @@ def build_tiny_policy(
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
-        rope_theta: base of the rotary positions of the Qwen families' text model. Their axis of image columns has the
-            lowest frequencies; in a small picture neighbouring columns are far enough apart for a low base only.
+        vision: of ``llava``, entries that replace those of the vision config, such as ``patch_size``.
+        position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are 1/50 of what a patch
+            of even colour gives, so that a model of few steps does not learn where in the picture something is.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
@@ -69,10 +68,12 @@ def build_tiny_policy(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = _llava(tokenizer, text, vision or {}) if family == "llava" else _qwen(family, tokenizer, text, rope_theta)
-    if family == "llava":  # beside those of its patches, CLIP's position embeddings are too small to be told apart
+    if family == "llava":
+        model = _llava(tokenizer, text, vision or {})
         with torch.no_grad():
-            model.model.vision_tower.embeddings.position_embedding.weight.mul_(POS)
+            model.model.vision_tower.embeddings.position_embedding.weight.mul_(position_scale)
+    else:
+        model = _qwen(family, tokenizer, text)
     model.save_pretrained(folder)
     if family == "llava":
         side = model.config.vision_config.image_size
@@ -120,10 +121,12 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
     """Train a tokenizer of SentencePiece's kind, in which a mark begins each word and bytes spell unknown letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # While training only: a piece is part of one word, and no piece holds a line break.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split(SPACE, "merged_with_next")]
-    )
+    # While training only: a piece is part of one word or a mark, and no piece holds a line break.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "removed"),
+        pre_tokenizers.Split(SPACE, "merged_with_next"),
+        pre_tokenizers.Punctuation("isolated"),
+    ])
     size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
     tokenizer.train_from_iterator(
         (f" {line}" for line in corpus), trainers.BpeTrainer(vocab_size=size, show_progress=False)
@@ -149,11 +152,13 @@ def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tra
     )  # fmt: skip
 
 
-def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], sizes: dict[str, Any]) -> transformers.PreTrainedModel:
+def _llava(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], vision_sizes: Mapping[str, int]
+) -> transformers.PreTrainedModel:
     vision = transformers.CLIPVisionConfig(**{
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56,
-        "patch_size": 14, **sizes,
-    })
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "image_size": 56, "patch_size": 14, **vision_sizes,
+    })  # fmt: skip
     ids = tokenizer.get_vocab()
     special: dict[str, Any] = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
     config = transformers.LlavaConfig(
@@ -167,12 +172,12 @@ def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 
 
 def _qwen(
-    family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], rope_theta: float
+    family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 ) -> transformers.PreTrainedModel:
     ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    mrope = {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": sections}
+    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     text_config = {
         **text, "rope_parameters": mrope, "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],

@@ -19,9 +19,10 @@ SECONDS_BETWEEN_LOOKS = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """One run of ``vapr train``; its folder is ``NAME-run``, its config ``NAME.yaml``, its log ``NAME.log``."""
+    """One run of ``vapr train``; its config is ``NAME.yaml`` beside its folder, its log ``NAME.log``."""
 
     name: str
+    run: Path
     model: Path
     data: Path
     loss: dict[str, Any]
@@ -31,6 +32,11 @@ class Training:
     shuffle: bool = True
 
     @property
+    def final(self) -> Path:
+        """Return the folder of the trained model."""
+        return self.run / "final"
+
+    @property
     def num_steps(self) -> int:
         return -(-self.num_pairs // self.pairs_per_step)
 
@@ -38,7 +44,7 @@ class Training:
 def write_config(out: Path, training: Training, seed: int) -> Path:
     """Write the config of a training as YAML, with which ``vapr train`` repeats it."""
     config = {
-        "run_dir": str(out / f"{training.name}-run"),
+        "run_dir": str(training.run),
         "seed": seed,
         "policy": {
             "model": str(training.model),
@@ -64,40 +70,66 @@ def write_config(out: Path, training: Training, seed: int) -> Path:
     return path
 
 
-def train_all(
-    out: Path, trainings: Sequence[Training], seed: int, watch: Callable[[dict[str, int]], None], *, at_a_time: int = 2
-) -> dict[str, float]:
-    """Run trainings, the next one as soon as a place is free; return the seconds of each by name.
+class Trainings:
+    """Runs trainings in the order in which they are given, each as soon as a place is free.
+
+    Leaving the context ends those that still run, at once: nothing of them is continued.
 
     Args:
         out: the demo's folder.
-        trainings: in the order in which they start.
         seed: of the runs.
-        watch: told a few times a second how many steps of each started training are done.
         at_a_time: processes that run side by side.
 
-    Raises:
-        UserError: if one of them fails; the others are ended.
+    Attributes:
+        seconds: what each finished training took, by name.
+        steps: how many steps of each started training are done, by name.
     """
-    waiting, running = list(trainings), dict[str, _Process]()
-    seconds: dict[str, float] = {}
-    done: dict[str, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                training = waiting.pop(0)
-                running[training.name] = _Process(out, training, write_config(out, training, seed))
-            for name, process in list(running.items()):
-                done[name] = process.steps_done()
-                if process.ended():
-                    seconds[name] = process.seconds
-                    del running[name]
-            watch(dict(done))
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    finally:
-        for process in running.values():
+
+    def __init__(self, out: Path, seed: int, at_a_time: int) -> None:
+        self._out, self._seed, self._at_a_time = out, seed, at_a_time
+        self._waiting: list[Training] = []
+        self._running: dict[str, _Process] = {}
+        self.seconds: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+
+    def __enter__(self) -> "Trainings":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._running.values():
             process.end()
-    return seconds
+
+    def start(self, trainings: Sequence[Training]) -> None:
+        """Put trainings at the end of the queue, and start what has a place."""
+        self._waiting += trainings
+        self._look()
+
+    def wait(self, watch: Callable[[dict[str, int]], None]) -> None:
+        """Wait until all are finished.
+
+        Args:
+            watch: told a few times a second how many steps of each started training are done.
+
+        Raises:
+            UserError: if one of them fails.
+        """
+        while self._waiting or self._running:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            self._look()
+            watch(self.steps)
+
+    def _look(self) -> None:
+        for name, process in list(self._running.items()):
+            ended = process.ended()  # before the steps are counted, so that none is missed
+            self.steps[name] = process.steps_done()
+            if ended:
+                self.seconds[name] = process.seconds
+                del self._running[name]
+        while self._waiting and len(self._running) < self._at_a_time:
+            training = self._waiting.pop(0)
+            self._running[training.name] = _Process(
+                self._out, training, write_config(self._out, training, self._seed)
+            )
 
 
 class _Process:
@@ -105,7 +137,7 @@ class _Process:
 
     def __init__(self, out: Path, training: Training, config: Path) -> None:
         self._training, self._log = training, out / f"{training.name}.log"
-        self._metrics = out / f"{training.name}-run" / "metrics.jsonl"
+        self._metrics = training.run / "metrics.jsonl"
         self._read, self._steps = 0, 0
         self._began = time.monotonic()
         # Matrices this small gain nothing from a second thread, and two processes would wait for each other's.
