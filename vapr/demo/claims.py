@@ -66,7 +66,7 @@ def _scaling(result: Result) -> Claim:
 
 
 def _ways_of_speaking(result: Result) -> Claim:
-    counts = {name: one["garbled"]["count"] for name, one in result["policies"].items()}
+    counts = {name: one["garbled"]["answers"] for name, one in result["policies"].items()}
     found = f"garbled answers: {counts['sft']} after sft, {counts['dpo']} after DPO"
     others = [f"{count} of {name}" for name, count in counts.items() if name not in ("sft", "dpo") and count]
     if others:

@@ -48,7 +48,7 @@ class Answers:
         asked = np.flatnonzero(self.of("existence"))
         return {
             "accuracy": accuracy,
-            "garbled": {"count": int(garbled.sum()), **share(garbled, self.pictures).as_dict()},
+            "garbled": {"answers": int(garbled.sum()), **share(garbled, self.pictures).as_dict()},
             "yes": yes_bias(
                 [self.asked[n].question.truth for n in asked], [self.said[n] for n in asked],
                 self.pictures[asked].tolist(), seed,

@@ -39,7 +39,7 @@ def figure_table(result: Result) -> tuple[list[str], list[list[str]]]:
             POLICIES[name],
             *(share_text(one["accuracy"][category]) for category in categories),
             share_text(one["yes"]["yes_rate"]),
-            f"{one['garbled']['count']:,}",
+            f"{one['garbled']['answers']:,}",
         ]
         for name, one in result["policies"].items()
     ]

@@ -52,7 +52,7 @@ class Question:
             value=value, subject=self.subject, negation=" not" if value == "no" else ""
         )
         said = said[0].upper() + said[1:]
-        return said.replace("are one toys", "is one toy").replace("toys are", "toy is") if value == "one" else said
+        return said.replace("are one", "is one").replace("one toys", "one toy")
 
 
 def read_answer(question: Question, answer: str) -> str | None:
@@ -116,5 +116,7 @@ def _choose(random: np.random.Generator, names: list[str]) -> str | None:
 
 
 def _describe(scene: Scene) -> Question:
-    named = [f"{thing.name} {COLUMNS[thing.column]}" for thing in sorted(scene.things, key=lambda thing: (thing.row, thing.column))]
-    return Question("describe", "What is in the picture?", "", "", description="A " + ", a ".join(named) + ".")
+    """Name everything, row by row: where, then what, so that both are learned by looking at the next thing."""
+    things = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
+    named = ", ".join(f"{COLUMNS[thing.column]} a {thing.name}" for thing in things)
+    return Question("describe", "What is in the picture?", "", "", description=f"{named[0].upper()}{named[1:]}.")

@@ -173,5 +173,6 @@ class _Process:
 
     def end(self) -> None:
         """End a process that is not needed any more, at once: nothing of it is continued."""
-        os.killpg(self._process.pid, signal.SIGKILL)  # its data worker, too
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # its data worker, too
         self._process.wait()
