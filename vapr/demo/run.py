@@ -21,6 +21,7 @@ from vapr.demo.measure import Answers, compare
 from vapr.demo.outcome import POLICIES, print_outcome
 from vapr.demo.remaining import Remaining
 from vapr.demo.report import write_report
+from vapr.demo.scenes import CELL, SIDE
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.demo.trainings import Training, Trainings
 from vapr.errors import UserError
@@ -154,9 +155,11 @@ def _draw_everything(
 
 
 # Weights of about 1 / sqrt(hidden_size): with the usual 0.02 a model this narrow takes many times as long to learn.
-# A patch is a cell of the grid. Position embeddings are of the size of patch embeddings, so that sides can be told.
+# A patch is a cell of the grid. The position embeddings are about as large as what a patch gives: at CLIP's own scale,
+# 1/50 of that, where something is would hardly be told.
 POLICY: dict[str, Any] = {
-    "vocab_size": 640, "initializer_range": 0.08, "vision": {"image_size": 84, "patch_size": 28}, "position_scale": 25.0,
+    "vocab_size": 640, "initializer_range": 0.08, "position_scale": 25.0,
+    "vision": {"image_size": SIDE, "patch_size": CELL, "hidden_size": 128, "intermediate_size": 256},
 }  # fmt: skip
 
 

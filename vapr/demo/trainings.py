@@ -49,7 +49,8 @@ def write_config(out: Path, training: Training, seed: int) -> Path:
         "policy": {
             "model": str(training.model),
             "dtype": "float32",
-            "train": {"language_model": True, "projector": True, "vision_tower": True},
+            # The tower stays as it is, as LLaVA's does. Trained along, it forgets first where in the picture a thing is.
+            "train": {"language_model": True, "projector": True, "vision_tower": False},
         },
         "data": {"train": str(training.data), "shuffle": training.shuffle},
         "loss": training.loss,
