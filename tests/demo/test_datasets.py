@@ -12,7 +12,14 @@ from PIL import Image
 from tests.demo.looking import COLOURS, NUMBERS, is_true, read_cells
 from vapr.data.sources import read_pairs
 from vapr.demo.datasets import (
-    CLAUSE, contents, draw_pictures, edit, length_biased, subset, write_instructions, write_set,
+    CLAUSE,
+    contents,
+    draw_pictures,
+    edit,
+    length_biased,
+    subset,
+    write_instructions,
+    write_set,
 )  # fmt: skip
 from vapr.text import polarity
 

@@ -1,4 +1,4 @@
-"""The demo's data on disk: pictures with questions, the instruction file, and the pairs that ``vapr edit`` makes of it."""
+"""The demo's data on disk: pictures with questions, instructions, and the pairs that ``vapr edit`` makes of them."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -105,7 +105,13 @@ def subset(pairs: Pairs, pictures: int) -> list[dict[str, Any]]:
 def length_biased(pairs: Pairs) -> list[dict[str, Any]]:
     """Return the same pairs with rejected answers that are longer, besides being wrong: length tells them, too."""
     rows = [_row(pair) for pair in pairs]
-    return [{**row, "rejected": row["rejected"].removesuffix(".") + CLAUSE, } for row in rows]
+    return [
+        {
+            **row,
+            "rejected": row["rejected"].removesuffix(".") + CLAUSE,
+        }
+        for row in rows
+    ]
 
 
 def write_set(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -16,8 +16,6 @@ from vapr.evaluation.scoring.paired import difference, mcnemar, sign_flip
 from vapr.evaluation.scoring.yes_no import yes_bias
 
 SIGNIFICANT = 0.05
-ENOUGH = 0.5
-"""Share of the distance of the yes rate from the truth that must go for it to be called halved."""
 
 
 class Answers:
@@ -45,7 +43,7 @@ class Answers:
             for name in ("overall", *CATEGORIES)
         }
         garbled = np.array([said is None for said in self.said])
-        asked = np.flatnonzero(self.of("existence"))
+        asked = np.flatnonzero(self.of("existence")).tolist()
         return {
             "accuracy": accuracy,
             "garbled": {"answers": int(garbled.sum()), **share(garbled, self.pictures).as_dict()},

@@ -107,7 +107,9 @@ def _absent(scene: Scene, hard: bool) -> list[str]:
     """Return names of what is not there: of a colour and a kind that are, or of neither."""
     colours, kinds = {thing.colour for thing in scene.things}, {thing.kind for thing in scene.things}
     if hard:
-        return sorted(f"{colour} {kind}" for colour in colours for kind in kinds if f"{colour} {kind}" not in scene.names)
+        return sorted(
+            f"{colour} {kind}" for colour in colours for kind in kinds if f"{colour} {kind}" not in scene.names
+        )
     return [f"{colour} {kind}" for colour in COLOURS for kind in KINDS if colour not in colours and kind not in kinds]
 
 

@@ -15,7 +15,14 @@ from vapr.audit.measure import audit
 from vapr.data.sources import read_pairs
 from vapr.demo.answers import answer_all
 from vapr.demo.datasets import (
-    Asked, draw_pictures, edit, length_biased, subset, without_rejected, write_instructions, write_set,
+    Asked,
+    draw_pictures,
+    edit,
+    length_biased,
+    subset,
+    without_rejected,
+    write_instructions,
+    write_set,
 )  # fmt: skip
 from vapr.demo.measure import Answers, compare
 from vapr.demo.outcome import POLICIES, print_outcome
@@ -33,7 +40,7 @@ from vapr.progress import Display
 class DemoSizes:
     """Numbers of what is drawn and trained. The defaults take about TODO minutes on two CPU cores."""
 
-    sft_pictures: int = 6000
+    sft_pictures: int = 7000
     pair_pictures: int = 2000
     held_out_pictures: int = 400
     pairs_per_step: int = 32
@@ -99,7 +106,7 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
         stage("ask", "Asking the policy about pictures that it has never seen")
         answers = {SFT: answer_all(teaching.final, out / "held_out" / "pairs.jsonl", SFT)}
         aligning = _aligning(out, teaching.final, sizes)
-        stage("align", f"Aligning it, {len(aligning)} ways: DPO, with less data, with biased data, and more sft instead")
+        stage("align", f"Aligning it in {len(aligning)} ways: DPO, on less and on biased data, and more sft instead")
         trainings.start(aligning)
         _watch(trainings, aligning, remaining)
     stage("ask again", "Asking the policies the same questions")
@@ -117,7 +124,7 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
     remaining.end()
     total = time.monotonic() - began
     result["seconds"] = {**remaining.seconds, "total": total, "trainings": trainings.seconds}
-    result["estimates"] = [{**one, "were_left": total - one["after"]} for one in remaining.said]
+    result["estimates"] = [{**one, "were_left": total - float(one["after"])} for one in remaining.said]
     (out / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     write_report(out, result)
     print_outcome(console, out, result)
@@ -133,10 +140,8 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
 
 
-def _draw_everything(
-    out: Path, seed: int, sizes: DemoSizes, console: Console
-) -> tuple[Path, list[Asked]]:
-    """Draw the pictures of the three sets, and build the untrained policy; return instructions and held-out questions."""
+def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -> tuple[Path, list[Asked]]:
+    """Draw the three sets and build the untrained policy; return the instruction file and the held-out questions."""
     random = np.random.default_rng(seed)
     sft = draw_pictures(out / "sft", random, sizes.sft_pictures, yes_share=sizes.yes_share, hard=False, grow=True)
     asked = draw_pictures(out / "instructions", random, sizes.pair_pictures, yes_share=0.5, hard=True)
@@ -190,7 +195,7 @@ def _make_pairs(out: Path, instructions: Path, seed: int, console: Console) -> t
 def _aligning(out: Path, model: Path, sizes: DemoSizes) -> list[Training]:
     """Everything that starts from the taught policy, the longest first."""
     dpo = {"kind": "sigmoid", "beta": sizes.beta, "sft_weight": sizes.sft_weight}
-    kinds = {
+    kinds: dict[str, tuple[Path, dict[str, Any], float]] = {
         DPO: (out / "pairs", dpo, sizes.dpo_lr),
         "length-biased": (out / "length-biased" / "pairs.jsonl", dpo, sizes.dpo_lr),
         "more-sft": (out / "pairs", {"kind": "sft"}, sizes.more_sft_lr),

@@ -122,11 +122,13 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # While training only: a piece is part of one word or a mark, and no piece holds a line break.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "removed"),
-        pre_tokenizers.Split(SPACE, "merged_with_next"),
-        pre_tokenizers.Punctuation("isolated"),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "removed"),
+            pre_tokenizers.Split(SPACE, "merged_with_next"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
+    )
     size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
     tokenizer.train_from_iterator(
         (f" {line}" for line in corpus), trainers.BpeTrainer(vocab_size=size, show_progress=False)
@@ -155,10 +157,11 @@ def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tra
 def _llava(
     tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], vision_sizes: Mapping[str, int]
 ) -> transformers.PreTrainedModel:
-    vision = transformers.CLIPVisionConfig(**{
+    sizes: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
         "image_size": 56, "patch_size": 14, **vision_sizes,
-    })  # fmt: skip
+    }  # fmt: skip
+    vision = transformers.CLIPVisionConfig(**sizes)
     ids = tokenizer.get_vocab()
     special: dict[str, Any] = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
     config = transformers.LlavaConfig(

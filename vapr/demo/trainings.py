@@ -49,7 +49,7 @@ def write_config(out: Path, training: Training, seed: int) -> Path:
         "policy": {
             "model": str(training.model),
             "dtype": "float32",
-            # The tower stays as it is, as LLaVA's does. Trained along, it forgets first where in the picture a thing is.
+            # The tower stays as it is, as LLaVA's does. Trained along, it forgets where in the picture a thing is.
             "train": {"language_model": True, "projector": True, "vision_tower": False},
         },
         "data": {"train": str(training.data), "shuffle": training.shuffle},
@@ -128,9 +128,7 @@ class Trainings:
                 del self._running[name]
         while self._waiting and len(self._running) < self._at_a_time:
             training = self._waiting.pop(0)
-            self._running[training.name] = _Process(
-                self._out, training, write_config(self._out, training, self._seed)
-            )
+            self._running[training.name] = _Process(self._out, training, write_config(self._out, training, self._seed))
 
 
 class _Process:
