@@ -81,10 +81,12 @@ def ask(
         return _describe(scene)
     phrasing = int(random.integers(len(PHRASINGS[category])))
     if category == "existence":
+        absent = _absent(scene, hard)
+        if not absent:  # asked only where both answers were possible, so that yes keeps its share
+            return None
         wants_yes = bool(random.random() < yes_share)
-        named = _choose(random, sorted(scene.names) if wants_yes else _absent(scene, hard))
-        truth = "yes" if wants_yes else "no"
-        return Question(category, f"Is there a {named}?", named, truth, phrasing) if named else None
+        named = _choose(random, sorted(scene.names) if wants_yes else absent)
+        return Question(category, f"Is there a {named}?", named, "yes" if wants_yes else "no", phrasing)
     if category == "count":
         return Question(category, "How many toys are there?", "", NUMBERS[len(scene.things)], phrasing)
     by = "kind" if category == "colour" else "colour"
@@ -113,8 +115,8 @@ def _absent(scene: Scene, hard: bool) -> list[str]:
     return [f"{colour} {kind}" for colour in COLOURS for kind in KINDS if colour not in colours and kind not in kinds]
 
 
-def _choose(random: np.random.Generator, names: list[str]) -> str | None:
-    return names[random.integers(len(names))] if names else None
+def _choose(random: np.random.Generator, names: list[str]) -> str:
+    return names[random.integers(len(names))]
 
 
 def _describe(scene: Scene) -> Question:
