@@ -40,8 +40,8 @@ from vapr.progress import Display
 class DemoSizes:
     """Numbers of what is drawn and trained. The defaults take about TODO minutes on two CPU cores."""
 
-    sft_pictures: int = 7000
-    pair_pictures: int = 2000
+    sft_pictures: int = 12_000
+    pair_pictures: int = 1200
     held_out_pictures: int = 400
     pairs_per_step: int = 32
     yes_share: float = 0.7
@@ -50,16 +50,16 @@ class DemoSizes:
     dpo_lr: float = 4e-4
     more_sft_lr: float = 4e-4
     beta: float = 0.1
-    sft_weight: float = 0.2
-    """Weight of the chosen answer's log-prob in the DPO stage. Without it, DPO on one-word errors pushes the wrong word
-    down and lets other wrong words rise: the other kinds of question get worse."""
+    sft_weight: float = 0.5
+    """Weight of the chosen answer's log-prob in the DPO stage. With less, DPO on one-word errors pushes the wrong word down
+    and lets words rise that are no answer at all: more answers are garbled."""
     at_a_time: int = 2
     """Trainings that run side by side, each on one thread."""
 
 
 SFT = "sft"
 DPO = "dpo"
-COSTS = {"draw": 12.0, "teach": 110.0, "ask": 6.0, "align": 150.0, "ask again": 30.0, "write": 5.0}
+COSTS = {"draw": 15.0, "teach": 190.0, "ask": 6.0, "align": 80.0, "ask again": 30.0, "write": 3.0}
 """Seconds of the stages on the machine of docs/demo.md."""
 
 
