@@ -51,8 +51,8 @@ class DemoSizes:
     more_sft_lr: float = 4e-4
     beta: float = 0.1
     sft_weight: float = 0.5
-    """Weight of the chosen answer's log-prob in the DPO stage. With less, DPO on one-word errors pushes the wrong word down
-    and lets words rise that are no answer at all: more answers are garbled."""
+    """Weight of the chosen answer's log-prob in the DPO stage. With less, DPO on one-word errors pushes the wrong word
+    down and lets words rise that are no answer at all: more answers are garbled."""
     at_a_time: int = 2
     """Trainings that run side by side, each on one thread."""
 
