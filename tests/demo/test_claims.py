@@ -77,6 +77,12 @@ def test_a_bias_that_was_not_there_is_not_called_halved(good):
         assert claims(result)[1].holds == holds
 
 
+def test_a_bias_that_went_with_the_right_answers_is_not_called_repaired(good):
+    good["compared"]["sft -> dpo"]["existence"] = change(-0.1)["existence"]
+    bias = claims(good)[1]
+    assert not bias.holds and bias.found.endswith("but fewer of these answers are right")
+
+
 def test_garbled_answers_and_scaling_that_does_not_rise_are_said(good):
     good["policies"]["dpo"] = policy(0.9, 0.55, garbled=7)
     good["policies"]["more-sft"] = policy(0.8, 0.6, garbled=2)

@@ -45,6 +45,9 @@ def _yes_rate(result: Result) -> Claim:
     was, now = distance(before), distance(after)
     if was < 0.05:
         return Claim("DPO halves the “Yes” bias", False, f"there was hardly a bias to repair: {found}")
+    if verdict(result["compared"]["sft -> dpo"]["existence"]) == "worse":
+        # Guessing, or answers that say neither, bring the rate down as well.
+        return Claim("DPO halves the “Yes” bias", False, f"{found}, but fewer of these answers are right")
     return Claim("DPO halves the “Yes” bias", now <= was / 2, found)
 
 

@@ -161,7 +161,7 @@ def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -
 
 # Weights of about 1 / sqrt(hidden_size): with the usual 0.02 a model this narrow takes many times as long to learn.
 # A patch is a cell of the grid. The position embeddings are about as large as what a patch gives: at CLIP's own scale,
-# 1/50 of that, where something is would hardly be told.
+# about 1/40 of that, where something is would hardly be told.
 POLICY: dict[str, Any] = {
     "vocab_size": 640, "initializer_range": 0.08, "position_scale": 25.0,
     "vision": {"image_size": SIDE, "patch_size": CELL, "hidden_size": 128, "intermediate_size": 256},

@@ -55,8 +55,8 @@ def build_tiny_policy(
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
         vision: of ``llava``, entries that replace those of the vision config, such as ``patch_size``.
-        position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are 1/50 of what a patch
-            of even colour gives, so that a model of few steps does not learn where in the picture something is.
+        position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are about 1/40 of what a
+            patch of even colour gives, so that a model of few steps does not learn where in the picture something is.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
