@@ -17,7 +17,9 @@ from vapr.demo.trainings import Training, Trainings
 from vapr.errors import UserError
 from vapr.training import trainer
 
-TINY = DemoSizes(sft_pictures=24, pair_pictures=50, held_out_pictures=20, pairs_per_step=32, at_a_time=1)
+TINY = DemoSizes(
+    easy_pictures=24, sft_pictures=24, pair_pictures=50, held_out_pictures=20, pairs_per_step=32, at_a_time=1
+)
 NAMES = ("sft", "dpo", "dpo-half", "dpo-quarter", "length-biased", "more-sft")
 
 
@@ -49,7 +51,7 @@ def test_everything_measured_is_on_disk(demo):
     out, result = demo
     saved = json.loads((out / "result.json").read_text())
     assert saved["policies"] == result["policies"] and saved["answers"] == result["answers"]
-    assert set(saved["policies"]) == set(saved["trainings"]) == set(NAMES)
+    assert set(saved["policies"]) == set(saved["trainings"]) - {"sft-easy"} == set(NAMES)
     for policy in saved["policies"].values():
         accuracy = policy["accuracy"]
         assert accuracy["overall"]["count"] == sum(accuracy[name]["count"] for name in CATEGORIES) > 60

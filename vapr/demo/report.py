@@ -177,7 +177,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     for name, training in result["trainings"].items():
         rows = read_metrics(Path(training["run"]) / "metrics.jsonl")[0]
         facts.append((
-            POLICIES[name],
+            POLICIES.get(name, "sft on easy pictures"),
             f"{sum(column(rows, 'pairs')):,.0f} pairs, {len(rows):,} steps, learning rate {training['lr']:g}, "
             f"{', '.join(f'{key} {value}' for key, value in training['loss'].items())}; "
             f"{sum(column(rows, 'tokens')):,.0f} tokens computed, {saved_share(rows):.0%} of the plain layout's saved "

@@ -40,7 +40,10 @@ from vapr.progress import Display
 class DemoSizes:
     """Numbers of what is drawn and trained. The defaults take about TODO minutes on two CPU cores."""
 
-    sft_pictures: int = 12_000
+    easy_pictures: int = 7000
+    """Of the first sft run, from one toy in a picture to three: how the policy learns to see."""
+    sft_pictures: int = 5000
+    """Of the second, with two or three toys. One run over all, whose learning rate falls once, left colour near chance."""
     pair_pictures: int = 1200
     held_out_pictures: int = 400
     pairs_per_step: int = 32
@@ -99,10 +102,12 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
     instructions, held_out = _draw_everything(out, seed, sizes, console)
     with Trainings(out, seed, sizes.at_a_time) as trainings:
         stage("teach", f"Teaching with sft; to {sizes.yes_share:.0%} of its yes/no questions the answer is Yes")
-        teaching = _teaching(out, sizes)
-        trainings.start([teaching])
+        easy, teaching = _teaching(out, sizes)
+        trainings.start([easy])
         ledger, audited = _make_pairs(out, instructions, seed, console)
-        _watch(trainings, [teaching], remaining)
+        _watch(trainings, [easy], remaining, of=(easy, teaching))
+        trainings.start([teaching])
+        _watch(trainings, [teaching], remaining, of=(easy, teaching))
         stage("ask", "Asking the policy about pictures that it has never seen")
         answers = {SFT: answer_all(teaching.final, out / "held_out" / "pairs.jsonl", SFT)}
         aligning = _aligning(out, teaching.final, sizes)
@@ -118,7 +123,7 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
         "sizes": asdict(sizes),
         "editing": ledger,
         "audit": audited,
-        "trainings": {one.name: asdict(one) for one in (teaching, *aligning)},
+        "trainings": {one.name: asdict(one) for one in (easy, teaching, *aligning)},
         **measured(held_out, {name: answers[name] for name in POLICIES}, seed),
     }
     remaining.end()
@@ -143,18 +148,21 @@ def _make_folder(out: Path) -> None:
 def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -> tuple[Path, list[Asked]]:
     """Draw the three sets and build the untrained policy; return the instruction file and the held-out questions."""
     random = np.random.default_rng(seed)
-    sft = draw_pictures(out / "sft", random, sizes.sft_pictures, yes_share=sizes.yes_share, hard=False, grow=True)
+    share = sizes.yes_share
+    easy = draw_pictures(out / "sft-easy", random, sizes.easy_pictures, yes_share=share, hard=False, grow=True)
+    sft = draw_pictures(out / "sft", random, sizes.sft_pictures, yes_share=share, hard=False)
     asked = draw_pictures(out / "instructions", random, sizes.pair_pictures, yes_share=0.5, hard=True)
     held_out = draw_pictures(
-        out / "held_out", random, sizes.held_out_pictures, yes_share=0.5, hard=True, other_than=[*sft, *asked]
+        out / "held_out", random, sizes.held_out_pictures, yes_share=0.5, hard=True, other_than=[*easy, *sft, *asked]
     )
+    write_set(out / "sft-easy", without_rejected(easy))
     write_set(out / "sft", without_rejected(sft))
     write_set(out / "held_out", without_rejected(held_out))
-    for name, one in (("for sft", sft), ("to be edited", asked), ("held out", held_out)):
+    for name, one in (("for sft", [*easy, *sft]), ("to be edited", asked), ("held out", held_out)):
         truths = [a.question.truth for a in one if a.question.category == "existence"]
         share = truths.count("yes") / max(1, len(truths))
         console.print(f"   {name:12} {len(one):6,} questions; the answer to {share:.0%} of the yes/no ones is Yes")
-    corpus = [f"USER: {a.question.text} ASSISTANT: {a.question.answer}" for a in (*asked, *sft[::-1][:2000])]
+    corpus = [f"USER: {a.question.text} ASSISTANT: {a.question.answer}" for a in (*asked, *easy[::-1][:2000])]
     build_tiny_policy("llava", out / "policy", corpus, seed=seed, **POLICY)
     return write_instructions(out / "instructions", asked), held_out
 
@@ -168,13 +176,17 @@ POLICY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _teaching(out: Path, sizes: DemoSizes) -> Training:
-    """The sft stage. Its file goes from easy pictures to full ones; its order matters."""
-    data = out / "sft" / "pairs.jsonl"
-    return Training(
-        name=SFT, run=out / "sft-run", model=out / "policy", data=data, loss={"kind": "sft"}, lr=sizes.sft_lr,
-        num_pairs=len(read_pairs(data)), pairs_per_step=sizes.pairs_per_step, shuffle=False,
+def _teaching(out: Path, sizes: DemoSizes) -> list[Training]:
+    """The two runs of sft. The file of the first goes from easy pictures to full ones; its order matters."""
+    easy, full = (
+        Training(
+            name=name, run=out / f"{name}-run", model=out / model, data=out / name / "pairs.jsonl",
+            loss={"kind": "sft"}, lr=sizes.sft_lr, num_pairs=len(read_pairs(out / name / "pairs.jsonl")),
+            pairs_per_step=sizes.pairs_per_step, shuffle=name == SFT,
+        )
+        for name, model in (("sft-easy", "policy"), (SFT, "sft-easy-run/final"))
     )  # fmt: skip
+    return [easy, full]
 
 
 def _make_pairs(out: Path, instructions: Path, seed: int, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,9 +223,9 @@ def _aligning(out: Path, model: Path, sizes: DemoSizes) -> list[Training]:
     ]  # fmt: skip
 
 
-def _watch(trainings: Trainings, those: Sequence[Training], remaining: Remaining) -> None:
-    """Show the steps of trainings until all are finished."""
-    total = sum(one.num_steps for one in those)
+def _watch(trainings: Trainings, those: Sequence[Training], remaining: Remaining, of: Sequence[Training] = ()) -> None:
+    """Show the steps of trainings until all are finished; ``of`` are all trainings of the stage, if there are more."""
+    total, whole = sum(one.num_steps for one in those), of or those
     shown = 0
     with Display("train", total) as display:
 
@@ -222,7 +234,8 @@ def _watch(trainings: Trainings, those: Sequence[Training], remaining: Remaining
             done = sum(steps.get(one.name, 0) for one in those)
             running = [f"{one.name} {steps[one.name]}/{one.num_steps}" for one in those
                        if one.name in steps and steps[one.name] < one.num_steps]  # fmt: skip
-            note = ", ".join([*running, remaining.line(done / total)])
+            share = sum(steps.get(one.name, 0) for one in whole) / sum(one.num_steps for one in whole)
+            note = ", ".join([*running, remaining.line(share)])
             if done > shown:
                 display.advance(note, done - shown)
                 shown = done
