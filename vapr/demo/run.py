@@ -43,7 +43,7 @@ class DemoSizes:
     easy_pictures: int = 7000
     """Of the first sft run, from one toy in a picture to three: how the policy learns to see."""
     sft_pictures: int = 5000
-    """Of the second, with two or three toys. One run over all, whose learning rate falls once, left colour near chance."""
+    """Of the second, with two or three toys. One run over all, whose learning rate falls once, left colour at 57 %."""
     pair_pictures: int = 1200
     held_out_pictures: int = 400
     pairs_per_step: int = 32
@@ -226,8 +226,9 @@ def _aligning(out: Path, model: Path, sizes: DemoSizes) -> list[Training]:
 def _watch(trainings: Trainings, those: Sequence[Training], remaining: Remaining, of: Sequence[Training] = ()) -> None:
     """Show the steps of trainings until all are finished; ``of`` are all trainings of the stage, if there are more."""
     total, whole = sum(one.num_steps for one in those), of or those
-    shown = 0
-    with Display("train", total) as display:
+    steps = trainings.look()  # some may have run while something else was shown
+    shown = sum(steps.get(one.name, 0) for one in those)
+    with Display("train", total, shown) as display:
 
         def watch(steps: dict[str, int]) -> None:
             nonlocal shown

@@ -103,7 +103,7 @@ class Trainings:
     def start(self, trainings: Sequence[Training]) -> None:
         """Put trainings at the end of the queue, and start what has a place."""
         self._waiting += trainings
-        self._look()
+        self.look()
 
     def wait(self, watch: Callable[[dict[str, int]], None]) -> None:
         """Wait until all are finished.
@@ -116,10 +116,11 @@ class Trainings:
         """
         while self._waiting or self._running:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            self._look()
+            self.look()
             watch(self.steps)
 
-    def _look(self) -> None:
+    def look(self) -> dict[str, int]:
+        """See what has ended, start what has a place, and return the steps done."""
         for name, process in list(self._running.items()):
             ended = process.ended()  # before the steps are counted, so that none is missed
             self.steps[name] = process.steps_done()
@@ -129,6 +130,7 @@ class Trainings:
         while self._waiting and len(self._running) < self._at_a_time:
             training = self._waiting.pop(0)
             self._running[training.name] = _Process(self._out, training, write_config(self._out, training, self._seed))
+        return self.steps
 
 
 class _Process:
