@@ -38,7 +38,7 @@ from vapr.progress import Display
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSizes:
-    """Numbers of what is drawn and trained. The defaults take about TODO minutes on two CPU cores."""
+    """Numbers of what is drawn and trained. docs/demo.md says how long the defaults take."""
 
     easy_pictures: int = 7000
     """Of the first sft run, from one toy in a picture to three: how the policy learns to see."""
