@@ -62,8 +62,8 @@ class DemoSizes:
 
 SFT = "sft"
 DPO = "dpo"
-COSTS = {"draw": 15.0, "teach": 190.0, "ask": 6.0, "align": 80.0, "ask again": 30.0, "write": 3.0}
-"""Seconds of the stages on the machine of docs/demo.md."""
+COSTS = {"draw": 8.0, "teach": 175.0, "ask": 5.0, "align": 90.0, "ask again": 14.0, "write": 1.0}
+"""Seconds of the stages on two quiet cores, in the proportions that were measured."""
 
 
 def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[str, Any]:
