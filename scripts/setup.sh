@@ -78,5 +78,5 @@ if [ "${1:-demo}" = dev ]; then
     fetch_tokenizer
 elif ! is_made .venv demo dev; then
     echo "setting up .venv for the demo (about a minute the first time)"
-    make_environment demo .
+    make_environment demo '.[data,audit]'
 fi

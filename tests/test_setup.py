@@ -56,7 +56,7 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path / "clone")
 
 
-def assert_made_anew(done: subprocess.CompletedProcess, calls: list[str], requirement: str = ".") -> None:
+def assert_made_anew(done: subprocess.CompletedProcess, calls: list[str], requirement: str = ".[data,audit]") -> None:
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "ready", "")
     assert calls[0] == "-m venv .venv"
     assert calls[-1].endswith(f"install --quiet --disable-pip-version-check -e {requirement}")
@@ -107,7 +107,7 @@ def test_an_installation_that_failed_goes_on_where_it_was(clone):
     assert done.returncode == 1 and "ready" not in done.stdout
     done, calls = clone.setup("demo")
     assert done.returncode == 0
-    assert "-m venv .venv" not in calls and calls[-1].endswith("-e .")
+    assert "-m venv .venv" not in calls and calls[-1].endswith("-e .[data,audit]")
 
 
 @pytest.mark.parametrize("damage", ["python gone", "dangling link", "empty folder"])
@@ -127,13 +127,13 @@ def test_changed_dependencies_are_installed(clone):
     clone.setup("demo")
     with (clone.folder / "pyproject.toml").open("a") as project:
         project.write("# one more\n")
-    assert clone.setup("demo")[1][-1].endswith("-e .")
+    assert clone.setup("demo")[1][-1].endswith("-e .[data,audit]")
 
 
 def test_a_folder_that_was_moved_is_installed_where_it_is(clone):
     clone.setup("demo")
     clone.folder = clone.folder.rename(clone.folder.with_name("moved"))
-    assert clone.setup("demo")[1][-1].endswith("-e .")
+    assert clone.setup("demo")[1][-1].endswith("-e .[data,audit]")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Built from configuration, without a download: the demo trains one, the tests and
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ LLAVA_TEMPLATE = (
 
 
 def build_tiny_policy(
-    family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000, **sizes: Any
-) -> Path:
+    family: str, folder: Path, corpus: Iterable[str], *, seed: int = 0, vocab_size: int = 1000,
+    vision: Mapping[str, int] | None = None, position_scale: float = 1.0, **sizes: Any,
+) -> Path:  # fmt: skip
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
@@ -53,6 +54,9 @@ def build_tiny_policy(
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
+        vision: of ``llava``, entries that replace those of the vision config, such as ``patch_size``.
+        position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are about 1/40 of what a
+            patch of even colour gives, so that a model of few steps does not learn where in the picture something is.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
@@ -64,7 +68,12 @@ def build_tiny_policy(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = _llava(tokenizer, text) if family == "llava" else _qwen(family, tokenizer, text)
+    if family == "llava":
+        model = _llava(tokenizer, text, vision or {})
+        with torch.no_grad():
+            model.model.vision_tower.embeddings.position_embedding.weight.mul_(position_scale)
+    else:
+        model = _qwen(family, tokenizer, text)
     model.save_pretrained(folder)
     if family == "llava":
         side = model.config.vision_config.image_size
@@ -73,7 +82,7 @@ def build_tiny_policy(
                 size={"shortest_edge": side}, crop_size={"height": side, "width": side}
             ),
             tokenizer=tokenizer,
-            patch_size=14,
+            patch_size=model.config.vision_config.patch_size,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
             chat_template=LLAVA_TEMPLATE,
@@ -112,9 +121,13 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
     """Train a tokenizer of SentencePiece's kind, in which a mark begins each word and bytes spell unknown letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # While training only: a piece is part of one word, and no piece holds a line break.
+    # While training only: a piece is part of one word or a mark, and no piece holds a line break.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split(SPACE, "merged_with_next")]
+        [
+            pre_tokenizers.Split("\n", "removed"),
+            pre_tokenizers.Split(SPACE, "merged_with_next"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
     )
     size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
     tokenizer.train_from_iterator(
@@ -141,10 +154,14 @@ def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tra
     )  # fmt: skip
 
 
-def _llava(tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]) -> transformers.PreTrainedModel:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
-    )
+def _llava(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], vision_sizes: Mapping[str, int]
+) -> transformers.PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "image_size": 56, "patch_size": 14, **vision_sizes,
+    }  # fmt: skip
+    vision = transformers.CLIPVisionConfig(**sizes)
     ids = tokenizer.get_vocab()
     special: dict[str, Any] = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
     config = transformers.LlavaConfig(
