@@ -28,7 +28,7 @@ def test_the_yes_bias_is_a_table_that_names_its_policy(tmp_path):
     }.items():  # fmt: skip
         assert line(lines, name)[26:35].strip() == value and "[" in line(lines, name), name
     assert line(lines, "unparsed taken for yes").endswith("accuracy 62.50, yes 62.50")
-    assert line(lines, "read as official").endswith("yes 62.50, unparsed 25.00, guessed 4")
+    assert line(lines, "read as official").endswith("accuracy 62.50, yes 62.50, unparsed 25.00, guessed 4")
 
 
 def test_logits_are_shown_and_what_lacks_them_is_counted(tmp_path):
@@ -42,3 +42,20 @@ def test_the_header_names_the_policy_for_every_benchmark(tmp_path):
     for name in ("amber-g", "mme"):
         rows = answered(questions_of(name, tmp_path / name), lambda q: "No man.")
         assert "read as 'last-answer'" in report_text.show(score(rows, BENCHMARKS[name], "last-answer")).splitlines()[0]
+
+
+def test_other_policies_and_intervals_are_shown_where_answers_are_letters_too(tmp_path):
+    asked = questions_of("seed-bench", tmp_path)
+    rows = answered(asked, lambda q: f"<think>Hm.</think>{q.answer}")
+    lines = report_text.show(score(rows, BENCHMARKS["seed-bench"], "strict")).splitlines()
+    assert line(lines, "read as strict").endswith("accuracy 0.00, unparsed 100.00")
+    assert line(lines, "read as last-answer").endswith("accuracy 100.00, unparsed 0.00")
+    assert line(lines, "accuracy of all, 95 % interval [0.00, ")
+    for split in {q.meta["split"] for q in asked}:  # "Spatial Relation" whole, not cut off
+        assert line(lines, f"{split} ")
+
+
+def test_a_figure_of_almost_nothing_has_no_sign():
+    assert report_text._with_interval({"value": -0.001, "interval": (-0.004, 0.004)}, 1).split() == [
+        "0.00", "[0.00,", "0.00]",
+    ]  # fmt: skip
