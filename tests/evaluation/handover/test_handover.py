@@ -196,7 +196,7 @@ def test_what_cannot_be_handed_over(model, bench, tmp_path):
 def test_missing_pictures_are_found_before_anything_is_written(model, tmp_path):
     moved = [{**{k: v for k, v in row.items() if k != "image"}, "image_path": "gone.jpg"} for row in pope_tsv_rows()]
     table = write_tsv(tmp_path / "POPE.tsv", moved)
-    assert "POPE.tsv: 18 of 18 questions lack their picture" in refused(
+    assert "gone.jpg' is not there (18 of 18 questions lack a picture)" in refused(
         prepare, model, [f"pope={table}"], "lmms-eval", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
