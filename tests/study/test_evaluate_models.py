@@ -314,7 +314,7 @@ def fault(case: str, pope: Path, tmp_path: Path, model: Path) -> list[object]:
         ("no folder", "--out DIR is missing"),
         ("no questions", "--bench pope: which questions? Give --bench pope=PATH"),
         ("unknown benchmark", "--bench popes: no such benchmark; did you mean pope?"),
-        ("missing picture", "coins.jpg' is not there (4 of 24 questions lack a picture); put the pictures where"),
+        ("missing picture", "coins.jpg' is not there (3 of 24 questions lack a picture); put the pictures where"),
         ("picture cut short", "coins.jpg' "),
         ("id twice", "question 'random-1' of pope stands twice"),
         ("half a line", "coco_pope_random.json:8: not a line of JSON; the file's last line is cut short"),
