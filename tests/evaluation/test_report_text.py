@@ -4,6 +4,7 @@ from tests.evaluation.benchmarks.authors_files import answered, questions_of
 from vapr.evaluation import report_text
 from vapr.evaluation.benchmarks import BENCHMARKS
 from vapr.evaluation.score import score
+from vapr.evaluation.scoring.prediction import Prediction
 
 
 def shown(tmp_path, policy="strict", name="pope", **meta) -> list[str]:
@@ -28,7 +29,7 @@ def test_the_yes_bias_is_a_table_that_names_its_policy(tmp_path):
     }.items():  # fmt: skip
         assert line(lines, name)[26:35].strip() == value and "[" in line(lines, name), name
     assert line(lines, "unparsed taken for yes").endswith("accuracy 62.50, yes 62.50")
-    assert line(lines, "read as official").endswith("yes 62.50, unparsed 25.00, guessed 4")
+    assert line(lines, "read as official").endswith("accuracy 62.50, yes 62.50, unparsed 25.00, guessed 4")
 
 
 def test_logits_are_shown_and_what_lacks_them_is_counted(tmp_path):
@@ -42,3 +43,25 @@ def test_the_header_names_the_policy_for_every_benchmark(tmp_path):
     for name in ("amber-g", "mme"):
         rows = answered(questions_of(name, tmp_path / name), lambda q: "No man.")
         assert "read as 'last-answer'" in report_text.show(score(rows, BENCHMARKS[name], "last-answer")).splitlines()[0]
+
+
+def test_other_policies_and_intervals_are_shown_where_answers_are_letters_too():
+    facts = {"split": "Instance Interaction", "options": ["red", "blue"]}
+    rows = [
+        Prediction(
+            benchmark="seed-bench", id=str(n), question="Which?", prediction="<think>Hm.</think>A", answer="A",
+            meta={**facts, "image": f"{n}.jpg"},
+        )
+        for n in range(4)
+    ]  # fmt: skip
+    lines = report_text.show(score(rows, BENCHMARKS["seed-bench"], "strict")).splitlines()
+    assert line(lines, "read as strict").endswith("accuracy 0.00, unparsed 100.00")
+    assert line(lines, "read as last-answer").endswith("accuracy 100.00, unparsed 0.00")
+    assert line(lines, "accuracy of all, 95 % interval [0.00, ")
+    assert line(lines, "Instance Interaction ")  # whole
+
+
+def test_a_figure_of_almost_nothing_has_no_sign():
+    assert report_text._with_interval({"value": -0.001, "interval": (-0.004, 0.004)}, 1).split() == [
+        "0.00", "[0.00,", "0.00]",
+    ]  # fmt: skip

@@ -236,8 +236,8 @@ def test_a_folder_belongs_to_one_model_one_setting_and_one_set_of_questions(tiny
     copied = shutil.copytree(tiny("llava"), tmp_path / "model")
     ask(copied, *common)
     assert f"holds answers of another model, {copied}; give another folder" in refused(tiny("qwen2_vl"), *common)
-    assert "holds answers of temperature 0.0, now it is 0.5" in refused(copied, *common, "--temperature", 0.5)
-    assert "holds answers of dtype float32, now it is bfloat16" in refused(copied, *common, "--dtype", "bfloat16")
+    assert "holds answers of temperature 0.0, not 0.5" in refused(copied, *common, "--temperature", 0.5)
+    assert "holds answers of dtype float32, not bfloat16" in refused(copied, *common, "--dtype", "bfloat16")
     text = (copied / "chat_template.jinja").read_text() if (copied / "chat_template.jinja").is_file() else None
     assert text is not None
     (copied / "chat_template.jinja").write_text(text.replace("ASSISTANT", "Assistant"))
@@ -314,7 +314,7 @@ def fault(case: str, pope: Path, tmp_path: Path, model: Path) -> list[object]:
         ("no folder", "--out DIR is missing"),
         ("no questions", "--bench pope: which questions? Give --bench pope=PATH"),
         ("unknown benchmark", "--bench popes: no such benchmark; did you mean pope?"),
-        ("missing picture", "coins.jpg' is not there (1 of 6 pictures are not); put them beside the questions"),
+        ("missing picture", "coins.jpg' is not there (3 of 24 questions lack a picture); put the pictures where"),
         ("picture cut short", "coins.jpg' "),
         ("id twice", "question 'random-1' of pope stands twice"),
         ("half a line", "coco_pope_random.json:8: not a line of JSON; the file's last line is cut short"),

@@ -421,7 +421,7 @@ def test_a_study_in_use_is_refused(study_file, tmp_path):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is in use by another vapr study; wait for it, or give another out"):
+        with pytest.raises(UserError, match="is in use by another vapr process; wait for it"):
             run_study(study_of(study_file()), print, start=InThisProcess)
 
 

@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 policy_option = click.option(
     "--policy", type=click.Choice(POLICIES), default="strict", show_default=True,
-    help="How answers are read: as the benchmark's authors do, from their beginning, or after any reasoning.",
+    help="How answers are read: official, as the benchmark's authors do; strict, from their beginning; last-answer, "
+    "the final answer, after any reasoning.",
 )  # fmt: skip
 partial_option = click.option(
-    "--partial", "partly", is_flag=True, help="Score what is there, although questions are unanswered."
+    "--partial", "partly", is_flag=True, help="Take the answers that are there, although others are missing."
 )
 
 
 def judging_options(command: Command) -> Command:
     """Add the options that say who judges; the command gets them as one, ``judging``."""
 
-    @click.option("--judge", metavar="URL", help="OpenAI-compatible server of the judge, or a YAML file that has it.")
-    @click.option("--judge-model", metavar="NAME", help="The judge's name at the server (judge.model).")
-    @click.option("--reviews", type=A_PATH, help="Reviews of the judge. [default: reviews.jsonl beside the answers]")
+    @click.option("--judge", metavar="URL", help="OpenAI-compatible server of the judge, or a YAML file that names it.")
+    @click.option("--judge-model", metavar="NAME", help="The judge's name at the server. [default: the only one there]")
+    @click.option("--reviews", type=A_PATH, help="File of reviews. [default: reviews.jsonl beside the answers]")
     @wraps(command)
     def run(judge: str | None, judge_model: str | None, reviews: Path | None, **values: Any) -> None:
         from vapr.evaluation.judges.config import JudgeConfig
@@ -50,7 +51,7 @@ def judging_options(command: Command) -> Command:
     "--bench",
     required=True,
     metavar="NAME[=PATH]",
-    help="Benchmark, or a judge set's YAML file, and where its questions are.",
+    help="Benchmark, or the YAML file of a set that a judge rates, and the file or folder of its questions.",
 )
 @policy_option
 @partial_option
@@ -59,7 +60,7 @@ def judging_options(command: Command) -> Command:
 def score(file: Path, bench: str, policy: Policy, partly: bool, judging: "Judging", as_json: bool) -> None:
     """Score the answers in FILE: predictions.jsonl, a result folder, or another tool's results.
 
-    Files of other tools hold no truths; --bench NAME=PATH gives the questions with them.
+    Most files of other tools hold no true answers; --bench NAME=PATH gives the questions, and these with them.
     """
     from vapr.evaluation import report_text, score_file
 
@@ -73,36 +74,48 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, judging: "Judgin
 @click.option(
     "--compare",
     is_flag=True,
-    help="Compare result folders, given in place of models; the others are held against the first.",
+    help="Compare result folders, given in place of models, with the first of them.",
 )
-@click.option("--bench", "benches", multiple=True, metavar="NAME=PATH", help="Benchmark and its questions; repeatable.")
+@click.option(
+    "--bench",
+    "benches",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Benchmark, and the file or folder of its questions; repeatable.",
+)
 @click.option(
     "--out",
     type=A_PATH,
-    help="Result folder; with several models, the folder of theirs; with --compare, a page (.html).",
+    help="Folder for the answers; with several models, for a folder of each; with --compare, a page (.html) to write.",
 )
 @policy_option
-@click.option("--limit", type=AT_LEAST_1, help="Ask only about so many questions a benchmark, drawn over its splits.")
-@click.option("--blind", is_flag=True, help="Ask without the pictures, too, and tell the gap.")
 @click.option(
-    "--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="Tokens at which an answer is cut off."
+    "--limit", type=AT_LEAST_1, help="Ask only about so many questions of each benchmark, drawn from all splits."
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 answers greedily.")
+@click.option("--blind", is_flag=True, help="Ask everything without the pictures, too, and show the gap in accuracy.")
+@click.option("--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="Longest answer, in tokens.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Temperature of sampling; 0 answers greedily.",
+)
 @click.option("--batch-size", type=AT_LEAST_1, help="Questions answered at once. [default: 16; vLLM 256]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --limit, and of answers that are drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --limit, and of sampled answers.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "transformers", "vllm"]),
     default="auto",
     show_default=True,
-    help="What generates; auto is vLLM where it is installed and there is a GPU.",
+    help="What generates the answers; auto is vLLM where it is installed and there is a GPU, else transformers.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of the weights; auto is float32 on a CPU, else their own.",
+    help="Dtype of the weights; auto is float32 on a CPU, else their own.",
 )
 @json_option
 def evaluate(
@@ -114,7 +127,7 @@ def evaluate(
     MODEL is a hub id, a folder, an adapter (on the base that it names), a run or a checkpoint. The same command
     goes on where it was stopped.
 
-    vapr eval --compare FOLDER FOLDER... shows result folders side by side: paired tests, and what changed question by
+    vapr eval --compare FOLDER FOLDER... shows result folders side by side: paired tests, and what changed, question by
     question.
     """
     if compare:
@@ -153,15 +166,16 @@ def _compare_folders(folders: tuple[str, ...], out: Path | None, policy: Policy,
 @click.command()
 @click.argument("model", type=A_PATH)
 @click.option(
-    "--bench", "benches", required=True, multiple=True, metavar="NAME=PATH", help="Benchmark and its questions."
-)
+    "--bench", "benches", required=True, multiple=True, metavar="NAME=PATH",
+    help="Benchmark, and the file or folder of its questions; repeatable.",
+)  # fmt: skip
 @click.option("--to", "tool", type=click.Choice(["lmms-eval", "vlmevalkit"]), required=True, help="The other harness.")
 @click.option("--out", type=A_PATH, required=True, help="Folder for the task, the tool's logs and the answers.")
-@click.option("--python", type=A_PATH, help="Run it now, with the Python of the environment that the tool is in.")
-@click.option("--model-class", help="The tool's name for the model's kind. [default: told from the model]")
-@click.option("--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="The longest answer.")
+@click.option("--python", type=A_PATH, help="Run the tool now, with this Python, or that of this environment's folder.")
+@click.option("--model-class", help="The tool's name for the model's class. [default: told from the model]")
+@click.option("--max-new-tokens", type=AT_LEAST_1, default=512, show_default=True, help="Longest answer, in tokens.")
 @click.option(
-    "--take-back", "only_read", is_flag=True, help="Only read the answers that the tool has logged under OUT."
+    "--take-back", "only_read", is_flag=True, help="Only read the answers that the tool has logged under --out."
 )
 @partial_option
 def handover(
@@ -170,7 +184,7 @@ def handover(
 ) -> None:  # fmt: skip
     """Hand MODEL and the questions over to another harness, and take its answers back.
 
-    OUT then holds all that the tool needs without a network, and predictions.jsonl once it has answered.
+    The folder --out then holds all that the tool needs without a network, and predictions.jsonl once it has answered.
     """
     from vapr.evaluation.handover import run
 
@@ -180,7 +194,7 @@ def handover(
             click.echo(note, err=True)
         if python is None:
             click.echo(call.text())
-            click.echo("then the same command with --take-back", err=True)
+            click.echo("Run this where the tool is installed, then the same vapr command with --take-back.", err=True)
             return
         run.run(call, python)
     file = run.take_back(benches, tool, out, partial=partly, say=partial(click.echo, err=True))

@@ -10,7 +10,7 @@ BIAS = (
     ("balanced accuracy", "balanced_accuracy", 100), ("F1 of yes", "f1", 100), ("F1 of no", "f1_no", 100),
     ("d'", "d_prime", 1), ("criterion", "criterion", 1),
 )  # fmt: skip
-"""What stands in the table of the yes-bias: name, key, and what it is multiplied with."""
+"""What stands in the table of the yes-bias: name, key, and factor."""
 
 LOGITS = (
     ("P(yes) - P(no)", "p_yes_minus_p_no", 1), ("accuracy, likelier of two", "accuracy_unshifted", 100),
@@ -25,19 +25,43 @@ def show(result: dict[str, Any]) -> str:
     if result["policy"] == "judge":
         return _judged(result)
     lines = [f"{result['benchmark']}, read as '{result['policy']}', {result['questions']:,} answers, shares in %"]
-    lines.append(f"{'':16}{'questions':>10}" + "".join(f"{key.removesuffix('_rate'):>11}" for key in KEYS))
-    for name, part in {"all": result, **result["splits"]}.items():
+    parts = {"all": result, **result["splits"]}
+    wide = max(15, *map(len, parts)) + 1
+    lines.append(f"{'':{wide}}{'questions':>10}" + "".join(f"{key.removesuffix('_rate'):>11}" for key in KEYS))
+    for name, part in parts.items():
         values = "".join(f"{'':>11}" if part[key] is None else f"{100 * part[key]:>11.2f}" for key in KEYS)
-        lines.append(f"{name[:15]:16}{part['questions']:>10,}{values}")
+        lines.append(f"{name:{wide}}{part['questions']:>10,}{values}")
+    if (interval := result["intervals"]["accuracy"]) is not None:
+        lines.append("accuracy of all, 95 % interval [{:.2f}, {:.2f}]".format(*(100 * end for end in interval)))
+    wide = max(29, *map(len, result["figures"]), 0) + 1
     for name, figure in result["figures"].items():
-        lines.append(f"{name:<30}{figure['value']:.4f}" if figure["value"] is not None else f"{name:<30}none")
+        lines.append(f"{name:{wide}}{_own(figure)}")
+    lines += [_by_policy(policy, short) for policy, short in result["policies"].items()]
     if "yes_bias" in result:
         lines += ["", *_yes_bias(result)]
     return "\n".join(lines)
 
 
+def _own(figure: dict[str, Any]) -> str:
+    """Return a figure of the benchmark's own, in its own unit, with its interval."""
+    if figure["value"] is None:
+        return "none"
+    interval = "" if figure["interval"] is None else "   [{:.4f}, {:.4f}]".format(*figure["interval"])
+    return f"{figure['value']:.4f}{interval}"
+
+
+def _by_policy(policy: str, short: dict[str, Any]) -> str:
+    """Return what one policy makes of the same answers."""
+    if "why" in short:
+        return f"read as {policy:18}not possible: {short['why']}"
+    yes = "" if short["yes_rate"] is None else f", yes {_percent(short['yes_rate'])}"
+    guessed = f", guessed {short['guessed']:,}" if short["guessed"] else ""
+    unparsed = _percent(short["unparsed_rate"])
+    return f"read as {policy:18}accuracy {_percent(short['accuracy'])}{yes}, unparsed {unparsed}{guessed}"
+
+
 def _yes_bias(result: dict[str, Any]) -> list[str]:
-    """Return the figures of the leaning to "yes", with intervals, and how it depends on the policy."""
+    """Return the figures of the leaning to "yes", with intervals."""
     bias = result["yes_bias"]
     lines = [
         f"yes-bias of {bias['questions']:,} answers, read as '{result['policy']}'",
@@ -48,10 +72,6 @@ def _yes_bias(result: dict[str, Any]) -> list[str]:
     for name, moved in bias["unparsed_as"].items():
         said = {"drop": "unparsed left out", "yes": "unparsed taken for yes", "no": "unparsed taken for no"}[name]
         lines.append(f"{said:26}accuracy {_percent(moved['accuracy'])}, yes {_percent(moved['yes_rate'])}")
-    for policy, short in result["policies"].items():
-        guessed = f", guessed {short['guessed']:,}" if short["guessed"] else ""
-        unparsed = _percent(short["unparsed_rate"])
-        lines.append(f"read as {policy:18}yes {_percent(short['yes_rate'])}, unparsed {unparsed}{guessed}")
     if logits := bias.get("logits"):
         without = f" ({logits['without']:,} answers have no logits)" if logits["without"] else ""
         lines.append(f"at the first answer token, {logits['questions']:,} answers{without}")
@@ -63,10 +83,8 @@ def _yes_bias(result: dict[str, Any]) -> list[str]:
 def _with_interval(figure: dict[str, Any], factor: float) -> str:
     if figure["value"] is None:
         return f"{'none':>9}"
-    interval = (
-        "" if figure["interval"] is None else "   [{:.2f}, {:.2f}]".format(*(factor * x for x in figure["interval"]))
-    )
-    return f"{factor * figure['value']:>9.2f}{interval}"
+    value, *ends = (round(factor * x, 2) or 0.0 for x in (figure["value"], *(figure["interval"] or ())))  # no "-0.00"
+    return f"{value:>9.2f}" + ("   [{:.2f}, {:.2f}]".format(*ends) if ends else "")
 
 
 def _percent(value: float | None) -> str:
@@ -79,7 +97,7 @@ def _judged(result: dict[str, Any]) -> str:
     lines = [f"{result['benchmark']}, judged by '{result['judge']['name']}', {result['questions']:,} answers{asked}"]
     for name, part in {"all": result, **result["splits"]}.items():
         unparsed = f"{100 * part['unparsed_rate']:.2f} % unparsed"
-        lines.append(f"{name[:24]:26}{part['questions']:>8,} answers, {unparsed}")
+        lines.append(f"{name:26}{part['questions']:>8,} answers, {unparsed}")
         figures = dict(part["figures"])
         if part["accuracy"] is not None:
             figures = {"accuracy": {"value": part["accuracy"], "interval": part["intervals"]["accuracy"]}, **figures}

@@ -12,10 +12,11 @@ import yaml
 
 from vapr.batches.families import load_model_config
 from vapr.batches.model_folder import find_model
-from vapr.cache import files_hash, user_cache, written_whole
+from vapr.cache import written_whole
 from vapr.config import Config
 from vapr.config_mistakes import nearest
 from vapr.errors import UserError
+from vapr.evaluation.generation.open_model import MODEL_FILES, remembered_hash
 from vapr.pages.figures import flat
 from vapr.study.config import StudyConfig
 from vapr.study.subsets import DataSet, open_data_sets
@@ -177,6 +178,6 @@ def _model_identity(base: Config) -> str:
     folders = [Path(source.model), *([source.adapter] if source.adapter is not None else [])]
     files = [
         file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+        if file.suffix in MODEL_FILES
     ]  # fmt: skip
-    return files_hash(files, user_cache() / "index" / "files.json") if files else base.policy.model
+    return remembered_hash(files) if files else base.policy.model

@@ -38,7 +38,8 @@ class Measured:
         questions: their names, (P,).
         pictures: what is asked about, (P,).
         right: in [0, 1], (P,).
-        yes, gold_yes, unparsed: 0 or 1 each, (P,); None where no truth is yes or no.
+        yes, gold_yes: 0 or 1 each, (P,); None unless every truth is yes or no.
+        unparsed: 0 or 1 each, (P,); None where nothing is generated.
     """
 
     questions: tuple[str, ...]

@@ -26,7 +26,7 @@ def _of_one(one: Evaluated) -> str:
         if gap := result.get("gap"):
             lines.append(f"{name}: {_gap(gap)}")
     if one.cut_off:
-        lines += ["", f"{one.cut_off:,} answers were cut off after --max-new-tokens"]
+        lines += ["", f"{one.cut_off:,} answers were cut off at --max-new-tokens"]
     return "\n".join(lines)
 
 

@@ -1,17 +1,16 @@
 """One table from many runs: plan the grid, train it, measure every model, write the page."""
 
-import fcntl
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vapr.cache import file_identity, written_whole
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
+from vapr.evaluation.generation.journal import FolderLock
 from vapr.evaluation.readers.open import open_benchmark
 from vapr.evaluation.scoring.prediction import Prediction
 from vapr.pages.study_report import write_study_report
@@ -48,7 +47,7 @@ def run_study(
         Stopped: after a signal; what is done is kept.
     """
     benches = _open_benches(study)
-    with _only_here(Path(study.out)):
+    with FolderLock(Path(study.out), "out"):
         cells = make_grid(study)
         for line in plan(study, cells):
             say(line)
@@ -106,22 +105,6 @@ def _open_benches(study: StudyConfig) -> dict[str, Benchmark]:
         if why is not None:
             raise UserError(f"bench.{name}: a study cannot compare its answers under '{study.parsing}': {why}")
     return benches
-
-
-@contextmanager
-def _only_here(out: Path) -> Iterator[None]:
-    """Hold the study's folder, so that no second process trains the same cells."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out: {out} is in use by another vapr study; wait for it, or give another out") from None
-        yield
 
 
 def _probes(trained: Sequence[Cell]) -> Measures:

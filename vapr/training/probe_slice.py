@@ -26,8 +26,8 @@ class Slice:
     Attributes:
         rows: all held-out pairs.
         pairs: those to score.
-        blind: the same without their images, by their number among ``pairs``; not those without images, or that differ
-            in nothing else.
+        blind: the same without their images, by their number among ``pairs``; pairs that have no images, or whose two
+            answers are the same text, are left out.
         questions: pairs whose chosen answer says yes or no, each question once.
 
     Raises:

@@ -179,7 +179,9 @@ def refused(call, *arguments, **options) -> str:
 def test_what_cannot_be_handed_over(model, bench, tmp_path):
     out = tmp_path / "out"
     assert "no such folder; other tools run offline" in refused(prepare, tmp_path / "gone", [bench], "lmms-eval", out)
-    assert "--bench pope: name the questions, too: pope=PATH" in refused(prepare, model, ["pope"], "lmms-eval", out)
+    assert "--bench pope: which questions? Give --bench pope=PATH with their file or folder" in refused(
+        prepare, model, ["pope"], "lmms-eval", out
+    )
     (model / "config.json").write_text('{"model_type": "llava"}')
     assert (
         "which class of VLMEvalKit runs a llava is not known here (known: qwen2_5_vl, qwen2_vl); name it with --model-class"
@@ -196,7 +198,7 @@ def test_what_cannot_be_handed_over(model, bench, tmp_path):
 def test_missing_pictures_are_found_before_anything_is_written(model, tmp_path):
     moved = [{**{k: v for k, v in row.items() if k != "image"}, "image_path": "gone.jpg"} for row in pope_tsv_rows()]
     table = write_tsv(tmp_path / "POPE.tsv", moved)
-    assert "POPE.tsv: 18 of 18 questions lack their picture" in refused(
+    assert "gone.jpg' is not there (18 of 18 questions lack a picture)" in refused(
         prepare, model, [f"pope={table}"], "lmms-eval", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
@@ -204,10 +206,10 @@ def test_missing_pictures_are_found_before_anything_is_written(model, tmp_path):
 
 def test_what_cannot_be_taken_back(bench, tmp_path):
     out = tmp_path / "out"
-    assert "lmms-eval logged no answers to pope; to get them run it" in refused(take_back, [bench], "lmms-eval", out)
+    assert "lmms-eval logged no answers to pope; run it first" in refused(take_back, [bench], "lmms-eval", out)
     (out / "logs" / "model").mkdir(parents=True)
     (out / "logs" / "model" / "model_vapr_pope_openended.pkl").write_bytes(b"")
-    assert "it left a pickle, for want of XlsxWriter: install that there, and run it" in refused(
+    assert "it left a pickle because XlsxWriter is missing: install that there, and run it again" in refused(
         take_back, [bench], "vlmevalkit", out
     )
     lmms_log(out, open_benchmark(bench)[1][:5])

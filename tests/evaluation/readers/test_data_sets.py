@@ -101,6 +101,6 @@ def test_a_row_without_its_picture(tmp_path):
     path = write_parquet(tmp_path / "test.parquet", rows)
     _, questions = open_benchmark(f"pope={path}")
     [line] = missing_images(questions)
-    assert line.startswith("question 'adversarial-4': image '") and line.endswith("gone.jpg' is not there")
-    with pytest.raises(UserError, match="test.parquet: 1 of 18 questions lack their picture; question 'adversarial-4'"):
-        require_images(questions, path)
+    assert line.startswith("question 'adversarial-4' of pope: image '") and line.endswith("gone.jpg' is not there")
+    with pytest.raises(UserError, match=r"question 'adversarial-4'.* \(1 of 18 questions lack a picture\); put"):
+        require_images(questions)

@@ -72,7 +72,7 @@ def next_commands(result: Result, out: Path | None) -> list[tuple[str, str]]:
         default=(0.0, "", ""),
     )  # fmt: skip
     if share >= UNREAD and result["policy"] != "last-answer":
-        purpose = f"{share:.1%} of {model}'s answers to {name} are unparsed: reads them after any reasoning"
+        purpose = f"{share:.1%} of {model}'s answers to {name} are unparsed; this reads them after any reasoning"
         commands.append((purpose, f"{again} --policy last-answer{page}"))
     if out is None:
         commands.append(("the questions that changed", f"{again} --policy {result['policy']} --out comparison.html"))

@@ -35,7 +35,7 @@ Sizes = dict[Path | bytes, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is done beside asking the questions."""
+    """How questions are asked, and how answers are read."""
 
     settings: Settings = field(default_factory=Settings)
     engine: EngineName = "transformers"
@@ -89,7 +89,7 @@ class TransformersEngine:
 
 
 def choose_engine(wanted: EngineName, *, whole: bool = True) -> Literal["transformers", "vllm"]:
-    """Return the engine to use; ``auto`` is vLLM where it is installed, there is a GPU, and the model is a folder."""
+    """Return the engine to use; ``auto`` is vLLM where it is installed, there is a GPU, and the model is whole."""
     if wanted != "auto":
         return wanted
     return "vllm" if whole and torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"

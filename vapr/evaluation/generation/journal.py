@@ -16,23 +16,27 @@ Key = tuple[str, str]
 
 
 class FolderLock:
-    """Makes a result folder, which one process at a time may write to; the lock goes with the process.
+    """Makes a folder that one process at a time may write to; the lock goes with the process.
+
+    Args:
+        folder: of results.
+        option: the option or key that names it, for messages.
 
     Raises:
         UserError: if it cannot be written, or another process writes to it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, option: str = "--out") -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"--out: {folder} cannot be written ({error.strerror})") from None
+            raise UserError(f"{option}: {folder} cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise UserError(f"--out: {folder} is in use by another vapr process") from None
+            raise UserError(f"{option}: {folder} is in use by another vapr process; wait for it") from None
 
     def __enter__(self) -> "FolderLock":
         return self

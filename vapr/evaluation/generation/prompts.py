@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vapr.batches.tokenize import Processor, Prompt
-from vapr.data.images import image_name, image_size
+from vapr.data.images import image_size
 from vapr.data.pair import Message, messages_from, place_images
 from vapr.data.row_values import PLACEHOLDER, with_image_parts
 from vapr.errors import UserError, one_line
+from vapr.evaluation.readers.pictures import require_images
 from vapr.evaluation.scoring.prediction import Question
 
 LENGTHS_ALIKE = 16
@@ -48,8 +49,9 @@ def check_images(questions: Sequence[Question]) -> dict[Path | bytes, tuple[int,
     """Return width and height of every picture asked about, from the files' headers.
 
     Raises:
-        UserError: naming the first question whose picture cannot be read, and how many pictures are missing.
+        UserError: naming the first question whose picture is missing, with how many there are, or cannot be read.
     """
+    require_images(questions)
     sizes: dict[Path | bytes, tuple[int, int]] = {}
     for question in questions:
         for image in question.images:
@@ -58,15 +60,7 @@ def check_images(questions: Sequence[Question]) -> dict[Path | bytes, tuple[int,
             try:
                 sizes[image] = image_size(image)
             except UserError as error:
-                where = f"question '{question.id}' of {question.benchmark}"
-                if isinstance(image, Path) and not image.is_file():
-                    files = {i for q in questions for i in q.images if isinstance(i, Path)}
-                    missing = sum(not file.is_file() for file in files)
-                    raise UserError(
-                        f"{where}: {image_name(image)} is not there ({missing:,} of {len(files):,} pictures are not); "
-                        "put them beside the questions"
-                    ) from None
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"question '{question.id}' of {question.benchmark}: {error}") from None
     return sizes
 
 

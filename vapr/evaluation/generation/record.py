@@ -99,7 +99,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
         return f"{given} with other weights or files than it has now" if same else f"another model, {given}"
     for name, value in now["settings"].items():
         if name not in MAY_CHANGE and before["settings"].get(name) != value:
-            return f"{name} {before['settings'].get(name)}, now it is {value}"
+            return f"{name} {before['settings'].get(name)}, not {value}"
     for name, asked in now["questions"].items():
         known = before["questions"].get(name)
         if known is not None and known["sha256"] != asked["sha256"]:

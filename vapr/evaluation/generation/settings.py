@@ -12,7 +12,7 @@ MAY_CHANGE = ("batch_size",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a model's answers depend on beside its weights. Temperature 0 is greedy."""
+    """What a model's answers depend on besides its weights. Temperature 0 is greedy."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0

@@ -40,8 +40,8 @@ def prepare(
     for bench in benches:
         benchmark, asked = open_benchmark(bench)
         if asked is None:
-            raise UserError(f"--bench {bench}: name the questions, too: {bench}=PATH")
-        require_images(asked, Path(bench.partition("=")[2]))
+            raise UserError(f"--bench {bench}: which questions? Give --bench {bench}=PATH with their file or folder")
+        require_images(asked)
         questions[benchmark.name] = asked
     task = Task(model=model, model_class=model_class, questions=questions, folder=folder, max_new_tokens=max_new_tokens)
     return TOOLS[tool].write(task)
@@ -80,9 +80,10 @@ def take_back(
         benchmark, questions = open_benchmark(bench, pictures=False)
         found = TOOLS[tool].logs(folder, benchmark.name)
         if not found:
-            pickled = any((folder / "logs").rglob("*.pkl"))
-            out = "it left a pickle, for want of XlsxWriter: install that there, and" if pickled else "to get them"
-            raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; {out} run it")
+            way_out = "it left a pickle because XlsxWriter is missing: install that there, and run it again"
+            if not any((folder / "logs").rglob("*.pkl")):
+                way_out = "run it first"
+            raise UserError(f"{folder / 'logs'}: {tool} logged no answers to {benchmark.name}; {way_out}")
         answered, notes, _ = open_answers(found[-1], benchmark, questions, partial=partial)
         predictions += answered
         for note in notes:

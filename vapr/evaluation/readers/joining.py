@@ -1,6 +1,5 @@
 """Find the question that each answer of another tool is to: by id, by picture and text, never by line."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,8 @@ from typing import Any
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Results
 from vapr.evaluation.readers.pictures import UNNAMED
+from vapr.evaluation.score import plain_question
 from vapr.evaluation.scoring.prediction import Prediction, Question
-
-_MARK = re.compile(r"<image[^>]*>")
 
 FAILED = "Failed to obtain answer"
 """What VLMEvalKit writes in the place of an answer that a server did not give."""
@@ -126,7 +124,7 @@ def _hand_out(answers: Sequence[Answer], found: Sequence[list[Question]], file: 
     chosen = [fitting[0] for fitting in found]
     for ids, members in groups.items():
         fitting = found[members[0]]
-        alike = {(_words(q.question), str(q.meta.get("image")), str(q.answer)) for q in fitting}
+        alike = {(plain_question(q.question), str(q.meta.get("image")), str(q.answer)) for q in fitting}
         where = answers[members[0]].where
         if len(alike) > 1:
             raise UserError(
@@ -159,7 +157,7 @@ def _agree(answer: Answer, question: Question) -> bool:
     image, name = answer.image, question.meta.get("image")
     if image and name and not _unnamed(str(name)) and not _unnamed(image) and _stem(image) != _stem(str(name)):
         return False
-    said, asked = _words(answer.question), _words(question.question)
+    said, asked = plain_question(answer.question), plain_question(question.question)
     return not said or said in asked or _first_line(question.question) in said
 
 
@@ -176,13 +174,8 @@ def _plain(truth: Any) -> str:
     return " ".join(str(truth).lower().split()).strip("().")
 
 
-def _words(text: str) -> str:
-    """Return a question as it compares: without marks of pictures, case, spaces, and a misprint of POPE's files."""
-    return " ".join(_MARK.sub(" ", text).lower().split()).replace("in the imange", "in the image")
-
-
 def _first_line(text: str) -> str:
-    return _words(next((line for line in text.splitlines() if _words(line)), ""))
+    return plain_question(next((line for line in text.splitlines() if plain_question(line)), ""))
 
 
 def _stem(name: str) -> str:

@@ -113,12 +113,12 @@ def missing_images(questions: Sequence[Question]) -> list[str]:
             if image not in there:
                 there[image] = image.is_file()
             if not there[image]:
-                missing.append(f"question '{question.id}': image '{image}' is not there")
+                missing.append(f"question '{question.id}' of {question.benchmark}: image '{image}' is not there")
                 break
     return missing
 
 
-def require_images(questions: Sequence[Question], source: Path) -> None:
+def require_images(questions: Sequence[Question]) -> None:
     """Refuse questions whose pictures are missing, before anything is generated.
 
     Raises:
@@ -126,6 +126,6 @@ def require_images(questions: Sequence[Question], source: Path) -> None:
     """
     if missing := missing_images(questions):
         raise UserError(
-            f"{source}: {len(missing):,} of {len(questions):,} questions lack their picture; {missing[0]}; put the "
-            "pictures where the questions name them"
+            f"{missing[0]} ({len(missing):,} of {len(questions):,} questions lack a picture); put the pictures where "
+            "the questions name them"
         )
