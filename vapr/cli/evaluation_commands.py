@@ -137,7 +137,7 @@ def evaluate(
         lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
         raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
     from vapr.evaluation.generation.evaluate import options_of
-    from vapr.study import report_text
+    from vapr.study import eval_text
     from vapr.study.evaluate_models import evaluate_models, write_comparison
 
     evaluated = evaluate_models(
@@ -146,7 +146,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps({"models": [one.as_dict() for one in evaluated]}, indent=2, allow_nan=False))
     else:
-        click.echo(report_text.show(evaluated))
+        click.echo(eval_text.show(evaluated))
     if len(evaluated) > 1:
         write_comparison(evaluated, out, options["policy"], say=partial(click.echo, err=True))
 
