@@ -130,3 +130,8 @@ def test_bad_files(name, tmp_path):
     with pytest.raises(UserError) as error:
         open_questions(POPE, tmp_path)
     assert message in str(error.value)
+
+
+def test_the_mean_of_splits_is_not_certain_where_all_is_right(folder):
+    figure = score(answered(POPE.read(folder), lambda q: q.answer), POPE)["figures"]["mean_f1_of_splits"]
+    assert figure["value"] == 1 and figure["interval"] == [pytest.approx(1 - 1.959964 / 4), 1]  # two pictures

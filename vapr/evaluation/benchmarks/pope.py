@@ -165,6 +165,8 @@ def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     mean = float(sum(values) / num_splits)
     pulls = np.bincount(numbered([row.prediction.image for row in rows]), weights=pull)
     reach = Z * math.sqrt(float((pulls**2).sum()) * len(pulls) / max(len(pulls) - 1, 1))
+    if not pulls.any():  # all right or all wrong: A. Agresti and Y. Min, Stat. Med. 24 (2005) 729, as for other figures
+        reach = Z / (len(pulls) + 2)
     return {"mean_f1_of_splits": Figure(mean, (max(mean - reach, 0.0), min(mean + reach, 1.0)), len(rows))}
 
 
