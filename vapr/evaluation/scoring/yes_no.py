@@ -73,7 +73,7 @@ def unparsed_as(gold: Sequence[str], said: Sequence[str | None]) -> dict[str, di
             c[[YES_YES, NO_YES] if name == "yes" else [YES_NO, NO_NO]] += c[[YES_UNPARSED, NO_UNPARSED]]
         c[[YES_UNPARSED, NO_UNPARSED]] = 0
         moved[name] = {key: _share(c, *SHARES[key]) for key in ("accuracy", "yes_rate", "fpr", "fnr")}
-        moved[name]["f1"] = float(_f1(c[None])[0]) if c.sum() else None
+        moved[name]["f1"] = float(_f1(c[None])[0]) if c[[YES_YES, NO_YES, *YES]].any() else None
     return moved
 
 
