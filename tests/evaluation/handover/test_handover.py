@@ -180,6 +180,7 @@ def test_what_cannot_be_handed_over(model, bench, tmp_path):
     out = tmp_path / "out"
     assert "no such folder; other tools run offline" in refused(prepare, tmp_path / "gone", [bench], "lmms-eval", out)
     assert "--bench pope: name the questions, too: pope=PATH" in refused(prepare, model, ["pope"], "lmms-eval", out)
+    assert "--bench pope is given twice" in refused(prepare, model, [bench, bench], "lmms-eval", out)
     (model / "config.json").write_text('{"model_type": "llava"}')
     assert (
         "which class of VLMEvalKit runs a llava is not known here (known: qwen2_5_vl, qwen2_vl); name it with --model-class"
