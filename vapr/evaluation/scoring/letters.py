@@ -3,8 +3,9 @@
 import re
 import string
 from collections.abc import Sequence
+from functools import lru_cache
 
-from vapr.evaluation.scoring.answers import Policy, after_reasoning, final_answers
+from vapr.evaluation.scoring.answers import Policy, after_reasoning, final_answers, without_left_over
 from vapr.text import sentences
 
 _LEAD = re.compile(
@@ -31,8 +32,8 @@ _JUDGED = re.compile(
     re.IGNORECASE,
 )
 _SETTLED = re.compile(
-    r"\b(?:is|be|option|choice|answer|letter|choose|chose|pick|select|go with|选|是)\s*[:：]?\s*[\"'*_]*"
-    r"(?:\(([A-Z])\)|([A-Z])(?=[\"'*_.!)]*\s*$))"
+    r"(?:\b(?:is|be|option|choice|answer|letter|choose|chose|pick|select|go with|选|是)|['’]s)\s*[:：]?\s*[\"'*_]*"
+    r"(?:\(([A-Z])\)|([A-Z])(?=[\"'*_.!)]*\s*(?:$|(?:because|since)\b)))"
 )
 _DENIED = re.compile(
     r"\b(?:not|cannot|neither|nor|incorrect|wrong|false|eliminate\w*|exclude\w*|rather|unlike\w*)\b|n['’]t\b"
@@ -58,7 +59,7 @@ def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
     letters = string.ascii_uppercase[: len(options) or 26]
     if len(text) < 5 and (alone := plain(text).upper()) and alone in letters and len(alone) == 1:
         return alone  # "B", "(B)", "b.": what most answers are
-    text = _STYLED.sub(r"\1", text)
+    text = _STYLED.sub(r"\1", without_left_over(text))
     if policy != "last-answer":
         return _at_beginning(text, letters, options)
     for place in final_answers(_without_discussion(after_reasoning(text), letters)):
@@ -109,7 +110,7 @@ def _at_beginning(text: str, letters: str, options: Sequence[str]) -> str | None
         place = letters.find(also[1].upper())
         if place >= 0 and texts and also[1].upper() != chosen and plain(also[2]).startswith(texts[place] or "\0"):
             return None
-    if own and re.match(rf"{re.escape(own)}(?!\w)", other):
+    if own and other.startswith(own) and not re.match(r"\w", other[len(own) :]):
         return chosen
     # "A dog" and "I see" are words; "A. The dog", "(A) The dog", "a) the dog" and "A is correct" are letters.
     if found[1].islower():
@@ -159,10 +160,12 @@ def _option_lines(text: str, letters: str) -> list[tuple[int, str]]:
     return [(number, line[1].upper()) for number, line in found if line and line[1].upper() in letters]
 
 
+@lru_cache(maxsize=1024)  # the options of one question come again and again
 def plain(text: str) -> str:
     """Return a text in lower case without needless space and the marks around it."""
     return " ".join(text.lower().split()).strip(" \"'“”‘’*_`.,;:()[]{}$!。，：；（）【】")
 
 
+@lru_cache(maxsize=1024)
 def _bare(text: str) -> str:
     return re.sub(r"^(?:an?|the) ", "", plain(text))
