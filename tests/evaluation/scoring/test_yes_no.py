@@ -86,7 +86,8 @@ def test_nothing_to_measure_is_none():
 
 @pytest.mark.parametrize("said", ["no", None])
 def test_a_set_without_a_yes_has_no_f1_and_no_nan(said):
-    bias = yes_no.yes_bias(["no", "no"], [said, said], "ab")
+    gold, answers = ["no", "no"], [said, said]
+    bias = yes_no.yes_bias(gold, answers, yes_no.figures_of(gold, answers, "ab"))
     assert {name: moved["f1"] for name, moved in bias["unparsed_as"].items()} == {
         "yes": None if said else 0.0, "no": None, "drop": None,
     }  # fmt: skip

@@ -81,11 +81,8 @@ def _share(c: np.ndarray, of: Sequence[int], over: Sequence[int]) -> float | Non
     return float(c[list(of)].sum() / c[list(over)].sum()) if c[list(over)].sum() else None
 
 
-def yes_bias(
-    gold: Sequence[str], said: Sequence[str | None], groups: Sequence[Hashable], seed: int = 0
-) -> dict[str, Any]:
-    """Return all figures of :func:`figures_of` and :func:`unparsed_as`, as JSON holds them."""
-    figures = figures_of(gold, said, groups, seed)
+def yes_bias(gold: Sequence[str], said: Sequence[str | None], figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return the figures of :func:`figures_of` and :func:`unparsed_as`, as JSON holds them."""
     return {
         "questions": len(gold),
         **{name: figure.as_dict() for name, figure in figures.items()},
