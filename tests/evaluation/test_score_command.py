@@ -123,6 +123,13 @@ def test_options_that_are_no_list(options, tmp_path):
     assert result.exit_code == 2 and "write a list of their texts, that of A first" in result.stderr
 
 
+def test_objects_that_are_no_lists(tmp_path):
+    meta = {"vocabulary": "dog", "safe": ""}
+    rows = [row(1, "A dog.", {"truth": [["dog"]], "hallu": 5}, benchmark="amber-g", meta=meta)]
+    result = vapr(write_lines(tmp_path / "predictions.jsonl", rows), "--bench", "amber-g")
+    assert result.exit_code == 2 and "no truth that AMBER (generative) has" in result.stderr
+
+
 def test_half_a_line(tmp_path):
     file = write_lines(tmp_path / "predictions.jsonl", ROWS)
     file.write_bytes(file.read_bytes()[:-30])
