@@ -115,7 +115,7 @@ def test_edit_distance():
     ("text", "expected"),
     [
         *((text, "yes") for text in ("Yes", "yes.", "Yes, there is", "**Yes**", ' "Yes', "Yeah!", "Answer: Yes", "YES it is")),
-        *((text, "no") for text in ("No", "no.", "No, there is none", "**No**", "Nope", "No it is not", "No - a cat", "No — a cat", "No\nIt is", "- No.", "No. It is red.", "No (it is red).", "No… it is", "No，有", "No！")),
+        *((text, "no") for text in ("No", "no.", "No, there is none", "**No**", "Nope", "No it is not", "No - a cat", "`No`", "No]", "No — a cat", "No\nIt is", "- No.", "No. It is red.", "No (it is red).", "No… it is", "No，有", "No！")),
         *((text, None) for text in ("Nothing is there", "No one is there", "No dogs are there", "No. 5 is the bus", "No-one", "Noah", "Yesterday", "yes-man", "Not really", "There is no dog", "I say yes", "", "None")),
     ],
 )  # fmt: skip

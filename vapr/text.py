@@ -50,7 +50,7 @@ STYLE_KEYS = (
 
 _YES = re.compile(r"(?:yes|yeah|yep|yup)\b(?!-\w)", re.IGNORECASE)
 _NO = re.compile(
-    r"(?:nope|nah)\b|no(?=\s*(?:$|[,;:!?*_\"'”’()…，、；：！？。—–\n]|-\s|\.(?!\s*\d))"
+    r"(?:nope|nah)\b|no(?=\s*(?:$|[,;:!?*_`\]}»\"'”’()…，、；：！？。—–\n]|-\s|\.(?!\s*\d))"
     r"|\s+(?:there|it|they|he|she|i|we|you|this|that|these|those|the|not|because|but|a|an)\b)",
     re.IGNORECASE,
 )

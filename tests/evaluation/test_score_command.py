@@ -101,7 +101,11 @@ BAD = {
     "a list": ([*ROWS, ["Yes"]], "predictions.jsonl:5: a JSON list, not an object"),
     "no truth": ([row(1, "Yes", "maybe")], "'answer' is 'maybe', no truth that POPE has"),
     "meta is a list": ([row(1, "Yes", meta=["random"])], "predictions.jsonl:1: 'meta' is [\"random\"], not an object"),
-    "nothing": ([], "no predictions.jsonl of vapr"),
+    "nothing": ([], "predictions.jsonl: no answers in it, it is empty"),
+    "no benchmark named": ([{"id": 1, "prediction": "Yes", "answer": "yes"}], "predictions.jsonl:1: no 'benchmark'"),
+    "no id": ([row(1, "Yes", id=None)], "predictions.jsonl:1: 'id' is null, neither a text nor a whole number"),
+    "a list for an id": ([row(1, "Yes", id=[1])], "predictions.jsonl:1: 'id' is [1], neither a text nor"),
+    "meta is text": ([row(1, "Yes", meta="random")], "predictions.jsonl:1: 'meta' is \"random\", not an object"),
 }
 
 
@@ -110,6 +114,20 @@ def test_bad_predictions(name, tmp_path):
     rows, message = BAD[name]
     result = vapr(write_lines(tmp_path / "predictions.jsonl", rows), "--bench", "pope")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("options", [4, "red", {"A": "red"}])
+def test_options_that_are_no_list(options, tmp_path):
+    rows = [row(1, "A", "A", benchmark="mmstar", meta={"options": options})]
+    result = vapr(write_lines(tmp_path / "predictions.jsonl", rows), "--bench", "mmstar")
+    assert result.exit_code == 2 and "write a list of their texts, that of A first" in result.stderr
+
+
+def test_objects_that_are_no_lists(tmp_path):
+    meta = {"vocabulary": "dog", "safe": ""}
+    rows = [row(1, "A dog.", {"truth": [["dog"]], "hallu": 5}, benchmark="amber-g", meta=meta)]
+    result = vapr(write_lines(tmp_path / "predictions.jsonl", rows), "--bench", "amber-g")
+    assert result.exit_code == 2 and "no truth that AMBER (generative) has" in result.stderr
 
 
 def test_half_a_line(tmp_path):

@@ -269,6 +269,8 @@ def fault(case: str, pope: Path, tmp_path: Path, model: Path) -> list[object]:
             models = []
         case "no benchmark":
             return [model, "--out", out]
+        case "no temperature":
+            return [model, "--bench", bench, "--out", out, "--temperature", "nan"]
         case "no folder":
             return [model, "--bench", bench]
         case "no questions":
@@ -312,6 +314,7 @@ def fault(case: str, pope: Path, tmp_path: Path, model: Path) -> list[object]:
         ("no model", "MODEL is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR"),
         ("no benchmark", "--bench NAME=PATH is missing"),
         ("no folder", "--out DIR is missing"),
+        ("no temperature", "--temperature nan: give a number from 0 on"),
         ("no questions", "--bench pope: which questions? Give --bench pope=PATH"),
         ("unknown benchmark", "--bench popes: no such benchmark; did you mean pope?"),
         ("missing picture", "coins.jpg' is not there (3 of 24 questions lack a picture); put the pictures where"),

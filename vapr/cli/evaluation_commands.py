@@ -1,6 +1,7 @@
 """Commands that measure what a model answers."""
 
 import json
+import math
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from vapr.cli.options import A_PATH, AT_LEAST_1, Command, json_option
+from vapr.cli.options import A_PATH, AT_LEAST_0, AT_LEAST_1, Command, json_option
 from vapr.errors import UserError
 from vapr.evaluation.scoring.answers import POLICIES, Policy
 
@@ -102,7 +103,7 @@ def score(file: Path, bench: str, policy: Policy, partly: bool, judging: "Judgin
     help="Temperature of sampling; 0 answers greedily.",
 )
 @click.option("--batch-size", type=AT_LEAST_1, help="Questions answered at once. [default: 16; vLLM 256]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --limit, and of sampled answers.")
+@click.option("--seed", type=AT_LEAST_0, default=0, show_default=True, help="Seed of --limit, and of sampled answers.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "transformers", "vllm"]),
@@ -136,6 +137,8 @@ def evaluate(
     if not models or not benches or out is None:
         lacking = "MODEL" if not models else "--bench NAME=PATH" if not benches else "--out DIR"
         raise UserError(f"{lacking} is missing; write: vapr eval MODEL --bench NAME=PATH --out DIR")
+    if not math.isfinite(options["temperature"]):  # which click takes for in range
+        raise UserError(f"--temperature {options['temperature']}: give a number from 0 on")
     from vapr.evaluation.generation.evaluate import options_of
     from vapr.study import eval_text
     from vapr.study.evaluate_models import evaluate_models, write_comparison

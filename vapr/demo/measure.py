@@ -11,9 +11,9 @@ import numpy as np
 
 from vapr.demo.datasets import Asked
 from vapr.demo.questions import CATEGORIES, read_answer
+from vapr.evaluation.scoring import yes_no
 from vapr.evaluation.scoring.figures import share
 from vapr.evaluation.scoring.paired import difference, mcnemar, sign_flip
-from vapr.evaluation.scoring.yes_no import yes_bias
 
 SIGNIFICANT = 0.05
 
@@ -44,15 +44,14 @@ class Answers:
         }
         garbled = np.array([said is None for said in self.said])
         asked = np.flatnonzero(self.of("existence")).tolist()
+        gold, said = [self.asked[n].question.truth for n in asked], [self.said[n] for n in asked]
+        figures = yes_no.figures_of(gold, said, self.pictures[asked].tolist(), seed)
         return {
             "accuracy": accuracy,
             "garbled": {"answers": int(garbled.sum()), **share(garbled, self.pictures).as_dict()},
-            "yes": yes_bias(
-                [self.asked[n].question.truth for n in asked], [self.said[n] for n in asked],
-                self.pictures[asked].tolist(), seed,
-            ),
+            "yes": yes_no.yes_bias(gold, said, figures),
             "words": float(np.mean([len(text.split()) for text in self.texts])),
-        }  # fmt: skip
+        }
 
 
 def compare(a: Answers, b: Answers, seed: int) -> dict[str, Any]:

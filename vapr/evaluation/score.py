@@ -52,6 +52,7 @@ def score(
     for row in rows:
         if (name := benchmark.split(row.prediction)) is not None:
             splits.setdefault(name, []).append(row)
+    measured = _yes_no_figures(rows, seed)
     result = {
         "benchmark": benchmark.name,
         "policy": policy,
@@ -59,16 +60,18 @@ def score(
         "headline": benchmark.headline,
         "asked": len(rows) if questions is None else questions,
         "partial": questions is not None and questions > len(rows),
-        **_figures(rows, benchmark, seed),
-        "splits": {name: _figures(members, benchmark, seed) for name, members in splits.items()},
+        **_figures(rows, benchmark, measured),
+        "splits": {
+            name: _figures(members, benchmark, _yes_no_figures(members, seed)) for name, members in splits.items()
+        },
         "policies": {other: _short(predictions, benchmark, other, rows, policy) for other in POLICIES},
         "note": benchmark.note,
     }
-    yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
-    if yes_no_rows:
-        result["yes_bias"] = yes_no.yes_bias(*_columns(yes_no_rows), seed=seed)
-        asked = [row.prediction for row in yes_no_rows]
-        result["yes_bias"]["logits"] = logit_view.logit_view(asked, [str(row.gold) for row in yes_no_rows], seed)
+    if measured:
+        yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
+        gold, said, _ = _columns(yes_no_rows)
+        logits = logit_view.logit_view([row.prediction for row in yes_no_rows], gold, seed)
+        result["yes_bias"] = {**yes_no.yes_bias(gold, said, measured), "logits": logits}
     return result
 
 
@@ -98,13 +101,15 @@ def score_rows(predictions: Sequence[Prediction], benchmark: Benchmark, policy: 
     return rows
 
 
-def _figures(rows: Sequence[Row], benchmark: Benchmark, seed: int) -> dict[str, Any]:
-    """Return the common figures and the benchmark's own."""
-    figures: dict[str, Figure] = dict.fromkeys(YES_NO_KEYS, NONE)
+def _yes_no_figures(rows: Sequence[Row], seed: int) -> Mapping[str, Figure]:
+    """Return the figures of the questions whose truth is yes or no; none if there are none."""
     yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
-    if yes_no_rows:
-        measured = yes_no.figures_of(*_columns(yes_no_rows), seed=seed)
-        figures |= {name: measured[name] for name in YES_NO_KEYS}
+    return yes_no.figures_of(*_columns(yes_no_rows), seed=seed) if yes_no_rows else {}
+
+
+def _figures(rows: Sequence[Row], benchmark: Benchmark, measured: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return the common figures, those of yes and no among them, and the benchmark's own."""
+    figures = {name: measured.get(name, NONE) for name in YES_NO_KEYS}
     images = [row.prediction.image for row in rows]
     figures["accuracy"] = share([row.right for row in rows], images)
     figures["unparsed_rate"] = share([row.reading.unparsed for row in rows], images)

@@ -11,6 +11,7 @@ from vapr.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
 from vapr.evaluation.readers.open import open_answers
 from vapr.evaluation.score import score
 from vapr.evaluation.scoring.answers import POLICIES
+from vapr.evaluation.scoring.prediction import Prediction
 
 REAL = Path(os.environ.get("VAPR_REAL_DATA", "")) / "hallusionbench"
 needs_real = pytest.mark.skipif(not os.environ.get("VAPR_REAL_DATA"), reason="VAPR_REAL_DATA is not set")
@@ -59,6 +60,10 @@ def test_groups_count_only_whole(tmp_path):
     figures = score(rows[:-1], HALLUSIONBENCH, partial=True)["figures"]
     assert figures["q_acc"] == {"value": 0, "interval": figures["q_acc"]["interval"], "count": 2}
     assert figures["f_acc"]["count"] == 2 and figures["a_acc"]["count"] == 5
+    bare = [Prediction(benchmark="hallusionbench", id="1", question="?", prediction="Yes", answer="yes")]
+    for partial in (False, True):
+        with pytest.raises(UserError, match="meta has no 'together'; give the questions"):
+            score(bare, HALLUSIONBENCH, partial=partial)
 
 
 def refused(rows, tmp_path, results=False) -> str:

@@ -154,6 +154,7 @@ def test_without_references_no_judge_is_asked(folder):
     ("file", "rows", "line"),
     [
         ("questions.jsonl", [{"question_id": 1, "text": "?"}], "questions.jsonl:1: no 'image'"),
+        ("questions.jsonl", [QUESTIONS[0] | {"image": {"bytes": "x"}}], "questions.jsonl:1: 'image' is {"),
         ("questions.jsonl", [QUESTIONS[0], QUESTIONS[0]], "question '0' of llava-bench stands twice"),
         ("context.jsonl", [{"image": "000.jpg"}], "context.jsonl:1: no 'caption'"),
         ("mine.jsonl", [answer(7)], "mine.jsonl:1: question_id 7 is no question of LLaVA-Bench"),

@@ -88,6 +88,15 @@ def test_pictures_count_only_whole(tmp_path):
     assert figures["existence"]["value"] == 200 and figures["acc_plus"]["count"] == 5
 
 
+def test_answers_that_name_no_picture():
+    bare = [
+        Prediction(benchmark="mme", id=f"{n}", question="?", prediction=said, answer=said, meta={"split": "count"})
+        for n, said in enumerate(("Yes", "No"))
+    ]
+    with pytest.raises(UserError, match="'0' of mme: meta names no 'image'.*--bench mme=PATH"):
+        score(bare, MME)
+
+
 def test_a_task_that_mme_does_not_have():
     rows = [
         Prediction(benchmark="mme", id=f"x-{n}", question="?", prediction="Yes", answer="yes", meta={"image": "x"})

@@ -1,5 +1,7 @@
 """NaturalBench: both shapes of its rows, groups, and figures worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.evaluation.benchmarks.authors_files import answered, naturalbench, write_json, write_lines
@@ -98,6 +100,10 @@ def test_groups_count_only_whole(tmp_path):
     bare = [Prediction(benchmark="naturalbench", id="1", question="", prediction="Yes", answer="Yes")]
     with pytest.raises(UserError, match="meta has no 'group'; give the questions with --bench naturalbench=PATH"):
         score(bare, NATURALBENCH)
+    for key in ("question_number", "image"):
+        lacking = [replace(row, meta={k: v for k, v in row.meta.items() if k != key}) for row in rows]
+        with pytest.raises(UserError, match=f"meta has no '{key}'"):
+            score(lacking, NATURALBENCH)
 
 
 @pytest.mark.parametrize(

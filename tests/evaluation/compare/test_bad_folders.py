@@ -71,6 +71,8 @@ def test_half_written_files(good, tmp_path):
     for name in ("evaluation.json", "scores.json"):
         (half / name).write_text('{"pope": ')
         assert f"{half}/{name}: not a JSON object; it may be half-written" in error_of(good, half)
+        (half / name).write_text('{"pope": NaN}')
+        assert f"{half}/{name}: not a JSON object" in error_of(good, half)
         (half / name).unlink()
     (half / "predictions.blind.jsonl").write_text("[1]\n")
     assert f"{half}/predictions.blind.jsonl:1: a JSON list, not an object" in error_of(good, half)

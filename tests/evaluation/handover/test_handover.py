@@ -182,6 +182,7 @@ def test_what_cannot_be_handed_over(model, bench, tmp_path):
     assert "--bench pope: which questions? Give --bench pope=PATH with their file or folder" in refused(
         prepare, model, ["pope"], "lmms-eval", out
     )
+    assert "--bench pope is given twice" in refused(prepare, model, [bench, bench], "lmms-eval", out)
     (model / "config.json").write_text('{"model_type": "llava"}')
     assert (
         "which class of VLMEvalKit runs a llava is not known here (known: qwen2_5_vl, qwen2_vl); name it with --model-class"

@@ -130,6 +130,8 @@ BAD = {
     "fewer answers than questions": (samples()[:12], ":1: 2 answer(s) to what 3 questions ask ('adversarial-1', 'popular-1', ...), and nothing tells to which"),
     "an answer twice": ([*samples(), lmms_sample(18, {**pope_hub_rows()[0], "question_id": "1"}, "Yes")], ":1: 4 answer(s) to what 3 questions ask"),
     "another benchmark's": ([{**row, "input": "Which is taller?\nA. a\nB. b", "pope_accuracy": {"question_id": "x"}} for row in samples()], ":1: 'Which is taller? A. a B. b' is no question of pope; give the questions that x_samples_pope.jsonl answers"),
+    "a document that is a text": ([{"doc_id": 0, "filtered_resps": ["yes"], "doc": "x"}], ":1: 'doc_id' is no number or 'doc' no object"),
+    "no number of a document": ([{"doc_id": None, "filtered_resps": ["yes"]}], ":1: 'doc_id' is no number or 'doc' no object"),
     "a sample without an answer": ([samples()[0], {"doc_id": 1}], ":2: no 'filtered_resps'; a sample of lmms-eval has doc_id, filtered_resps"),
 }  # fmt: skip
 

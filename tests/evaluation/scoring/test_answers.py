@@ -19,7 +19,16 @@ CASES = [
     ("[Yes]", "yes", "yes"),
     ("{No}", "no", "no"),
     ("`yes`", "yes", "yes"),
+    ("`No`", "no", "no"),
+    ("No]", "no", "no"),
     ("The answer is: yes", "yes", "yes"),
+    # what a tokenizer left
+    *(
+        (f"{said}{left}", said.lower(), said.lower())
+        for said in ("Yes", "No")
+        for left in ("</s>", "<|im_end|>", " <|eot_id|>\n", "<end_of_turn>", "<br/>", "\u200b", "\ufeff")
+    ),
+    ("There is a dog. Yes</s></s>", None, "yes"),
     ("**Answer:** No", "no", "no"),
     ("Final answer: no", "no", "no"),
     ("No\n\nExplanation: there is a cat.", "no", "no"),
@@ -30,6 +39,7 @@ CASES = [
     ("The picture shows a park. Yes, there is a dog. It is brown.", None, "yes"),
     ("There are two cats, so no.", None, "no"),
     ("So the answer is no", None, "no"),
+    ('The answer to the question "Is there a dog in it?" is no.', None, "no"),
     ("I'd say no.", None, "no"),
     ("No doubt, yes.", None, "yes"),
     ("Is there a dog? No.", None, "no"),

@@ -13,6 +13,7 @@ NAMED_AT_ONCE = {
           "The answer is B", "The correct answer is option B.", "The answer is **B**", "**Answer:** B", "**Answer: B**",
           "### B", "`B`", "> **B. blue**", "- B", r"\boxed{B}", r"\boxed{\text{B}}", r"$\boxed{\textbf{(B)}}$",
           "答案：B", "答案是B。", "选B", "（B）", "B、blue", "选B,因为它是蓝色", "B因为", "B is correct", "B because it is blue",
+          "B</s>", "(B)<|im_end|>", "B. blue<end_of_turn>", "blue</s>", "B\u200b",
           "B, not C", "B, for it is blue", "B, a dog", "B. blue\n\nExplanation: the car is blue.", "B. The colour is blue. A is wrong because it is red."],
     "A": ["A", "A red thing", "A is the correct answer", "A."],
     "C": ["a green car", "A green car", "The correct option is (C).", "The answer is C, not B."],
@@ -22,7 +23,7 @@ NAMED_AT_ONCE = {
 NAMED_IN_THE_END = {
     "B": [r"We see x. So \boxed{\text{B}}.", "<think>maybe A. The answer is A.</think>B", "<answer>B</answer>",
           "The picture shows a car. It is blue, so it must be B.", "Not (A), so it is (B).", "I would choose B.",
-          "Looking closely, option (B) fits best.", "A. wrong\nB. right\nC. wrong\nD. wrong\n\nThe best choice is B.",
+          "Looking closely, option (B) fits best.", "I would choose option B because it is blue.", "It's B.", "A. wrong\nB. right\nC. wrong\nD. wrong\n\nThe best choice is B.",
           "So the time is **blue**. (B)\n\nThe others:\n\n* **(A) red.** This would be the answer if.\n* **(C) green.** "
           "This would be.\n* **(D) yellow** would be."],
     "C": ["<think>A</think>\n\nThe answer is (C).", "The choices are A, B, C and D. The right one is C.",
@@ -33,7 +34,7 @@ NAMED_NEVER = [
     "", "   ", "?", "E", "AB", "A dog stands", "a dog is here", "I see a dog", "Answering this is hard", "D's house",
     "A-frame", "A/C unit", "C++", "A 5 year old", "B and C", "A or B", "(A), (C)", "A, B and C", "B/C", "B & C",
     "Both A and B", "B: green car", "Option A: red, Option B: blue", "none of the above", "B is incorrect",
-    "B is not correct", "The answer is not B", "It is not (B).", "It cannot be B", "<think>it goes on, A",
+    "B is not correct", "The answer is not B", "It's not B.", "It's B or C.", "I see option B and C because", "It is not (B).", "It cannot be B", "<think>it goes on, A",
     "(A) red\n(B) blue\n(C) green car\n(D) yellow", "A. red B. blue C. green car D. yellow",
 ]  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Yes-bias figures against scikit-learn and values worked by hand."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -80,3 +82,13 @@ def test_nothing_to_measure_is_none():
     figures = yes_no.figures_of(["no", "no"], ["no", "no"], "ab")
     assert figures["recall"].value is None and figures["fnr"].value is None and figures["d_prime"].value is None
     assert figures["f1"].value is None and figures["f1_no"].value == 1
+
+
+@pytest.mark.parametrize("said", ["no", None])
+def test_a_set_without_a_yes_has_no_f1_and_no_nan(said):
+    gold, answers = ["no", "no"], [said, said]
+    bias = yes_no.yes_bias(gold, answers, yes_no.figures_of(gold, answers, "ab"))
+    assert {name: moved["f1"] for name, moved in bias["unparsed_as"].items()} == {
+        "yes": None if said else 0.0, "no": None, "drop": None,
+    }  # fmt: skip
+    json.dumps(bias, allow_nan=False)

@@ -125,7 +125,8 @@ def _first(noun: str, objects: Sequence[Sequence[str]]) -> int | None:
 def gold(prediction: Prediction) -> str | None:
     """Return "faithful" where the objects are known."""
     answer = prediction.answer
-    known = isinstance(answer, dict) and {"truth", "hallu"} <= answer.keys() and "vocabulary" in prediction.meta
+    lists = isinstance(answer, dict) and all(isinstance(answer.get(key), list) for key in ("truth", "hallu"))
+    known = lists and "vocabulary" in prediction.meta
     return "faithful" if known else None
 
 

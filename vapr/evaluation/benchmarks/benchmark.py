@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vapr.errors import UserError
 from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question
@@ -160,8 +161,17 @@ def letter_gold(prediction: Prediction) -> str | None:
 
 
 def options_of(prediction: Prediction) -> list[str]:
-    """Return the texts of the options, none if only letters are known."""
+    """Return the texts of the options, none if only letters are known.
+
+    Raises:
+        UserError: if they are no list.
+    """
     options: Any = prediction.meta.get("options") or prediction.meta.get("choices") or []
+    if not isinstance(options, list | tuple):
+        raise UserError(
+            f"question '{prediction.id}' of {prediction.benchmark}: meta has {str(options)[:40]!r} for options; write "
+            "a list of their texts, that of A first"
+        )
     return [str(option) for option in options]
 
 

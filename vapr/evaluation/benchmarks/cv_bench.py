@@ -29,6 +29,8 @@ def _question(row: Mapping[str, Any], where: str, folder: Path) -> Question:
     require(row, where, needed, "a question of CV-Bench")
     if row["source"] not in SOURCES:
         raise UserError(f"{where}: 'source' is {str(row['source'])[:40]!r}; CV-Bench has {', '.join(SOURCES)}")
+    if not isinstance(row["choices"], list):
+        raise UserError(f"{where}: 'choices' is {str(row['choices'])[:40]!r}, not a list")
     name = row.get("filename") or row.get("image")
     beside = f"img/{name}" if row.get("filename") and not row.get("image") else row.get("image")
     asked = f"{row['prompt']}\n{ASK_FOR_LETTER}" if row.get("prompt") else prompt_of(row["question"], row["choices"])

@@ -108,13 +108,18 @@ def check_groups(rows: Sequence[Row]) -> None:
     """Refuse questions of which not all figures are answered, and figures of which not all questions are."""
     for number, what in enumerate(("question", "figure")):
         for name, group in _groups(rows, number).items():
-            sizes = group[0].prediction.meta.get("together")
-            if not isinstance(sizes, list | tuple) or len(sizes) != 2:
-                raise UserError(
-                    f"question '{group[0].prediction.id}' of hallusionbench: meta has no 'together'; give the "
-                    "questions with --bench hallusionbench=PATH"
-                )
-            refuse_parts({"_".join(name[1:]): group}, sizes[number], "HallusionBench", what)
+            refuse_parts({"_".join(name[1:]): group}, _size(group, number), "HallusionBench", what)
+
+
+def _size(group: Sequence[Row], number: int) -> int:
+    """Return how many answers count together with those of a group."""
+    sizes = group[0].prediction.meta.get("together")
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise UserError(
+            f"question '{group[0].prediction.id}' of hallusionbench: meta has no 'together'; give the questions with "
+            "--bench hallusionbench=PATH"
+        )
+    return int(sizes[number])
 
 
 def _groups(rows: Sequence[Row], number: int) -> dict[Any, list[Row]]:
@@ -124,7 +129,7 @@ def _groups(rows: Sequence[Row], number: int) -> dict[Any, list[Row]]:
 def _whole(rows: Sequence[Row], number: int) -> list[list[Row]]:
     """Return the groups of which all answers are there."""
     groups = _groups(rows, number).values()
-    return [group for group in groups if len(group) == group[0].prediction.meta["together"][number]]
+    return [group for group in groups if len(group) == _size(group, number)]
 
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:

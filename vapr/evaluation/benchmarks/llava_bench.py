@@ -7,6 +7,7 @@ from typing import Any
 
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import NEEDS_A_JUDGE, Benchmark, Judged, Results, reference, unread
+from vapr.evaluation.benchmarks.rows import text_of
 from vapr.evaluation.scoring import verdicts
 from vapr.evaluation.scoring.figures import Figure
 from vapr.evaluation.scoring.prediction import Prediction, Question, check_ids, read_json_lines
@@ -58,6 +59,8 @@ def read(path: Path) -> list[Question]:
     questions = []
     for number, row in read_json_lines(file):
         _need(row, ("question_id", "image", "text", "category"), f"{file}:{number}")
+        for key in ("image", "text"):
+            text_of(row, key, f"{file}:{number}")
         meta = {"category": row["category"], "image": row["image"]}
         if row["image"] in captions:
             meta["caption"] = captions[row["image"]]

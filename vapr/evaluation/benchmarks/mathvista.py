@@ -57,7 +57,10 @@ def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _question(row: Mapping[str, Any], where: str, folder: Path, prompt: str | None) -> Question:
     require(row, where, ("pid", "question", "answer", "question_type", "answer_type"), "a question of MathVista")
-    precision = None if row.get("precision") is None else int(row["precision"])
+    precision = row.get("precision")
+    if precision is not None and (not isinstance(precision, int | float) or not 0 <= precision < 20):
+        raise UserError(f"{where}: 'precision' is {str(precision)[:40]!r}, no number of decimals")
+    precision = None if precision is None else int(precision)
     kind, choices = row["answer_type"], [str(choice) for choice in row.get("choices") or []]
     about = {key: row[key] for key in ("question_type", "answer_type")} | {"precision": precision}
     if row["question_type"] == "multi_choice":
@@ -181,7 +184,7 @@ def _official(prediction: Prediction, text: str) -> Reading:
         if prediction.meta.get("answer_type") == "integer":
             return Extracted(str(int(float(text))))
         if prediction.meta.get("answer_type") == "float":
-            return Extracted(str(round(float(text), prediction.meta.get("precision"))))
+            return Extracted(str(_rounded(float(text), prediction)))
     except (ValueError, OverflowError):
         return Reading(None)
     return Extracted(text)
@@ -203,8 +206,14 @@ def right(prediction: Prediction, gold: str | None, reading: Reading) -> float:
     if value is None or wanted_value is None:
         return 0.0
     if prediction.meta.get("answer_type") == "float":
-        value = round(value, prediction.meta.get("precision"))
+        value = _rounded(value, prediction)
     return float(math.isclose(value, wanted_value, rel_tol=1e-9, abs_tol=1e-9))
+
+
+def _rounded(value: float, prediction: Prediction) -> float:
+    """Round to the decimals that a question asks for; not at all where it names none."""
+    decimals = prediction.meta.get("precision")
+    return round(value, int(decimals)) if isinstance(decimals, int | float) else value
 
 
 def _numbers(text: str) -> list[Any] | None:

@@ -127,6 +127,12 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
 
 def check_groups(rows: Sequence[Row]) -> None:
     """Refuse pictures of which not both questions are answered."""
+    for row in rows:
+        if not {"image", "image_id", "image_source"} & row.prediction.meta.keys():
+            raise UserError(
+                f"question '{row.prediction.id}' of mme: meta names no 'image', and the two questions of a picture "
+                "count together; give the questions with --bench mme=PATH"
+            )
     refuse_parts(grouped(rows, lambda row: row.prediction.image), 2, "MME", "picture")
 
 

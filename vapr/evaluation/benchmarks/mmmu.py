@@ -12,7 +12,7 @@ from vapr.errors import UserError
 from vapr.evaluation.benchmarks import mmmu_rule
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Results, Row, equals_gold, letter_gold, options_of
 from vapr.evaluation.benchmarks.choices import accuracies, prompt_of, read_letter
-from vapr.evaluation.benchmarks.rows import files_of, pictures, read_json, read_rows, require
+from vapr.evaluation.benchmarks.rows import files_of, pictures, read_json, read_rows, require, text_of
 from vapr.evaluation.scoring.answers import Policy, final_answers
 from vapr.evaluation.scoring.averages import mean_of
 from vapr.evaluation.scoring.figures import Figure, share
@@ -71,6 +71,8 @@ def _truths(file: Path) -> list[Question]:
 
 def _question(row: Mapping[str, Any], where: str, folder: Path) -> Question:
     require(row, where, ("id", "question", "options", "answer", "question_type"), "a question of MMMU")
+    for key in ("id", "question"):
+        text_of(row, key, where)
     options = _listed(row["options"]) or []
     choice = row["question_type"] == "multiple-choice"
     asked = prompt_of(row["question"], options) if choice else prompt_of(row["question"], [], ASK_FOR_PHRASE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from vapr.evaluation.benchmarks.benchmark import Benchmark, Reading, Row, letter_gold
 from vapr.evaluation.benchmarks.choices import ASK_FOR_LETTER, accuracies, official_letter, read_letter
-from vapr.evaluation.benchmarks.rows import files_of, pictures, read_rows, require
+from vapr.evaluation.benchmarks.rows import files_of, pictures, read_rows, require, text_of
 from vapr.evaluation.scoring.answers import Policy
 from vapr.evaluation.scoring.averages import mean_of
 from vapr.evaluation.scoring.figures import Figure
@@ -26,6 +26,7 @@ def read(path: Path) -> list[Question]:
 
 def _question(row: Mapping[str, Any], where: str, folder: Path) -> Question:
     require(row, where, ("index", "question", "answer", "category", "l2_category"), "a question of MMStar")
+    text_of(row, "question", where)
     meta = {"split": row["category"], "axis": row["l2_category"], "options": options_in(row["question"])}
     return Question(
         benchmark="mmstar", id=str(row["index"]), question=f"{row['question'].strip()}\n{ASK_FOR_LETTER}",

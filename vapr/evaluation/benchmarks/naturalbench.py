@@ -133,10 +133,10 @@ def _question(row: Row) -> Hashable:
 def check_groups(rows: Sequence[Row]) -> None:
     """Refuse groups of which not all four answers are there."""
     for row in rows:
-        if _group(row) is None:
+        if missing := [key for key in ("group", "question_number", "image") if row.prediction.meta.get(key) is None]:
             raise UserError(
-                f"question '{row.prediction.id}' of naturalbench: meta has no 'group'; give the questions with --bench "
-                "naturalbench=PATH"
+                f"question '{row.prediction.id}' of naturalbench: meta has no '{missing[0]}'; give the questions with "
+                "--bench naturalbench=PATH"
             )
     refuse_parts(grouped(rows, _group), 4, "NaturalBench", "group")
 

@@ -43,7 +43,8 @@ def _other_files(shared_sets: Sequence[SharedSet], folders: Sequence[ResultFolde
     """Return a line on each benchmark whose files differ, although its questions and truths are the same."""
     notes = []
     for shared in shared_sets:
-        hashes = {folder.asked(shared.name.benchmark).get("sha256") for folder in folders} - {None}
+        known = [folder.asked(shared.name.benchmark).get("sha256") for folder in folders]
+        hashes = {str(one) for one in known if one is not None}
         if len(hashes) > 1 and not any(shared.left_out):
             notes.append(
                 f"{shared.name}: questions and truths are the same, but not its files (sha256 in evaluation.json); "

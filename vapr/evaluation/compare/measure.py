@@ -100,12 +100,16 @@ def _stored(folder: ResultFolder, name: str) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not stored.get("scored"):
         return None
     headline, judge = str(stored.get("headline", "accuracy")), stored.get("judge")
-    return {
-        "name": headline,
-        "questions": int(stored.get("questions") or 0),
-        "judge": judge.get("name") if isinstance(judge, dict) else None,
-        **_figure(stored, headline),
-    }
+    try:
+        return {
+            "name": headline,
+            "questions": int(stored.get("questions") or 0),
+            "judge": judge.get("name") if isinstance(judge, dict) else None,
+            **_figure(stored, headline),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        file = folder.path / "scores.json"
+        raise UserError(f"{file}: '{name}' is no score as vapr writes it; score the folder again") from None
 
 
 def _measured(

@@ -239,7 +239,7 @@ class Evaluation:
             before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except (OSError, ValueError):
             before = {}
-        write_json(path, {**before, **scores})
+        write_json(path, {**(before if isinstance(before, dict) else {}), **scores})
         return scores
 
     def _scored(

@@ -41,6 +41,8 @@ def prepare(
         benchmark, asked = open_benchmark(bench)
         if asked is None:
             raise UserError(f"--bench {bench}: which questions? Give --bench {bench}=PATH with their file or folder")
+        if benchmark.name in questions:
+            raise UserError(f"--bench {benchmark.name} is given twice; put its files into one folder")
         require_images(asked)
         questions[benchmark.name] = asked
     task = Task(model=model, model_class=model_class, questions=questions, folder=folder, max_new_tokens=max_new_tokens)

@@ -70,6 +70,8 @@ def read_answers(
     for where, sample in samples:
         if missing := [key for key in NEEDED if not isinstance(sample, dict) or key not in sample]:
             raise UserError(f"{where}: no '{missing[0]}'; a sample of lmms-eval has {', '.join(NEEDED)}")
+        if not str(sample["doc_id"]).isdecimal() or not isinstance(sample.get("doc") or {}, dict):
+            raise UserError(f"{where}: 'doc_id' is no number or 'doc' no object, as lmms-eval writes them")
         texts = list(_texts(sample.get("resps", sample["filtered_resps"])))
         several += len(texts) > 1
         facts = _facts(sample)

@@ -164,5 +164,7 @@ def _is_own(file: Path) -> bool:
         return (file / "predictions.jsonl").is_file()
     if file.suffix != ".jsonl":
         return False
-    first = next((row for _, row in read_json_lines(file)), {})
-    return "prediction" in first and "benchmark" in first
+    first = next((row for _, row in read_json_lines(file)), None)
+    if first is None:
+        raise UserError(f"{file}: no answers in it, it is empty; generate them with vapr eval")
+    return "prediction" in first and ("benchmark" in first or {"id", "answer"} <= first.keys())

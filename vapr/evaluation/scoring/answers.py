@@ -24,11 +24,17 @@ _TAGGED = re.compile(r"<(answer|conclusion)>(?P<said>.*?)(?:</\1>|$)", re.DOTALL
 _BOX = re.compile(r"<\|begin_of_box\|>(?P<said>.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{(?:\\(?:text|textbf|mathrm|mathbf)\{)?(?P<said>[^{}]*)\}")
 _MARKED = re.compile(
-    r"\b(?:answer|conclusion)\b[\s*_\"']*(?:to (?:the|this|your) question)?[\s*_\"']*"
+    r"\b(?:answer|conclusion)\b[\s*_\"']*(?:to (?:the|this|your) question\s*(?:[\"“][^\"”]*[\"”])?)?"
+    r"[\s*_\"']*"
     r"(?:(?:is|would be|should be)\b|[:：=])[\s:：]*",
     re.IGNORECASE,
 )
 _SO = re.compile(r"(?:(?:so|thus|therefore|hence|in conclusion|overall|finally|in short)[\s,:]+)+", re.IGNORECASE)
+# Tokens that a tokenizer left behind an answer, and characters that nobody sees.
+_LEFT_OVER = re.compile(
+    r"(?:\s*(?:<\|[^|<>\s]+\|>|</?(?:s|eos|pad|end_of_turn|br|p)\s*/?>|[\u200b-\u200d\u2060\ufeff]))+\s*$",
+    re.IGNORECASE,
+)
 _BOTH = re.compile(r"\W*(?:yes\W{1,3}(?:(?:and|or)\W+)?no|no\W{1,3}(?:(?:and|or)\W+)?yes)\b", re.IGNORECASE)
 _ENDING = re.compile(
     r"(?:[,;:—–-]\s*(?:so\s+)?|\banswer (?:is|would be|should be)\s+|\bI(?:['’]d| would) say\s+|\bI think\s+)"
@@ -81,6 +87,11 @@ def after_reasoning(text: str) -> str:
     return next((part.strip() for part in reversed(said) if part.strip()), "")
 
 
+def without_left_over(text: str) -> str:
+    """Return a text without special tokens ("</s>", "<|im_end|>") and unseen characters at its end."""
+    return _LEFT_OVER.sub("", text) if not text.isascii() or ">" in text else text
+
+
 def final_answers(text: str) -> list[str]:
     """Return the places of a text where its final answer may stand, the most telling first.
 
@@ -102,6 +113,7 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
     wait, no"). Under ``last-answer`` the final answer or the last sentence that says so counts, also where it ends with
     the word ("so the answer is no").
     """
+    text = without_left_over(text)
     if policy != "last-answer":
         said = _polarity(text)
         if said is None or _TAKEN_BACK[said].search(text):

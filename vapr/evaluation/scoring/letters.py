@@ -3,8 +3,9 @@
 import re
 import string
 from collections.abc import Sequence
+from functools import lru_cache
 
-from vapr.evaluation.scoring.answers import Policy, after_reasoning, final_answers
+from vapr.evaluation.scoring.answers import Policy, after_reasoning, final_answers, without_left_over
 from vapr.text import sentences
 
 _LEAD = re.compile(
@@ -31,14 +32,18 @@ _JUDGED = re.compile(
     re.IGNORECASE,
 )
 _SETTLED = re.compile(
-    r"\b(?:is|be|option|choice|answer|letter|choose|chose|pick|select|go with|选|是)\s*[:：]?\s*[\"'*_]*"
-    r"(?:\(([A-Z])\)|([A-Z])(?=[\"'*_.!)]*\s*$))"
+    r"(?:\b(?:is|be|option|choice|answer|letter|choose|chose|pick|select|go with|选|是)|['’]s)\s*[:：]?\s*[\"'*_]*"
+    r"(?:\(([A-Z])\)|([A-Z])(?=[\"'*_.!)]*\s*(?:$|(?:because|since)\b)))"
 )
 _DENIED = re.compile(
     r"\b(?:not|cannot|neither|nor|incorrect|wrong|false|eliminate\w*|exclude\w*|rather|unlike\w*)\b|n['’]t\b"
     r"|\brules? out",
     re.IGNORECASE,
 )
+
+
+_LINE_MARK = re.compile(r"[\s*_#>•-]*(?:option\s+)?\(?([A-Z])[).:][\s*_]", re.IGNORECASE)
+_INLINE = re.compile(r"(?:^|[\s(])([A-Z])[).:]\s*(?=\S)")
 
 
 def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
@@ -58,7 +63,7 @@ def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
     letters = string.ascii_uppercase[: len(options) or 26]
     if len(text) < 5 and (alone := plain(text).upper()) and alone in letters and len(alone) == 1:
         return alone  # "B", "(B)", "b.": what most answers are
-    text = _STYLED.sub(r"\1", text)
+    text = _STYLED.sub(r"\1", without_left_over(text))
     if policy != "last-answer":
         return _at_beginning(text, letters, options)
     for place in final_answers(_without_discussion(after_reasoning(text), letters)):
@@ -82,11 +87,12 @@ def _at_beginning(text: str, letters: str, options: Sequence[str]) -> str | None
     if _lists_all(text, letters):
         return None
     text = without_lead(text)
-    said = plain(text)
+    said = plain.__wrapped__(text)
     if len(said) == 1 and said.upper() in letters:
         return said.upper()
     for form in (plain, _bare):  # as it is written, then without an article
-        same = [label for label, option in zip(letters, options, strict=False) if form(option) == form(text) != ""]
+        said = form.__wrapped__(text)  # not remembered: few answers come again
+        same = [label for label, option in zip(letters, options, strict=False) if form(option) == said != ""]
         if len(same) == 1:
             return same[0]
     found = _NAMED.match(text)
@@ -109,7 +115,7 @@ def _at_beginning(text: str, letters: str, options: Sequence[str]) -> str | None
         place = letters.find(also[1].upper())
         if place >= 0 and texts and also[1].upper() != chosen and plain(also[2]).startswith(texts[place] or "\0"):
             return None
-    if own and re.match(rf"{re.escape(own)}(?!\w)", other):
+    if own and other.startswith(own) and not re.match(r"\w", other[len(own) :]):
         return chosen
     # "A dog" and "I see" are words; "A. The dog", "(A) The dog", "a) the dog" and "A is correct" are letters.
     if found[1].islower():
@@ -133,7 +139,7 @@ def _settled(text: str, letters: str) -> str | None:
 def _lists_all(text: str, letters: str) -> bool:
     """Return whether an answer repeats the options in order, one a line, or one after the other."""
     listed = "".join(label for _, label in _option_lines(text, letters))
-    inline = "".join(re.findall(r"(?:^|[\s(])([A-Z])[).:]\s*(?=\S)", text))
+    inline = "".join(_INLINE.findall(text)) if len(letters) > 2 else ""
     known = len(letters) < 26
     if not known:
         return len(listed) > 1 and listed == letters[: len(listed)]
@@ -154,15 +160,18 @@ def _without_discussion(text: str, letters: str) -> str:
 
 def _option_lines(text: str, letters: str) -> list[tuple[int, str]]:
     """Return number and letter of each line that begins with the mark of an option: "(A) ...", "- B. ..."."""
-    mark = re.compile(r"[\s*_#>•-]*(?:option\s+)?\(?([A-Z])[).:][\s*_]", re.IGNORECASE)
-    found = [(number, mark.match(f"{line} ")) for number, line in enumerate(text.splitlines())]
+    if "\n" not in text:  # one line lists nothing
+        return []
+    found = [(number, _LINE_MARK.match(f"{line} ")) for number, line in enumerate(text.splitlines())]
     return [(number, line[1].upper()) for number, line in found if line and line[1].upper() in letters]
 
 
+@lru_cache(maxsize=1024)  # the options of one question come again and again
 def plain(text: str) -> str:
     """Return a text in lower case without needless space and the marks around it."""
     return " ".join(text.lower().split()).strip(" \"'“”‘’*_`.,;:()[]{}$!。，：；（）【】")
 
 
+@lru_cache(maxsize=1024)
 def _bare(text: str) -> str:
     return re.sub(r"^(?:an?|the) ", "", plain(text))

@@ -135,6 +135,8 @@ def _prediction(row: dict[str, Any], where: str) -> Prediction:
             f"{where}: no '{missing[0]}' (it has {has}); a prediction has benchmark, id, question, prediction and "
             "answer. For files of other tools give the questions, too: --bench NAME=PATH"
         )
+    if not isinstance(row["id"], str | int) or row["id"] == "":
+        raise UserError(f"{where}: 'id' is {json.dumps(row['id'])[:40]}, neither a text nor a whole number")
     if not isinstance(row["prediction"], str):
         raise UserError(f"{where}: 'prediction' is {json.dumps(row['prediction'])[:40]}, not a text")
     meta = row.get("meta") or {}

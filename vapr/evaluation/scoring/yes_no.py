@@ -73,7 +73,7 @@ def unparsed_as(gold: Sequence[str], said: Sequence[str | None]) -> dict[str, di
             c[[YES_YES, NO_YES] if name == "yes" else [YES_NO, NO_NO]] += c[[YES_UNPARSED, NO_UNPARSED]]
         c[[YES_UNPARSED, NO_UNPARSED]] = 0
         moved[name] = {key: _share(c, *SHARES[key]) for key in ("accuracy", "yes_rate", "fpr", "fnr")}
-        moved[name]["f1"] = float(_f1(c[None])[0]) if c.sum() else None
+        moved[name]["f1"] = float(_f1(c[None])[0]) if c[[YES_YES, NO_YES, *YES]].any() else None
     return moved
 
 
@@ -81,11 +81,8 @@ def _share(c: np.ndarray, of: Sequence[int], over: Sequence[int]) -> float | Non
     return float(c[list(of)].sum() / c[list(over)].sum()) if c[list(over)].sum() else None
 
 
-def yes_bias(
-    gold: Sequence[str], said: Sequence[str | None], groups: Sequence[Hashable], seed: int = 0
-) -> dict[str, Any]:
-    """Return all figures of :func:`figures_of` and :func:`unparsed_as`, as JSON holds them."""
-    figures = figures_of(gold, said, groups, seed)
+def yes_bias(gold: Sequence[str], said: Sequence[str | None], figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return the figures of :func:`figures_of` and :func:`unparsed_as`, as JSON holds them."""
     return {
         "questions": len(gold),
         **{name: figure.as_dict() for name, figure in figures.items()},
