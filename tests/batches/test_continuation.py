@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from tests import oracles, real_tokenizers
 from tests.batches.test_tokenize import text_pair
 from vapr.batches.continuation import continuation
+from vapr.batches.families import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.cli import main
 from vapr.config import TokenWeights
@@ -274,6 +275,15 @@ def test_a_model_that_never_stops_is_refused(real_llava, tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="edited: neither generation_config.json, config.json nor the tokenizer names"):
         processor_of(folder)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("qwen2_vl"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="the tokenizer has no token .*its files are missing or another model's"):
+        Processor(str(folder), load_model_config(str(folder)))
 
 
 def test_of_several_chat_templates_the_default_is_taken(tiny, family, tmp_path, photo_pairs):

@@ -48,7 +48,13 @@ def end_of_turn(rendered_probe: str, eos_token_ids: list[int], tokenizer: Any) -
     _, found, after = rendered_probe.rpartition(PROBE)
     if not found:
         raise UserError("the chat template does not write what the assistant says")
-    if any(token in after for token in tokenizer.convert_ids_to_tokens(eos_token_ids)):
+    tokens = tokenizer.convert_ids_to_tokens(eos_token_ids)
+    if None in tokens:
+        unknown = eos_token_ids[tokens.index(None)]
+        raise UserError(
+            f"the tokenizer has no token {unknown}, an eos_token_id; its files are missing or another model's"
+        )
+    if any(token in after for token in tokens):
         return EndOfTurn(after, 0, None)
     if not eos_token_ids:
         raise UserError("neither generation_config.json, config.json nor the tokenizer names an eos_token")

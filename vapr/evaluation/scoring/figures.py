@@ -9,7 +9,7 @@ import numpy as np
 
 from vapr.intervals import percent, wilson
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,10 @@ class Prediction:
     @property
     def image(self) -> str:
         """Return the name of the picture asked about; the question's own id if none is named."""
-        for key in ("image", "image_id", "image_source"):
-            if (name := self.meta.get(key)) not in (None, ""):
-                return str(name)
+        get = self.meta.get
+        for name in (get("image"), get("image_id"), get("image_source")):
+            if name is not None and name != "":
+                return name if type(name) is str else str(name)
         return f"question {self.id}"
 
     @property
