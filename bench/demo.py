@@ -42,13 +42,13 @@ def row_of(result: dict[str, Any], beside: str) -> dict[str, Any]:
     }
 
 
-def mean_text(values: list[float]) -> str:
-    """Write the mean of seeds with its 95 % interval (Student's t)."""
+def mean_text(values: list[float], low: float = 0.0, high: float = 100.0) -> str:
+    """Write the mean of seeds with its 95 % interval (Student's t), cut off where no value can lie."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.1f}"
     reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.1f} [{mean - reach:.1f}, {mean + reach:.1f}]"
+    return f"{mean:.1f} [{max(mean - reach, low):.1f}, {min(mean + reach, high):.1f}]"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -65,7 +65,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         points = (f"{value:+.1f} [{low:.1f}, {high:.1f}]" for value, low, high in row["points"].values())
         lines.append(f"| {row['seed']} | {' | '.join(points)} |")
-    means = (mean_text([row["points"][name][0] for row in rows]) for name in COMPARED)
+    means = (mean_text([row["points"][name][0] for row in rows], low=-100) for name in COMPARED)
     return "\n".join([*lines, f"| mean | {' | '.join(means)} |"])
 
 
