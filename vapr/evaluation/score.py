@@ -62,7 +62,8 @@ def score(
         "partial": questions is not None and questions > len(rows),
         **_figures(rows, benchmark, measured),
         "splits": {
-            name: _figures(members, benchmark, _yes_no_figures(members, seed)) for name, members in splits.items()
+            name: _figures(members, benchmark, _yes_no_figures(members, seed, YES_NO_KEYS))
+            for name, members in splits.items()
         },
         "policies": {other: _short(predictions, benchmark, other, rows, policy) for other in POLICIES},
         "note": benchmark.note,
@@ -101,10 +102,10 @@ def score_rows(predictions: Sequence[Prediction], benchmark: Benchmark, policy: 
     return rows
 
 
-def _yes_no_figures(rows: Sequence[Row], seed: int) -> Mapping[str, Figure]:
+def _yes_no_figures(rows: Sequence[Row], seed: int, only: Sequence[str] | None = None) -> Mapping[str, Figure]:
     """Return the figures of the questions whose truth is yes or no; none if there are none."""
     yes_no_rows = [row for row in rows if row.gold in ("yes", "no")]
-    return yes_no.figures_of(*_columns(yes_no_rows), seed=seed) if yes_no_rows else {}
+    return yes_no.figures_of(*_columns(yes_no_rows), seed=seed, only=only) if yes_no_rows else {}
 
 
 def _figures(rows: Sequence[Row], benchmark: Benchmark, measured: Mapping[str, Figure]) -> dict[str, Any]:

@@ -51,18 +51,17 @@ def read_answer(prediction: Prediction, policy: Policy) -> Reading:
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Figure]:
     """Return precision, recall and F1 of "no", F1 of each kind of question, and the official figures in percent."""
-    measured = _of_no(rows)
-    found = {name: measured[name] for name in ("precision_no", "recall_no", "f1_no")}
+    found = _of_no(rows, ("precision_no", "recall_no", "f1_no"))
     for kind in ("state", "number", "action"):
         those = [row for row in rows if row.prediction.meta.get("kind") == kind]
         if 0 < len(those) < len(rows):
-            found[f"f1_no_{kind}"] = _of_no(those)["f1_no"]
+            found[f"f1_no_{kind}"] = _of_no(those, ("f1_no",))["f1_no"]
     return found | _official(rows)
 
 
-def _of_no(rows: Sequence[Row]) -> dict[str, Figure]:
+def _of_no(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Figure]:
     gold, said = [str(row.gold) for row in rows], [row.reading.value for row in rows]
-    return yes_no.figures_of(gold, said, [row.prediction.image for row in rows])
+    return yes_no.figures_of(gold, said, [row.prediction.image for row in rows], only=names)
 
 
 def _official(rows: Sequence[Row]) -> dict[str, Figure]:

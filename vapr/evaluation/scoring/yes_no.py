@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from vapr.evaluation.scoring.figures import Figure, numbered, of_counts, share
+from vapr.evaluation.scoring.figures import NONE, Figure, numbered, of_counts, share
 from vapr.intervals import Z
 
 YES_YES, YES_NO, YES_UNPARSED, NO_YES, NO_NO, NO_UNPARSED = range(6)
@@ -26,8 +26,9 @@ def counts_of(gold: Sequence[str], said: Sequence[str | None]) -> np.ndarray:
 
 
 def figures_of(
-    gold: Sequence[str], said: Sequence[str | None], groups: Sequence[Hashable], seed: int = 0
-) -> dict[str, Figure]:
+    gold: Sequence[str], said: Sequence[str | None], groups: Sequence[Hashable], seed: int = 0,
+    only: Sequence[str] | None = None,
+) -> dict[str, Figure]:  # fmt: skip
     """Return accuracy, precision, recall, F1 both ways, yes rates, errors, and the measures of signal detection.
 
     ``gap`` is the predicted minus the true yes rate; ``fpr`` is "yes" where the truth is no, ``fnr`` anything but "yes"
@@ -35,30 +36,38 @@ def figures_of(
     mean, with half an answer added to each kind (M. J. Hautus, Behav. Res. Methods 27 (1995) 46); a criterion below 0
     leans to "yes". Intervals of shares are Wilson's, widened for ``groups``, the pictures; those of the others are a
     bootstrap over pictures, and where that knows no spread (all right, or all the same answer), what the shares'
-    intervals allow.
+    intervals allow. ``only`` names the figures that are wanted.
     """
     counts, pictures = counts_of(gold, said), numbered(groups)
-    figures = of_counts(counts, pictures, STATISTICS, seed)
-    for name, (of, over) in SHARES.items():
-        among = counts[:, over].any(axis=1)
-        held = np.asarray(counts[among][:, of].any(axis=1))
-        figures[name] = replace(share(held, pictures[among]), count=len(counts))
+    names = [*STATISTICS, *SHARES] if only is None else only
+    figures = of_counts(counts, pictures, {name: STATISTICS[name] for name in names if name in STATISTICS}, seed)
     for name in ("f1", "f1_no", "balanced_accuracy", "gap"):
-        figure = figures[name]
+        figure = figures.get(name, NONE)
         if figure.interval is not None and figure.interval[1] - figure.interval[0] < 1e-9:
-            figures[name] = replace(figure, interval=_allowed(name, figures, int(pictures.max()) + 1))
-    return figures
+            figures[name] = replace(figure, interval=_allowed(name, figure, counts, pictures))
+    return figures | {name: _share_of(name, counts, pictures) for name in names if name in SHARES}
 
 
-def _allowed(name: str, figures: Mapping[str, Figure], num_pictures: int) -> tuple[float, float]:
+def _share_of(name: str, counts: np.ndarray, pictures: np.ndarray) -> Figure:
+    of, over = SHARES[name]
+    among = counts[:, over].any(axis=1)
+    held = np.asarray(counts[among][:, of].any(axis=1))
+    return replace(share(held, pictures[among]), count=len(counts))
+
+
+def _allowed(name: str, figure: Figure, counts: np.ndarray, pictures: np.ndarray) -> tuple[float, float]:
     """Return the interval of a figure that its shares' intervals allow."""
     if name == "gap":  # A. Agresti and Y. Min, Stat. Med. 24 (2005) 729, with no discordant answer
-        value, reach = figures["gap"].value or 0.0, Z / (num_pictures + 2)
+        value, reach = figure.value or 0.0, Z / (int(pictures.max()) + 3)
         return max(value - reach, -1.0), min(value + reach, 1.0)
-    ends = (figures["recall"].interval or (0.0, 1.0)), (figures["recall_no"].interval or (0.0, 1.0))
+
+    def ends(of: str) -> tuple[float, float]:
+        return _share_of(of, counts, pictures).interval or (0.0, 1.0)
+
     if name == "balanced_accuracy":
-        return (ends[0][0] + ends[1][0]) / 2, (ends[0][1] + ends[1][1]) / 2
-    recall, precision = ends[name == "f1_no"], figures[name.replace("f1", "precision")].interval or (0.0, 1.0)
+        yes, no = ends("recall"), ends("recall_no")
+        return (yes[0] + no[0]) / 2, (yes[1] + no[1]) / 2
+    recall, precision = ends(name.replace("f1", "recall")), ends(name.replace("f1", "precision"))
     low, high = (2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True))
     return low, high
 
