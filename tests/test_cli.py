@@ -39,6 +39,24 @@ def test_help_needs_no_torch():
     assert "train" in result.stdout and "export" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nope",), "No such option '--nope'. See "),
+        (("scoer",), "No such command 'scoer'."),
+        (("score",), "Missing argument 'FILE'. See "),
+        (
+            ("score", "f", "--bench", "pope", "--policy", "wrong"),
+            "'wrong' is not one of 'official', 'strict', 'last-answer'.",
+        ),
+        (("eval", "m", "--limit", "0"), "Invalid value for '--limit': 0 is not in the range x>=1."),
+        (("train", "c.yaml", "extra"), "Got unexpected extra argument (extra)"),
+    ],
+)
+def test_a_mistaken_command_line_is_one_line(arguments, message):
+    assert_one_line_error(vapr(*arguments), message)
+
+
 @pytest.fixture
 def run_yaml(tiny, photo_rows, photo_root, tmp_path) -> Path:
     write_pairs(tmp_path / "pairs.jsonl", photo_rows[:8])

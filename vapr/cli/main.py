@@ -1,10 +1,12 @@
 """The ``vapr`` command: parses and calls, nothing else. Torch loads only when a command needs it."""
 
+import contextlib
 import errno
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -24,12 +26,28 @@ class _Mistake(click.ClickException):
         click.echo(f"Error: {' '.join(self.message.split())}", err=True)
 
 
+@contextlib.contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "vapr"
+        raise _Mistake(f"{error.format_message()} See {command} --help") from None
+
+
 class _Commands(click.Group):
     """Commands that show a user's mistake, a full disk and an early end as one line instead of a traceback."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with _usage_in_one_line():
+                return super().invoke(context)
         except UserError as error:
             raise _Mistake(str(error)) from None
         except OSError as error:
@@ -45,6 +63,8 @@ class _Commands(click.Group):
 def _quiet_libraries() -> None:
     """Silence other libraries' start-up chatter, which is not for our users; their errors still are."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # The hub's client warns of each of its retries; that it could not be reached is in our own message.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # transformers imports deepspeed wherever it is installed, which then announces that it found no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

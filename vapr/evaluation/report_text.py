@@ -24,7 +24,9 @@ def show(result: dict[str, Any]) -> str:
         return f"{result['benchmark']}  not scored: {result['why']}"
     if result["policy"] == "judge":
         return _judged(result)
-    lines = [f"{result['benchmark']}, read as '{result['policy']}', {result['questions']:,} answers, shares in %"]
+    asked = f" of {result['asked']:,}: partial" if result["partial"] else ""
+    answers = f"{result['questions']:,} answers{asked}"
+    lines = [f"{result['benchmark']}, read as '{result['policy']}', {answers}, shares in %"]
     parts = {"all": result, **result["splits"]}
     wide = max(15, *map(len, parts)) + 1
     lines.append(f"{'':{wide}}{'questions':>10}" + "".join(f"{key.removesuffix('_rate'):>11}" for key in KEYS))
