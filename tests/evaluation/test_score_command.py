@@ -66,6 +66,9 @@ def test_the_truth_of_the_questions_counts(file, questions, tmp_path):
     wrong = write_lines(tmp_path / "other.jsonl", [{**r, "answer": "yes"} for r in reversed(ROWS)])
     result = json.loads(vapr(wrong, "--bench", f"pope={questions}", "--json").stdout)
     assert result["accuracy"] == 0.25 and result["asked"] == 4 and result["partial"] is False
+    said = vapr(wrong, "--bench", f"pope={questions}").stderr
+    assert "2 answers stand beside another truth than the questions have, first 'random-4'" in said
+    assert "another truth" not in vapr(file, "--bench", f"pope={questions}").stderr
 
 
 def test_other_ids_are_joined_by_picture_and_question(questions, tmp_path):
@@ -90,6 +93,8 @@ def test_partial_only_when_asked(questions, tmp_path):
     result = json.loads(scored.stdout)
     assert result["partial"] is True and result["asked"] == 4 and result["questions"] == 3
     assert "1 of 4 questions have no answer" in scored.stderr
+    shown = vapr(fewer, "--bench", f"pope={questions}", "--partial").stdout
+    assert shown.startswith("pope, read as 'strict', 3 answers of 4: partial, ")
 
 
 BAD = {

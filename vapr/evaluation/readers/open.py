@@ -101,7 +101,18 @@ def open_answers(
     predictions = with_truth(results.predictions, asked, str(file), partial=partial)
     missing = len(asked) - len(predictions)
     notes = [f"partial: {missing:,} of {len(asked):,} questions have no answer"] if missing else []
+    joined = zip(results.predictions, predictions, strict=True)
+    other = [after.id for before, after in joined if _differ(benchmark.gold(before), benchmark.gold(after))]
+    if other:
+        notes.append(
+            f"{len(other):,} answers stand beside another truth than the questions have, first '{other[0]}'; "
+            "that of the questions counts"
+        )
     return Answers(predictions, [*results.notes, *notes], len(asked))
+
+
+def _differ(told: str | None, truth: str | None) -> bool:
+    return told is not None and told != truth
 
 
 def _questions_beside(file: Path, benchmark: Benchmark) -> list[Question]:
@@ -153,7 +164,9 @@ def _own(file: Path, benchmark: Benchmark, questions: Sequence[Question] | None)
         return Results(of_benchmark(predictions, benchmark.name, str(file)))
     predictions = of_benchmark(predictions, old, str(file))
     ids = {question.id for question in questions}
-    kept = [replace(prediction, benchmark=benchmark.name) for prediction in predictions if prediction.id in ids]
+    kept = [
+        replace(prediction, benchmark=benchmark.name, answer=None) for prediction in predictions if prediction.id in ids
+    ]
     left_out = len(predictions) - len(kept)
     return Results(kept, notes=[f"answers to {old}: {left_out:,} are to questions that {benchmark.title} drops"])
 
