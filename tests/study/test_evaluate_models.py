@@ -23,6 +23,7 @@ from vapr.evaluation.benchmarks.pope import POPE
 from vapr.evaluation.generation import evaluate, open_model
 from vapr.evaluation.generation.journal import FolderLock, Journal
 from vapr.evaluation.scoring.prediction import read_predictions
+from vapr.study.evaluate_models import named_apart
 from vapr.study.find_model import find
 from vapr.training import trainer
 from vapr.training.export import export
@@ -306,6 +307,18 @@ def fault(case: str, pope: Path, tmp_path: Path, model: Path) -> list[object]:
         case "unwritable":
             out.write_text("a file")
     return [*models, "--bench", bench, "--out", out]
+
+
+def test_models_called_alike_are_told_apart_by_the_folders_above_them(tiny):
+    found = open_model.find_answerer(str(tiny("llava")))
+
+    def names(*places: str) -> list[str]:
+        return [one.name for one in named_apart([dataclasses.replace(found, given=p, name="final") for p in places])]
+
+    assert names("first/final", "second/final") == ["first-final", "second-final"]
+    assert names("/a/x/runs/first/final", "/b/x/runs/first/final") == ["a-x-runs-first-final", "b-x-runs-first-final"]
+    with pytest.raises(UserError, match="MODEL ./first/final is given twice"):
+        names("first/final", "./first/final")
 
 
 @pytest.mark.parametrize(

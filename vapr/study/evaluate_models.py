@@ -120,19 +120,18 @@ def open_sets(benches: Sequence[str], limit: int | None, seed: int) -> list[Aske
 
 
 def named_apart(answerers: Sequence[Answerer]) -> list[Answerer]:
-    """Return models with names that differ: where two are called alike, the folder above each is named, too.
+    """Return models with names that differ: where some are called alike, the folders above them are named, too.
 
     Raises:
         UserError: if one model is given twice.
     """
-    names = [one.name for one in answerers]
-    apart: list[Answerer] = []
-    for one in answerers:
-        name = one.name
-        if names.count(name) > 1:
-            parts = [part for part in Path(one.given).parts if part not in ("/", ".", "..")]
-            name = "-".join(parts[-3:]) or name
-        if name in [other.name for other in apart]:
+    places = [Path(one.given).resolve() for one in answerers]  # also of a hub id, which then stands for itself
+    for number, one in enumerate(answerers):
+        if places[number] in places[:number]:
             raise UserError(f"MODEL {one.given} is given twice; give each model once")
-        apart.append(dataclasses.replace(one, name=name))
-    return apart
+    names = [one.name for one in answerers]
+    near = [[part for part in Path(one.given).parts if part not in ("/", ".", "..")][-3:] for one in answerers]
+    for parts in (near, [place.parts[1:] for place in places]):
+        alike = {name for name in names if names.count(name) > 1}
+        names = ["-".join(more) or name if name in alike else name for name, more in zip(names, parts, strict=True)]
+    return [dataclasses.replace(one, name=name) for one, name in zip(answerers, names, strict=True)]
