@@ -8,6 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from vapr.errors import UserError
+from vapr.folder_names import names_of
 from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
 from vapr.terminal import table_console, text_table
@@ -51,13 +52,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: one run alone; give two or more to compare (its own page is report.html)")
-    resolved = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(resolved):
-        if folder in resolved[:number]:
-            raise UserError(f"{folders[number]}: given twice; name each run once")
-    names = [folder.name for folder in resolved]
-    unique = len(set(names)) == len(names)
-    return [_read_run(folder, name if unique else str(folder)) for folder, name in zip(folders, names, strict=True)]
+    return [_read_run(folder, name) for folder, name in zip(folders, names_of(folders, "run"), strict=True)]
 
 
 def _read_run(folder: Path, name: str) -> Run:

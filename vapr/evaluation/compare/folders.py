@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vapr.errors import UserError
 from vapr.evaluation.scoring.prediction import Prediction, read_predictions
+from vapr.folder_names import names_of
 
 ANSWERS, BLIND = "predictions.jsonl", "predictions.blind.jsonl"
 UNFINISHED = ("predictions.partial.jsonl", "predictions.blind.partial.jsonl")
@@ -67,13 +68,7 @@ def read_folders(paths: Sequence[Path]) -> list[ResultFolder]:
     if len(paths) < 2:
         given = f"{paths[0]}: one result folder alone" if paths else "no result folder"
         raise UserError(f"{given}; give two or more: vapr eval --compare A B, where the others are held against A")
-    resolved = [path.resolve() for path in paths]
-    for number, path in enumerate(resolved):
-        if path in resolved[:number]:
-            raise UserError(f"{paths[number]}: given twice; name each result folder once")
-    names = [path.name for path in resolved]
-    unique = len(set(names)) == len(names)
-    return [_read_folder(path, name if unique else str(path)) for path, name in zip(paths, names, strict=True)]
+    return [_read_folder(path, name) for path, name in zip(paths, names_of(paths, "result folder"), strict=True)]
 
 
 def _read_folder(path: Path, name: str) -> ResultFolder:
