@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from vapr.errors import UserError
 
@@ -75,3 +75,14 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+        ValueError: for a number that is not finite, unless ``allow_nan``.
+    """
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=2, allow_nan=allow_nan).encode() + b"\n")

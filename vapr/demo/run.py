@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from vapr.audit.measure import audit
+from vapr.cache import written_whole
 from vapr.data.sources import read_pairs
 from vapr.demo.answers import answer_all
 from vapr.demo.datasets import (
@@ -130,7 +131,8 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
     total = time.monotonic() - began
     result["seconds"] = {**remaining.seconds, "total": total, "trainings": trainings.seconds}
     result["estimates"] = [{**one, "were_left": total - float(one["after"])} for one in remaining.said]
-    (out / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    with written_whole(out / "result.json") as file:
+        file.write(json.dumps(result, indent=1, default=str).encode() + b"\n")
     write_report(out, result)
     print_outcome(console, out, result)
     return result

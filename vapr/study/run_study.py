@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vapr.cache import file_identity, written_whole
+from vapr.cache import file_identity, write_json
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.generation.journal import FolderLock
@@ -65,8 +65,7 @@ def run_study(
             "failed": len(failed),
             "measures": {name: _figures(*measured, trained) for name, measured in measures.items()},
         }
-        with written_whole(Path(study.out) / "study.json") as file:
-            file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+        write_json(Path(study.out) / "study.json", result, allow_nan=False)
         write_study_report(Path(study.out) / "study.html", result)
         return result
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vapr.batches.model_folder import copy_processor_files
-from vapr.cache import give_ordinary_permissions, written_whole
+from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
 from vapr.model.policy import Policy
@@ -183,12 +183,6 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own
     write_json(folder / "adapter_config.json", settings)
     copy_processor_files(policy.folder, folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Raises UserError if it cannot be written."""
-    with written_whole(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
 @contextlib.contextmanager

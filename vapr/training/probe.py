@@ -14,6 +14,7 @@ import numpy as np
 
 from vapr.batches.packing import fill_packs, pack
 from vapr.batches.tokenize import Processor
+from vapr.cache import write_json
 from vapr.config import Config
 from vapr.data.images import image_size, read_image
 from vapr.data.pair import PreferencePair
@@ -30,7 +31,6 @@ from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.pages.page import thumbnail
 from vapr.pages.probe import Shown, read_probes
-from vapr.training.checkpoint import write_json
 from vapr.training.probe_slice import Slice, picture_of, said_in, text_of
 
 AT_ONCE = 16

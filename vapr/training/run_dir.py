@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+from vapr.cache import write_json
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model.policy import Policy
@@ -135,7 +136,7 @@ class RunDir:
         temporary = self.path / "config.yaml.tmp"
         temporary.write_text(text)
         temporary.replace(self.path / "config.yaml")
-        checkpoint.write_json(self.path / "environment.json", {**environment(policy), "weights": weights})
+        write_json(self.path / "environment.json", {**environment(policy), "weights": weights})
 
 
 def weights_at_start(run: Path) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vapr.batches.loader import PairLoader
+from vapr.cache import write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError
 from vapr.model.image_features import ImageFeatures
@@ -89,7 +90,7 @@ def list_skipped(run: RunDir, loaders: Sequence[PairLoader | None]) -> int:
     skipped = {place: reason for loader in loaders if loader for place, reason in loader.skipped.items()}
     listed = run.path / "skipped.json"
     if skipped:
-        checkpoint.write_json(listed, skipped)
+        write_json(listed, skipped)
     else:
         listed.unlink(missing_ok=True)
     return len(skipped)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vapr.batches.loader import PairLoader
 from vapr.batches.packing import PackedBatch
 from vapr.batches.steps import Step
+from vapr.cache import write_json
 from vapr.config import LossConfig
 from vapr.errors import UserError
 from vapr.interrupts import TrainingStopped
@@ -21,7 +22,6 @@ from vapr.model.image_features import ImageFeatures, shared_image_features
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
-from vapr.training.checkpoint import write_json
 from vapr.training.engine import Engine
 from vapr.training.metrics import Totals
 from vapr_kernels import naive, preference_loss

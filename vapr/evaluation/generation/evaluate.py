@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from vapr.batches.tokenize import Processor
+from vapr.cache import write_json
 from vapr.errors import UserError
 from vapr.evaluation.generation.answer import answer_batches
 from vapr.evaluation.generation.journal import FolderLock, Journal
 from vapr.evaluation.generation.open_model import Answerer, Dtype
 from vapr.evaluation.generation.prompts import Asked, in_batches, tokenize_questions
-from vapr.evaluation.generation.record import NAME, AskedSet, describe, open_record, write_json
+from vapr.evaluation.generation.record import NAME, AskedSet, describe, open_record
 from vapr.evaluation.generation.settings import Settings
 from vapr.evaluation.judges.reviews import Judging, reviews_of
 from vapr.evaluation.score import score, score_rows
@@ -156,7 +157,7 @@ class Evaluation:
             Stopped: by a signal; answers so far are kept.
         """
         with FolderLock(self.folder):
-            write_json(self.folder / NAME, self.record)
+            write_json(self.folder / NAME, self.record, allow_nan=False)
             journals = {name: Journal(self.folder, name) for name in dict.fromkeys(name for name, _, _ in self._parts)}
             self._tell(journals, say)
             todo = [
@@ -239,7 +240,7 @@ class Evaluation:
             before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except (OSError, ValueError):
             before = {}
-        write_json(path, {**(before if isinstance(before, dict) else {}), **scores})
+        write_json(path, {**(before if isinstance(before, dict) else {}), **scores}, allow_nan=False)
         return scores
 
     def _scored(

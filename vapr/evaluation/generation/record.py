@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from vapr.cache import written_whole
 from vapr.errors import UserError
 from vapr.evaluation.benchmarks.benchmark import Benchmark
 from vapr.evaluation.generation.journal import questions_hash
@@ -105,9 +104,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
         if known is not None and known["sha256"] != asked["sha256"]:
             return f"other questions of {name} ({known['asked']:,} of {known['given']})"
     return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Raises UserError if it cannot be written."""
-    with written_whole(path) as file:
-        file.write(json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vapr.cache import written_whole
+from vapr.cache import write_json, written_whole
 from vapr.evaluation.handover.lmms_eval import answer_text
 from vapr.evaluation.handover.task import ID, PREFIX, Call, Task, class_of, content_of
 from vapr.evaluation.scoring.prediction import Question
@@ -43,8 +43,7 @@ def write(task: Task) -> Call:
         "model": {task.model.name: model},
         "data": {name: {"class": "CustomVQADataset", "dataset": name} for name in names},
     }
-    with written_whole(task.folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode() + b"\n")
+    write_json(task.folder / "config.json", config)
     start = task.folder / "start_vlmevalkit.py"
     with written_whole(start) as file:
         file.write(importlib.resources.files(__package__).joinpath("start_vlmevalkit.txt").read_bytes())
