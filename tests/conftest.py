@@ -27,6 +27,7 @@ if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
     launch.interpret = False
 
 from tests import language_models, real_tokenizers
+from tests.fake_server import FakeServer
 from vapr.config import Config
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import write_pairs
@@ -150,3 +151,17 @@ def picture_folder(tmp_path_factory) -> Path:
         for n in range(60):
             Image.new("RGB", (28, 28), (4 * n, 90, 40)).save(folder / place / f"{n}.png")
     return folder
+
+
+@pytest.fixture
+def serve():
+    """``serve(answer, models)`` -> a running FakeServer."""
+    servers = []
+
+    def start(*arguments, **options) -> FakeServer:
+        servers.append(FakeServer(*arguments, **options).__enter__())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.__exit__()

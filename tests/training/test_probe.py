@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.runs import final_bytes, losses, metrics
+from tests.runs import final_bytes, losses, metrics, train_until_crash
 from vapr.batches.families import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.config import Config, LoraConfig, PolicyConfig
@@ -155,25 +155,11 @@ def test_a_policy_with_kernels_answers_like_one_without(tiny, photo_rows, photo_
     assert said[0] == said[1]
 
 
-class _Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize("before_update", [1, 4, 6])
 def test_a_resumed_run_has_the_probes_of_an_unbroken_one(probed, monkeypatch, before_update):
     unbroken, broken = probed("unbroken"), probed("broken")
     trainer.train(unbroken)
-    real_step = trainer.Engine.step
-
-    def crashing_step(engine):
-        if engine.num_updates + 1 == before_update:
-            raise _Crash
-        real_step(engine)
-
-    monkeypatch.setattr(trainer.Engine, "step", crashing_step)
-    with pytest.raises(_Crash):
-        trainer.train(broken)
-    monkeypatch.setattr(trainer.Engine, "step", real_step)
+    train_until_crash(broken, before_update, monkeypatch)
     trainer.train(broken, resume=before_update > 1)  # a run that never took a step begins anew without being asked
     assert final_bytes(broken) == final_bytes(unbroken)
     assert without_time(probes(broken)) == without_time(probes(unbroken))

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.runs import final_bytes, losses, metrics
+from tests.runs import Crash, final_bytes, losses, metrics, train_until_crash
 from vapr.batches import loader
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
@@ -75,10 +75,6 @@ def test_exported_weights_are_base_plus_adapter(make_config, tmp_path):
     ]
 
 
-class _Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
 @pytest.mark.parametrize("crash_before_update", [1, 3, 4, 6])
 def test_a_resumed_run_ends_with_the_same_bytes(make_config, monkeypatch, lora, crash_before_update):
@@ -88,17 +84,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(make_config, monkeypatch, lora, 
     trainer.train(unbroken)
     shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]) / "vapr")  # each starts from an empty cache
 
-    real_step = trainer.Engine.step
-
-    def crashing_step(engine):
-        if engine.num_updates + 1 == crash_before_update:
-            raise _Crash
-        real_step(engine)
-
-    monkeypatch.setattr(trainer.Engine, "step", crashing_step)
-    with pytest.raises(_Crash):
-        trainer.train(broken)
-    monkeypatch.setattr(trainer.Engine, "step", real_step)
+    train_until_crash(broken, crash_before_update, monkeypatch)
     trainer.train(broken, resume=True)
     assert final_bytes(broken) == final_bytes(unbroken)
     assert losses(broken) == losses(unbroken)
@@ -108,9 +94,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(make_config, monkeypatch, lora, 
 def test_a_half_written_checkpoint_never_counts(make_config, monkeypatch):
     config = make_config()
     monkeypatch.setattr(
-        checkpoint, "write_json", lambda *a: (_ for _ in ()).throw(_Crash) if "state" in str(a[0]) else None
+        checkpoint, "write_json", lambda *a: (_ for _ in ()).throw(Crash) if "state" in str(a[0]) else None
     )
-    with pytest.raises(_Crash):
+    with pytest.raises(Crash):
         trainer.train(config)
     assert checkpoint.list_checkpoints(Path(config.run_dir)) == []
     monkeypatch.undo()

@@ -41,20 +41,6 @@ def _no_proxy_and_no_waits(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-@pytest.fixture
-def serve():
-    """``serve(answer, models)`` -> a running FakeServer."""
-    servers = []
-
-    def start(*arguments, **options) -> FakeServer:
-        servers.append(FakeServer(*arguments, **options).__enter__())
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
-
-
 def ask_for(text: str, **changes) -> Request:
     values = {"schema": SCHEMA, "seed": 7, "max_tokens": 50, "temperature": 0.5, **changes}
     return Request(messages=({"role": "user", "content": text},), **values)

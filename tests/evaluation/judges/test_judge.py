@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("openai", reason="the openai package is not installed")
 
 from tests.evaluation.judged_answers import lines_of, refused, score, scored, write_answers, write_lines, write_set
-from tests.fake_server import Drop, FakeServer, completion
+from tests.fake_server import Drop, completion
 
 
 @pytest.fixture(autouse=True)
@@ -19,20 +19,6 @@ def _no_proxy_and_no_waits(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def serve():
-    """``serve(answer, models)`` -> a running FakeServer."""
-    servers = []
-
-    def start(*arguments, **options) -> FakeServer:
-        servers.append(FakeServer(*arguments, **options).__enter__())
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
 
 
 def number_of(body: dict) -> int:

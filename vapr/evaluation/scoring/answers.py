@@ -29,7 +29,7 @@ _MARKED = re.compile(
     r"(?:(?:is|would be|should be)\b|[:：=])[\s:：]*",
     re.IGNORECASE,
 )
-_SO = re.compile(r"(?:(?:so|thus|therefore|hence|in conclusion|overall|finally|in short)[\s,:]+)+", re.IGNORECASE)
+SO = re.compile(r"(?:(?:so|thus|therefore|hence|in conclusion|overall|finally|in short)[\s,:]+)+", re.IGNORECASE)
 # Tokens that a tokenizer left behind an answer, and characters that nobody sees.
 _LEFT_OVER = re.compile(
     r"(?:\s*(?:<\|[^|<>\s]+\|>|</?(?:s|eos|pad|end_of_turn|br|p)\s*/?>|[\u200b-\u200d\u2060\ufeff]))+\s*$",
@@ -121,7 +121,7 @@ def yes_or_no(text: str, policy: Policy) -> str | None:
         tag = _TAG.search(text)
         return None if tag and not tag["open"] else said  # what ends as reasoning began as reasoning
     for place in final_answers(text):
-        place = _without(_SO, place.strip())
+        place = _without(SO, place.strip())
         if ending := _ENDING.search(place):
             return ending[1].lower()
         if (found := _polarity(place)) is not None:

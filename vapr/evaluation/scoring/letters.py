@@ -5,7 +5,7 @@ import string
 from collections.abc import Sequence
 from functools import lru_cache
 
-from vapr.evaluation.scoring.answers import Policy, after_reasoning, final_answers, without_left_over
+from vapr.evaluation.scoring.answers import SO, Policy, after_reasoning, final_answers, without_left_over
 from vapr.text import sentences
 
 _LEAD = re.compile(
@@ -13,7 +13,6 @@ _LEAD = re.compile(
     r"[\s*_]*[:：]?\s*|(?:正确)?(?:答案|选项)(?:是|为)?\s*[:：]?\s*|(?:我)?选择?\s*[:：]?\s*",
     re.IGNORECASE,
 )
-_SO = re.compile(r"(?:(?:so|thus|therefore|hence|in conclusion|overall|finally|in short)[\s,:]+)+", re.IGNORECASE)
 _BOXED = re.compile(r"[\s$]*\\boxed\s*\{(.*)\}[\s$.]*", re.DOTALL)
 _STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 _NAMED = re.compile(
@@ -67,7 +66,7 @@ def letter(text: str, options: Sequence[str], policy: Policy) -> str | None:
     if policy != "last-answer":
         return _at_beginning(text, letters, options)
     for place in final_answers(_without_discussion(after_reasoning(text), letters)):
-        place = _SO.sub("", place.strip(), count=1)
+        place = SO.sub("", place.strip(), count=1)
         if (found := _at_beginning(place, letters, options) or _settled(place, letters)) is not None:
             return found
     return None
