@@ -28,7 +28,7 @@ BATCHES_AHEAD = 2
 
 def answer_questions(
     model: transformers.PreTrainedModel, processor: Processor, questions: Sequence[Question],
-    settings: Settings | None = None, *, blind: bool = False, quiet: bool = False,
+    settings: Settings | None = None, *, blind: bool = False, label: str = "answer", quiet: bool = False,
 ) -> list[Prediction]:  # fmt: skip
     """Answer questions; the answers are those that each question alone would get.
 
@@ -38,6 +38,7 @@ def answer_questions(
         questions: of any benchmarks.
         settings: None for greedy answers.
         blind: ask without the pictures.
+        label: what the progress is called.
         quiet: show no progress.
 
     Returns:
@@ -51,7 +52,7 @@ def answer_questions(
     places = {id(one): number for number, one in enumerate(asked)}
     answers: dict[int, Prediction] = {}
     batches = in_batches(asked, settings.batch_size or 1)
-    with Display("answer", len(asked), unit="question", quiet=quiet) as display:
+    with Display(label, len(asked), unit="question", quiet=quiet) as display:
         for batch, predictions in zip(batches, answer_batches(model, processor, batches, settings), strict=True):
             answers |= {places[id(one)]: said for one, said in zip(batch, predictions, strict=True)}
             display.advance("", len(predictions))
