@@ -36,7 +36,9 @@ import torch  # whatever is wrong with it shows here
 
 if not torch.cuda.is_available():
     sys.exit("gpu_check: no CUDA device that PyTorch can use; nothing to check here")
-needed = ("transformers", "peft", "pydantic", "yaml", "click", "rich", "PIL", "skimage", "pytest", "xdist")
+needed = (
+    "transformers", "peft", "pydantic", "yaml", "click", "rich", "PIL", "skimage", "scipy", "rapidfuzz", "pytest", "xdist",
+)
 if missing := [name for name in needed if not find_spec(name)]:
     sys.exit(f"gpu_check: missing here: {' '.join(missing)}; add them to scripts/fill_wheels.sh and run it")
 PY

@@ -25,7 +25,8 @@ run .venv 5.24. "$@"
 is_made .venv-oldest overlay || make_overlay .venv-oldest transformers==5.17.0
 run .venv-oldest 5.17.0 \
     tests/batches/test_{continuation,image_processor,tokenize}.py \
-    tests/model/test_{exactness,fake_step,patches,policy,tower_patches}.py tests/training/test_trl.py
+    tests/model/test_{exactness,fake_step,patches,policy,tower_patches}.py tests/training/test_{probe,trl}.py \
+    tests/evaluation/generation/test_answer.py
 
 if has_gpu; then
     exit 0 # vapr[edit] installs vLLM's build for GPUs
