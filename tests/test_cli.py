@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,26 +173,20 @@ def test_convert_needs_no_torch(tmp_path):
 
 
 def test_older_runs_go_on(run_yaml, tmp_path):
-    """Their config.yaml holds a section that was a key once and meant nothing."""
+    """Their config.yaml lacks keys that came later."""
 
     def run(*arguments: object) -> str:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
 
-    held_out = ("--set", f"data.eval={tmp_path / 'pairs.jsonl'}")
-    for name in ("old", "new"):
-        run("train", run_yaml, *held_out, "--set", f"run_dir={tmp_path / name}")
-    config = tmp_path / "old" / "config.yaml"
-    with config.open("a") as file:
-        file.write("parallel:\n  engine: auto\n  zero: 2\n  offload: none\n")
-    assert "finished" in run("train", config, "--resume")
-    assert "finished" in run("train", run_yaml, *held_out, "--set", f"run_dir={tmp_path / 'old'}", "--resume")
-    run("export", tmp_path / "old", "--out", tmp_path / "exported")
-    assert "parallel" not in run("compare", tmp_path / "old", tmp_path / "new")
-    shutil.rmtree(tmp_path / "old" / "final")
-    assert "step 2" in run("train", config, "--resume")
-    assert "parallel" not in config.read_text()
+    old = tmp_path / "old"
+    run("train", run_yaml, "--set", f"run_dir={old}")
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["parallel"], config["policy"]["base_weights"], config["optim"]["kind"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "finished" in run("train", run_yaml, "--resume", "--set", f"run_dir={old}")
+    run("export", old, "--out", tmp_path / "exported")
 
 
 def test_names_for_notebooks_load_on_demand():

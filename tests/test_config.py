@@ -166,23 +166,13 @@ def test_what_is_no_whole_number_is_refused(value):
         Config.parse({**MINIMAL, "optim": {"epochs": value}})
 
 
-OLD_PARALLEL = {"engine": "auto", "zero": 2, "offload": "none"}
-
-
-def test_several_gpus_are_not_offered(tmp_path):
-    told = "unknown key 'parallel'; several GPUs are not supported yet; leave it out"
-    for parallel in ({**OLD_PARALLEL, "zero": 3}, {"engine": "deepspeed"}, {}):
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**MINIMAL, "parallel": parallel}))
-        with pytest.raises(UserError, match=f"run.yaml: {told}$"):
-            Config.load(tmp_path / "run.yaml")
-
-
-def test_the_config_of_an_older_run_is_read(tmp_path):
-    """And a copy of it, as long as it asks for nothing."""
-    for name, parallel in (("config.yaml", {"engine": "torch", "zero": 1}), ("copy.yaml", OLD_PARALLEL)):
-        (tmp_path / name).write_text(yaml.safe_dump({**MINIMAL, "parallel": parallel}))
-        config = Config.load(tmp_path / name)
-        assert config == Config.parse(MINIMAL) and "parallel" not in config.as_dict()
+def test_what_asks_for_nothing_possible_is_refused():
+    for changes, told in (
+        ({"parallel": {"zero": 2, "offload": "all"}}, "parallel.offload: all needs parallel.zero: 3"),
+        ({"policy": {"model": "m", "base_weights": "nf4"}}, "policy.base_weights: nf4 is for a frozen base under LoRA"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Config.parse({**MINIMAL, **changes})
 
 
 @pytest.mark.parametrize("config", [Config.parse(MINIMAL), EditConfig()], ids=lambda config: type(config).__name__)

@@ -4,8 +4,7 @@ The strings below the fields are the documentation of the keys; docs/config.md i
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -57,12 +56,14 @@ class PolicyConfig:
     """Base of an adapter, if it is not what the adapter itself names; hub id or local folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
-    base_weights: Literal["bfloat16"] = "bfloat16"
-    """Storage of a frozen base under LoRA. With ``dtype: float32`` the base is float32 as well."""
+    base_weights: Literal["bfloat16", "nf4", "fp8", "int8"] = "bfloat16"
+    """Storage of a frozen base under LoRA; nf4 takes a quarter of the memory, fp8 and int8 half. bfloat16 is the
+    weights as they are: with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time. ``auto``: where
+    ``vapr plan`` finds that a step does not fit the GPU without it."""
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
     """Left out: full fine-tuning of what ``train`` names."""
@@ -237,6 +238,9 @@ class OptimConfig:
     """Times the data is seen."""
     max_steps: WholeNumber | None = Field(default=None, ge=1)
     """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
+    kind: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
+    """Where AdamW's moments are kept: in float32, or in 8 bits (bitsandbytes, a GPU), paged to host memory when the
+    GPU's is full."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -257,6 +261,28 @@ class FeaturesConfig:
     """Keep features on disk and find them again."""
     cache_dir: str | None = None
     """Where image features are kept; null: the user's cache folder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class ParallelConfig:
+    """How several processes, one for each GPU, train together (docs/scale.md)."""
+
+    engine: Literal["auto", "all-reduce", "deepspeed"] = "auto"
+    """``all-reduce``: every process holds the whole model, and gradients are summed. ``deepspeed``: ZeRO spreads state
+    over the processes. ``auto``: all-reduce under LoRA where the frozen model fits each GPU, else deepspeed."""
+    zero: Literal[1, 2, 3] = 2
+    """deepspeed: what is spread; 1: optimizer state, 2: gradients, too, 3: weights, too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """deepspeed: what is kept in host memory. ``optimizer``: its state, and updates are made there; ``all``: weights, too
+    (zero 3)."""
+    timeout: WholeNumber = Field(default=1800, ge=1)
+    """Seconds that processes wait for one that does not come; then the run ends and names it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.offload == "all" and self.zero != 3:
+            raise ValueError(f"parallel.offload: all needs parallel.zero: 3, where weights are spread, not {self.zero}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -309,10 +335,6 @@ class Config(ConfigFile):
     OTHER_THING: ClassVar = (
         "{path}: {found}, but a run config (YAML) is wanted here; write this line into run.yaml and give that: {line}"
     )
-    NOT_KEYS: ClassVar = {"parallel": "several GPUs are not supported yet; leave it out"}
-    OLD_PARALLEL: ClassVar = {"engine": "auto", "zero": 2, "offload": "none"}
-    """The section ``parallel`` that older runs wrote into config.yaml, where it meant nothing."""
-
     run_dir: str = Field(min_length=1)
     """Folder of the run: config, metrics, checkpoints, final model."""
     policy: PolicyConfig
@@ -330,6 +352,7 @@ class Config(ConfigFile):
         "auto"
     )
     """``auto``: fused Triton kernels where they run (a GPU, triton installed); ``off``: PyTorch's operations."""
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
     trackers: list[TrackerName] = Field(default=["tensorboard"])
@@ -348,6 +371,11 @@ class Config(ConfigFile):
         if self.checkpoint.best and self.data.eval is None and not self.checkpoint.best_by_probe:
             raise ValueError("checkpoint.best: held-out pairs decide which is best, and data.eval names none")
         self._agree_on_probe()
+        if self.policy.base_weights != "bfloat16" and self.policy.lora is None:
+            raise ValueError(
+                f"policy.base_weights: {self.policy.base_weights} is for a frozen base under LoRA; give policy.lora, "
+                "or leave it out"
+            )
         if self.features.cache and (self.policy.train.projector or self.policy.train.vision_tower):
             raise ValueError("features.cache: the features change when policy.train names projector or vision_tower")
         return self
@@ -373,11 +401,3 @@ class Config(ConfigFile):
     @property
     def token_weights(self) -> TokenWeights:
         return self.loss[0].token_weights
-
-    @classmethod
-    def read(cls, path: Path) -> dict[str, Any]:
-        """Read the mapping in a YAML file; see :meth:`ConfigFile.read`."""
-        raw = super().read(path)
-        if path.name == "config.yaml" or raw.get("parallel") == cls.OLD_PARALLEL:  # a run's own, or a copy of it
-            raw.pop("parallel", None)
-        return raw

@@ -13,7 +13,7 @@ from vapr.pages.curves import Rows, best_evaluation, read_metrics
 from vapr.pages.figures import Figure, figures_of, flat, mapping
 from vapr.terminal import table_console, text_table
 
-ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")  # only older runs have the last
+ALIKE = ("run_dir", "data.workers", "reference", "features", "parallel")
 """Keys (and what lies below them) that change no result and are not listed as differences."""
 
 

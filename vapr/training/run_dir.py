@@ -23,10 +23,12 @@ from vapr.training import checkpoint
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
-    "probe", "trackers", "packing.max_tokens", "policy.gradient_checkpointing",
-    "parallel",  # only older runs have it, and it meant nothing
+    "probe", "trackers", "packing.max_tokens", "policy.gradient_checkpointing", "parallel",
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
+
+NEW_KEYS = {"policy": {"base_weights": "bfloat16"}, "optim": {"kind": "adamw"}}
+"""What keys mean that the config.yaml of an older run lacks."""
 
 START = "policy"
 """Folder of the merged policy, in a run with LoRA that began from an adapter."""
@@ -183,7 +185,7 @@ def _runs_beside(path: Path) -> str:
 def _difference(saved: Path, config: Config) -> str | None:
     """The first key whose value is not the saved run's, as ``key: value (now value)``."""
     try:
-        before = _flat(yaml.safe_load(saved.read_text()))
+        before = _flat(NEW_KEYS) | _flat(yaml.safe_load(saved.read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
     now = _flat(config.as_dict())
