@@ -273,8 +273,8 @@ class ParallelConfig:
     zero: Literal[1, 2, 3] = 2
     """deepspeed: what is spread; 1: optimizer state, 2: gradients, too, 3: weights, too."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """deepspeed: what is kept in host memory. ``optimizer``: its state, and updates are made there; ``all``: weights, too
-    (zero 3)."""
+    """deepspeed: what is kept in host memory. ``optimizer``: its state, updated there; ``all``: weights, too (zero
+    3)."""
     timeout: WholeNumber = Field(default=1800, ge=1)
     """Seconds that processes wait for one that does not come; then the run ends and names it."""
 
