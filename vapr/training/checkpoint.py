@@ -1,7 +1,8 @@
 """Save and resume: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
-``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
+``optimizer.safetensors``, ``state.json`` and ``SHA256SUMS``. A folder of that name is complete; one ending in ``.tmp``
+never counts, and one that was damaged since is set aside as ``.damaged``.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
 from vapr.model.policy import Policy
+from vapr.training.checksums import DamagedCheckpoint, check_checksums, write_checksums
+from vapr.training.disk_room import check_room_for_one
 from vapr.training.engine import Engine
 
 LOWER_IS_BETTER = ("eval/loss",)
@@ -38,17 +41,23 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
         engine: whose weights and optimizer state are saved.
         state: JSON data to get back from :func:`load`.
         keep: how many of the newest stay, and whether the best does.
+
+    Raises:
+        UserError: if the disk has no room for it, before anything is written.
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
+    check_room_for_one(folder, engine)
     temporary.mkdir(parents=True)
     weights, moments = engine.state()
     try:
         _save_tensors(weights, temporary / "weights.safetensors")
         _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"step": step, **state})
+        write_checksums(temporary)
+        _sync_folder(temporary)
     except (OSError, UserError):
         shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
         raise
@@ -122,27 +131,54 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'state.json'}: cannot be read ({one_line(error)})") from None
 
 
+def load_newest(run_dir: Path, engine: Engine, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the newest whole checkpoint and return its state; None if there is none.
+
+    Damaged ones are set aside, so that none of them counts among the newest that are kept, and ``say`` is told.
+
+    Raises:
+        UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
+    """
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            return load(folder, engine)
+        except DamagedCheckpoint as error:
+            aside = folder.with_suffix(".damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            say(f"{'checkpoint':<10} {error}; set aside as {aside.name} (delete it at will), the one before it is used")
+    return None
+
+
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """Restore weights, optimizer, schedule and random state; return the saved state.
 
     Raises:
-        UserError: if the checkpoint is damaged or belongs to another model.
+        DamagedCheckpoint: if a file is missing, cut short or changed.
+        UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
     """
+    check_checksums(folder)
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-        state = json.loads((folder / "state.json").read_text())
-        if shapes := [n for n, master in engine.masters.items() if weights[n].shape != master.shape]:
-            raise ValueError(f"'{shapes[0]}' has another shape")
-        engine.load_state(weights, moments, state["step"])
-        torch.set_rng_state(moments["random.cpu"])
-        if "random.cuda" in moments and torch.cuda.is_available():
-            torch.cuda.set_rng_state(moments["random.cuda"])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        state = dict(json.loads((folder / "state.json").read_text()))
+        step, random_state = state["step"], moments["random.cpu"]
+    except PermissionError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(f"{folder}: cannot be read ({one_line(error)})") from None
+    shapes = {name: master.shape for name, master in engine.masters.items()}
+    if other := next((n for n, shape in shapes.items() if n not in weights or weights[n].shape != shape), None):
+        there = f"has shape {list(weights[other].shape)}" if other in weights else "is missing"
         raise UserError(
-            f"{folder}: checkpoint cannot be used ({reason}); delete it to resume from the one before"
-        ) from None
+            f"{folder}: the checkpoint belongs to another model: '{other}' {there}, and {list(shapes[other])} is "
+            "wanted; give another run_dir"
+        )
+    engine.load_state(weights, moments, step)
+    torch.set_rng_state(random_state)
+    if "random.cuda" in moments and torch.cuda.is_available():
+        torch.cuda.set_rng_state(moments["random.cuda"])
     return state
 
 

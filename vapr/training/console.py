@@ -8,6 +8,7 @@ from vapr.config import Config
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
+from vapr.training.ledger import compare_with_order
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import list_skipped
 
@@ -35,9 +36,11 @@ def print_setup(
 
 
 def print_outcome(
-    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, num_steps: int
 ) -> None:
-    """Print where everything lies, what was skipped, and the command that comes next."""
+    """Print where everything lies, what was skipped, whether the ledger adds up, and the command that comes next."""
+    assert loaders[0] is not None
+    print(f"ledger     {compare_with_order(run.path, loaders[0], num_steps)}")
     if reference is not None:
         counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
         print(f"reference  {counted} ({reference.folder})")

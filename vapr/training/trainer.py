@@ -21,9 +21,11 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
+from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.ledger import Ledger
 from vapr.training.metrics import MetricsLog, in_words, speed
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
@@ -46,15 +48,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
         state = run_state.resume(run, engine, loader) if resume else RunState()
         run.keep_merged_policy(policy, begins=engine.num_updates == 0)
+        check_room(run.path, engine, policy, config.checkpoint)
         with (
             MetricsLog.open(config, run.path, engine.num_updates if resume else None) as log,
+            Ledger(run.path, engine.num_updates if resume else None) as ledger,
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
 
             def save() -> Path:
-                caches = [reference, parts.features]
-                return run_state.save(run, state, engine, [loader, parts.held_out], caches, config.checkpoint)
+                ledger.sync()
+                return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
@@ -76,7 +80,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         values |= speed(policy, step, time.monotonic() - began)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, parts.features), display.say)
+                        _show_messages(parts.caches, display.say)
+                    ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     if _is_due(engine, config) or interrupts.received:
                         saved = save()
@@ -86,7 +91,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _write_report(run, state, parts)
                     began = time.monotonic()
         checkpoint.save_final(policy, run.final)
-        print_outcome(config, run, [loader, parts.held_out], reference)
+        print_outcome(config, run, [loader, parts.held_out], reference, engine.num_steps)
         return run.final
 
 
@@ -101,6 +106,10 @@ class _Parts:
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+
+    @property
+    def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
+        return self.reference, self.features
 
 
 def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack) -> _Parts:
@@ -196,12 +205,13 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         _write_report(run, state, parts, f"Stopped: {stopped}")
         raise
     except (UserError, torch.OutOfMemoryError) as error:
-        way_out = ""
-        if engine.num_updates > state.saved_step and state.num_pairs:
-            save()
-        if state.saved_step:
-            way_out = f"; the {state.saved_step} steps before it are saved, continue with --resume"
-            _write_report(run, state, parts, f"Stopped: {error}")
+        with contextlib.suppress(UserError, OSError):  # a full disk as well must not hide what stopped the run
+            if engine.num_updates > state.saved_step and state.num_pairs:
+                save()
+            if state.saved_step:
+                _write_report(run, state, parts, f"Stopped: {error}")
+        saved = f"; the {state.saved_step} steps before it are saved, continue with --resume"
+        way_out = saved if state.saved_step else ""
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(

@@ -1,0 +1,126 @@
+"""Runs in processes of their own that are killed at the n-th line of vapr's code, and what is left of them."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import vapr
+from vapr.config import Config
+from vapr.training import trainer
+from vapr.training.ledger import read_ledger
+
+SECONDS = 200.0
+"""Longest wait for a process; a test that goes wrong ends all the same."""
+
+FORK = multiprocessing.get_context("fork")
+VAPR = Path(vapr.__file__).parent
+FILES = {
+    "steps": ["training/trainer.py", "training/step.py", "training/engine.py", "training/metrics.py", "training/ledger.py"],
+    "checkpoints": ["training/checkpoint.py", "training/checksums.py", "training/run_state.py", "cache.py", shutil.__file__],
+    "caches": ["model/sharded_cache.py", "model/reference.py", "cache.py"],
+    "final": ["training/checkpoint.py", shutil.__file__],
+}  # fmt: skip
+"""Where each kind of kill may happen: before any line of these files."""
+ONLY_UNDER = {"final": "save_final"}
+"""A function in whose calls alone it may."""
+
+
+class Lines:
+    """Counts the lines of each kind that are about to be run, and kills this process at one of them.
+
+    Args:
+        deadly: kind, and number of the line from 1; None only counts.
+    """
+
+    def __init__(self, deadly: tuple[str, int] | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._deadly = deadly
+        self._inside: Counter[str] = Counter()  # calls of the functions in ONLY_UNDER that have not returned
+        self._kinds: dict[str, list[str]] = {}  # by file
+        for kind, names in FILES.items():
+            for name in names:
+                self._kinds.setdefault(str(VAPR / name), []).append(kind)
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Be the tracer of :func:`sys.settrace`."""
+        if frame.f_code.co_filename not in self._kinds:
+            return None
+        if frame.f_code.co_name in ONLY_UNDER.values():
+            self._inside[frame.f_code.co_name] += 1
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            for kind in self._kinds[frame.f_code.co_filename]:
+                if kind not in ONLY_UNDER or self._inside[ONLY_UNDER[kind]]:
+                    self.counts[kind] += 1
+                    if self._deadly == (kind, self.counts[kind]):
+                        os.kill(os.getpid(), signal.SIGKILL)
+        if event == "return" and frame.f_code.co_name in ONLY_UNDER.values():
+            self._inside[frame.f_code.co_name] -= 1
+        return self._line
+
+
+def count_lines(config: Config) -> Counter[str]:
+    """Train in a process of its own, and return how many lines of each kind that took."""
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def count() -> None:
+        lines = Lines()
+        sys.settrace(lines)
+        train_quietly(config)
+        sys.settrace(None)
+        sender.send(lines.counts)
+
+    process = FORK.Process(target=count)
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    return receiver.recv()
+
+
+def killed_at(kind: str, line: int, config: Config) -> bool:
+    """Train in a process that is killed at the n-th line of a kind; tell whether it was, or ended before."""
+
+    def live() -> None:
+        sys.settrace(Lines((kind, line)))
+        train_quietly(config)
+        sys.settrace(None)
+
+    process = FORK.Process(target=live)
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode != 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Print nothing."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def train_quietly(config: Config) -> None:
+    """Train as ``vapr train`` does, with ``--resume`` where there is something."""
+    with quiet():
+        trainer.train(config, resume=Path(config.run_dir).exists())
+
+
+def consumed(config: Config) -> Counter[str]:
+    """How often each id is in the ledger of a run, whose steps must stand in it once and in order."""
+    entries = list(read_ledger(Path(config.run_dir)))
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return Counter(id for entry in entries for id in entry["ids"])
