@@ -1,6 +1,7 @@
 """Runs in processes of their own that are killed at the n-th line of vapr's code, and what is left of them."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -124,3 +125,18 @@ def consumed(config: Config) -> Counter[str]:
     entries = list(read_ledger(Path(config.run_dir)))
     assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
     return Counter(id for entry in entries for id in entry["ids"])
+
+
+@contextlib.contextmanager
+def without_roots_rights() -> Iterator[None]:
+    """Have files' permissions count for root, too: take away the capabilities that pass over them (capabilities(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, before)
+    without = (ctypes.c_uint32 * 6)(*before)
+    without[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of those in effect
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        libc.capset(header, before)

@@ -29,6 +29,7 @@ from vapr.training.checksums import DamagedCheckpoint, check_checksums, write_ch
 from vapr.training.disk_room import check_room_for_one
 from vapr.training.engine import Engine
 
+FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 LOWER_IS_BETTER = ("eval/loss",)
 
 
@@ -158,7 +159,7 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         DamagedCheckpoint: if a file is missing, cut short or changed.
         UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
     """
-    check_checksums(folder)
+    check_checksums(folder, FILES)
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")

@@ -1,6 +1,7 @@
 """The checksums of a checkpoint's files, in the form that ``sha256sum -c SHA256SUMS`` reads."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from vapr.cache import written_whole
@@ -20,8 +21,10 @@ def write_checksums(folder: Path) -> None:
         out.write("".join(lines).encode())
 
 
-def check_checksums(folder: Path) -> None:
+def check_checksums(folder: Path, needed: Sequence[str]) -> None:
     """Read a checkpoint's files once and compare them with their checksums; checkpoints of older versions have none.
+
+    ``needed`` are the names of files that must be among them.
 
     Raises:
         DamagedCheckpoint: naming the first file that is missing, cut short or changed.
@@ -30,10 +33,13 @@ def check_checksums(folder: Path) -> None:
     try:
         if not (folder / NAME).exists():
             return
-        for line in (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines():
-            known, _, name = line.partition("  ")
+        lines = (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        sums = {name: known for known, _, name in (line.partition("  ") for line in lines)}
+        if unlisted := [name for name in needed if name not in sums]:
+            raise DamagedCheckpoint(f"{folder}: {NAME} lists no {unlisted[0]}")
+        for name, known in sums.items():
             if not (folder / name).is_file():
-                raise DamagedCheckpoint(f"{folder}: {name or NAME} is missing")
+                raise DamagedCheckpoint(f"{folder}: {name or 'a file'} is missing")
             if _sha256(folder / name) != known:
                 raise DamagedCheckpoint(f"{folder}: {name} is cut short or was changed")
     except OSError as error:

@@ -40,7 +40,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         UserError: for a mistake in config, data, model or run folder.
         TrainingStopped: for a loss or gradient that is not finite, or after a signal (checkpointed).
     """
-    with RunDir(config, resume=resume) as run, _full_disk_as_mistake(run.path), contextlib.ExitStack() as opened:
+    with RunDir(config, resume=resume) as run, _disk_faults_as_mistakes(run.path), contextlib.ExitStack() as opened:
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
@@ -221,14 +221,14 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
 
 
 @contextlib.contextmanager
-def _full_disk_as_mistake(folder: Path) -> Iterator[None]:
-    """Raise UserError with the way out for a disk that is full."""
+def _disk_faults_as_mistakes(folder: Path) -> Iterator[None]:
+    """Raise UserError with the way out for a disk that is full or may not be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror}; make room and continue from the newest checkpoint "
-            "with --resume"
-        ) from None
+        place, goes_on = error.filename or folder, "and continue from the newest checkpoint with --resume"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{place}: {error.strerror}; make room {goes_on}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{place}: {error.strerror}; let this user read and write it {goes_on}") from None
+        raise
