@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -80,19 +79,11 @@ def run(
 
 
 def _run(environment: dict[str, str], folder: Path, work: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    """Run the work where multiprocessing prints a traceback, and makes an exit code of how it ends."""
     os.environ.clear()
     os.environ.update(environment)
-    with (folder / "out").open("w", buffering=1) as out, (folder / "err").open("w", buffering=1) as err:
-        sys.stdout, sys.stderr = out, err
-        code = 0
-        try:
-            work(*arguments)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-    os._exit(code)
+    sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("out", "err"))
+    work(*arguments)
 
 
 def vapr(*arguments: object) -> None:

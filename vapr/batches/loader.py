@@ -197,8 +197,8 @@ def open_loaders(
     """
     if config.optim.pairs_per_step < num_ranks:
         raise UserError(
-            f"optim.pairs_per_step: {config.optim.pairs_per_step} cannot be dealt to {num_ranks} processes; raise it, or "
-            "start fewer"
+            f"optim.pairs_per_step: {config.optim.pairs_per_step} cannot be dealt to {num_ranks} processes; raise it, "
+            "or start fewer"
         )
     processor = open_processor(config)
     pairs: dict[Name, Sequence[PreferencePair]] = {}

@@ -2,7 +2,8 @@
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
 ``optimizer.safetensors`` and ``state.json``. Where each process holds a part of the state, it writes a file of its own,
-such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A folder of that name is complete; one ending in ``.tmp`` never counts.
+such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A folder of that name
+is complete; one ending in ``.tmp`` never counts.
 """
 
 import contextlib
