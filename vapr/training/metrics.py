@@ -175,9 +175,9 @@ def in_words(values: dict[str, Any]) -> str:
 def useful_flops(policy: Policy, step: Step) -> float:
     """Count the FLOPs that a step needs: neither what sharing saves nor what is computed twice.
 
-    Those of this process's packs are counted. Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query,
-    key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters are
-    trained. The vision tower is left out.
+    Those of this process's packs are counted. Linear layers 2 FLOPs a weight and token, attention 4 E H for each
+    (query, key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters
+    are trained. The vision tower is left out.
     """
     config = policy.base.config.get_text_config()
     layers = policy.base.model.language_model.layers
