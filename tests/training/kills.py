@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,14 +13,17 @@ from types import FrameType
 from typing import Any
 
 import vapr
+from tests.several_ranks import SERVER
 from vapr.config import Config
+from vapr.errors import UserError
+from vapr.interrupts import Stopped
+from vapr.model import sharded_cache
 from vapr.training import trainer
 from vapr.training.ledger import read_ledger
 
 SECONDS = 200.0
 """Longest wait for a process; a test that goes wrong ends all the same."""
 
-FORK = multiprocessing.get_context("fork")
 VAPR = Path(vapr.__file__).parent
 FILES = {
     "steps": ["training/trainer.py", "training/step.py", "training/engine.py", "training/metrics.py", "training/ledger.py"],
@@ -72,16 +74,8 @@ class Lines:
 
 def count_lines(config: Config) -> Counter[str]:
     """Train in a process of its own, and return how many lines of each kind that took."""
-    receiver, sender = FORK.Pipe(duplex=False)
-
-    def count() -> None:
-        lines = Lines()
-        sys.settrace(lines)
-        train_quietly(config)
-        sys.settrace(None)
-        sender.send(lines.counts)
-
-    process = FORK.Process(target=count)
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_live, args=(dict(os.environ), config, None, sender))
     process.start()
     process.join(SECONDS)
     assert process.exitcode == 0
@@ -90,34 +84,39 @@ def count_lines(config: Config) -> Counter[str]:
 
 def killed_at(kind: str, line: int, config: Config) -> bool:
     """Train in a process that is killed at the n-th line of a kind; tell whether it was, or ended before."""
-
-    def live() -> None:
-        sys.settrace(Lines((kind, line)))
-        train_quietly(config)
-        sys.settrace(None)
-
-    process = FORK.Process(target=live)
+    process = SERVER.Process(target=_live, args=(dict(os.environ), config, (kind, line)))
     process.start()
     process.join(SECONDS)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return process.exitcode != 0
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Print nothing."""
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+def _live(environment: dict[str, str], config: Config, deadly: tuple[str, int] | None, sender: Any = None) -> None:
+    os.environ.update(environment)
+    sharded_cache.FLUSH_BYTES = 2000  # several shards a step, so that kills fall between them
+    lines = Lines(deadly)
+    sys.settrace(lines)
+    train_quietly(config)
+    sys.settrace(None)
+    if sender is not None:
+        sender.send(lines.counts)
 
 
 def train_quietly(config: Config) -> None:
     """Train as ``vapr train`` does, with ``--resume`` where there is something."""
-    with quiet():
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         trainer.train(config, resume=Path(config.run_dir).exists())
+
+
+def train_as_rank(config: Config, deadly: tuple[str, int] | None) -> None:
+    """Be one of several ranks, of which the first is killed at a line."""
+    sharded_cache.FLUSH_BYTES = 2000
+    sys.settrace(Lines(deadly if os.environ["RANK"] == os.environ.get("VAPR_KILLED_RANK", "0") else None))
+    try:
+        trainer.train(config, resume=Path(config.run_dir).exists())
+    except (UserError, Stopped) as error:  # as the command line ends
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else error.exit_code)
 
 
 def consumed(config: Config) -> Counter[str]:

@@ -39,9 +39,8 @@ def short_run(make_config, photo_rows, photo_root, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
-def test_kills_at_random_lines_leave_no_trace(short_run, tmp_path, monkeypatch, lora, photo_rows):
+def test_kills_at_random_lines_leave_no_trace(short_run, lora, photo_rows):
     """Twelve kills of a run, anywhere in four parts of the code; it is resumed after each, and begun anew when done."""
-    monkeypatch.setattr(sharded_cache, "FLUSH_BYTES", 2000)  # several shards a step, so that kills fall between them
     whole, broken = short_run("whole", lora), short_run("broken", lora)
     lines = kills.count_lines(whole)
     expected = final_bytes(whole)

@@ -1,8 +1,10 @@
 """Save and resume: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
-``optimizer.safetensors``, ``state.json`` and ``SHA256SUMS``. A folder of that name is complete; one ending in ``.tmp``
-never counts, and one that was damaged since is set aside as ``.damaged``.
+``optimizer.safetensors``, ``state.json`` and ``SHA256SUMS``. Where each process holds a part of the state, it writes a
+file of its own, such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A
+folder of that name is complete; one ending in ``.tmp`` never counts, and one that was damaged since is set aside as
+``.damaged``.
 """
 
 import contextlib
@@ -11,13 +13,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vapr.batches.model_folder import copy_processor_files
@@ -25,16 +28,17 @@ from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
 from vapr.model.policy import Policy
-from vapr.training.checksums import DamagedCheckpoint, check_checksums, write_checksums
+from vapr.training.checksums import DamagedCheckpoint, check_checksums, checksums, write_checksums
 from vapr.training.disk_room import check_room_for_one
 from vapr.training.engine import Engine
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 LOWER_IS_BETTER = ("eval/loss",)
 
 
 def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
     """Write a checkpoint and delete those that ``keep`` does not ask for.
+
+    Every rank calls it, and writes its share of weights and optimizer state; the folder appears when all have.
 
     Args:
         run_dir: the run's folder.
@@ -46,28 +50,48 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
     Raises:
         UserError: if the disk has no room for it, before anything is written.
     """
+    ranks = engine.ranks
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    check_room_for_one(folder, engine)
-    temporary.mkdir(parents=True)
-    weights, moments = engine.state()
-    try:
-        _save_tensors(weights, temporary / "weights.safetensors")
-        _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, **state})
-        write_checksums(temporary)
+
+    def write_share() -> dict[str, str]:
+        part = f"-{ranks.rank:05d}-of-{ranks.size:05d}" if engine.is_sharded else ""
+        files = [temporary / f"{kind}{part}.safetensors" for kind in ("weights", "optimizer")]
+        _save_tensors(weights, files[0])
+        _save_tensors(moments | random, files[1])
+        if ranks.is_first:
+            files.append(temporary / "state.json")
+            write_json(files[-1], {"step": step, **state})
+        return checksums(files)
+
+    def complete() -> None:
+        write_checksums(temporary, {name: known for part in sums for name, known in part.items()})
         _sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+        delete_old(run_dir, keep)
+
+    try:
+        ranks.in_turn(lambda: _make_empty(temporary, engine) if ranks.is_first else None)
+        weights, moments = engine.state()
+        random = _random_state() if ranks.is_first else {}
+        written = ranks.agree(lambda: write_share() if engine.is_sharded or ranks.is_first else {})
+        sums = ranks.gather_objects(written)
+        ranks.agree(lambda: complete() if ranks.is_first else None)
     except (OSError, UserError):
-        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
         raise
+    return folder
+
+
+def _make_empty(folder: Path, engine: Engine) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync_folder(folder.parent)
-    delete_old(run_dir, keep)
-    return folder
+    check_room_for_one(folder, engine)
+    folder.mkdir(parents=True)
 
 
 def delete_old(run_dir: Path, keep: CheckpointConfig) -> None:
@@ -132,8 +156,41 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'state.json'}: cannot be read ({one_line(error)})") from None
 
 
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, read one at a time from however many files hold them.
+
+    Args:
+        folder: the checkpoint.
+        kind: ``weights`` or ``optimizer``.
+
+    Raises:
+        OSError, ValueError, safetensors.SafetensorError: if a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        files = sorted(folder.glob(f"{kind}*.safetensors"))
+        if not files:
+            raise ValueError(f"{kind}.safetensors is missing")
+        if (parts := re.search(r"-of-(\d+)$", files[0].stem)) and len(files) != int(parts[1]):
+            raise ValueError(f"{len(files)} of {int(parts[1])} files of {kind} are there")
+        self._file_of = {name: file for path in files for file in [safe_open(path, "pt")] for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+
 def load_newest(run_dir: Path, engine: Engine, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Restore the newest whole checkpoint and return its state; None if there is none.
+    """Restore the newest whole checkpoint and return its state; None if there is none. Rank 0 comes before the others.
 
     Damaged ones are set aside, so that none of them counts among the newest that are kept, and ``say`` is told.
 
@@ -144,6 +201,8 @@ def load_newest(run_dir: Path, engine: Engine, say: Callable[[str], None]) -> di
         try:
             return load(folder, engine)
         except DamagedCheckpoint as error:
+            if not engine.ranks.is_first:
+                raise
             aside = folder.with_suffix(".damaged")
             if aside.exists():
                 shutil.rmtree(aside)
@@ -159,21 +218,26 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         DamagedCheckpoint: if a file is missing, cut short or changed.
         UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
     """
-    check_checksums(folder, FILES)
     try:
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
+        is_known_whole = check_checksums(folder)
+        weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
         state = dict(json.loads((folder / "state.json").read_text()))
         step, random_state = state["step"], moments["random.cpu"]
+        if not is_known_whole:  # nothing may be half loaded when it turns out to be damaged
+            for saved in (weights, moments):
+                for name in saved:
+                    saved[name]
     except PermissionError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         raise DamagedCheckpoint(f"{folder}: cannot be read ({one_line(error)})") from None
-    shapes = {name: master.shape for name, master in engine.masters.items()}
-    if other := next((n for n, shape in shapes.items() if n not in weights or weights[n].shape != shape), None):
-        there = f"has shape {list(weights[other].shape)}" if other in weights else "is missing"
+    found = {name: weights.shape(name) if name in weights else None for name in engine.shapes}
+    if other := next((name for name, shape in engine.shapes.items() if found[name] != shape), None):
+        there = "is missing" if found[other] is None else f"has shape {found[other]}"
         raise UserError(
-            f"{folder}: the checkpoint belongs to another model: '{other}' {there}, and {list(shapes[other])} is "
+            f"{folder}: the checkpoint belongs to another model: '{other}' {there}, and {engine.shapes[other]} is "
             "wanted; give another run_dir"
         )
     engine.load_state(weights, moments, step)
@@ -183,13 +247,20 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def save_final(policy: Policy, folder: Path) -> None:
-    """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all."""
-    with new_folder(folder) as temporary:
-        if policy.adapters is not None:
-            save_adapter(policy, temporary)
-        else:
-            save_model(policy, temporary)
+def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
+    """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
+
+    Every rank calls it; the first one writes.
+    """
+
+    def write() -> None:
+        with new_folder(folder) as temporary:
+            if policy.adapters is not None:
+                save_adapter(policy, temporary)
+            else:
+                save_model(policy, temporary)
+
+    engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
 def save_start(policy: Policy, folder: Path) -> None:

@@ -18,6 +18,8 @@ def check_room(run_dir: Path, engine: Engine, policy: Policy, keep: CheckpointCo
     Raises:
         UserError: with the sizes.
     """
+    if not engine.ranks.is_first:
+        return
     folders = [folder for folder in (run_dir / "checkpoints").glob("step-*") if folder.suffix != ".tmp"]
     left = math.ceil((engine.num_steps - engine.num_updates) / keep.every)
     at_once = min(keep.keep + int(keep.best) + 1, len(folders) + left)

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vapr.batches.loader import PairLoader
 from vapr.batches.tokenize import TokenizedPair
+from vapr.training.ranks import Ranks
 
 NAME = "consumed.jsonl"
 
@@ -23,26 +26,34 @@ class Ledger:
     Args:
         run_dir: the run's folder.
         resume_step: what was written of later steps is cut off, because they are taken again; None begins a new ledger.
+        ranks: the processes that train together, of which the first writes what all of them took.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        path = run_dir / NAME
-        if path.exists():
+    def __init__(self, run_dir: Path, resume_step: int | None, ranks: Ranks) -> None:
+        path, self._ranks = run_dir / NAME, ranks
+        if not ranks.is_first:
+            path = Path(os.devnull)
+        elif path.exists():
             os.truncate(path, 0 if resume_step is None else _end_of_step(path, resume_step))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, pairs: Sequence[TokenizedPair], members: Sequence[int]) -> None:
-        """Append what a step, counted from 1, trained on; ``members`` are the rows that the order gave it."""
-        taken = [pair.number for pair in pairs]
-        entry: dict[str, Any] = {"step": step, "rows": taken, "ids": [pair.id for pair in pairs]}
-        if skipped := sorted((Counter(members) - Counter(taken)).elements()):
+    def write(self, step: int, pairs: Sequence[TokenizedPair], members: np.ndarray) -> None:
+        """Append what a step, counted from 1, trained on; every rank gives its pairs.
+
+        ``members`` are the rows that the order gave the step, (rows,) int64.
+        """
+        everyone = self._ranks.gather_objects([(pair.number, pair.id) for pair in pairs])
+        taken = [number for part in everyone for number, _ in part]
+        entry: dict[str, Any] = {"step": step, "rows": taken, "ids": [id for part in everyone for _, id in part]}
+        if skipped := sorted((Counter(members.tolist()) - Counter(taken)).elements()):
             entry["skipped"] = skipped
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Make the lines last, before the checkpoint of their step does."""
-        os.fsync(self._file.fileno())
+        if self._ranks.is_first:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Ledger":
         return self
@@ -72,7 +83,7 @@ def compare_with_order(run_dir: Path, loader: PairLoader, num_steps: int) -> str
     for entry in read_ledger(run_dir):
         step, skipped = entry["step"], entry.get("skipped", [])
         wrong += range(expected, step)  # missing lines
-        if step < expected or sorted([*entry["rows"], *skipped]) != sorted(loader.members(step - 1)):
+        if step < expected or sorted([*entry["rows"], *skipped]) != sorted(loader.members(step - 1).tolist()):
             wrong.append(step)
         expected = max(expected, step + 1)
         num_pairs += len(entry["rows"])
