@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -108,15 +109,18 @@ def train_quietly(config: Config) -> None:
         trainer.train(config, resume=Path(config.run_dir).exists())
 
 
-def train_as_rank(config: Config, deadly: tuple[str, int] | None) -> None:
-    """Be one of several ranks, of which the first is killed at a line."""
+def train_as_rank(config: Config, killed_rank: int, deadly: tuple[str, int] | None) -> None:
+    """Be one of several ranks, one of which may be killed at a line; write how many lines there were."""
     sharded_cache.FLUSH_BYTES = 2000
-    sys.settrace(Lines(deadly if os.environ["RANK"] == os.environ.get("VAPR_KILLED_RANK", "0") else None))
+    lines = Lines(deadly if int(os.environ["RANK"]) == killed_rank else None)
+    sys.settrace(lines)
     try:
         trainer.train(config, resume=Path(config.run_dir).exists())
     except (UserError, Stopped) as error:  # as the command line ends
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else error.exit_code)
+    sys.settrace(None)
+    print(json.dumps(lines.counts))
 
 
 def consumed(config: Config) -> Counter[str]:

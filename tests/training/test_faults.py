@@ -2,15 +2,18 @@
 
 import dataclasses
 import errno
+import json
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests import several_ranks
 from tests.runs import final_bytes, losses
 from tests.training import kills
 from vapr.data.pairs import write_pairs
@@ -61,6 +64,57 @@ def test_kills_at_random_lines_leave_no_trace(short_run, lora, photo_rows):
     assert final_bytes(broken) == expected and losses(broken) == losses(whole)
     assert kills.consumed(broken) == {row["id"]: 2 for row in photo_rows[:12]}
     assert list(read_ledger(Path(broken.run_dir))) == list(read_ledger(Path(whole.run_dir)))
+
+
+def on_two_ranks(config, folder: Path, killed_rank: int = -1, deadly: tuple[str, int] | None = None):
+    """Train on two ranks, one of which may be killed at a line; both have ended when this returns."""
+    return several_ranks.run(2, folder, kills.train_as_rank, config, killed_rank, deadly)
+
+
+def test_kills_of_one_of_two_ranks_leave_no_trace(short_run, tmp_path, photo_rows):
+    """Eight kills of the first or the second rank; the other ends with a line, and both are started again."""
+    whole, broken = short_run("whole"), short_run("broken")
+    ranks = on_two_ranks(whole, tmp_path / "out")
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].err
+    lines = [json.loads(rank.out.splitlines()[-1]) if rank.out else {} for rank in ranks]
+    expected, ledger = final_bytes(whole), list(read_ledger(Path(whole.run_dir)))
+    draws = random.Random(f"{SEED} two ranks")
+    num_killed = 0
+    while num_killed < 8:
+        rank, kind = (
+            num_killed % 2,
+            tuple(kills.FILES)[num_killed // 2 % 3],
+        )  # the model at the end is the first's alone
+        line = draws.randint(1, lines[0][kind] // (1 + 2 * rank))
+        ended = on_two_ranks(broken, tmp_path / "out", rank, (kind, line))
+        codes = [one.code for one in ended]
+        print(f"seed {SEED}: rank {rank}, {kind}, line {line:,}: {codes}")
+        if codes == [0, 0]:
+            assert final_bytes(broken) == expected and list(read_ledger(Path(broken.run_dir))) == ledger
+            shutil.rmtree(broken.run_dir), shutil.rmtree(broken.reference.cache_dir)
+            continue
+        num_killed += 1
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] not in (0, -signal.SIGKILL)
+        if rank == 1:
+            assert "was killed, or hangs" in ended[0].err or "lost each other" in ended[0].err
+    if Path(broken.run_dir).exists():
+        assert [one.code for one in on_two_ranks(broken, tmp_path / "out")] == [0, 0]
+        assert final_bytes(broken) == expected and list(read_ledger(Path(broken.run_dir))) == ledger
+    assert kills.consumed(whole) == {row["id"]: 2 for row in photo_rows[:12]}
+
+
+def test_the_place_in_the_data_survives_another_number_of_ranks(short_run, tmp_path, photo_rows):
+    """Killed on two ranks in the middle of the second epoch, ended by one: every step holds the rows it always holds."""
+    whole, broken = short_run("whole"), short_run("broken")
+    trainer_runs = several_ranks.run(1, tmp_path / "out", kills.train_as_rank, whole, -1, None)
+    assert trainer_runs[0].code == 0
+    ended = on_two_ranks(broken, tmp_path / "out", 0, ("checkpoints", 700))
+    assert ended[0].code == -signal.SIGKILL
+    [alone] = several_ranks.run(1, tmp_path / "out", kills.train_as_rank, broken, -1, None)
+    assert alone.code == 0 and "none lost and none twice" in alone.out, alone.err
+    assert kills.consumed(broken) == {row["id"]: 2 for row in photo_rows[:12]}
+    for mine, other in zip(read_ledger(Path(broken.run_dir)), read_ledger(Path(whole.run_dir)), strict=True):
+        assert sorted(mine["rows"]) == sorted(other["rows"])
 
 
 def test_the_values_of_a_pack_are_written_together(short_run, monkeypatch):
