@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -152,9 +151,8 @@ def terminate(engine):
 
 
 def interrupt_as_torchrun_does(engine):
-    os.kill(os.getpid(), signal.SIGINT)  # the terminal's
-    time.sleep(0.01)  # handlers run between bytecodes; two at once would be one
-    os.kill(os.getpid(), signal.SIGINT)  # and torchrun's, which sends on what it got
+    signal.raise_signal(signal.SIGINT)  # the terminal's
+    signal.raise_signal(signal.SIGINT)  # and torchrun's, which sends on what it got
 
 
 def kill(engine):
