@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -33,14 +32,10 @@ class Interrupts:
 
     Args:
         say: shows a line; called from that thread.
-        launched: whether a launcher started this process, which sends on what a terminal has sent already. Then a
-            signal that comes within two seconds is no second one.
     """
 
-    def __init__(self, say: Callable[[str], None], *, launched: bool = False) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._seconds_of_one = 2.0 if launched else 0.0
-        self._noted = 0.0
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Interrupts":
@@ -74,10 +69,9 @@ class Interrupts:
         os.close(reader)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        is_second = self.received is signal.SIGINT and number == signal.SIGINT
-        if is_second and time.monotonic() - self._noted >= self._seconds_of_one:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received, self._noted = signal.Signals(number), time.monotonic()
+        self.received = signal.Signals(number)
 
     def share(self, number: float) -> None:
         """Take note of the signal that another rank has received; 0 is none."""

@@ -150,11 +150,6 @@ def terminate(engine):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def interrupt_as_torchrun_does(engine):
-    signal.raise_signal(signal.SIGINT)  # the terminal's
-    signal.raise_signal(signal.SIGINT)  # and torchrun's, which sends on what it got
-
-
 def kill(engine):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -177,14 +172,6 @@ def lose_memory(engine):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine.backward = backward
-
-
-def test_one_ctrl_c_is_one_however_often_it_is_sent_on(make_config, tmp_path):
-    config = make_config()
-    file = several_ranks.config_file(config, tmp_path / "run.yaml")
-    ranks = several_ranks.run(2, tmp_path / "out", after_three_updates, 1, interrupt_as_torchrun_does, file)
-    assert only_line(ranks, 128 + signal.SIGINT).startswith("Stopped: SIGINT: stopped after writing")
-    assert [folder.name for folder in checkpoint.list_checkpoints(Path(config.run_dir))][-1] == "step-000003"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

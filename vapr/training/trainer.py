@@ -55,7 +55,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         with (
             ranks.in_turn(lambda: MetricsLog.open(config, run.path, resumed, writes=ranks.is_first)) as log,
             Display("train", engine.num_steps, engine.num_updates) as display,
-            Interrupts(display.say, launched=ranks.size > 1) as interrupts,
+            Interrupts(display.say) as interrupts,
         ):
 
             def save() -> Path:
