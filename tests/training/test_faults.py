@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections import Counter
@@ -19,7 +20,7 @@ from tests.training import kills
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.model import sharded_cache
-from vapr.training import checkpoint, disk_room, trainer
+from vapr.training import checkpoint, disk_room, run_dir, trainer
 from vapr.training.ledger import read_ledger
 
 SEED = int(os.environ.get("VAPR_KILL_SEED", "0"))
@@ -297,3 +298,9 @@ def test_the_ledger_has_the_skipped_rows_too(short_run, photo_rows, tmp_path, ca
     assert Counter(row for entry in entries for row in entry.get("skipped", [])) == {5: 2}
     assert Counter(row for entry in entries for row in entry["rows"]) == {row: 2 for row in range(12) if row != 5}
     assert "6 steps took 22 pairs and skipped 2 rows, 2 epochs, none lost and none twice" in capsys.readouterr().out
+
+
+def test_the_documents_list_what_a_resumed_run_may_change():
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    section = page.split("### What a resumed run may change")[1].split("Any other key")[0].split(":")[0]
+    assert sorted(re.findall(r"`([\w.]+)`", section)) == sorted(run_dir.MAY_CHANGE)
