@@ -43,6 +43,7 @@ def imports(path: Path) -> set[str]:
             },
         ),
         ("datasets", {"vapr/data/table_rows.py"}),
+        ("fsspec", {"vapr/data/remote.py"}),
         ("pickle", set()),
     ],
 )

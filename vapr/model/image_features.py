@@ -66,6 +66,7 @@ class ImageFeatures(ShardedCache):
             for number, image, feature in zip(missing, images, computed, strict=True):
                 features[number] = feature
                 self.put(_key(image), feature.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+            self.flush_if_large()
         self.misses += len(missing)
         self.hits += len(features) - len(missing)
         return torch.cat([feature.to(self._policy.device) for feature in features if feature is not None])

@@ -9,7 +9,7 @@ from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
 from vapr.training.engine import Engine
-from vapr.training.ranks import Ranks
+from vapr.training.ledger import compare_with_order
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import list_skipped
 
@@ -38,9 +38,12 @@ def print_setup(
 
 
 def print_outcome(
-    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, ranks: Ranks
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, engine: Engine
 ) -> None:
-    """Print where everything lies, what was skipped, and the command that comes next."""
+    """Print where everything lies, what was skipped, whether the ledger adds up, and the command that comes next."""
+    ranks, trained_on = engine.ranks, loaders[0]
+    if ranks.is_first and trained_on is not None:
+        print(f"ledger     {compare_with_order(run.path, trained_on, engine.num_steps)}")
     if reference is not None:
         hits, misses = ranks.gather([reference.hits, reference.misses]).sum(axis=0).astype(int).tolist()
         counted = f"{hits:,} completions found in the cache, {misses:,} computed"

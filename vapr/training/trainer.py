@@ -21,9 +21,11 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
+from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.ledger import Ledger
 from vapr.training.metrics import MetricsLog, in_words, speed
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
@@ -43,24 +45,25 @@ def train(config: Config, *, resume: bool = False) -> Path:
     with open_ranks(config.parallel) as ranks, contextlib.ExitStack() as opened:
         check_same_everywhere(config, ranks)
         run = opened.enter_context(ranks.in_turn(lambda: RunDir(config, resume=resume, writes=ranks.is_first)))
-        opened.enter_context(_full_disk_as_mistake(run.path))
+        opened.enter_context(_disk_faults_as_mistakes(run.path))
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
         parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
-        state = ranks.agree(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
+        state = ranks.in_turn(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
         ranks.in_turn(lambda: run.keep_merged_policy(policy, begins=engine.num_updates == 0))
         resumed = engine.num_updates if resume else None
         with (
+            Ledger(run.path, resumed, ranks) as ledger,
             ranks.in_turn(lambda: MetricsLog.open(config, run.path, resumed, writes=ranks.is_first)) as log,
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
 
             def save() -> Path:
-                caches = [reference, parts.features]
-                return run_state.save(run, state, engine, [loader, parts.held_out], caches, config.checkpoint)
+                ledger.sync()
+                return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
@@ -82,7 +85,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, parts.features), display.say)
+                        _show_messages(parts.caches, display.say)
+                    ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
@@ -94,7 +98,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _write_report(run, state, parts)
                     began = time.monotonic()
         checkpoint.save_final(policy, engine, run.final)
-        print_outcome(config, run, [loader, parts.held_out], reference, ranks)
+        print_outcome(config, run, [loader, parts.held_out], reference, engine)
         return run.final
 
 
@@ -109,6 +113,10 @@ class _Parts:
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+
+    @property
+    def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
+        return self.reference, self.features
 
 
 def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ranks) -> _Parts:
@@ -129,6 +137,7 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     engine = ranks.agree(lambda: Engine(policy, config.optim, num_steps, ranks))
     ranks.in_turn(lambda: run.describe(config, policy))
+    ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders, ranks)
@@ -219,13 +228,14 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         _write_report(run, state, parts, f"Stopped: {stopped}")
         raise
     except (UserError, torch.OutOfMemoryError) as error:
-        way_out = ""
         can_save = engine.ranks.size == 1 or engine.ranks.agreed
-        if can_save and engine.num_updates > state.saved_step and state.num_pairs:
-            save()
-        if state.saved_step:
-            way_out = f"; the {state.saved_step} steps before it are saved, continue with --resume"
-            _write_report(run, state, parts, f"Stopped: {error}")
+        with contextlib.suppress(UserError, OSError):  # a full disk as well must not hide what stopped the run
+            if can_save and engine.num_updates > state.saved_step and state.num_pairs:
+                save()
+            if state.saved_step:
+                _write_report(run, state, parts, f"Stopped: {error}")
+        saved = f"; the {state.saved_step} steps before it are saved, continue with --resume"
+        way_out = saved if state.saved_step else ""
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
@@ -235,14 +245,14 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
 
 
 @contextlib.contextmanager
-def _full_disk_as_mistake(folder: Path) -> Iterator[None]:
-    """Raise UserError with the way out for a disk that is full."""
+def _disk_faults_as_mistakes(folder: Path) -> Iterator[None]:
+    """Raise UserError with the way out for a disk that is full or may not be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror}; make room and continue from the newest checkpoint "
-            "with --resume"
-        ) from None
+        place, goes_on = error.filename or folder, "and continue from the newest checkpoint with --resume"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{place}: {error.strerror}; make room {goes_on}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{place}: {error.strerror}; let this user read and write it {goes_on}") from None
+        raise
