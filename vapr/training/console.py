@@ -23,6 +23,10 @@ def print_setup(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
+    if policy.quantized is not None:
+        print(f"frozen     {policy.quantized}")
+    if policy.tower.rests:
+        print("tower      waits in host memory, and comes to the GPU for images without cached features")
     print(
         f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
     )

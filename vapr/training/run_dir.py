@@ -152,7 +152,10 @@ def weights_at_start(run: Path) -> str | None:
 def environment(policy: Policy) -> dict[str, Any]:
     """Collect versions and devices that a reader of the run wants to know."""
     versions: dict[str, str | None] = {}
-    for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
+    for name in (
+        "vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision",
+        "bitsandbytes",
+    ):  # fmt: skip
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -169,6 +172,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
+        "quantized": str(policy.quantized) if policy.quantized is not None else None,
         "left_unfused": policy.left_unfused,
     }
 

@@ -5,6 +5,7 @@ T = packed tokens, M = completion tokens, P = pairs.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
 from vapr.training.engine import Engine
 from vapr.training.metrics import Totals
+from vapr.training.out_of_memory import FittingPacks
 from vapr_kernels import naive, preference_loss
 
 
 def train_step(
     policy: Policy, engine: Engine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
-    features: ImageFeatures | None = None,
+    features: ImageFeatures | None = None, fitting: FittingPacks | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
     """Run forward and backward of every pack of a step; the update is the caller's.
 
@@ -40,28 +42,64 @@ def train_step(
         step: at least one pair.
         loss: terms whose weighted sum is taken.
         features: cache of image features, where the tower is frozen.
+        fitting: the run's limit on packs that do not fit the GPU; None: one of this step's own.
 
     Returns:
         The values to log (means over the step's pairs), and (row number, margin) of every pair.
     """
-    totals = Totals()
-    margins = []
-    for pack in step.batches:
-        batch = pack.to(policy.device)
-        logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-        margins.append(rewards[:, 0] - rewards[:, 1])
+
+    def use(pack: PackedBatch) -> Scored:
+        scored, losses = _score_pack(policy, reference, pack, step, loss, features)
         if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
             engine.backward(losses.sum() / step.num_pairs)
-        totals.add(losses, rewards, logps)
+        return scored
+
+    counts = _Counts(reference, features)
+
+    def again() -> None:
+        engine.forget_gradients()
+        counts.restore()
+
+    scored = (fitting or FittingPacks()).each(step.batches, use, again)
     values = {
-        **totals.means(),
+        **_totals(scored).means(),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
         "pairs": step.num_pairs,
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
-    return values, list(zip((pair.number for pair in step.pairs), torch.cat(margins).tolist(), strict=True))
+    margins = torch.cat([one.rewards[:, 0] - one.rewards[:, 1] for one in scored]).tolist()
+    return values, list(zip((number for one in scored for number in one.numbers), margins, strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A pack of P pairs as it was scored."""
+
+    numbers: list[int]  # of its rows
+    losses: Tensor  # (P,)
+    rewards: Tensor  # (P, 2), chosen first
+    logps: Tensor  # (P, 2)
+
+
+def _totals(scored: Sequence[Scored]) -> Totals:
+    totals = Totals()
+    for one in scored:
+        totals.add(one.losses, one.rewards, one.logps)
+    return totals
+
+
+class _Counts:
+    """What caches have counted so far, so that pairs used again are not counted twice."""
+
+    def __init__(self, *caches: Reference | ImageFeatures | None) -> None:
+        self._before = [(cache, cache.hits + cache.misses) for cache in caches if cache is not None]
+
+    def restore(self) -> None:
+        """Take back what was counted since; what was computed stays so."""
+        for cache, before in self._before:
+            cache.hits -= cache.hits + cache.misses - before
 
 
 def score(
@@ -84,25 +122,38 @@ def score(
     return completion_logps, losses, rewards
 
 
+def _score_pack(
+    policy: Policy, reference: Reference | None, pack: PackedBatch, step: Step, loss: Sequence[LossConfig],
+    features: ImageFeatures | None,
+) -> tuple[Scored, Tensor]:  # fmt: skip
+    """Score a pack that is on the CPU; return its figures, and its losses (P,) with their graph."""
+    logps, losses, rewards = score(policy, reference, pack.to(policy.device), step, loss, features)
+    return Scored([pair.number for pair in pack.pairs], losses.detach(), rewards, logps.detach()), losses
+
+
 def evaluate(
     policy: Policy, reference: Reference | None, held_out: PairLoader, loss: Sequence[LossConfig],
-    features: ImageFeatures | None, note: Callable[[str], None],
+    features: ImageFeatures | None, note: Callable[[str], None], fitting: FittingPacks | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Compute the training metrics on held-out pairs, without gradients.
 
-    ``note`` is shown how far it is after every pack.
+    ``note`` is shown how far it is after every pack; ``fitting`` is as in :func:`train_step`.
 
     Returns:
         ``eval/...`` -> mean over the pairs; empty if none could be used.
     """
     totals = Totals()
+    fitting = fitting or FittingPacks()
     with frozen(policy):
         for step in held_out.steps(0, held_out.steps_per_epoch):
-            for pack in step.batches:
-                batch = pack.to(policy.device)
-                logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-                totals.add(losses, rewards, logps)
-                note(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
+
+            def use(pack: PackedBatch, step: Step = step) -> Scored:
+                scored = _score_pack(policy, reference, pack, step, loss, features)[0]
+                note(f"scoring held-out pairs {totals.num_pairs + pack.num_pairs}/{held_out.pairs_per_epoch}")
+                return scored
+
+            for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
+                totals.add(one.losses, one.rewards, one.logps)
     if not totals.num_pairs:  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}

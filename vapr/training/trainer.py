@@ -25,6 +25,8 @@ from vapr.training.engine import Engine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
 from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.model_card import write_model_card
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
 from vapr.training.step import check_first_margin, evaluate, stop_unless_finite, train_step
@@ -51,6 +53,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
+            parts.fitting.say = display.say
 
             def save() -> Path:
                 caches = [reference, parts.features]
@@ -69,7 +72,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     else:
                         if state.num_pairs == 0 and reference is not None:
                             check_first_margin(policy, reference, step, config.reference.tolerance, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
+                        values, margins = train_step(
+                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
+                        )
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
@@ -85,7 +90,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        checkpoint.save_final(policy, run.final)
+        adapter = policy.adapters is not None
+        checkpoint.save_final(
+            policy, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
+        )
         print_outcome(config, run, [loader, parts.held_out], reference)
         return run.final
 
@@ -101,6 +109,7 @@ class _Parts:
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+    fitting: FittingPacks
 
 
 def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack) -> _Parts:
@@ -119,7 +128,8 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack) -> _Parts
     print_setup(config, policy, loader, held_out, engine.num_steps)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders)
-    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+    fitting = FittingPacks(config.packing.share)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
@@ -151,7 +161,9 @@ def _evaluate(
     step = parts.engine.num_updates
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
-        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, note)
+        values = evaluate(
+            parts.policy, parts.reference, parts.held_out, config.loss, parts.features, note, parts.fitting
+        )
         log.write_evaluation(step, values, display.say)
         checkpoint.delete_old(run.path, config.checkpoint)
 
