@@ -174,7 +174,7 @@ def quantize(base: nn.Module, head: nn.Module | None, kind: str, device: torch.d
     before = 0
     dtype = torch.bfloat16
     for parent in list(base.modules()):
-        for name, layer in list(parent.named_children()):
+        for name, layer in list(parent._modules.items()):
             if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
                 continue
             if layer not in replaced:
@@ -194,7 +194,7 @@ def quantize(base: nn.Module, head: nn.Module | None, kind: str, device: torch.d
 def dequantize(base: nn.Module) -> None:
     """Put plain linear layers with the restored weights in the places of quantised ones."""
     for parent in list(base.modules()):
-        for name, layer in list(parent.named_children()):
+        for name, layer in list(parent._modules.items()):
             if isinstance(layer, QuantizedLinear):
                 with torch.device("meta"):
                     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.dtype)
@@ -256,8 +256,10 @@ def _restore_nf4(codes: Tensor, largest: Tensor, steps: Tensor, shape: tuple[int
 def _store_fp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the bytes of float8_e4m3fn (O, D) and a power of two for each row (O, 1)."""
     weight = weight.float()
-    _, exponent = torch.frexp(weight.abs().amax(1, keepdim=True) / LARGEST_FP8)
-    scales = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    largest = weight.abs().amax(1, keepdim=True)
+    _, exponent = torch.frexp(largest / LARGEST_FP8)
+    scales = torch.ldexp(torch.ones_like(largest), exponent)
+    scales = scales.masked_fill(~largest.isfinite(), torch.nan)  # damage stays visible: inf would become 448
     return (weight / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales, None
 
 
