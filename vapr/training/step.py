@@ -137,7 +137,7 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Compute the training metrics on held-out pairs, without gradients.
 
-    ``note`` is shown how far it is after every pack; ``fitting`` is as in :func:`train_step`.
+    ``note`` is shown how far it is before every pack; ``fitting`` is as in :func:`train_step`.
 
     Returns:
         ``eval/...`` -> mean over the pairs; empty if none could be used.
@@ -148,12 +148,12 @@ def evaluate(
         for step in held_out.steps(0, held_out.steps_per_epoch):
 
             def use(pack: PackedBatch, step: Step = step) -> Scored:
-                scored = _score_pack(policy, reference, pack, step, loss, features)[0]
-                note(f"scoring held-out pairs {totals.num_pairs + pack.num_pairs}/{held_out.pairs_per_epoch}")
-                return scored
+                note(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
+                return _score_pack(policy, reference, pack, step, loss, features)[0]
 
             for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
                 totals.add(one.losses, one.rewards, one.logps)
+            note(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
     if not totals.num_pairs:  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}
