@@ -22,7 +22,7 @@ from vapr.errors import UserError
 from vapr.model import policy as policy_module
 from vapr.model.policy import load_policy
 from vapr.model.quantized import QuantizedLinear, dequantize
-from vapr.study.find_model import find_answerer_or_checkpoint as find_checkpoint
+from vapr.study.find_model import find
 from vapr.training import trainer
 from vapr.training.export import export
 
@@ -71,6 +71,11 @@ def test_from_the_first_step_to_the_export(run_config, tmp_path, capsys, monkeyp
     assert "nf4" in json.loads((run / "environment.json").read_text())["quantized"]
     evaluated = [entry for entry in metrics(config) if "eval/loss" in entry][-1]
     expected = torch.tensor([evaluated["eval/logps/chosen"], evaluated["eval/logps/rejected"]])
+
+    # A study asks a checkpoint its questions on the base that it was trained on.
+    found = find(str(run / "checkpoints" / "step-000003"))
+    assert found.identity["base_weights"] == "nf4"
+    torch.testing.assert_close(held_out_logps(found.load(torch.float32), config), expected, rtol=1e-5, atol=1e-3)
 
     # final/ is an ordinary adapter; on the dequantised base it is what was trained.
     assert "stored as nf4" in (run / "final" / "README.md").read_text()
@@ -121,15 +126,16 @@ def test_an_export_in_bfloat16_of_a_run_in_bfloat16(run_config, tmp_path, capsys
     config = run_config(kind="fp8", dtype="bfloat16")
     trainer.train(config)
     export(Path(config.run_dir), tmp_path / "merged")
-    exported = load_file(tmp_path / "merged" / "model.safetensors")
+    exported = oracles.load_model(tmp_path / "merged", FAMILY, "auto").state_dict()
     assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
     policy = load_policy(config.policy, torch.device("cpu"))
     dequantize(policy.base)
-    untouched = [name for name in exported if name.startswith("model.visual.") or ".visual." in name]
     weights = policy.base.state_dict()
+    untouched = [name for name in exported if ".visual." in name and ".mlp." in name and name.endswith("weight")]
+    original = oracles.load_model(Path(config.policy.model), FAMILY, torch.bfloat16).state_dict()
     assert untouched
     for name in untouched:  # the tower has no adapter: what was run is what is written
-        assert torch.equal(exported[name], weights[name if name in weights else f"model.{name}"]), name
+        assert torch.equal(exported[name], weights[name]) and not torch.equal(exported[name], original[name]), name
 
 
 def test_a_run_broken_off_goes_on_to_the_same_bytes(run_config, monkeypatch):
