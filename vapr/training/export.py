@@ -118,7 +118,7 @@ def _merged(
         )
         if config.policy.base_weights != "bfloat16":
             tokens = sum(len(batch.sum_completion) for batch in pairs)
-            say(f"that is {float(difference.sum()) / tokens:.1e} a token, of {float(-before.sum()) / tokens:.2f}")
+            say(f"a token: {float(difference.sum()) / tokens:.1e}, of {float(before.sum()) / tokens:.2f} on average")
     return policy
 
 
