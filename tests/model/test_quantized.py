@@ -266,7 +266,9 @@ def test_useful_flops_count_quantised_layers(tiny, photo_pairs):
     for kind in ("bfloat16", "nf4"):
         policy = policy_of(tiny("qwen2_vl"), kind)
         batch = pack(tokenize(policy, tiny("qwen2_vl"), chosen_pairs(photo_pairs)))
-        counted.append(useful_flops(policy, Step((batch,), batch.num_pairs, 1.0)))
+        counted.append(
+            useful_flops(policy, Step((batch,), batch.num_pairs, 1.0, batch.num_tokens, batch.num_tokens_unshared))
+        )
     assert counted[0] == counted[1]
 
 

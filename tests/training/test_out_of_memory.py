@@ -18,6 +18,7 @@ from vapr.training import step as step_module
 from vapr.training import trainer
 from vapr.training.engine import Engine
 from vapr.training.out_of_memory import FittingPacks
+from vapr.training.ranks import Ranks
 from vapr.training.step import evaluate, train_step
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def make_step(make_config, photo_rows):
         with open_loaders(config) as loaders:
             (step,) = loaders["train"].steps(0, 1)
         batches = (pack(step.pairs[:3]), pack(step.pairs[3:]))
-        return config, Step(batches, step.num_pairs, step.num_chosen_tokens)
+        return config, dataclasses.replace(step, batches=batches)
 
     return make
 
@@ -129,7 +130,7 @@ def laid_out_as_said(said: str, step: Step) -> Step:
     """The same step, laid out from the beginning as the message says."""
     fitting = FittingPacks("pair")
     fitting.max_tokens = int(said.split("at most ")[1].split(" ")[0].replace(",", ""))
-    return Step(tuple(fitting._limited(step.batches)), step.num_pairs, step.num_chosen_tokens)
+    return dataclasses.replace(step, batches=tuple(fitting._limited(step.batches)))
 
 
 def same_bytes(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -138,7 +139,7 @@ def same_bytes(got: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 def test_a_second_time_halves_again_and_a_single_pair_is_the_end(make_step, tmp_path, monkeypatch):
     config, step = make_step()
-    step = Step((pack(step.pairs),), step.num_pairs, step.num_chosen_tokens)
+    step = dataclasses.replace(step, batches=(pack(step.pairs),))
     memory = Memory(monkeypatch, "backward, late", 1)
     policy, engine, reference = parts(config, tmp_path / "cache")
     memory.watch(policy)
@@ -185,6 +186,8 @@ def test_held_out_pairs_too(make_config, photo_rows, tmp_path, monkeypatch):
         memory = Memory(monkeypatch, "forward", pairs)
         with open_loaders(config) as loaders:
             fitting = FittingPacks("pair", lambda line: None)
-            figures.append(evaluate(policy, reference, loaders["train"], config.loss, None, notes.append, fitting))
+            figures.append(
+                evaluate(policy, reference, loaders["train"], config.loss, None, Ranks(), notes.append, fitting)
+            )
     assert memory.failures > 0 and figures[1] == pytest.approx(figures[0], rel=1e-5)
     assert notes[-1] == "scoring held-out pairs 8/8"
