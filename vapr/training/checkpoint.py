@@ -8,6 +8,7 @@ folder of that name is complete; one ending in ``.tmp`` never counts, and one th
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -27,7 +28,7 @@ from vapr.batches.model_folder import copy_processor_files
 from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
-from vapr.model.policy import Policy
+from vapr.model.policy import Policy, load_base
 from vapr.training.checksums import DamagedCheckpoint, check_checksums, checksums, write_checksums
 from vapr.training.disk_room import check_room_for_one
 from vapr.training.engine import Engine
@@ -247,10 +248,10 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
+def save_final(policy: Policy, engine: Engine, folder: Path, write_card: Callable[[Path], None] | None = None) -> None:
     """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
 
-    Every rank calls it; the first one writes.
+    Every rank calls it; the first one writes. ``write_card`` writes a model card into the folder it is given.
     """
 
     def write() -> None:
@@ -259,18 +260,27 @@ def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
                 save_adapter(policy, temporary)
             else:
                 save_model(policy, temporary)
+            if write_card is not None:
+                write_card(temporary)
 
     engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
 def save_start(policy: Policy, folder: Path) -> None:
-    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
+    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it.
+
+    Of a quantised policy the unquantised weights are written, which are read and merged again for that.
+    """
+    if policy.quantized is not None:
+        base, _ = load_base(policy.family, policy.source, str(policy.folder), policy.dtype)
+        policy = dataclasses.replace(policy, base=base, adapters=None, quantized=None)
     with new_folder(folder) as temporary:
         save_model(policy, temporary)
 
 
 def save_model(policy: Policy, folder: Path) -> None:
     """Write the weights below the adapters, and processor files, as a Hugging Face folder."""
+    assert policy.quantized is None
     weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in policy.base.state_dict().items()

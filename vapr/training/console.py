@@ -25,6 +25,10 @@ def print_setup(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
+    if policy.quantized is not None:
+        print(f"frozen     {policy.quantized}")
+    if policy.tower.rests:
+        print("tower      waits in host memory, and comes to the GPU for images without cached features")
     if engine.ranks.size > 1:
         print(f"processes  {engine.ranks.size}, {engine.in_words}")
     steps = f"{engine.num_steps:,} steps of {loader.pairs_per_step} pairs"

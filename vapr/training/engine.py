@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from vapr.config import OptimConfig
 from vapr.model.policy import Policy
+from vapr.training.adamw_8bit import KEPT, new_optimizer, restore_state, state_tensors
 from vapr.training.ranks import Ranks
 
 
@@ -54,13 +55,7 @@ class Engine:
             {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.masters.values() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        self.optimizer = new_optimizer([group for group in groups if group["params"]], config, policy.device)
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
         self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
@@ -132,6 +127,12 @@ class Engine:
             if weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def forget_gradients(self) -> None:
+        """Drop the gradient of the step so far, of which a pass may have added only a part."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self._weights.values():
+            weight.grad = None
+
     def skip_step(self) -> None:
         """Advance the schedule without an update, for a step without pairs."""
         self.num_updates += 1
@@ -145,12 +146,12 @@ class Engine:
         return weights + (made if made and not self.is_sharded else 2 * weights)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
+        """Return master weights in fp32 by name, and optimizer state by ``name.exp_avg`` and the like."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value
             for master, state in self.optimizer.state.items()
-            for key, value in state.items()
+            for key, value in state_tensors(state).items()
         }
         return {name: master.detach() for name, master in self.masters.items()}, moments
 
@@ -160,15 +161,11 @@ class Engine:
 
         Raises:
             KeyError: if a trained parameter is not among ``masters``.
+            ValueError: if the moments are those of another kind of AdamW.
         """
         for name, master in self.masters.items():
             master.copy_(masters[name])
-            state = {
-                key: moments[f"{name}.{key}"].to(master.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            if state:
-                self.optimizer.state[master] = state
+            if state := {key: moments[f"{name}.{key}"] for key in KEPT if f"{name}.{key}" in moments}:
+                restore_state(self.optimizer, master, state)
         self._copy_masters()
         self.num_updates = num_updates

@@ -13,6 +13,7 @@ from torch import Tensor
 from vapr.batches.steps import Step
 from vapr.config import Config
 from vapr.model.policy import Policy
+from vapr.model.quantized import QuantizedLinear
 from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
 
@@ -182,6 +183,7 @@ def useful_flops(policy: Policy, step: Step) -> float:
     config = policy.base.config.get_text_config()
     layers = policy.base.model.language_model.layers
     weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
+    weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
     adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
     passes = 2 if policy.adapters is not None else 3
     flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)

@@ -27,6 +27,8 @@ from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
 from vapr.training.ledger import Ledger
 from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.model_card import write_model_card
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
@@ -60,6 +62,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
+            parts.fitting.say = display.say
 
             def save() -> Path:
                 ledger.sync()
@@ -78,7 +81,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     else:
                         if state.num_pairs == 0 and reference is not None:
                             check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
+                        values, margins = train_step(
+                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
+                        )
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
@@ -97,7 +102,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        checkpoint.save_final(policy, engine, run.final)
+        adapter = policy.adapters is not None
+        checkpoint.save_final(
+            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
+        )
         print_outcome(config, run, [loader, parts.held_out], reference, engine)
         return run.final
 
@@ -113,6 +121,7 @@ class _Parts:
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+    fitting: FittingPacks
 
     @property
     def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
@@ -141,7 +150,8 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders, ranks)
-    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+    fitting = FittingPacks(config.packing.share)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
@@ -177,7 +187,9 @@ def _evaluate(
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
         ranks = parts.engine.ranks
-        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note)
+        values = evaluate(
+            parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
+        )
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
@@ -239,8 +251,8 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
-            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens or set "
-            f"policy.gradient_checkpointing: true{way_out}"
+            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens, set "
+            f"policy.gradient_checkpointing: true or policy.base_weights: nf4 (docs/memory.md){way_out}"
         ) from None
 
 
