@@ -44,6 +44,7 @@ class PairLoader:
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
+        messages: lines to be shown, each the first time a loss is left out for a reason.
     """
 
     def __init__(self, config: Config, name: Name, maker: StepMaker, workers: Workers) -> None:
@@ -55,6 +56,9 @@ class PairLoader:
         self._workers = workers
         self._packing = config.packing
         self._seed = config.seed
+        self._views = (config.second_image, config.swaps_images)
+        self.messages: list[str] = []
+        self._left_out: set[str] = set()
         self._shuffle = config.data.shuffle and name == "train"
         self._dropped = maker.dropped[name]
         self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
@@ -83,7 +87,8 @@ class PairLoader:
     def place(self) -> str:
         """Return a name of the data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
-        settings = (self.digest, self._packing, self.pairs_per_step, order)
+        views = () if self._views == (None, False) else self._views
+        settings = (self.digest, self._packing, self.pairs_per_step, order, *views)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     @property
@@ -144,7 +149,18 @@ class PairLoader:
             self.skipped.update(made.skipped)
             if made.step is None:
                 raise made.error
+            self._note_left_out(made.step)
             yield made.step
+
+    def _note_left_out(self, step: Step) -> None:
+        for pair in step.pairs:
+            for reason in self._left_out.symmetric_difference(pair.left_out) - self._left_out:
+                self._left_out.add(reason)
+                kind, why = reason.split(": ", 1)
+                self.messages.append(
+                    f"{pair.where}: no {kind} loss for row '{pair.id}' and its like: {why} (said once; {kind}_pairs in "
+                    "metrics.jsonl counts the others)"
+                )
 
     def _places(self, step: int) -> list[Place]:
         return [(self._name, number) for number in self._members(step)]

@@ -73,6 +73,8 @@ def open_features(
     if images:
         tokens = float(np.mean([image.num_tokens for image in images.values()]))
         num_images = loader.pairs.num_images if isinstance(loader.pairs, Pairs) else len(images)
+        if config.second_image is not None and config.second_image.make not in ("retrieved", "given"):
+            num_images += len(loader.pairs)  # every row has a second one of its own
         say(f"features   {features.describe_size(num_images, tokens)}")
     return features
 
@@ -143,6 +145,7 @@ def _fill(
                 display.advance(_counts(reference, features))
                 for cache in caches:
                     _say_messages(name, cache, display.say)
+                _say_messages(name, loader, display.say)
                 if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     saved = time.monotonic()
                     _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
@@ -219,8 +222,8 @@ def _counts(reference: Reference | None, features: ImageFeatures | None) -> str:
     return "; ".join(counts)
 
 
-def _say_messages(label: str, cache: ShardedCache, say: Callable[[str], None]) -> None:
-    """Show what a cache has to say, once."""
+def _say_messages(label: str, cache: ShardedCache | PairLoader, say: Callable[[str], None]) -> None:
+    """Show what a cache or a loader has to say, once."""
     for line in cache.messages:
         say(f"{label:<10} {line}")
     cache.messages.clear()

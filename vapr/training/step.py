@@ -44,7 +44,7 @@ def train_step(
     Returns:
         The values to log (means over the step's pairs), and (row number, margin) of every pair.
     """
-    totals = Totals()
+    totals = Totals(loss)
     margins = []
     for pack in step.batches:
         batch = pack.to(policy.device)
@@ -71,7 +71,8 @@ def score(
     """Compute log-probs, losses and rewards of a pack on the policy's device.
 
     Returns:
-        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta.
+        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta;
+        (P, 5) where a loss compares images.
     """
     shared = shared_image_features(policy, batch, features)
     reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
@@ -95,7 +96,7 @@ def evaluate(
     Returns:
         ``eval/...`` -> mean over the pairs; empty if none could be used.
     """
-    totals = Totals()
+    totals = Totals(loss)
     with frozen(policy):
         for step in held_out.steps(0, held_out.steps_per_epoch):
             for pack in step.batches:

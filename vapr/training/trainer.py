@@ -76,7 +76,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         values |= speed(policy, step, time.monotonic() - began)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, parts.features), display.say)
+                        _show_messages((reference, parts.features, loader), display.say)
                     _take_probe(parts, run, log, display)
                     if _is_due(engine, config) or interrupts.received:
                         saved = save()
@@ -152,6 +152,7 @@ def _evaluate(
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
         values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, note)
+        _show_messages((parts.held_out,), display.say)
         log.write_evaluation(step, values, display.say)
         checkpoint.delete_old(run.path, config.checkpoint)
 
@@ -178,12 +179,14 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
-    """Show once what the caches have to say about damaged files."""
-    for cache in caches:
-        if cache is not None and cache.messages:
-            say("; ".join(cache.messages))
-            cache.messages.clear()
+def _show_messages(
+    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
+) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+    for source in sources:
+        if source is not None and source.messages:
+            say("; ".join(source.messages))
+            source.messages.clear()
 
 
 @contextlib.contextmanager
