@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.kernels.test_gpu_kernels import no_waiting
 from tests.kernels.test_preference_loss import compare, completions_of
 from vapr.config import LossConfig
 from vapr_kernels import image_losses, naive
@@ -197,3 +198,23 @@ def test_a_token_in_three_completions_feels_the_sum(device):
     assert rewards[0, :3].tolist() == [0.0, 0.0, 0.0] and rewards[0, 3:].isnan().all()
     (gradient,) = torch.autograd.grad(losses.sum(), x)
     torch.testing.assert_close(gradient.cpu(), torch.tensor([-0.1, -0.15, 0.05, 0.05, 0.05]))
+
+
+def check_host_never_waits(device) -> None:
+    """Nor is anything copied to it, but the terms once."""
+    completions = five_completions(device, betas=True)
+    x = (-torch.rand(300, device=device)).requires_grad_()
+    reference = -torch.rand(600, device=device)
+
+    def step():
+        losses, rewards, _ = preference_loss(x, reference, completions, [*MDPO, *SYMMETRIC], mean_chosen_length=9.0)
+        return [losses, rewards, *torch.autograd.grad(losses.sum(), x)]
+
+    first = step()
+    with no_waiting(device):
+        again = step()
+    assert all(torch.equal(a, b) for a, b in zip(first[::2], again[::2], strict=True))  # the same bits, too
+
+
+def test_the_host_never_waits(device):
+    check_host_never_waits(device)
