@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 
-from tests import oracles
+from tests import oracles, several_ranks
 from tests.runs import final_bytes, losses, metrics, train_until_crash
 from tests.test_docs import fenced
 from vapr.batches.second_image import changed
@@ -138,8 +138,8 @@ def test_figures_messages_and_held_out_pairs(make_config, photo_rows, capsys):
     trainer.train(config)
     said = capsys.readouterr().err
     assert len(re.findall(r"no image loss for row '.*' and its like: the row has no image", said)) == 2  # train, eval
-    report = Path(config.run_dir) / "report.html"
-    assert report.stat().st_size > 0
+    report = (Path(config.run_dir) / "report.html").read_text()
+    assert "rewards/image_margins" in report and "rewards/symmetric_margins" not in report
     with_image = sum(bool(row.get("images")) for row in rows)
     assert 0 < with_image < 24
     entries = metrics(config)
@@ -196,6 +196,8 @@ def test_reference_log_probs_of_second_images_are_found_again(make_config, photo
     assert counts({}) == (0, 2 * 24 + with_image)
     assert counts({}) == (0, 0)  # all steps were prepared before
     assert counts({}, packing={"share": "image"}) == (2 * 24 + with_image, 0)
+    assert counts({"make": "retrieved"}) == (2 * 24, with_image)
+    assert counts({"make": "retrieved"}) == (2 * 24 + with_image, 0)  # another row's image may have changed: no note
     assert counts({"make": "mask"}) == (2 * 24, with_image)
     assert counts({}, seed=1) == (2 * 24, with_image)
     assert counts({}, seed=1, packing={"share": "none"}) == (2 * 24 + with_image, 0)
@@ -258,3 +260,19 @@ def test_the_row_of_the_page_is_a_pair(photo_root, tmp_path):
 
     [pair] = read_pairs(tmp_path / "pairs.jsonl")
     assert pair.rejected_images and pair.beta and pair.margin
+
+
+def test_two_processes_train_as_one(make_config, tmp_path, photo_rows):
+    """Every rank makes the same second images; figures are means over the pairs of both that the loss applies to."""
+    rows = mixed_rows(photo_rows)[:12]
+    optim = {"lr": 1e-3, "pairs_per_step": 5, "epochs": 2, "eps": 1e-5}
+    one, two = (make_config(name, rows=rows, loss=MDPO, optim=optim) for name in ("one", "two"))
+    trainer.train(one)
+    file = several_ranks.config_file(two, tmp_path / "run.yaml")
+    ranks = several_ranks.run(2, tmp_path / "out", several_ranks.vapr, "train", file)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    assert losses(two) == pytest.approx(losses(one), rel=2e-6, abs=2e-6)
+    for key in ("image_pairs", "rewards/image_margins", "rewards/image_accuracies"):
+        assert [row.get(key) for row in metrics(two)] == pytest.approx(
+            [row.get(key) for row in metrics(one)], rel=1e-4, abs=1e-5
+        )

@@ -97,6 +97,12 @@ class PairLoader:
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     @property
+    def retrieves_images(self) -> bool:
+        """Tell whether the second image of a row is that of another row."""
+        second, _ = self._views
+        return second is not None and second.make == "retrieved"
+
+    @property
     def image_backend(self) -> str:
         return self.processor.image_backend
 

@@ -203,8 +203,11 @@ def _steps_done_before(caches: list[ShardedCache], name: str, loader: PairLoader
     """Return how many steps all caches are filled for, by their own notes, and the hash of these steps' images.
 
     Rows that were skipped in them are added to ``loader.skipped``. Where a file or a value was lost since, or an image
-    changed, no step counts, and everything is looked up again.
+    changed, no step counts, and everything is looked up again; so it is where rows are shown images of other rows,
+    which may be rows of a later step.
     """
+    if loader.retrieves_images:
+        return 0, hashlib.sha256()
     notes = [note for cache in caches if (note := _read_note(cache, name, stop)) is not None]
     if len(notes) == len(caches) and all(note["steps"] == notes[0]["steps"] for note in notes):
         images = hashlib.sha256()

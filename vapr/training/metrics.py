@@ -206,6 +206,9 @@ def in_words(values: dict[str, Any]) -> str:
     return (
         f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
         f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+        + "".join(
+            f" {kind} margin {values[key]:+.3f}" for kind in IMAGE_KINDS if (key := f"rewards/{kind}_margins") in values
+        )
     )
 
 
