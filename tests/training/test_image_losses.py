@@ -136,7 +136,8 @@ def test_figures_messages_and_held_out_pairs(make_config, photo_rows, capsys):
     config = make_config(rows=rows, loss=MDPO)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=config.data.train))
     trainer.train(config)
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert "1 sigmoid (DPO) + 1 image (second image: crop; one for each image of a row) + 1 anchor" in out
     assert len(re.findall(r"no image loss for row '.*' and its like: the row has no image", said)) == 2  # train, eval
     report = (Path(config.run_dir) / "report.html").read_text()
     assert "rewards/image_margins" in report and "rewards/symmetric_margins" not in report
