@@ -96,9 +96,15 @@ def views_of(folder, processor, config, number=0):
 
 
 def test_a_retrieved_image_is_that_of_another_row(folder, processor):
+    rows = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "pairs.jsonl").write_text("".join([rows[3], rows[3].replace("row-3", "other").replace("0.png", "1.png")]))
+    pictures = {n: processor.process_image(folder / f"{n}.png").content_hash for n in range(4)}
+    _, views, _ = views_of(folder, processor, config_of(folder, "retrieved"))
+    assert not views  # the other row begins with the same picture, and its own is not another's
+    (folder / "pairs.jsonl").write_text("".join(rows))
     for number in range(8):
         own, views, left_out = views_of(folder, processor, config_of(folder, "retrieved"), number)
-        every = {processor.process_image(folder / f"{n}.png").content_hash for n in range(4)}
+        every = set(pictures.values())
         second = views["second"].images
         assert not left_out and len(second) == len(own)
         for image, other in zip(own, second, strict=True):
@@ -305,3 +311,38 @@ def test_bad_betas_and_margins(change, message, folder):
     write_pairs(folder / "pairs.jsonl", [{**OWN, **change}])
     with pytest.raises(UserError, match=message):
         read_pairs(folder / "pairs.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"kind": "sigmoid", "second_image": {"make": "noise"}}, "loss.second_image means nothing to sigmoid"),
+        ({"kind": "image", "second_image": {"make": "noise", "area": [0.1, 0.2]}}, "area means nothing to noise; .*crop"),
+        ({"kind": "image", "second_image": {"steps": 10}}, "steps means nothing to crop; it belongs to noise"),
+        ({"kind": "image", "second_image": {"area": [0.3, 0.2]}}, "the smallest share comes first, got .0.3, 0.2."),
+        ({"kind": "image", "second_image": {"area": [0, 0.2]}}, "loss.second_image.area"),
+        ({"kind": "image", "second_image": {"make": "blur"}}, "loss.second_image.make.*blur"),
+        ({"kind": "image", "second_image": {"made": "crop"}}, "unknown key 'loss.second_image.made'; did you mean 'make'"),
+        ({"kind": "image", "second_image": "crop"}, "loss.second_image: a mapping of keys to values is needed"),
+        ({"kind": "image", "delta": 1}, "loss.delta means nothing to image; it belongs to anchor, symmetric"),
+        ({"kind": "anchor", "consistency": 1}, "loss.consistency means nothing to anchor"),
+        ({"kind": "sft", "margin_weight": 1}, "loss.margin_weight means nothing to sft, which has no beta"),
+        (
+            [{"kind": "image"}, {"kind": "image", "second_image": {"make": "mask"}}],
+            "loss: second_image must be the same in every image term",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(loss, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        config_of(tmp_path, loss=loss)
+
+
+def test_a_written_config_is_read_again(tmp_path):
+    for loss in (
+        [{"kind": "image", "second_image": {"make": "mask", "area": [0.1, 0.4]}}],
+        SYMMETRIC,
+        {"kind": "anchor"},
+    ):
+        config = config_of(tmp_path, loss=loss)
+        assert Config.parse(config.as_dict()) == config

@@ -70,9 +70,8 @@ class OtherViews:
             if reason := _why_not_swapped(pair, chosen, rejected):
                 left_out.append(f"symmetric: {reason}")
             else:
-                views += [
-                    View("chosen swapped", "chosen", rejected), View("rejected swapped", "rejected", chosen)
-                ]  # fmt: skip
+                views.append(View("chosen swapped", "chosen", rejected))
+                views.append(View("rejected swapped", "rejected", chosen))
         return views, left_out
 
     def _second_images(self, pair: PreferencePair, chosen: Shown, rejected: Shown) -> Shown | str:
@@ -85,7 +84,7 @@ class OtherViews:
             if pair.rejected_images is None:
                 return "the row has no rejected_images"
         elif self._second.make == "retrieved":
-            found = [self._retrieved(self._random(pair, place), image) for place, image in enumerate(chosen)]
+            found = [self._retrieved(pair, place, image) for place, image in enumerate(chosen)]
             second = tuple(image for image in found if image is not None)
             if len(second) < len(chosen):
                 return f"none of {ROWS_TRIED} other rows has another image"
@@ -106,15 +105,15 @@ class OtherViews:
         digest = hashlib.blake2b(repr((self._seed, pair.id, place)).encode(), digest_size=16)
         return np.random.default_rng(int.from_bytes(digest.digest(), "little"))
 
-    def _retrieved(self, random: np.random.Generator, own: ProcessedImage) -> ProcessedImage | None:
-        """Return the first image of a row drawn at random, unlike ``own``; None where no such row is found."""
-        for number in random.integers(len(self._pairs), size=ROWS_TRIED).tolist():
+    def _retrieved(self, pair: PreferencePair, place: int, own: ProcessedImage) -> ProcessedImage | None:
+        """Return the first image of another row drawn at random, unlike ``own``; None where none is found."""
+        for number in self._random(pair, place).integers(len(self._pairs), size=ROWS_TRIED).tolist():
             try:
-                others = self._pairs[number].images
-                image = self._processor.process_image(others[0]) if others else None
+                other = self._pairs[number]
+                image = self._processor.process_image(other.images[0]) if other.images else own
             except UserError:  # told when that row's turn comes
                 continue
-            if image is not None and image.content_hash != own.content_hash:
+            if other.id != pair.id and image.content_hash != own.content_hash:
                 return image
         return None
 
