@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = "bfloat16" if GPU else "float32"
 SECONDS = float(os.environ.get("SMOKE_SECONDS", "120" if GPU else "600"))
 CHECKS: list[tuple[str, Callable[[], object]]] = []
-INTERPRETED = ("layer kernels", "head", "the host never waits", "step of a tiny qwen2_5_vl, lora")
+INTERPRETED = ("layer kernels", "losses", "head", "the host never waits", "step of a tiny qwen2_5_vl, lora")
 """Beginnings of the checks that run Triton's interpreter where there is no GPU; it is too slow for the others."""
 
 
@@ -126,6 +126,18 @@ def layer_kernels() -> None:
     kernels.test_lora_linear(DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         from_tests("test_gpu").check_gather_determinism(DEVICE, dtype)
+
+
+@check
+def losses_that_compare_images() -> None:
+    """Five paths a pair, some of them missing, and betas of single pairs."""
+    kernels = from_tests("kernels.test_image_losses")
+    for terms in (kernels.MDPO, kernels.SYMMETRIC):
+        kernels.test_fused_against_naive(terms, 1.0, DEVICE)
+    for kind in ("sigmoid", "image", "symmetric"):
+        kernels.test_fused_with_betas_of_pairs(kind, DEVICE)
+    kernels.test_a_pack_of_pairs_that_all_lack_the_second_image(DEVICE)
+    kernels.check_host_never_waits(DEVICE)
 
 
 def check_head(mode: str, trained: bool, boost: int) -> None:

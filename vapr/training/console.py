@@ -36,6 +36,8 @@ def print_setup(
     if policy.merged is not None:
         print(f"merged     {policy.merged}")
     names = {"sigmoid": "sigmoid (DPO)"}
+    if config.second_image is not None:
+        names["image"] = f"image (second image: {config.second_image.make}; one for each image of a row)"
     losses = " + ".join(f"{term.weight:g} {names.get(term.kind, term.kind)}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)

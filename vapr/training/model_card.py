@@ -12,7 +12,8 @@ from vapr.training import checkpoint
 
 FIGURES = (
     "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
-    "logps/rejected",
+    "logps/rejected", "rewards/image_margins", "rewards/image_accuracies", "rewards/symmetric_margins",
+    "rewards/symmetric_accuracies",
 )  # fmt: skip
 
 LOAD_MERGED = """```python

@@ -65,7 +65,7 @@ def train_step(
 
     scored = engine.ranks.agree(lambda: (fitting or FittingPacks()).each(step.batches, use, again))
     values = {
-        **_totals(scored).means(engine.ranks),
+        **_totals(scored, loss).means(engine.ranks),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
         "pairs": step.num_pairs,
@@ -85,12 +85,12 @@ class Scored:
 
     numbers: list[int]  # of its rows
     losses: Tensor  # (P,)
-    rewards: Tensor  # (P, 2), chosen first
+    rewards: Tensor  # (P, 2), chosen first, or (P, 5) where a loss compares images
     logps: Tensor  # (P, 2)
 
 
-def _totals(scored: Sequence[Scored]) -> Totals:
-    totals = Totals()
+def _totals(scored: Sequence[Scored], loss: Sequence[LossConfig]) -> Totals:
+    totals = Totals(loss)
     for one in scored:
         totals.add(one.losses, one.rewards, one.logps)
     return totals
@@ -130,7 +130,8 @@ def score(
     """Compute log-probs, losses and rewards of a pack on the policy's device.
 
     Returns:
-        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta.
+        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta;
+        (P, 5) where a loss compares images.
     """
     shared = shared_image_features(policy, batch, features)
     reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
@@ -163,7 +164,7 @@ def evaluate(
     Returns:
         ``eval/...`` -> mean over the pairs; empty if none could be used.
     """
-    totals = Totals()
+    totals = Totals(loss)
     fitting = fitting or FittingPacks()
     with frozen(policy):
         for step in steps_of_all(ranks, held_out.steps(0, held_out.steps_per_epoch)):

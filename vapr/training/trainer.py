@@ -90,7 +90,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages(parts.caches, display.say)
+                        _show_messages((*parts.caches, loader), display.say)
                     ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
@@ -190,6 +190,7 @@ def _evaluate(
         values = evaluate(
             parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
         )
+        _show_messages((parts.held_out,), display.say)
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
@@ -219,12 +220,14 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
-    """Show once what the caches have to say about damaged files."""
-    for cache in caches:
-        if cache is not None and cache.messages:
-            say("; ".join(cache.messages))
-            cache.messages.clear()
+def _show_messages(
+    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
+) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+    for source in sources:
+        if source is not None and source.messages:
+            say("; ".join(source.messages))
+            source.messages.clear()
 
 
 @contextlib.contextmanager
