@@ -198,7 +198,7 @@ else
     echo
     echo "== eval: left out, because no --bench is given; the page will say what was not measured"
 fi
-python=$(dirname "$(command -v vapr)")/python
+python=$(dirname "$(readlink -f "$(command -v vapr)")")/python # the one that vapr is installed for
 [ -x "$python" ] || python=python3
 stage page "puts what came out beside what the paper reports" "$work/reproduction.html" 0 \
     "$python" "$here/reproduction_page.py" "$out" "$name"

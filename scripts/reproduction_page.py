@@ -1,6 +1,6 @@
 """Read what the stages of scripts/reproduce.sh left, and write the page that they end in.
 
-    python scripts/reproduction_page.py OUT NAME       # writes OUT/NAME/reproduction.html
+python scripts/reproduction_page.py OUT NAME       # writes OUT/NAME/reproduction.html
 """
 
 import json
@@ -39,7 +39,9 @@ def read(out: Path, name: str) -> Reproduction:
         comparison=_json(work / "eval" / "comparison.json"),
         known=sorted(BENCHMARKS),
         seconds=seconds_of(work / "stages.tsv"),
-        links=[(title, Path(os.path.relpath(path, work)).as_posix()) for title, path in shown.items() if path.is_file()],
+        links=[
+            (title, Path(os.path.relpath(path, work)).as_posix()) for title, path in shown.items() if path.is_file()
+        ],
     )
 
 

@@ -1,4 +1,4 @@
-"""The recipes in scripts/recipes, one file a model, way of tuning and card. What they share and where they differ is here.
+"""The recipes in scripts/recipes: a file for each model, way of tuning and card, all written from the table in here.
 
     python scripts/write_recipes.py            # write them, and the tables of docs/recipes.md and README
     python scripts/write_recipes.py --check    # exit 1 if one of them is out of date
@@ -19,9 +19,9 @@ TABLES = (ROOT / "README.md", ROOT / "docs" / "recipes.md")
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
 USABLE = {24: 23.0, 80: 78.5, 141: 139.0}
-"""GiB that a card sold under so many GB leaves to a program. (An L4 or A10G leaves 22: they are 24 GB cards, too.)"""
+"""GiB that a card sold under so many GB leaves to a program. (An L4 or A10G, sold under 24, leaves 22.)"""
 ROOM = 0.92
-"""Share of it that a recipe's predicted peak may reach; the rest is for fragments, and for what the prediction misses."""
+"""Share of it that a recipe's predicted peak may reach; the rest is for fragments and what the prediction misses."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ def render(recipe: Recipe) -> str:
     lines = [
         f"# {model.title} on one card of {recipe.card} GB: {how}.",
         "#",
-        f"#   vapr train scripts/recipes/{recipe.name}.yaml            # data.train is what vapr edit ... --out pairs made",
-        f"#   bash scripts/reproduce.sh {recipe.model} ...      # edit, audit, train, eval, one page",
+        f"#   vapr train scripts/recipes/{recipe.name}.yaml      (on what vapr edit ... --out pairs made)",
+        f"#   bash scripts/reproduce.sh {recipe.model} ...      (edit, audit, train, eval, one page)",
         "#",
-        "# [paper] is said by VaPR (arXiv 2510.01700), of which only the abstract was at hand. All else is vapr's choice,",
-        "# with the work that it is taken from; [card] is what makes it fit. --set KEY=VALUE changes any of it.",
+        "# [paper] is said by VaPR (arXiv 2510.01700), of which only the abstract was at hand. All else is vapr's own",
+        "# choice, with the work it is taken from; [card] is what makes it fit. --set KEY=VALUE changes any of it.",
         *(f"# {line}" for line in _notes(recipe, model)),
         f"run_dir: runs/{recipe.name}",
         "policy:",
@@ -132,30 +132,28 @@ def render(recipe: Recipe) -> str:
     if recipe.base_weights != "bfloat16":
         lines.append(_line(f"  base_weights: {recipe.base_weights}", f"[card] {WHY_BASE[recipe.base_weights]}"))
     if recipe.checkpointing:
-        lines.append(_line("  gradient_checkpointing: true", "[card] less memory for about a third more time"))
-    frozen = "vision tower and projector frozen, as by LLaMA-Factory"
-    kind = "" if recipe.optimizer == "adamw" else f", kind: {recipe.optimizer}"
+        lines.append(_line("  gradient_checkpointing: true", "[card] less memory, more time"))
     lr = model.lora_lr if recipe.tuning == "lora" else model.full_lr
     lines += [
-        _line("  train: {language_model: true, projector: false, vision_tower: false}", frozen),
+        _line("  train: {language_model: true, projector: false, vision_tower: false}", "LLaMA-Factory's default"),
         "data:",
         _line("  train: pairs", "[paper] 30K edited pairs: vapr edit ... --target 30000"),
         _line("loss: {kind: sigmoid, beta: 0.1}", "[paper] DPO; 0.1 is what all who state it took"),
-        _line(f"packing: {{max_tokens: {recipe.max_tokens}}}", f"[card] predicted peak {recipe.peak:.1f} GiB of {USABLE[recipe.card]:g}"),
+        _line(f"packing: {{max_tokens: {recipe.max_tokens}}}", f"[card] peak {recipe.peak:.1f} GiB by vapr plan"),
         "optim:",
-        _line(f"  lr: {lr}", f"{WHY_LR[recipe.tuning, model.llava]}; nothing matters more: sweep it"),
-        _line("  schedule: cosine", "with a warm-up of 0.03: LLaVA's scripts"),
-        _line("  warmup_ratio: 0.03", ""),
+        _line(f"  lr: {lr}", f"{WHY_LR[recipe.tuning, model.llava]}; sweep it"),
+        _line("  schedule: cosine", "LLaVA's scripts"),
+        _line("  warmup_ratio: 0.03", "LLaVA's scripts"),
         _line("  pairs_per_step: 64", "IC-VCO, UE-DPO, ChartCF"),
         _line("  epochs: 1", "most who train on 8K pairs or more"),
     ]  # fmt: skip
-    if kind:
+    if recipe.optimizer != "adamw":
         lines.append(_line(f"  kind: {recipe.optimizer}", "[card] AdamW's moments in 8 bits; needs bitsandbytes"))
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _line(setting: str, comment: str) -> str:
-    return f"{setting:<44} # {comment}" if comment else setting
+    return f"{setting:<44} # {comment}"
 
 
 def _notes(recipe: Recipe, model: Model) -> Iterator[str]:
@@ -164,11 +162,9 @@ def _notes(recipe: Recipe, model: Model) -> Iterator[str]:
         yield "On N cards: torchrun --nproc_per_node N $(command -v vapr) train THIS --set parallel.engine=deepspeed"
         yield "--set parallel.zero=2 (or 3) spreads what is trained, so that larger packs or AdamW in fp32 fit."
     elif not any(r.model == recipe.model and r.card == recipe.card and r.tuning == "full" for r in RECIPES):
-        yield (
-            f"No full fine-tuning on this card: {model.trained:g} billion trained parameters take "
-            f"{_full_gib(model, 18):.0f} GiB (weights, master"
-        )
-        yield f"copy, gradients, AdamW), {_full_gib(model, 12):.0f} with AdamW's moments in 8 bits; docs/scale.md spreads them."
+        plain, small = (f"{_full_gib(model, size):.0f}" for size in (18, 12))
+        yield f"No full fine-tuning on this card: {model.trained:g} billion parameters take {plain} GiB (weights, copy,"
+        yield f"gradients, AdamW), {small} with AdamW's moments in 8 bits; several cards share them (docs/recipes.md)."
 
 
 def _full_gib(model: Model, bytes_a_parameter: int) -> float:
@@ -190,7 +186,11 @@ def table(links_from: Path) -> str:
 
 
 def _words(recipe: Recipe) -> str:
-    return "full" if recipe.tuning == "full" else "LoRA" + ("" if recipe.base_weights == "bfloat16" else f" ({recipe.base_weights})")
+    return (
+        "full"
+        if recipe.tuning == "full"
+        else "LoRA" + ("" if recipe.base_weights == "bfloat16" else f" ({recipe.base_weights})")
+    )
 
 
 def files() -> dict[Path, str]:

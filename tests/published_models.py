@@ -1,7 +1,7 @@
 """The six models of the paper as they are published, without weights: sizes and pixels are theirs, the tokenizer is not.
 
 Sizes are those of each model's ``config.json`` on the hub. The pieces of the real tokenizers cannot be had here, so a
-small one is trained; it counts more tokens for the same text, never fewer.
+small one is trained, and the ids of special tokens are its own.
 """
 
 import json
@@ -12,7 +12,28 @@ import transformers
 
 from vapr.demo.tiny_policy import build_tiny_policy
 
-VOCABULARY = "a photo of the dog on red mat what is doing it sleeps blue how many colour where yes no".split()
+VOCABULARY = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "dog",
+    "on",
+    "red",
+    "mat",
+    "what",
+    "is",
+    "doing",
+    "it",
+    "sleeps",
+    "blue",
+    "how",
+    "many",
+    "colour",
+    "where",
+    "yes",
+    "no",
+]
 
 
 def _text(hidden: int, inter: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -42,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool, int]] = {
         "llava", _text(4096, 11008, 32, 32, 32, 32064, **VICUNA), CLIP_336, False, 7_063_427_072,
     ),
     "llava-hf/llava-1.5-13b-hf": (
-        "llava", _text(5120, 13824, 40, 40, 40, 32064, **VICUNA), CLIP_336, False, 13_350_839_296,
+        "llava", _text(5120, 13824, 40, 40, 40, 32064, **VICUNA), CLIP_336, False, 13_351_494_656,
     ),
     "Qwen/Qwen2-VL-2B-Instruct": (
         "qwen2_vl", _text(1536, 8960, 28, 12, 2, 151936, **QWEN2), {**QWEN2_TOWER, "hidden_size": 1536}, True, 2_208_985_600,

@@ -12,9 +12,8 @@ from vapr.pages.figures import setting
 from vapr.pages.page import write_page
 
 GAINS = {"llava": ("LLaVA-1.5", 6.5), "qwen2_vl": ("Qwen2-VL", 4.0), "qwen2_5_vl": ("Qwen2.5-VL", 1.5)}
-"""What the paper's abstract says that each family gains on average, in percent; relative or in points it does not say."""
+"""What each family gains on average, in percent, by the paper's abstract; relative or in points it does not say."""
 PILLS = {"pass": "pass", "warn": "warn", "fail": "fail"}
-HOURS, MINUTES = 3600, 60
 
 
 class Reproduction(NamedTuple):
@@ -74,35 +73,40 @@ def _headline(read: Reproduction, measured: Mapping[str, Any]) -> str:
     if gain is None:
         return f"{read.name}: aligned; nothing was measured, because no benchmark was given"
     count = f"{len(measured)} benchmark{'s' if len(measured) > 1 else ''}"
-    return f"{read.name}: {_signed(gain)} points on {count}"
+    return f"{read.name}: {_points(gain)} in accuracy on {count}"
 
 
 def _cards(read: Reproduction, measured: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     family, stated = GAINS[read.family]
     gain = _gain(measured)
     return [
-        ("Measured gain", "none" if gain is None else f"{_signed(gain)} points", f"mean of {', '.join(measured) or 'no benchmark'}"),
+        ("Measured gain", _points(gain), f"mean of {', '.join(measured) or 'no benchmark'}"),
         ("The paper states", f"+{stated} %", f"{family}, average of its ten benchmarks"),
         ("Pairs", f"{read.ledger['accepted']:,}", f"made by {read.ledger['editor']['name']}; the paper has 30,000"),
-        ("Preferred at the end", _percent(_last(read.metrics, "rewards/accuracies")), "of the last steps' pairs, chosen over rejected"),
-    ]  # fmt: skip
+        (
+            "Told apart",
+            _percent(_last(read.metrics, "rewards/accuracies")),
+            "of the pairs of the last steps",
+        ),
+    ]
 
 
 def _claims(read: Reproduction, measured: Mapping[str, Any]) -> list[list[str]]:
     """Return rows: what is spoken of, the paper's word with its place, and what was found here."""
     family, stated = GAINS[read.family]
     gain, rates = _gain(measured), [row for one in measured.values() if (row := _yes_rates(one))]
-    here = "not measured" if gain is None else f"{_signed(gain)} points in accuracy, mean of {', '.join(measured)}"
+    here = "not measured" if gain is None else f"{_points(gain)} in accuracy, mean of {', '.join(measured)}"
     yes = "; ".join(f"{name} {before} → {now} (true: {truth})" for name, before, now, truth in rates)
     editor = read.ledger["editor"]["name"]
+    by_model = "it is what was used" if editor != "rules" else "not measured: rules edited, no language model"
     return [
         ["average gain", f"+{stated} % for {family}, over sizes and ten benchmarks (abstract)", here],
         ["says “Yes”", "less often to binary questions (abstract)", yes or "not measured"],
         ["pairs", "30K edited by GPT-4o (abstract)", f"{read.ledger['accepted']:,} edited by {editor}"],
-        ["with an open editor", "about 99 % of the performance (abstract)", "it is what was used" if editor != "rules" else "not measured: rules edited"],
+        ["with an open editor", "about 99 % of the performance (abstract)", by_model],
         ["objective", "DPO (abstract)", ", ".join(setting(read.config)[1:])],
         ["learning rate, batch, epochs", "not known here", _optimisation(read.config)],
-    ]  # fmt: skip
+    ]
 
 
 def _optimisation(config: Mapping[str, Any]) -> str:
@@ -126,7 +130,8 @@ def _yes_rates(one: Mapping[str, Any]) -> list[str] | None:
     before, now = one["models"][:2]
     if before["yes_rate"]["value"] is None or before["gold_yes_rate"]["value"] is None:
         return None
-    return [one["title"], *(_percent(figure["value"]) for figure in (before["yes_rate"], now["yes_rate"], before["gold_yes_rate"]))]  # fmt: skip
+    rates = (before["yes_rate"], now["yes_rate"], before["gold_yes_rate"])
+    return [one["title"], *(_percent(rate["value"]) for rate in rates)]
 
 
 def _missing(read: Reproduction, measured: Mapping[str, Any]) -> list[str]:
@@ -136,7 +141,11 @@ def _missing(read: Reproduction, measured: Mapping[str, Any]) -> list[str]:
 
 
 def _categories(ledger: Mapping[str, Any]) -> list[list[str]]:
-    rows = [[name, f"{one['accepted']:,}", f"{one['turns']:,}"] for name, one in ledger["categories"].items() if one["turns"]]
+    rows = [
+        [name, f"{one['accepted']:,}", f"{one['turns']:,}"]
+        for name, one in ledger["categories"].items()
+        if one["turns"]
+    ]
     return [*rows, ["all", f"{ledger['accepted']:,}", f"{ledger['turns']['done']:,}"]]  # fmt: skip
 
 
@@ -151,15 +160,17 @@ def _gates(audit: Mapping[str, Any] | None) -> list[tuple[str, str, str, str, st
 
 def _facts(read: Reproduction) -> list[tuple[str, str]]:
     steps = len(column(read.metrics, "loss"))
-    peak, speed = _largest(read.metrics, "peak_memory_mib"), column(read.metrics, "pairs_per_second")
+    size, saved = read.config["optim"]["pairs_per_step"], saved_share(read.metrics)
+    peak, speed = column(read.metrics, "peak_memory_mib"), column(read.metrics, "pairs_per_second")
+    margin = _last(read.metrics, "rewards/margins")
     return [
         ("policy", ", ".join(setting(read.config))),
-        ("steps", f"{steps:,} of {read.config['optim']['pairs_per_step']} pairs; {saved_share(read.metrics):.0%} of the tokens saved by sharing"),
+        ("steps", f"{steps:,} of {size} pairs; {saved:.0%} of the tokens saved by sharing"),
         ("speed", f"{statistics.median(speed):.1f} pairs a second (median)" if speed else "not known"),
-        ("peak memory", "not known" if peak is None else f"{peak / 1024:.1f} GiB"),
-        ("margin at the end", _last_text(read.metrics, "rewards/margins")),
+        ("peak memory", f"{max(peak) / 1024:.1f} GiB" if peak else "not known"),
+        ("margin at the end", "not known" if margin is None else readable(margin)),
         *((f"time of {stage}", _time(seconds)) for stage, seconds in read.seconds.items()),
-    ]  # fmt: skip
+    ]
 
 
 def _last(rows: Rows, key: str) -> float | None:
@@ -168,23 +179,16 @@ def _last(rows: Rows, key: str) -> float | None:
     return statistics.fmean(values[-max(1, len(values) // 10) :]) if values else None
 
 
-def _last_text(rows: Rows, key: str) -> str:
-    value = _last(rows, key)
-    return "not known" if value is None else readable(value)
-
-
-def _largest(rows: Rows, key: str) -> float | None:
-    return max(column(rows, key), default=None)
-
-
 def _time(seconds: float) -> str:
-    if seconds >= HOURS:
-        return f"{seconds / HOURS:.1f} hours"
-    return f"{seconds / MINUTES:.0f} minutes" if seconds >= 10 * MINUTES else f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} hours"
 
 
 def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", MINUS).replace(f"{MINUS}0.0", "+0.0")
+
+
+def _points(gain: float | None) -> str:
+    return "none" if gain is None else f"{_signed(gain)} points"
 
 
 def _percent(value: float | None) -> str:
@@ -192,7 +196,8 @@ def _percent(value: float | None) -> str:
 
 
 def _share(figure: Mapping[str, Any]) -> str:
-    if figure["value"] is None:
-        return "none"
-    low, high = figure["interval"] or (None, None)
-    return _percent(figure["value"]) + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else "")
+    text = _percent(figure["value"])
+    if figure["interval"]:
+        low, high = figure["interval"]
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text
