@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,19 @@ def test_help_names_every_option(reproduce):
     }
     known = {"--full", "--dry-run", "--data", "--images", "--bench", "--out", "--editor", "--pairs", "--gpu-memory", "--recipe", "--set", "--limit", "--max-new-tokens"}  # fmt: skip
     assert known <= options and all(option in done.stdout for option in known)
+
+
+def documented() -> list[str]:
+    """The calls of the script in the documents, on one line each."""
+    texts = [file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return sorted({line.split("#")[0].strip() for line in lines if line.startswith("bash scripts/reproduce.sh")})
+
+
+@pytest.mark.parametrize("command", [command for command in documented() if "--help" not in command])
+def test_calls_in_the_documents_are_understood(reproduce, command):
+    arguments = shlex.split(command)[2:]
+    assert len(commands(reproduce(*arguments, "--dry-run", "--gpu-memory", "24"))) == 5
 
 
 @pytest.fixture
