@@ -107,8 +107,8 @@ def load_modules(config: PolicyConfig) -> Modules:
     merged = None
     if source.adapter is not None:
         merged = f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
-    trained = freeze(base, config, family)
-    adapters = add_lora(base, config, trained) if config.lora else None
+    trained = _freeze(base, config, family)
+    adapters = _add_lora(base, config, trained) if config.lora else None
     folder = Path(str(cached_file(source.model, "config.json"))).parent
     return Modules(base, adapters, folder, source, merged, family)
 
@@ -130,29 +130,18 @@ def load_policy(
     dtype = getattr(torch, config.dtype)
     backend = choose_backend(config.attention, device, dtype)
     modules = load_modules(config)
-    nn.Module.to(modules.base, device)
-    return patched_policy(modules, config, backend, kernels=kernels == "auto" and patches.kernels_run(device, dtype))
-
-
-def patched_policy(modules: Modules, config: PolicyConfig, backend: str, *, kernels: bool) -> Policy:
-    """Make a policy of modules that are where they will run, and change them as :mod:`vapr.model.patches` says.
-
-    Args:
-        modules: a model and its adapters.
-        config: the policy's; what it says of checkpointing is done.
-        backend: of attention, see :func:`vapr.model.attention.choose_backend`.
-        kernels: whether fused Triton kernels run.
-    """
     base, family = modules.base, modules.family
-    written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels)
+    nn.Module.to(base, device)
+    kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
+    written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run)
     if config.gradient_checkpointing:
         newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
         (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
     base.train()
     return Policy(
         base=base, adapters=modules.adapters, folder=modules.folder, source=modules.source,
-        merged=modules.merged, family=family, attention_backend=backend, kernels=kernels,
-        dtype=getattr(torch, config.dtype), vision_trained=config.train.projector or config.train.vision_tower,
+        merged=modules.merged, family=family, attention_backend=backend, kernels=kernels_run, dtype=dtype,
+        vision_trained=config.train.projector or config.train.vision_tower,
         left_unfused=left_unfused, written_out=written_out,
     )  # fmt: skip
 
@@ -180,7 +169,7 @@ def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype
     return base
 
 
-def freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: str) -> set[str]:
+def _freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: str) -> set[str]:
     """Freeze the parts that are not trained, and with LoRA all. Returns the names of the trained parts' parameters."""
     _, tower, projector = FAMILIES[family]
 
@@ -215,13 +204,11 @@ def lora_targets(base: transformers.PreTrainedModel, config: PolicyConfig, train
     return linear
 
 
-def add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
+def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
     """Add adapters in the compute dtype to the linear layers that :func:`lora_targets` names."""
     assert config.lora is not None
-    lora = peft.LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=lora_targets(base, config, trained),
-        lora_dropout=0.0,
-    )  # fmt: skip
+    linear = lora_targets(base, config, trained)
+    lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     with warnings.catch_warnings():  # peft 0.21 asks for what transformers renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         # Without autocast adapters have the compute dtype: their fp32 master copy lives in the optimizer.

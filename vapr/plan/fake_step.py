@@ -12,7 +12,6 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vapr.batches.model_folder import ModelSource
 from vapr.batches.packing import PackedBatch, SegmentAttention
 from vapr.batches.processed_image import joined_pixels
 from vapr.config import LossConfig, PolicyConfig
@@ -30,7 +28,7 @@ from vapr.model import attention, patches
 from vapr.model import logps as logps_module
 from vapr.model import policy as policy_module
 from vapr.model.logps import token_logps
-from vapr.model.policy import Modules, Policy, add_lora, freeze, image_features, patched_policy
+from vapr.model.policy import Policy, image_features
 from vapr.plan import opaque
 from vapr.plan.live_bytes import LiveBytes, Peak
 from vapr.plan.opaque import HeadCall
@@ -237,15 +235,17 @@ def _make_adapter_beside_its_layer(layer: Any, adapter_name: str, device: Any = 
 
 
 def _policy(config: Any, choices: Choices) -> Policy:
-    """Build the policy, its attention as on a GPU in the tower (transformers' own loops over images)."""
-    wanted = choices.policy
-    base = build(config, wanted, torch.device("cpu"))
-    trained = freeze(base, wanted, config.model_type)
-    adapters = add_lora(base, wanted, trained) if wanted.lora else None
-    modules = Modules(base, adapters, Path(), ModelSource(wanted.model), None, config.model_type)
-    policy = patched_policy(modules, wanted, "varlen", kernels=choices.kernels)
-    half = wanted.dtype == "bfloat16"
-    varlen = choices.gpu and half and wanted.attention != "sdpa"
+    """Build the policy through load_policy itself; only reading its weights is replaced."""
+    cpu = torch.device("cpu")
+    wanted = dataclasses.replace(choices.policy, base_weights="bfloat16", attention="auto")
+    with (
+        mock.patch.object(policy_module, "load_weights", lambda *arguments: build(config, wanted, cpu)),
+        mock.patch.object(policy_module, "merge_adapter", lambda *arguments: ""),  # into weights of the same shapes
+        # The tower takes what a GPU takes in any case: transformers' own code loops over images.
+        mock.patch.object(policy_module, "choose_backend", lambda *arguments: "varlen"),
+    ):
+        policy = policy_module.load_policy(wanted, cpu, kernels="auto" if choices.kernels else "off")
+    varlen = choices.gpu and wanted.dtype == "bfloat16" and choices.policy.attention != "sdpa"
     return dataclasses.replace(policy, attention_backend="varlen" if varlen else "sdpa")
 
 
@@ -269,8 +269,12 @@ def _collect_gradients(policy: Policy, live: LiveBytes) -> None:
         return take
 
     for name, weight in policy.trained_parameters().items():
-        layer = re.search(r"language_model\.layers\.(\d+)\.", name)
-        phase = f"backward, {names.get(int(layer[1]), 'between')} layer" if layer else "backward, rest"
+        if layer := re.search(r"language_model\.layers\.(\d+)\.", name):
+            phase = f"backward, {names.get(int(layer[1]), 'between')} layer"
+        elif "embed_tokens" in name:
+            phase = "backward, embeddings"
+        else:
+            phase = "backward, head" if name.startswith(("lm_head", "model.language_model.norm")) else "backward, tower"
         weight.register_post_accumulate_grad_hook(hook(phase))
 
 

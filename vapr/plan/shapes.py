@@ -14,7 +14,8 @@ from vapr.batches.families import FAMILIES, load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.config import PolicyConfig
 from vapr.errors import UserError, one_line
-from vapr.model.policy import freeze, lora_targets
+from vapr.model import policy as policy_module
+from vapr.model.policy import lora_targets
 
 Part = Literal["language model", "embeddings and head", "image tower and projector"]
 
@@ -27,7 +28,7 @@ class Weight:
     shape: tuple[int, ...]
     part: Part
     trained: bool  # changed itself, not through an adapter
-    quantizable: bool  # the weight of a frozen linear layer of decoder or tower that an nf4, fp8 or int8 base stores
+    quantizable: bool  # of a frozen linear layer other than the head: what a base in nf4, fp8 or int8 stores as such
 
     @property
     def numel(self) -> int:
@@ -90,7 +91,7 @@ def read_shapes(policy: PolicyConfig) -> Shapes:
     config = load_model_config(find_model(policy.model, policy.base).model)
     family = config.model_type
     base = build(config, policy, torch.device("meta"))
-    trained = freeze(base, policy, family)
+    trained = policy_module._freeze(base, policy, family)
     targets = set(lora_targets(base, policy, trained)) if policy.lora else set()
     head = base.get_output_embeddings()
     own = set() if policy.lora else trained
