@@ -58,7 +58,9 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
     return flops
 
 
-def pack_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: bool, reference: bool, cached_features: bool) -> Flops:
+def pack_flops(
+    shapes: Shapes, pack: PackSizes, *, checkpointing: bool, reference: bool, cached_features: bool
+) -> Flops:
     """Count all FLOPs of a pack in one step.
 
     Args:
@@ -173,7 +175,7 @@ def _tower(shapes: Shapes, pack: PackSizes, *, backward: bool) -> float:
         sequences = [patches + 1] * images  # and the class token
         rows, width, depth = images * (patches + 1), vision.hidden_size, vision.num_hidden_layers
         embedded = 2.0 * images * patches * width * 3 * vision.patch_size**2
-        attended = {number: sequences for number in range(depth)}
+        attended = dict.fromkeys(range(depth), sequences)
     else:
         grid = torch.tensor([grid for grid in pack.grids if grid is not None])
         rows, width = int(grid.prod(1).sum()), vision.hidden_size if shapes.family == "qwen2_5_vl" else vision.embed_dim
@@ -194,14 +196,22 @@ def _attended_in_tower(family: str, vision: Any, grid: torch.Tensor) -> dict[int
     """Return the lengths of the sequences that attend to themselves in each block of Qwen's tower."""
     whole = get_vision_cu_seqlens(grid).diff().tolist()
     if family == "qwen2_vl":
-        return {number: whole for number in range(vision.depth)}
+        return dict.fromkeys(range(vision.depth), whole)
     _, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     windows = bounds.unique_consecutive().diff().tolist()
     return {n: whole if n in vision.fullatt_block_indexes else windows for n in range(vision.depth)}
 
 
 def _head_flops(
-    hidden: Any, head: Any, labels: Any, reference: Any, product: str, gradient: str, with_dx: bool, *rest: Any, **out: Any
+    hidden: Any,
+    head: Any,
+    labels: Any,
+    reference: Any,
+    product: str,
+    gradient: str,
+    with_dx: bool,
+    *rest: Any,
+    **out: Any,
 ) -> int:
     """Count vapr::linear_logps: the logits, and their gradient in the hidden states where it is finished at once."""
     products = 1 + (with_dx and gradient in ("dx", "keep"))
