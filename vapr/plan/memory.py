@@ -139,10 +139,10 @@ def peak_by_part(need: Need, storage: Storage, gpu_bytes: int) -> dict[str, int]
         gradients, pack = all_gradients, need.profile.peak(budget)
     else:
         gradients, pack = _at_the_peak(need.profile, budget, int(all_gradients))
-    return {**parts, "gradients": int(gradients), **_pack_parts(need.profile, pack), **{
+    return {**parts, "gradients": int(gradients), **_pack_parts(need.profile, pack),
         "gathered for a layer": gathered,
-        "restored weight": restored_bytes(need, storage.base_weights),
-    }}  # fmt: skip
+        "restored weight": restored_bytes(need, storage.base_weights)
+    }  # fmt: skip
 
 
 def _at_the_peak(profile: Profile, budget: int, gradients: int) -> tuple[int, int]:
@@ -169,6 +169,8 @@ def _pack_parts(profile: Profile, peak: int) -> dict[str, int]:
 def _gathered_bytes(need: Need) -> int:
     """Return what ZeRO-3 gathers at a time: a decoder layer, and the two largest weights (embeddings and head)."""
     shapes = need.shapes
-    layer = shapes.count("language model") // max(shapes.num_layers, 1) + shapes.num_adapter // max(shapes.num_layers, 1)
+    layer = shapes.count("language model") // max(shapes.num_layers, 1) + shapes.num_adapter // max(
+        shapes.num_layers, 1
+    )
     largest = sorted((weight.numel for weight in shapes.weights), reverse=True)[:2]
     return (layer + sum(largest)) * need.itemsize

@@ -1,0 +1,249 @@
+"""Floating-point operations of a pack: all that a step runs, as PyTorch's counter counts them, and those that it needs.
+
+A matrix product of (m, k) and (k, n) counts 2 m k n; attention counts its products over all (query, key) it is handed,
+2 forward and 5 backward; norms, activations and other pointwise work count nothing. COUNTED teaches PyTorch's
+FlopCounterMode the three operations that it does not know: vapr's head, attention on a CPU, and a product that is added
+in place (an adapter's second).
+
+T = packed tokens, L = predictions, D = hidden, V = vocabulary, O = outputs of a linear layer, R = rank.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+
+from vapr.plan.packs import PackSizes
+from vapr.plan.shapes import Linear, Shapes
+
+Q, K, V, O, GATE, UP, DOWN = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """What one pack takes, by what it is for."""
+
+    tower: float = 0.0  # tower and projector, their backward pass included where they are trained
+    reference: float = 0.0  # the reference's forward pass, where it is not in the cache
+    forward: float = 0.0  # the language model's
+    backward: float = 0.0
+    recomputed: float = 0.0  # forward again, under checkpointing
+    head: float = 0.0  # log-probs and their gradient
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
+    """Count the FLOPs that packs need: neither what sharing saves nor what is computed twice; without the tower.
+
+    The same figure as :func:`vapr.training.metrics.useful_flops`, of which ``mfu`` is made.
+    """
+    config = shapes.config.get_text_config()
+    weights = sum(w.numel for w in shapes.weights if w.part == "language model" and len(w.shape) == 2)
+    adapters = sum(x.adapter for name, x in shapes.linears.items() if _in_decoder(name))
+    passes = 2 if shapes.num_adapter else 3
+    flops = 0.0
+    for pack in packs:
+        flops += 2.0 * pack.tokens * (weights * passes + adapters * 3)
+        flops += 2.0 * passes * pack.predictions * shapes.head[0] * shapes.head[1]
+        attended = sum(q * k - q * (q - 1) / 2 for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
+        flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
+    return flops
+
+
+def pack_flops(
+    shapes: Shapes, pack: PackSizes, *, checkpointing: bool, reference: bool, cached_features: bool
+) -> Flops:
+    """Count all FLOPs of a pack in one step.
+
+    Args:
+        shapes: of the model.
+        pack: its sizes.
+        checkpointing: whether layers are computed again in the backward pass.
+        reference: whether the reference's log-probs are computed in the step, with adapters off.
+        cached_features: whether image features come from the cache.
+    """
+    layers = _layers(shapes)
+    attention = _attention(shapes, pack)
+    x_learns = (shapes.trains_language_model and not shapes.num_adapter) or (shapes.trains_tower and bool(pack.grids))
+    forward = backward = recomputed = plain = 0.0
+    for number, layer in enumerate(layers):
+        rows = _rows(pack, last=number == len(layers) - 1)
+        ahead = sum(_forward(layer[name], rows[name]) for name in layer) + 2 * attention
+        forward += ahead
+        plain += sum(2.0 * rows[name] * x.outputs * x.inputs for name, x in layer.items()) + 2 * attention
+        back, x_learns = _layer_backward(layer, rows, attention, x_learns, norms_learn=shapes.head_trained)
+        backward += back
+        if checkpointing:  # it stops where all that the backward pass wants is there: before a down_proj of its own
+            recomputed += ahead - (0.0 if layer[DOWN].rank else _forward(layer[DOWN], rows[DOWN]))
+    vocabulary, width = shapes.head
+    product = 2.0 * pack.predictions * vocabulary * width
+    learns = x_learns or shapes.head_trained
+    head = product * ((3 if shapes.head_trained else 2) if learns else 1)
+    tower = 0.0
+    if pack.grids and not cached_features:
+        tower = _tower(shapes, pack, backward=shapes.trains_tower) + (
+            _tower(shapes, pack, backward=False) if reference and shapes.trains_tower else 0.0
+        )
+    return Flops(tower, plain + product if reference else 0.0, forward, backward, recomputed, head)
+
+
+def _in_decoder(name: str) -> bool:
+    return "language_model.layers." in name
+
+
+def _layers(shapes: Shapes) -> list[dict[str, Linear]]:
+    """Return the linear layers of every decoder layer, by the end of their names."""
+    layers: list[dict[str, Linear]] = [{} for _ in range(shapes.num_layers)]
+    for name, linear in shapes.linears.items():
+        if _in_decoder(name):
+            number = int(name.split("language_model.layers.")[1].split(".")[0])
+            layers[number][name.rsplit(".", 1)[-1]] = linear
+    return layers
+
+
+def _rows(pack: PackSizes, *, last: bool) -> dict[str, int]:
+    """Return the rows that each linear layer runs on; the last decoder layer skips tokens that predict nothing."""
+    some = pack.predicting if last else pack.tokens
+    return {Q: some, K: pack.tokens, V: pack.tokens, O: some, GATE: some, UP: some, DOWN: some}
+
+
+def _attention(shapes: Shapes, pack: PackSizes) -> float:
+    """Return the FLOPs of one of attention's products in one decoder layer, over all queries and keys handed to it."""
+    text = shapes.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    pairs = sum(q * k for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
+    return 2.0 * text.num_attention_heads * head * pairs
+
+
+def _forward(linear: Linear, rows: int) -> float:
+    return 2.0 * rows * (linear.outputs * linear.inputs + linear.adapter)
+
+
+def _backward(linear: Linear, rows: int, *, x_learns: bool) -> float:
+    """Count a linear layer's backward pass, where its output has a gradient."""
+    own = linear.outputs * linear.inputs
+    flops = 2.0 * rows * own * (int(x_learns) + int(linear.trained))
+    if linear.rank:  # through B, then the gradients of A and B, and through A
+        by_rank = 2.0 * rows * linear.rank
+        flops += by_rank * (2 * linear.outputs + linear.inputs + (linear.inputs if x_learns else 0))
+    return flops
+
+
+def _layer_backward(
+    layer: dict[str, Linear], rows: dict[str, int], attention: float, x_learns: bool, *, norms_learn: bool
+) -> tuple[float, bool]:
+    """Count a decoder layer's backward pass: autograd skips what leads to nothing that learns.
+
+    Returns:
+        FLOPs, and whether the layer's output has a gradient.
+    """
+
+    def learns(name: str) -> bool:
+        return bool(layer[name].rank) or layer[name].trained
+
+    normed = x_learns or norms_learn
+    qkv = [name for name in (Q, K, V) if normed or learns(name)]
+    flops = sum(_backward(layer[name], rows[name], x_learns=normed) for name in qkv)
+    attended = bool(qkv)
+    flops += 5 * attention if attended else 0.0
+    if attended or learns(O):
+        flops += _backward(layer[O], rows[O], x_learns=attended)
+        x_learns = True
+    normed = x_learns or norms_learn
+    gated = [name for name in (GATE, UP) if normed or learns(name)]
+    flops += sum(_backward(layer[name], rows[name], x_learns=normed) for name in gated)
+    if gated or learns(DOWN):
+        flops += _backward(layer[DOWN], rows[DOWN], x_learns=bool(gated))
+        x_learns = True
+    return flops, x_learns
+
+
+def _tower(shapes: Shapes, pack: PackSizes, *, backward: bool) -> float:
+    """Count tower and projector over a pack's images; with ``backward`` forward and backward."""
+    vision = shapes.config.vision_config
+    if shapes.family == "llava":
+        patches = (vision.image_size // vision.patch_size) ** 2
+        images = len(pack.grids)
+        sequences = [patches + 1] * images  # and the class token
+        rows, width, depth = images * (patches + 1), vision.hidden_size, vision.num_hidden_layers
+        embedded = 2.0 * images * patches * width * 3 * vision.patch_size**2
+        attended = dict.fromkeys(range(depth), sequences)
+    else:
+        grid = torch.tensor([grid for grid in pack.grids if grid is not None])
+        rows, width = int(grid.prod(1).sum()), vision.hidden_size if shapes.family == "qwen2_5_vl" else vision.embed_dim
+        embedded = 2.0 * rows * width * 3 * vision.temporal_patch_size * vision.patch_size**2
+        attended = _attended_in_tower(shapes.family, vision, grid)
+    flops = embedded
+    for name, linear in shapes.linears.items():
+        if _in_decoder(name):
+            continue
+        in_projector = "merger" in name or "multi_modal_projector" in name
+        flops += _forward(linear, pack.image_tokens if in_projector else rows)
+    for lengths in attended.values():
+        flops += 2 * 2.0 * width * sum(length * length for length in lengths)
+    return flops * (3 if backward else 1)
+
+
+def _attended_in_tower(family: str, vision: Any, grid: torch.Tensor) -> dict[int, list[int]]:
+    """Return the lengths of the sequences that attend to themselves in each block of Qwen's tower."""
+    whole = get_vision_cu_seqlens(grid).diff().tolist()
+    if family == "qwen2_vl":
+        return dict.fromkeys(range(vision.depth), whole)
+    _, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    windows = bounds.unique_consecutive().diff().tolist()
+    return {n: whole if n in vision.fullatt_block_indexes else windows for n in range(vision.depth)}
+
+
+def _head_flops(
+    hidden: Any,
+    head: Any,
+    labels: Any,
+    reference: Any,
+    product: str,
+    gradient: str,
+    with_dx: bool,
+    *rest: Any,
+    **out: Any,
+) -> int:
+    """Count vapr::linear_logps: the logits, and their gradient in the hidden states where it is finished at once."""
+    products = 1 + (with_dx and gradient in ("dx", "keep"))
+    return 2 * hidden[0] * head[0] * head[1] * products
+
+
+def _head_backward_flops(
+    dout: Any, hidden: Any, head: Any, labels: Any, table: Any, exps: Any, product: str, with_dx: bool,
+    with_dhead: bool, **out: Any,
+) -> int:  # fmt: skip
+    """Count its backward pass: logits again unless they were kept, and the gradients that were not finished."""
+    again = exps[0] != hidden[0]
+    return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
+    return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def _attention_backward_flops(dout: Any, q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
+    return 5 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def _added_product_flops(out: Any, a: Any, b: Any, **rest: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+COUNTED = {
+    torch.ops.aten.addmm_: _added_product_flops,
+    torch.ops.vapr.linear_logps: _head_flops,
+    torch.ops.vapr.linear_logps_backward: _head_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""For FlopCounterMode's ``custom_mapping``."""
