@@ -18,7 +18,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
 
-Q, K, V, O, GATE, UP, DOWN = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+Q, K, V, OUT, GATE, UP, DOWN = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def _layers(shapes: Shapes) -> list[dict[str, Linear]]:
 def _rows(pack: PackSizes, *, last: bool) -> dict[str, int]:
     """Return the rows that each linear layer runs on; the last decoder layer skips tokens that predict nothing."""
     some = pack.predicting if last else pack.tokens
-    return {Q: some, K: pack.tokens, V: pack.tokens, O: some, GATE: some, UP: some, DOWN: some}
+    return {Q: some, K: pack.tokens, V: pack.tokens, OUT: some, GATE: some, UP: some, DOWN: some}
 
 
 def _attention(shapes: Shapes, pack: PackSizes) -> float:
@@ -154,8 +154,8 @@ def _layer_backward(
     flops = sum(_backward(layer[name], rows[name], x_learns=normed) for name in qkv)
     attended = bool(qkv)
     flops += 5 * attention if attended else 0.0
-    if attended or learns(O):
-        flops += _backward(layer[O], rows[O], x_learns=attended)
+    if attended or learns(OUT):
+        flops += _backward(layer[OUT], rows[OUT], x_learns=attended)
         x_learns = True
     normed = x_learns or norms_learn
     gated = [name for name in (GATE, UP) if normed or learns(name)]
