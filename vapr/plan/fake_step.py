@@ -1,8 +1,8 @@
 """Runs forward and backward of one pack on FakeTensors, which have shapes and dtypes but no memory, and counts bytes.
 
 What a GPU would run is taken everywhere: kernels, varlen attention, the tower's own operations. The tensors are of the
-CPU all the same: a build of PyTorch without CUDA refuses to index fake tensors of a GPU, and autograd asks a GPU's driver
-for streams.
+CPU all the same: a build of PyTorch without CUDA refuses to index fake tensors of a GPU, and autograd asks a GPU's
+driver for streams.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ _HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has 
 BLOCK = 512
 """Bytes that PyTorch's allocator on a GPU rounds to."""
 
+TOWER = "image tower"
 FEW_LAYERS = 4
 """Decoder layers of a shortened model: the last, which skips tokens, two between, and the first."""
 
@@ -87,15 +88,21 @@ class Profile:
 def profile(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
     """Run a pack through a model of ``config`` (of transformers) and count.
 
-    A model of many layers is run with a few, once with one more, and what that one adds is added for all others: layers
-    of a decoder are alike. The tower, which is not shortened, runs once.
+    Layers of a decoder are alike: a model of many is run with a few, once with one more, and what that one adds is
+    added for all others. A frozen tower keeps nothing for the backward pass and runs apart, once and with few blocks.
     """
-    text = config.get_text_config()
-    num_layers = int(text.num_hidden_layers)
-    if num_layers <= FEW_LAYERS + 1:
-        return _run(config, choices, batch)
-    few, more = (_run(_shortened(config, count), choices, batch) for count in (FEW_LAYERS, FEW_LAYERS + 1))
-    return _extrapolated(few, more, num_layers - FEW_LAYERS)
+    num_layers = int(config.get_text_config().num_hidden_layers)
+    counts = (num_layers,) if num_layers <= FEW_LAYERS + 1 else (FEW_LAYERS, FEW_LAYERS + 1)
+    if choices.policy.train.vision_tower or choices.policy.train.projector:
+        runs = [_run(_shortened(config, count), choices, batch) for count in counts]
+        return _extrapolated(runs[0], runs[-1], num_layers - counts[0])
+    with_features = dataclasses.replace(choices, cached_features=True)
+    runs = [_run(_shortened(config, count, blocks=1), with_features, batch) for count in counts]
+    result = _extrapolated(runs[0], runs[-1], num_layers - counts[0])
+    if choices.cached_features or not batch.images:
+        return result
+    tower = _run_tower(_shortened(config, 1, blocks=2), choices, batch)
+    return dataclasses.replace(result, peaks={**result.peaks, TOWER: tower})
 
 
 def _extrapolated(few: Profile, more: Profile, times: int) -> Profile:
@@ -123,13 +130,35 @@ def _extrapolated(few: Profile, more: Profile, times: int) -> Profile:
     )
 
 
-def _shortened(config: Any, num_layers: int) -> Any:
+def _shortened(config: Any, num_layers: int, blocks: int | None = None) -> Any:
+    """Return a config of fewer decoder layers, and of fewer blocks in Qwen's tower: one attends in windows, if any do.
+
+    LLaVA's tower stays whole where it runs, because transformers keeps what each of its layers puts out.
+    """
     config = copy.deepcopy(config)
-    text = config.get_text_config()
+    text, vision = config.get_text_config(), config.vision_config
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
+    if blocks is not None and hasattr(vision, "depth"):
+        if hasattr(vision, "fullatt_block_indexes"):
+            full = [min(n, blocks - 1) for n in vision.fullatt_block_indexes if n < vision.depth]
+            vision.fullatt_block_indexes = full[:1]
+        vision.depth = min(blocks, vision.depth)
+    elif blocks == 1:
+        vision.num_hidden_layers = 1
     return config
+
+
+def _run_tower(config: Any, choices: Choices, batch: PackedBatch) -> Peak:
+    """Run the frozen tower and projector over a pack's images."""
+    with _fake(choices):
+        policy = _policy(config, choices)
+        live = LiveBytes(opaque.inside if choices.gpu else None, BLOCK if choices.gpu else 1)
+        with live:
+            live.enter(TOWER)
+            image_features(policy, batch.images)
+    return live.peaks[TOWER]
 
 
 def _run(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
@@ -155,7 +184,7 @@ def _run(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
         live = LiveBytes(inside, BLOCK if choices.gpu else 1)
         _collect_gradients(policy, live)
         with live, mock.patch.object(logps_module, "hidden_states", marked):
-            live.enter("image tower")
+            live.enter(TOWER)
             features = _features(policy, pack, choices)
             marks.append(live.alive)
             live.enter("forward")

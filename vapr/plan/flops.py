@@ -13,12 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
+from vapr.plan.block_flops import block_backward, forward_flops, recomputed_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
-
-Q, K, V, O, GATE, UP, DOWN = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+from vapr.plan.tower_flops import tower_flops, tower_forward_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +69,27 @@ def pack_flops(
         reference: whether the reference's log-probs are computed in the step, with adapters off.
         cached_features: whether image features come from the cache.
     """
+    full = any(weight.trained for weight in shapes.weights if weight.part == "language model")
+    x_learns, tower = full, 0.0
+    if pack.grids and not cached_features:
+        tower, features_learn = tower_flops(shapes, pack, checkpointing=checkpointing)
+        x_learns |= features_learn
+        if reference and shapes.trains_tower:  # else it takes the same features
+            tower += tower_forward_flops(shapes, pack)
     layers = _layers(shapes)
     attention = _attention(shapes, pack)
-    x_learns = (shapes.trains_language_model and not shapes.num_adapter) or (shapes.trains_tower and bool(pack.grids))
     forward = backward = recomputed = plain = 0.0
     for number, layer in enumerate(layers):
         rows = _rows(pack, last=number == len(layers) - 1)
-        ahead = sum(_forward(layer[name], rows[name]) for name in layer) + 2 * attention
+        ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
         plain += sum(2.0 * rows[name] * x.outputs * x.inputs for name, x in layer.items()) + 2 * attention
-        back, x_learns = _layer_backward(layer, rows, attention, x_learns, norms_learn=shapes.head_trained)
+        back, x_learns = block_backward(layer, rows, attention, x_learns, norms_learn=full)
         backward += back
-        if checkpointing:  # it stops where all that the backward pass wants is there: before a down_proj of its own
-            recomputed += ahead - (0.0 if layer[DOWN].rank else _forward(layer[DOWN], rows[DOWN]))
+        recomputed += recomputed_flops(layer, rows, ahead) if checkpointing else 0.0
     vocabulary, width = shapes.head
     product = 2.0 * pack.predictions * vocabulary * width
-    learns = x_learns or shapes.head_trained
-    head = product * ((3 if shapes.head_trained else 2) if learns else 1)
-    tower = 0.0
-    if pack.grids and not cached_features:
-        tower = _tower(shapes, pack, backward=shapes.trains_tower) + (
-            _tower(shapes, pack, backward=False) if reference and shapes.trains_tower else 0.0
-        )
+    head = product * ((3 if shapes.head_trained else 2) if x_learns or shapes.head_trained else 1)
     return Flops(tower, plain + product if reference else 0.0, forward, backward, recomputed, head)
 
 
@@ -112,7 +110,8 @@ def _layers(shapes: Shapes) -> list[dict[str, Linear]]:
 def _rows(pack: PackSizes, *, last: bool) -> dict[str, int]:
     """Return the rows that each linear layer runs on; the last decoder layer skips tokens that predict nothing."""
     some = pack.predicting if last else pack.tokens
-    return {Q: some, K: pack.tokens, V: pack.tokens, O: some, GATE: some, UP: some, DOWN: some}
+    names = dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), some)
+    return {**names, "k_proj": pack.tokens, "v_proj": pack.tokens}
 
 
 def _attention(shapes: Shapes, pack: PackSizes) -> float:
@@ -121,85 +120,6 @@ def _attention(shapes: Shapes, pack: PackSizes) -> float:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     pairs = sum(q * k for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
     return 2.0 * text.num_attention_heads * head * pairs
-
-
-def _forward(linear: Linear, rows: int) -> float:
-    return 2.0 * rows * (linear.outputs * linear.inputs + linear.adapter)
-
-
-def _backward(linear: Linear, rows: int, *, x_learns: bool) -> float:
-    """Count a linear layer's backward pass, where its output has a gradient."""
-    own = linear.outputs * linear.inputs
-    flops = 2.0 * rows * own * (int(x_learns) + int(linear.trained))
-    if linear.rank:  # through B, then the gradients of A and B, and through A
-        by_rank = 2.0 * rows * linear.rank
-        flops += by_rank * (2 * linear.outputs + linear.inputs + (linear.inputs if x_learns else 0))
-    return flops
-
-
-def _layer_backward(
-    layer: dict[str, Linear], rows: dict[str, int], attention: float, x_learns: bool, *, norms_learn: bool
-) -> tuple[float, bool]:
-    """Count a decoder layer's backward pass: autograd skips what leads to nothing that learns.
-
-    Returns:
-        FLOPs, and whether the layer's output has a gradient.
-    """
-
-    def learns(name: str) -> bool:
-        return bool(layer[name].rank) or layer[name].trained
-
-    normed = x_learns or norms_learn
-    qkv = [name for name in (Q, K, V) if normed or learns(name)]
-    flops = sum(_backward(layer[name], rows[name], x_learns=normed) for name in qkv)
-    attended = bool(qkv)
-    flops += 5 * attention if attended else 0.0
-    if attended or learns(O):
-        flops += _backward(layer[O], rows[O], x_learns=attended)
-        x_learns = True
-    normed = x_learns or norms_learn
-    gated = [name for name in (GATE, UP) if normed or learns(name)]
-    flops += sum(_backward(layer[name], rows[name], x_learns=normed) for name in gated)
-    if gated or learns(DOWN):
-        flops += _backward(layer[DOWN], rows[DOWN], x_learns=bool(gated))
-        x_learns = True
-    return flops, x_learns
-
-
-def _tower(shapes: Shapes, pack: PackSizes, *, backward: bool) -> float:
-    """Count tower and projector over a pack's images; with ``backward`` forward and backward."""
-    vision = shapes.config.vision_config
-    if shapes.family == "llava":
-        patches = (vision.image_size // vision.patch_size) ** 2
-        images = len(pack.grids)
-        sequences = [patches + 1] * images  # and the class token
-        rows, width, depth = images * (patches + 1), vision.hidden_size, vision.num_hidden_layers
-        embedded = 2.0 * images * patches * width * 3 * vision.patch_size**2
-        attended = dict.fromkeys(range(depth), sequences)
-    else:
-        grid = torch.tensor([grid for grid in pack.grids if grid is not None])
-        rows, width = int(grid.prod(1).sum()), vision.hidden_size if shapes.family == "qwen2_5_vl" else vision.embed_dim
-        embedded = 2.0 * rows * width * 3 * vision.temporal_patch_size * vision.patch_size**2
-        attended = _attended_in_tower(shapes.family, vision, grid)
-    flops = embedded
-    for name, linear in shapes.linears.items():
-        if _in_decoder(name):
-            continue
-        in_projector = "merger" in name or "multi_modal_projector" in name
-        flops += _forward(linear, pack.image_tokens if in_projector else rows)
-    for lengths in attended.values():
-        flops += 2 * 2.0 * width * sum(length * length for length in lengths)
-    return flops * (3 if backward else 1)
-
-
-def _attended_in_tower(family: str, vision: Any, grid: torch.Tensor) -> dict[int, list[int]]:
-    """Return the lengths of the sequences that attend to themselves in each block of Qwen's tower."""
-    whole = get_vision_cu_seqlens(grid).diff().tolist()
-    if family == "qwen2_vl":
-        return dict.fromkeys(range(vision.depth), whole)
-    _, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-    windows = bounds.unique_consecutive().diff().tolist()
-    return {n: whole if n in vision.fullatt_block_indexes else windows for n in range(vision.depth)}
 
 
 def _head_flops(

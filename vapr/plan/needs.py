@@ -1,4 +1,4 @@
-"""What a run's packs need, for any size of a pack and any way of storing the model: the plan's questions, answered once.
+"""What a run's packs need, for any size of a pack and any way of storing the model.
 
 Packs of two sizes are run on fake tensors; what grows with tokens is drawn through both. Both runs are remembered for
 the process.
@@ -40,9 +40,11 @@ class Needs:
     reading: Reading
     kernels: bool
     _sizes: tuple[PackedBatch, PackedBatch] = field(init=False)
+    _model: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._sizes = two_sizes(self.reading, self.config.packing.share)
+        self._model = json.dumps(self.shapes.config.to_dict(), sort_keys=True, default=str)
 
     @property
     def tokens(self) -> int:
@@ -82,7 +84,11 @@ class Needs:
             self.config.policy, gradient_checkpointing=variant.checkpointing, base_weights="bfloat16"
         )
         choices = Choices(policy, tuple(self.config.loss), self.kernels, True, keep, variant.cached_features)
-        key = (json.dumps(self.shapes.config.to_dict(), sort_keys=True, default=str), repr(choices), _signature(batch))
+        key = (
+            self._model,
+            repr(dataclasses.replace(choices, policy=dataclasses.replace(policy, model=""))),
+            _signature(batch),
+        )
         if key not in _REMEMBERED:
             _REMEMBERED[key] = profile(self.shapes.config, choices, batch)
         return _REMEMBERED[key]

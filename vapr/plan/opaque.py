@@ -1,6 +1,6 @@
 """What single operations allocate and free inside themselves, by formula: no dispatch mode sees into them.
 
-L = predictions, D = hidden, V = vocabulary, T = tokens, K = gathered keys, S = sequences, H = query heads, E = head size.
+L = predictions, D = hidden, V = vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
