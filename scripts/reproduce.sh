@@ -174,6 +174,12 @@ if [ -z "$dry" ]; then
         (source "$here/setup.sh" demo) || exit
         PATH=$(dirname "$here")/.venv/bin:$PATH
     fi
+fi
+python=$(dirname "$(readlink -f "$(command -v vapr)")")/python # the one that vapr is installed for
+[ -x "$python" ] || python=python3
+if [ -z "$dry" ]; then
+    # What would stop a later stage is better known before the first, which may take hours.
+    "$python" "$here/reproduction.py" check "$recipe" "${settings[@]}" "${benches[@]}" || exit
     mkdir -p "$work" || exit
 fi
 
@@ -198,7 +204,5 @@ else
     echo
     echo "== eval: left out, because no --bench is given; the page will say what was not measured"
 fi
-python=$(dirname "$(readlink -f "$(command -v vapr)")")/python # the one that vapr is installed for
-[ -x "$python" ] || python=python3
 stage page "puts what came out beside what the paper reports" "$work/reproduction.html" 0 \
-    "$python" "$here/reproduction_page.py" "$out" "$name"
+    "$python" "$here/reproduction.py" page "$out" "$name"

@@ -69,31 +69,33 @@ class Recipe:
 
 RECIPES = (
     Recipe("llava_1_5_7b", "lora", 24, 4096, 0, checkpointing=True),
-    Recipe("llava_1_5_7b", "lora", 80, 8192, 0),
+    Recipe("llava_1_5_7b", "lora", 80, 10240, 0),
     Recipe("llava_1_5_7b", "lora", 141, 16384, 0),
-    Recipe("llava_1_5_7b", "full", 141, 8192, 0, checkpointing=True),
-    Recipe("llava_1_5_13b", "lora", 24, 4096, 0, checkpointing=True, base_weights="nf4"),
+    Recipe("llava_1_5_7b", "full", 80, 4096, 0, checkpointing=True, optimizer="paged-adamw-8bit"),
+    Recipe("llava_1_5_7b", "full", 141, 16384, 0, checkpointing=True),
+    Recipe("llava_1_5_13b", "lora", 24, 8192, 0, checkpointing=True, base_weights="nf4"),
     Recipe("llava_1_5_13b", "lora", 80, 4096, 0),
     Recipe("llava_1_5_13b", "lora", 141, 12288, 0),
-    Recipe("qwen2_vl_2b", "lora", 24, 4096, 0),
+    Recipe("llava_1_5_13b", "full", 141, 4096, 0, checkpointing=True, optimizer="paged-adamw-8bit"),
+    Recipe("qwen2_vl_2b", "lora", 24, 6144, 0),
     Recipe("qwen2_vl_2b", "lora", 80, 16384, 0),
     Recipe("qwen2_vl_2b", "lora", 141, 16384, 0),
     Recipe("qwen2_vl_2b", "full", 24, 4096, 0, checkpointing=True, optimizer="adamw-8bit"),
-    Recipe("qwen2_vl_2b", "full", 80, 8192, 0),
+    Recipe("qwen2_vl_2b", "full", 80, 16384, 0),
     Recipe("qwen2_vl_2b", "full", 141, 16384, 0),
     Recipe("qwen2_vl_7b", "lora", 24, 4096, 0, checkpointing=True, optimizer="adamw-8bit"),
-    Recipe("qwen2_vl_7b", "lora", 80, 8192, 0),
+    Recipe("qwen2_vl_7b", "lora", 80, 10240, 0),
     Recipe("qwen2_vl_7b", "lora", 141, 16384, 0),
-    Recipe("qwen2_vl_7b", "full", 141, 8192, 0, checkpointing=True, optimizer="adamw-8bit"),
-    Recipe("qwen2_5_vl_3b", "lora", 24, 4096, 0, checkpointing=True),
-    Recipe("qwen2_5_vl_3b", "lora", 80, 8192, 0),
+    Recipe("qwen2_vl_7b", "full", 141, 8192, 0, optimizer="adamw-8bit"),
+    Recipe("qwen2_5_vl_3b", "lora", 24, 16384, 0, checkpointing=True),
+    Recipe("qwen2_5_vl_3b", "lora", 80, 16384, 0),
     Recipe("qwen2_5_vl_3b", "lora", 141, 16384, 0),
-    Recipe("qwen2_5_vl_3b", "full", 80, 8192, 0, checkpointing=True),
-    Recipe("qwen2_5_vl_3b", "full", 141, 8192, 0),
+    Recipe("qwen2_5_vl_3b", "full", 80, 4096, 0),
+    Recipe("qwen2_5_vl_3b", "full", 141, 16384, 0),
     Recipe("qwen2_5_vl_7b", "lora", 24, 4096, 0, checkpointing=True, optimizer="adamw-8bit"),
-    Recipe("qwen2_5_vl_7b", "lora", 80, 8192, 0),
+    Recipe("qwen2_5_vl_7b", "lora", 80, 10240, 0),
     Recipe("qwen2_5_vl_7b", "lora", 141, 16384, 0),
-    Recipe("qwen2_5_vl_7b", "full", 141, 8192, 0, checkpointing=True, optimizer="adamw-8bit"),
+    Recipe("qwen2_5_vl_7b", "full", 141, 8192, 0, optimizer="adamw-8bit"),
 )
 
 WHY_LORA = "LLaVA-1.5's own LoRA script; so HA-DPO, POVID, CSR"
@@ -104,7 +106,7 @@ WHY_LR = {
     ("full", False): "MM-RLHF and MPO",
 }
 WHY_BASE = {
-    "nf4": "4 bits: the base does not fit otherwise; needs bitsandbytes",
+    "nf4": "4 bits: the base does not fit otherwise; needs vapr[quant]",
     "int8": "8 bits: the base does not fit otherwise",
     "fp8": "8 bits: the base does not fit otherwise",
 }
@@ -148,7 +150,7 @@ def render(recipe: Recipe) -> str:
         _line("  epochs: 1", "most who train on 8K pairs or more"),
     ]  # fmt: skip
     if recipe.optimizer != "adamw":
-        lines.append(_line(f"  kind: {recipe.optimizer}", "[card] AdamW's moments in 8 bits; needs bitsandbytes"))
+        lines.append(_line(f"  kind: {recipe.optimizer}", "[card] AdamW's moments in 8 bits; needs vapr[quant]"))
     return "\n".join(lines) + "\n"
 
 

@@ -81,7 +81,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(reproduce, tmp_path):
         == f"vapr train {recipe} --set run_dir=o/llava_1_5_13b/aligned --set data.train=o/pairs --set optim.lr=1e-6"
     )
     assert evaluate == "vapr eval llava-hf/llava-1.5-13b-hf o/llava_1_5_13b/aligned --bench pope=p --bench mmstar=m.tsv --out o/llava_1_5_13b/eval --limit 9"  # fmt: skip
-    assert page.endswith("reproduction_page.py o llava_1_5_13b")
+    assert page.endswith("reproduction.py page o llava_1_5_13b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tools"]
 
 
@@ -126,6 +126,20 @@ def test_a_mistake_is_one_line(reproduce, arguments, said):
     done = reproduce(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Error: reproduce.sh: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--set", "optim.learning_rate=1", "unknown key 'optim.learning_rate'"),
+        ("--bench", "pope=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_of_a_later_stage_is_found_before_the_first(reproduce, tmp_path, option, value, said):
+    done = reproduce("qwen2_vl_2b", "--data", "sft.json", option, value)
+    assert done.returncode == 2 and "==" not in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("Error: ") and said in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tools"]
 
 
 def test_help_names_every_option(reproduce):

@@ -1,21 +1,42 @@
-"""Read what the stages of scripts/reproduce.sh left, and write the page that they end in.
+"""What scripts/reproduce.sh does beside calling vapr: look for mistakes before its first stage, and write its page.
 
-python scripts/reproduction_page.py OUT NAME       # writes OUT/NAME/reproduction.html
+python scripts/reproduction.py check RECIPE [--set KEY=VALUE]... [--bench NAME=PATH]...
+python scripts/reproduction.py page OUT NAME               # writes OUT/NAME/reproduction.html
 """
 
+import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "kernels")]
 
+from vapr.config import Config  # noqa: E402
+from vapr.errors import UserError  # noqa: E402
 from vapr.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from vapr.pages.curves import read_metrics  # noqa: E402
 from vapr.pages.figures import mapping  # noqa: E402
 from vapr.pages.reproduction import Reproduction, write_reproduction_page  # noqa: E402
+from vapr.study.evaluate_models import open_sets  # noqa: E402
+
+
+def check(recipe: Path, settings: Sequence[str], benches: Sequence[str]) -> None:
+    """Find what would stop the third stage or the fourth, hours later.
+
+    Raises:
+        UserError: for a setting or a benchmark that cannot be used, or a library that is missing.
+    """
+    config = Config.load(recipe, settings)
+    needs = [config.policy.base_weights] if config.policy.base_weights == "nf4" else []
+    needs += [config.optim.kind] if config.optim.kind.endswith("8bit") else []
+    if needs and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{recipe}: {' and '.join(needs)} need bitsandbytes: pip install 'vapr[quant]'")
+    open_sets(benches, None, 0)
 
 
 def read(out: Path, name: str) -> Reproduction:
@@ -64,11 +85,27 @@ def seconds_of(file: Path) -> dict[str, float]:
     return dict(seconds)
 
 
-def main() -> None:
-    out, name = Path(sys.argv[1]), sys.argv[2]
-    page = out / name / "reproduction.html"
-    print(write_reproduction_page(page, read(out, name)))
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    checking, page = what.add_parser("check"), what.add_parser("page")
+    checking.add_argument("recipe", type=Path)
+    checking.add_argument("--set", dest="settings", action="append", default=[])
+    checking.add_argument("--bench", dest="benches", action="append", default=[])
+    page.add_argument("out", type=Path)
+    page.add_argument("name")
+    options = parser.parse_args()
+    try:
+        if options.what == "check":
+            check(options.recipe, options.settings, options.benches)
+        else:
+            path = options.out / options.name / "reproduction.html"
+            print(write_reproduction_page(path, read(options.out, options.name)))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
