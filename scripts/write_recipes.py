@@ -18,10 +18,10 @@ FOLDER = ROOT / "scripts" / "recipes"
 TABLES = (ROOT / "README.md", ROOT / "docs" / "recipes.md")
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
-USABLE = {24: 23.0, 80: 78.5, 141: 139.0}
-"""GiB that a card sold under so many GB leaves to a program. (An L4 or A10G, sold under 24, leaves 22.)"""
-ROOM = 0.92
-"""Share of it that a recipe's predicted peak may reach; the rest is for fragments and what the prediction misses."""
+CARDS = (24, 80, 141)
+ROOM = 0.93
+"""Share of what a card leaves to a program that a recipe's predicted peak may reach. Of 24 GB it is what is left of an
+L4 or A10G, too, whose check bits take a sixteenth."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def render(recipe: Recipe) -> str:
         _line("  epochs: 1", "most who train on 8K pairs or more"),
     ]  # fmt: skip
     if recipe.optimizer != "adamw":
-        lines.append(_line(f"  kind: {recipe.optimizer}", "[card] AdamW's moments in 8 bits; needs vapr[quant]"))
+        paged = " or in host memory" if recipe.optimizer.startswith("paged") else ""
+        lines.append(_line(f"  kind: {recipe.optimizer}", f"[card] moments in 8 bits{paged}; needs vapr[quant]"))
     return "\n".join(lines) + "\n"
 
 
@@ -164,13 +165,13 @@ def _notes(recipe: Recipe, model: Model) -> Iterator[str]:
         yield "On N cards: torchrun --nproc_per_node N $(command -v vapr) train THIS --set parallel.engine=deepspeed"
         yield "--set parallel.zero=2 (or 3) spreads what is trained, so that larger packs or AdamW in fp32 fit."
     elif not any(r.model == recipe.model and r.card == recipe.card and r.tuning == "full" for r in RECIPES):
-        plain, small = (f"{_full_gib(model, size):.0f}" for size in (18, 12))
-        yield f"No full fine-tuning on this card: {model.trained:g} billion parameters take {plain} GiB (weights, copy,"
-        yield f"gradients, AdamW), {small} with AdamW's moments in 8 bits; several cards share them (docs/recipes.md)."
+        most, least = (f"{_full_gib(model, size):.0f}" for size in (18, 10))
+        yield f"No full fine-tuning on this card: {model.trained:g} billion parameters take {most} GiB and activations,"
+        yield f"{least} with AdamW's moments in 8 bits and in host memory. Several cards share them: docs/recipes.md."
 
 
 def _full_gib(model: Model, bytes_a_parameter: int) -> float:
-    """Memory of full fine-tuning without activations: bf16 weights 2, fp32 master 4, gradient 4, moments 8 or 2."""
+    """Memory of full fine-tuning without tower and activations: bf16 weights 2, fp32 copy 4, gradient 4, moments 8."""
     return model.trained * 1e9 * bytes_a_parameter / 2**30
 
 
@@ -180,7 +181,7 @@ def table(links_from: Path) -> str:
     rows = ["| | 24 GB | 80 GB | 141 GB |", "| --- | --- | --- | --- |"]
     for key, model in MODELS.items():
         cells = []
-        for card in USABLE:
+        for card in CARDS:
             found = [r for r in RECIPES if (r.model, r.card) == (key, card)]
             cells.append(", ".join(f"[{_words(r)}]({to}/{r.name}.yaml)" for r in found) or "does not fit")
         rows.append(f"| {model.title} | {' | '.join(cells)} |")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.workloads import SHAPES
 from tests.published_models import MODELS, write_model
 from vapr.config import Config
+from vapr.data.pairs import write_pairs
+from vapr.plan import plan as plan_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,3 +92,61 @@ def test_benchmarks_measure_the_same_shapes(shape, name):
         key: value for key, value in SHAPES[shape].text.items() if key != "max_position_embeddings"
     }
     assert {key: vision[key] for key in SHAPES[shape].vision} == SHAPES[shape].vision
+
+
+@pytest.fixture(scope="module")
+def photo_rows_of_640(tmp_path_factory) -> Path:
+    """36 pairs about nine photographs of 640 x 480 pixels, as in COCO: more than one pack of every recipe."""
+    folder = tmp_path_factory.mktemp("planned")
+    words = [
+        "a",
+        "photo",
+        "of",
+        "the",
+        "dog",
+        "on",
+        "red",
+        "mat",
+        "what",
+        "is",
+        "doing",
+        "it",
+        "sleeps",
+        "blue",
+        "how",
+        "many",
+        "colour",
+        "where",
+        "yes",
+        "no",
+    ]
+    for n in range(9):
+        Image.new("RGB", (640, 480), (25 * n, 90, 40)).save(folder / f"{n}.jpg")
+    rows = [
+        {
+            "id": str(n), "images": [str(folder / f"{n // 4}.jpg")],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " ".join(words[:15])}]}],
+            "chosen": " ".join([*words, "red", *words]), "rejected": " ".join([*words, "blue", *words]),
+        }
+        for n in range(36)
+    ]  # fmt: skip
+    write_pairs(folder / "pairs.jsonl", rows)
+    return folder / "pairs.jsonl"
+
+
+MOST_TOKENS = max(recipe.max_tokens for recipe in RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_fits_its_card_and_does_not_waste_it(recipe, published, photo_rows_of_640, monkeypatch):
+    monkeypatch.setattr(plan_module, "WORLD_SIZES", ())  # the table of several GPUs is not looked at here
+    model = published(write_recipes.MODELS[recipe.model].hub)
+    config = Config.load(
+        file_of(recipe), (f"policy.model={model}", f"data.train={photo_rows_of_640}", "data.workers=0")
+    )
+    [gpu] = plan_module.plan(config, gpu_memory=recipe.card)["gpus"]
+    peak, usable = gpu["peak_of_full_pack_gib"], gpu["usable_gib"]
+    assert gpu["fits"] and peak <= write_recipes.ROOM * usable, (peak, usable)
+    assert peak == pytest.approx(recipe.peak, abs=0.06), "write this peak into scripts/write_recipes.py"
+    nothing_saved = (recipe.checkpointing, recipe.base_weights, recipe.optimizer) == (False, "bfloat16", "adamw")
+    assert peak >= 0.6 * usable or (nothing_saved and recipe.max_tokens == MOST_TOKENS), "the card is wasted"
