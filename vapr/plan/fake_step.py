@@ -227,6 +227,7 @@ def _sizes(hidden: Tensor, head: Tensor) -> tuple[int, int, int]:
 def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     """Make every tensor fake, and take the choices that load_policy makes on a GPU."""
     layout = policy_module._tower_layout
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def layout_of_real_sizes(tower: Any, images: Any, device: Any) -> dict[str, Any]:
         with _disable_current_modes():
@@ -235,7 +236,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     def pixels(images: Any, device: Any) -> Tensor:
         with _disable_current_modes():
             real = joined_pixels(images)
-        return torch.empty(real.shape, dtype=real.dtype)  # a copy, on the GPU
+        return torch.empty(real.shape, dtype=real.dtype) if choices.gpu else fake.from_tensor(real)  # a GPU has a copy
 
     replaced: list[tuple[Any, str, Any]] = [
         (patches, "_agree", lambda got, own: got.shape == own.shape),  # there are no values to compare
@@ -252,7 +253,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
         stack.callback(attention._bottom_right.cache_clear)
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(fake)
 
 
 def _make_adapter_beside_its_layer(layer: Any, adapter_name: str, device: Any = None) -> None:
