@@ -41,6 +41,9 @@ BLOCK = 512
 """Bytes that PyTorch's allocator on a GPU rounds to."""
 
 TOWER = "image tower"
+WITHOUT_LAYERS = ("start", "head", "loss")
+"""Phases in which no linear layer runs but the head."""
+
 FEW_LAYERS = 4
 """Decoder layers of a shortened model: the last, which skips tokens, two between, and the first."""
 
@@ -67,19 +70,21 @@ class Profile:
     head: int  # what head and loss keep for it
     head_calls: tuple[HeadCall, ...]
 
-    def peak(self, budget: int, *, gradients_share: float | None = None) -> int:
+    def peak(self, budget: int, *, gradients_share: float | None = None, restored: int = 0) -> int:
         """Return the most that was alive.
 
         Args:
             budget: see :meth:`vapr.plan.opaque.HeadCall.inside`.
             gradients_share: of this pack's own gradients, which grow as activations go, the share that a rank holds;
                 None: gradients are counted elsewhere, as they are all there from the step's first pack on.
+            restored: bytes of the largest weight that layers restore from fewer bits; the head's is stored as it is.
         """
         share = gradients_share or 0.0
         most = 0.0
-        for peak in self.peaks.values():
+        for phase, peak in self.peaks.items():
             both = peak.with_gradients if share == 1 else peak.alive + share * peak.gradients
-            most = max(most, peak.alive if gradients_share is None else both)
+            weight = 0 if phase in WITHOUT_LAYERS else restored
+            most = max(most, weight + (peak.alive if gradients_share is None else both))
         for call in self.head_calls:
             most = max(most, call.alive + call.inside(budget) + share * call.gradients)
         return int(most)
