@@ -38,28 +38,24 @@ def _steps(config: Config, needs: Needs, own: Variant) -> list[tuple[str, Any]]:
     def storage(**changed: Any) -> Any:
         return lambda variant: {"storage": dataclasses.replace(variant.storage, **changed)}
 
-    steps: list[tuple[str, Any]] = []
     kept = own.storage
-    frozen_tower = not needs.shapes.trains_tower
-    if not own.checkpointing:
-        steps.append(("policy.gradient_checkpointing=true", lambda variant: {"checkpointing": True}))
-    if frozen_tower and not own.cached_features:
-        steps.append(("features.cache=true", lambda variant: {"cached_features": True}))
-    if kept.optim == "adamw" and config.policy.dtype == "bfloat16":
-        steps.append(("optim.kind=adamw-8bit", storage(optim="adamw-8bit")))
-    if config.policy.lora is not None and kept.base_weights != "nf4":
-        steps.append(("policy.base_weights=nf4", storage(base_weights="nf4")))
     longest = needs.reading.longest[0][0]
-    if own.tokens > longest:
-        steps.append((f"packing.max_tokens={longest}", lambda variant: {"tokens": longest}))
-    if kept.engine == "all-reduce":
-        steps.append(
-            ("parallel.engine=deepspeed parallel.zero=2 parallel.offload=optimizer",
-             storage(engine="deepspeed", zero=2, offload="optimizer"))
-        )  # fmt: skip
-    if config.policy.lora is None and kept.offload != "all":
-        steps.append(
-            ("parallel.engine=deepspeed parallel.zero=3 parallel.offload=all",
-             storage(engine="deepspeed", zero=3, offload="all"))
-        )  # fmt: skip
-    return steps
+    offloaded = storage(engine="deepspeed", zero=2, offload="optimizer")
+    spread = storage(engine="deepspeed", zero=3, offload="none")
+    everything = storage(engine="deepspeed", zero=3, offload="all")
+    lora, deepspeed = config.policy.lora is not None, "parallel.engine=deepspeed parallel.zero="
+    steps = [
+        (not own.checkpointing, "policy.gradient_checkpointing=true", lambda variant: {"checkpointing": True}),
+        (lora and kept.base_weights != "nf4", "policy.base_weights=nf4", storage(base_weights="nf4")),
+        (kept.optim == "adamw", "optim.kind=adamw-8bit", storage(optim="adamw-8bit")),
+        (own.tokens > longest, f"packing.max_tokens={longest}", lambda variant: {"tokens": longest}),
+        (
+            not needs.shapes.trains_tower and not own.cached_features,
+            "features.cache=true",
+            lambda variant: {"cached_features": True},
+        ),
+        (not lora and kept.world_size > 1 and kept.zero < 3, f"{deepspeed}3", spread),
+        (kept.offload == "none" and lora, f"{deepspeed}2 parallel.offload=optimizer", offloaded),
+        (kept.offload != "all" and not lora, f"{deepspeed}3 parallel.offload=all", everything),
+    ]
+    return [(setting, changed) for possible, setting, changed in steps if possible]

@@ -41,6 +41,9 @@ BLOCK = 512
 """Bytes that PyTorch's allocator on a GPU rounds to."""
 
 TOWER = "image tower"
+WITHOUT_LAYERS = ("start", "head", "loss")
+"""Phases in which no linear layer runs but the head."""
+
 FEW_LAYERS = 4
 """Decoder layers of a shortened model: the last, which skips tokens, two between, and the first."""
 
@@ -67,19 +70,21 @@ class Profile:
     head: int  # what head and loss keep for it
     head_calls: tuple[HeadCall, ...]
 
-    def peak(self, budget: int, *, gradients_share: float | None = None) -> int:
+    def peak(self, budget: int, *, gradients_share: float | None = None, restored: int = 0) -> int:
         """Return the most that was alive.
 
         Args:
             budget: see :meth:`vapr.plan.opaque.HeadCall.inside`.
             gradients_share: of this pack's own gradients, which grow as activations go, the share that a rank holds;
                 None: gradients are counted elsewhere, as they are all there from the step's first pack on.
+            restored: bytes of the largest weight that layers restore from fewer bits; the head's is stored as it is.
         """
         share = gradients_share or 0.0
         most = 0.0
-        for peak in self.peaks.values():
+        for phase, peak in self.peaks.items():
             both = peak.with_gradients if share == 1 else peak.alive + share * peak.gradients
-            most = max(most, peak.alive if gradients_share is None else both)
+            weight = 0 if phase in WITHOUT_LAYERS else restored
+            most = max(most, weight + (peak.alive if gradients_share is None else both))
         for call in self.head_calls:
             most = max(most, call.alive + call.inside(budget) + share * call.gradients)
         return int(most)
@@ -227,6 +232,7 @@ def _sizes(hidden: Tensor, head: Tensor) -> tuple[int, int, int]:
 def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     """Make every tensor fake, and take the choices that load_policy makes on a GPU."""
     layout = policy_module._tower_layout
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def layout_of_real_sizes(tower: Any, images: Any, device: Any) -> dict[str, Any]:
         with _disable_current_modes():
@@ -235,7 +241,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     def pixels(images: Any, device: Any) -> Tensor:
         with _disable_current_modes():
             real = joined_pixels(images)
-        return torch.empty(real.shape, dtype=real.dtype)  # a copy, on the GPU
+        return torch.empty(real.shape, dtype=real.dtype) if choices.gpu else fake.from_tensor(real)  # a GPU has a copy
 
     replaced: list[tuple[Any, str, Any]] = [
         (patches, "_agree", lambda got, own: got.shape == own.shape),  # there are no values to compare
@@ -252,7 +258,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
         stack.callback(attention._bottom_right.cache_clear)
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(fake)
 
 
 def _make_adapter_beside_its_layer(layer: Any, adapter_name: str, device: Any = None) -> None:

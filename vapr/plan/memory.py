@@ -136,13 +136,19 @@ def peak_by_part(need: Need, storage: Storage, gpu_bytes: int) -> dict[str, int]
     gathered = _gathered_bytes(need) if zero == 3 and (world > 1 or storage.offload == "all") else 0
     budget = head_budget(gpu_bytes)
     if need.several_packs or held < 1 or not all_gradients:
-        gradients, pack = all_gradients, need.profile.peak(budget)
+        gradients, pack, share = all_gradients, need.profile.peak(budget), None
     else:
         gradients, pack = _at_the_peak(need.profile, budget, int(all_gradients))
-    return {**parts, "gradients": int(gradients), **_pack_parts(need.profile, pack),
+        share = 1.0
+    restored = restored_bytes(need, storage.base_weights)
+    more = need.profile.peak(budget, gradients_share=share, restored=restored)
+    return {
+        **parts,
+        "gradients": int(gradients),
+        **_pack_parts(need.profile, pack),
         "gathered for a layer": gathered,
-        "restored weight": restored_bytes(need, storage.base_weights)
-    }  # fmt: skip
+        "restored weight": more - need.profile.peak(budget, gradients_share=share),
+    }
 
 
 def _at_the_peak(profile: Profile, budget: int, gradients: int) -> tuple[int, int]:

@@ -54,7 +54,11 @@ class Needs:
 
     def peak(self, variant: Variant, gpu_bytes: int) -> dict[str, int]:
         """Return the bytes of every part on one rank at its peak; see :func:`vapr.plan.memory.peak_by_part`."""
-        need = Need(
+        return peak_by_part(self.need(variant, gpu_bytes), variant.storage, gpu_bytes)
+
+    def need(self, variant: Variant, gpu_bytes: int) -> Need:
+        """Return what a variant needs besides its storage."""
+        return Need(
             shapes=self.shapes,
             itemsize=4 if self.config.policy.dtype == "float32" else 2,
             kernels=self.kernels,
@@ -62,7 +66,6 @@ class Needs:
             profile=self.profile(variant, gpu_bytes),
             several_packs=max(len(step.packs) for step in self.reading.steps) > variant.storage.world_size,
         )
-        return peak_by_part(need, variant.storage, gpu_bytes)
 
     def profile(self, variant: Variant, gpu_bytes: int) -> Profile:
         """Return what a pack of ``variant.tokens`` needs."""

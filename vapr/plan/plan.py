@@ -7,7 +7,7 @@ from vapr.config import Config
 from vapr.plan.changes import what_to_change
 from vapr.plan.flops import Flops, pack_flops, useful_flops
 from vapr.plan.gpus import GIB, SIZES, Gpu, find_gpu, gpu_here, gpu_of_size
-from vapr.plan.memory import Storage
+from vapr.plan.memory import BaseWeights, OptimKind, Storage
 from vapr.plan.needs import Needs, Variant, largest_tokens
 from vapr.plan.packs import LIMIT, Reading, read_packs
 from vapr.plan.rates import CACHED, ONLINE, find_rate
@@ -40,11 +40,13 @@ def plan(
     kernels = config.kernels == "auto"
     needs = Needs(config, shapes, reading, kernels)
     flops = _flops(config, shapes, reading)
+    gpus = [_on(card, config, needs, flops, world_size) for card in cards]
     return {
+        "fits": any(found["fits"] for found in gpus),
         "model": _model(config, shapes),
         "data": _data(config, reading),
         "flops": flops,
-        "gpus": [_on(card, config, needs, flops, world_size) for card in cards],
+        "gpus": gpus,
     }
 
 
@@ -143,21 +145,23 @@ def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_si
     gpu_bytes, usable = int(card.gib * GIB), card.usable_gib * GIB
     checkpointing = config.policy.gradient_checkpointing
     own = variant_of(config, needs, world_size)
-    table = []
-    for count in WORLD_SIZES:
-        for storage in _storages(config, count):
-            for recompute in (False, True):
-                variant = dataclasses.replace(own, storage=storage, checkpointing=recompute)
-                peak = sum(needs.peak(variant, gpu_bytes).values())
-                table.append(
-                    {
-                        "gpus": count,
-                        "storage": storage.name,
-                        "checkpointing": recompute,
-                        "peak_gib": peak / GIB,
-                        "fits": peak <= usable,
-                    }
-                )
+
+    def row(storage: Storage, recompute: bool) -> dict[str, Any]:
+        variant = dataclasses.replace(own, storage=storage, checkpointing=recompute)
+        peak = sum(needs.peak(variant, gpu_bytes).values())
+        return {
+            "gpus": storage.world_size,
+            "storage": storage.name,
+            "base_weights": storage.base_weights,
+            "optimizer": storage.optim,
+            "checkpointing": recompute,
+            "peak_gib": peak / GIB,
+            "fits": peak <= usable,
+        }
+
+    both = (False, True)
+    table = [row(storage, recompute) for n in WORLD_SIZES for storage in _storages(config, n) for recompute in both]
+    kept = [row(storage, recompute) for storage in _kept(config, own.storage) for recompute in both]
     parts = needs.peak(own, gpu_bytes)
     if checkpointing == "auto" and sum(parts.values()) > usable:
         own = dataclasses.replace(own, checkpointing=True)
@@ -180,6 +184,7 @@ def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_si
         "max_tokens_that_fits": largest_tokens(needs, own, gpu_bytes, usable),
         "changes": what_to_change(config, needs, own, gpu_bytes, usable),
         "table": table,
+        "kept": kept,
         "time": _time(card, config, needs, flops, world_size),
     }
 
@@ -208,6 +213,13 @@ def variant_of(config: Config, needs: Needs, world_size: int) -> Variant:
 def _spreads(config: Config, world_size: int) -> bool:
     """Tell whether ``engine: auto`` takes deepspeed on several GPUs: in full fine-tuning."""
     return world_size > 1 and config.policy.lora is None
+
+
+def _kept(config: Config, own: Storage) -> list[Storage]:
+    """Return the ways of keeping a frozen base and AdamW's moments, everything else as the config has it."""
+    bases: tuple[BaseWeights, ...] = ("bfloat16", "fp8", "int8", "nf4") if config.policy.lora else ("bfloat16",)
+    optims: tuple[OptimKind, ...] = ("adamw", "adamw-8bit")
+    return [dataclasses.replace(own, base_weights=base, optim=optim) for base in bases for optim in optims]
 
 
 def _storages(config: Config, world_size: int) -> list[Storage]:

@@ -87,6 +87,7 @@ def _gpu(gpu: dict[str, Any]) -> list[str]:
     lines.append(_line("largest max_tokens", told))
     lines += _changes(gpu)
     lines += _table(gpu["table"])
+    lines += _kept(gpu["kept"])
     return lines + _time(gpu)
 
 
@@ -115,6 +116,17 @@ def _table(table: list[dict[str, Any]]) -> list[str]:
         cells = [(peaks.get((way, count, False)), peaks.get((way, count, True))) for count in counts]
         lines.append(_line(f"  {way}", "".join(f"{_cell(pair):>18}" for pair in cells)))
     return [*lines, _line("", "without / with checkpointing; * does not fit")]
+
+
+def _kept(rows: list[dict[str, Any]]) -> list[str]:
+    """Lay out peaks by how the base (rows) and AdamW's moments (columns) are kept."""
+    found = {(row["base_weights"], row["optimizer"], row["checkpointing"]): row for row in rows}
+    optims = list(dict.fromkeys(row["optimizer"] for row in rows))
+    lines = [_line("GiB, base kept as", "".join(f"{optim:>18}" for optim in optims))]
+    for base in dict.fromkeys(row["base_weights"] for row in rows):
+        cells = (_cell((found[base, optim, False], found[base, optim, True])) for optim in optims)
+        lines.append(_line(f"  {base}", "".join(f"{cell:>18}" for cell in cells)))
+    return lines
 
 
 def _way(row: dict[str, Any]) -> str:
