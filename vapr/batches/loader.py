@@ -41,18 +41,22 @@ class PairLoader:
         name: ``train`` or ``eval``.
         maker: reads and packs the rows.
         workers: the processes that run it.
+        rank, num_ranks: which part of every step's rows this process reads, and of how many.
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
     """
 
-    def __init__(self, config: Config, name: Name, maker: StepMaker, workers: Workers) -> None:
+    def __init__(
+        self, config: Config, name: Name, maker: StepMaker, workers: Workers, rank: int = 0, num_ranks: int = 1
+    ) -> None:
         self.pairs = maker.pairs[name]
         self.pairs_per_step = config.optim.pairs_per_step
         self.processor = maker.processor
         self.skipped: dict[str, str] = {}
         self._name = name
         self._workers = workers
+        self._part = rank, num_ranks
         self._packing = config.packing
         self._seed = config.seed
         self._shuffle = config.data.shuffle and name == "train"
@@ -81,9 +85,10 @@ class PairLoader:
 
     @property
     def place(self) -> str:
-        """Return a name of the data in this order: in it, a number of steps is always the same pairs."""
+        """Return a name of this process's data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
-        settings = (self.digest, self._packing, self.pairs_per_step, order)
+        part = () if self._part == (0, 1) else self._part
+        settings = (self.digest, self._packing, self.pairs_per_step, order, *part)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     @property
@@ -150,12 +155,14 @@ class PairLoader:
         return [(self._name, number) for number in self._members(step)]
 
     def _members(self, step: int) -> list[int]:
-        """Return the row numbers of a step."""
+        """Return the row numbers of a step that are this process's; neighbours stay together."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._epoch_order[0] != epoch:
             self._epoch_order = epoch, self.order(epoch)
-        order = self._epoch_order[1]
-        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
+        members = self._epoch_order[1][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+        rank, num_ranks = self._part
+        part: list[int] = np.array_split(members, num_ranks)[rank].tolist()
+        return part
 
     def close(self) -> None:
         """End the workers, which other loaders may share."""
@@ -176,13 +183,23 @@ class PairLoader:
 
 @contextlib.contextmanager
 def open_loaders(
-    config: Config, names: Sequence[Name] | None = None, say: Callable[[str], None] = print
-) -> Iterator[dict[Name, PairLoader]]:
+    config: Config, names: Sequence[Name] | None = None, say: Callable[[str], None] = print, *, rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[dict[Name, PairLoader]]:  # fmt: skip
     """Open ``data.train`` and, where there is one, ``data.eval``, check their first pairs, and start the workers.
 
     No weights are loaded. Workers are forked here, so open the loaders before anything is put on a GPU. ``say`` is
     shown the files, their formats, how many of the checked rows have images, and what to know of the model's processor.
+    Of several processes each reads its part of every step.
+
+    Raises:
+        UserError: for a mistake in data or model, or if a step has fewer pairs than there are processes.
     """
+    if config.optim.pairs_per_step < num_ranks:
+        raise UserError(
+            f"optim.pairs_per_step: {config.optim.pairs_per_step} cannot be dealt to {num_ranks} processes; raise it, "
+            "or start fewer"
+        )
     processor = open_processor(config)
     pairs: dict[Name, Sequence[PreferencePair]] = {}
     dropped: dict[Name, frozenset[str]] = {}
@@ -195,7 +212,7 @@ def open_loaders(
         dropped[name] = _dropped(verdicts, opened, say) if verdicts else frozenset()
     maker = StepMaker(config, processor, pairs, dropped)
     with start_workers(config, maker) as workers:
-        yield {name: PairLoader(config, name, maker, workers) for name in pairs}
+        yield {name: PairLoader(config, name, maker, workers, rank, num_ranks) for name in pairs}
 
 
 def open_processor(config: Config) -> Processor:

@@ -26,20 +26,15 @@ Row = tuple[str, TokenizedPair | UserError]
 class Step:
     """The micro-batches of one optimizer step, on the CPU, and what is counted over all of them.
 
-    A step whose pairs were all skipped has no batches, and no update.
+    Where several processes train, the batches are this one's, and the counts those of all. A step whose pairs were all
+    skipped has no batches, and no update.
     """
 
     batches: tuple[PackedBatch, ...]
     num_pairs: int
     num_chosen_tokens: float  # weighted by the tokens' weights
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.batches)
-
-    @property
-    def num_tokens_unshared(self) -> int:
-        return sum(batch.num_tokens_unshared for batch in self.batches)
+    num_tokens: int
+    num_tokens_unshared: int
 
     @property
     def pairs(self) -> list[TokenizedPair]:
@@ -119,4 +114,5 @@ class StepMaker(Dataset[Row]):
             skipped[pair.where] = reason
         batches = tuple(pack(members, packing.share) for members in fill_packs(fitting, packing))
         chosen_tokens = sum(float(pair.paths[0].token_weights.sum()) for pair in fitting)
-        return MadeStep(Step(batches, len(fitting), chosen_tokens), skipped)
+        tokens = sum(batch.num_tokens for batch in batches), sum(batch.num_tokens_unshared for batch in batches)
+        return MadeStep(Step(batches, len(fitting), chosen_tokens, *tokens), skipped)

@@ -102,6 +102,11 @@ class ShardedCache:
         self._unsaved, self._unsaved_bytes = {}, 0
         self._open_shards([path])
 
+    def find_new_shards(self) -> None:
+        """Open the shards that other processes have written to the folder since."""
+        known = set(self._paths)
+        self._open_shards([path for path in sorted(self.folder.glob("*.safetensors")) if path not in known])
+
     def verify(self) -> None:
         """Read every value once and set aside the files that hold a damaged one."""
         for shard, path in enumerate(self._paths):

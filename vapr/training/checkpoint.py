@@ -1,7 +1,9 @@
 """Save and resume: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
-``optimizer.safetensors`` and ``state.json``. A folder of that name is complete; one ending in ``.tmp`` never counts.
+``optimizer.safetensors`` and ``state.json``. Where each process holds a part of the state, it writes a file of its own,
+such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A folder of that name
+is complete; one ending in ``.tmp`` never counts.
 """
 
 import contextlib
@@ -10,13 +12,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vapr.batches.model_folder import copy_processor_files
@@ -32,6 +35,8 @@ LOWER_IS_BETTER = ("eval/loss",)
 def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
     """Write a checkpoint and delete those that ``keep`` does not ask for.
 
+    Every rank calls it, and writes its share of weights and optimizer state; the folder appears when all have.
+
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
@@ -39,25 +44,40 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
         state: JSON data to get back from :func:`load`.
         keep: how many of the newest stay, and whether the best does.
     """
+    ranks = engine.ranks
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    weights, moments = engine.state()
+
+    def write_share() -> None:
+        part = f"-{ranks.rank:05d}-of-{ranks.size:05d}" if engine.is_sharded else ""
+        _save_tensors(weights, temporary / f"weights{part}.safetensors")
+        _save_tensors(moments | random, temporary / f"optimizer{part}.safetensors")
+        if ranks.is_first:
+            write_json(temporary / "state.json", {"step": step, **state})
+
     try:
-        _save_tensors(weights, temporary / "weights.safetensors")
-        _save_tensors({**moments, **_random_state()}, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, **state})
+        ranks.in_turn(lambda: _make_empty(temporary) if ranks.is_first else None)
+        weights, moments = engine.state()
+        random = _random_state() if ranks.is_first else {}
+        ranks.agree(lambda: write_share() if engine.is_sharded or ranks.is_first else None)
     except (OSError, UserError):
-        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
         raise
+    if ranks.is_first:
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+        delete_old(run_dir, keep)
+    ranks.wait()
+    return folder
+
+
+def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync_folder(folder.parent)
-    delete_old(run_dir, keep)
-    return folder
+    folder.mkdir(parents=True)
 
 
 def delete_old(run_dir: Path, keep: CheckpointConfig) -> None:
@@ -122,6 +142,39 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'state.json'}: cannot be read ({one_line(error)})") from None
 
 
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, read one at a time from however many files hold them.
+
+    Args:
+        folder: the checkpoint.
+        kind: ``weights`` or ``optimizer``.
+
+    Raises:
+        OSError, ValueError, safetensors.SafetensorError: if a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        files = sorted(folder.glob(f"{kind}*.safetensors"))
+        if not files:
+            raise ValueError(f"{kind}.safetensors is missing")
+        if (parts := re.search(r"-of-(\d+)$", files[0].stem)) and len(files) != int(parts[1]):
+            raise ValueError(f"{len(files)} of {int(parts[1])} files of {kind} are there")
+        self._file_of = {name: file for path in files for file in [safe_open(path, "pt")] for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """Restore weights, optimizer, schedule and random state; return the saved state.
 
@@ -129,10 +182,9 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         UserError: if the checkpoint is damaged or belongs to another model.
     """
     try:
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
+        weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
         state = json.loads((folder / "state.json").read_text())
-        if shapes := [n for n, master in engine.masters.items() if weights[n].shape != master.shape]:
+        if shapes := [name for name, shape in engine.shapes.items() if weights.shape(name) != shape]:
             raise ValueError(f"'{shapes[0]}' has another shape")
         engine.load_state(weights, moments, state["step"])
         torch.set_rng_state(moments["random.cpu"])
@@ -146,13 +198,20 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def save_final(policy: Policy, folder: Path) -> None:
-    """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all."""
-    with new_folder(folder) as temporary:
-        if policy.adapters is not None:
-            save_adapter(policy, temporary)
-        else:
-            save_model(policy, temporary)
+def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
+    """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
+
+    Every rank calls it; the first one writes.
+    """
+
+    def write() -> None:
+        with new_folder(folder) as temporary:
+            if policy.adapters is not None:
+                save_adapter(policy, temporary)
+            else:
+                save_model(policy, temporary)
+
+    engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
 def save_start(policy: Policy, folder: Path) -> None:

@@ -8,12 +8,14 @@ from vapr.config import Config
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
+from vapr.training.engine import Engine
+from vapr.training.ranks import Ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import list_skipped
 
 
 def print_setup(
-    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, num_steps: int
+    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, engine: Engine
 ) -> None:
     """Print what is trained, on what, and with which data and loss."""
     trained = sum(weight.numel() for weight in policy.trained_parameters().values())
@@ -23,9 +25,10 @@ def print_setup(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
-    print(
-        f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {num_steps:,} steps of {loader.pairs_per_step} pairs"
-    )
+    if engine.ranks.size > 1:
+        print(f"processes  {engine.ranks.size}, {engine.in_words}")
+    steps = f"{engine.num_steps:,} steps of {loader.pairs_per_step} pairs"
+    print(f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {steps}")
     if policy.merged is not None:
         print(f"merged     {policy.merged}")
     names = {"sigmoid": "sigmoid (DPO)"}
@@ -35,11 +38,12 @@ def print_setup(
 
 
 def print_outcome(
-    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, ranks: Ranks
 ) -> None:
     """Print where everything lies, what was skipped, and the command that comes next."""
     if reference is not None:
-        counted = f"{reference.hits:,} completions found in the cache, {reference.misses:,} computed"
+        hits, misses = ranks.gather([reference.hits, reference.misses]).sum(axis=0).astype(int).tolist()
+        counted = f"{hits:,} completions found in the cache, {misses:,} computed"
         print(f"reference  {counted} ({reference.folder})")
     if num_skipped := list_skipped(run, loaders):
         print(f"skipped    {num_skipped} pairs, listed with reasons in {run.path / 'skipped.json'}")

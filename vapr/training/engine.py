@@ -1,10 +1,10 @@
 """Turn gradients into weight updates: fp32 master weights, AdamW, the schedule, clipping.
 
-The only file that is to know deepspeed; so far one process runs plain PyTorch.
+Every process holds all that is trained; several add their gradients up before each update.
 """
 
 import math
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from vapr.config import OptimConfig
-from vapr.errors import UserError
 from vapr.model.policy import Policy
+from vapr.training.ranks import Ranks
 
 
 class Engine:
@@ -26,12 +26,15 @@ class Engine:
         policy: its trained parameters are updated in place.
         config: optimizer, schedule and clipping.
         num_steps: length of the schedule.
+        ranks: the processes that train together; None for this one alone.
     """
 
-    def __init__(self, policy: Policy, config: OptimConfig, num_steps: int) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start one process")
+    is_sharded = False
+    """Whether each rank holds a part of the state, not all of it."""
+
+    def __init__(self, policy: Policy, config: OptimConfig, num_steps: int, ranks: Ranks | None = None) -> None:
         self.num_steps = num_steps
+        self.ranks = ranks or Ranks()
         self.num_updates = 0
         """Steps done, those without a pair included."""
         self._clip = config.clip
@@ -43,6 +46,9 @@ class Engine:
                 continue
             self.masters[name] = nn.Parameter(weight.detach().float())
             weight.register_post_accumulate_grad_hook(self._move_gradient(self.masters[name]))
+        with torch.no_grad():
+            self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
+            self._copy_masters()
         # As transformers does: no decay on norms and biases.
         groups = [
             {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -73,6 +79,16 @@ class Engine:
         return move
 
     @property
+    def in_words(self) -> str:
+        """Say how the processes work together."""
+        return "each holds the whole model; gradients are added up in fp32"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is trained, by name."""
+        return {name: tuple(master.shape) for name, master in self.masters.items()}
+
+    @property
     def lr(self) -> float:
         """Return the learning rate of the next update."""
         return self._peak_lr * self._lr_factor(self.num_updates)
@@ -82,9 +98,23 @@ class Engine:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        """Clip the gradient and return its norm over all trained parameters before that, a scalar on the device."""
+        """Add the ranks' gradients up, clip the sum and return its norm before that, a scalar on the device."""
+        self._add_up_gradients()
         limit = float("inf") if self._clip is None else self._clip
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
+
+    @torch.no_grad()
+    def _add_up_gradients(self) -> None:
+        """Sum gradients over the ranks; a parameter that no rank's pass reached keeps having none."""
+        if self.ranks.size == 1:
+            return
+        has_gradient = [float(master.grad is not None) for master in self.masters.values()]
+        reached: list[bool] = self.ranks.gather(has_gradient).max(axis=0).tolist()
+        masters = [master for master, reaches in zip(self.masters.values(), reached, strict=True) if reaches]
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self.ranks.add_up([master.grad for master in masters if master.grad is not None])
 
     def step(self) -> None:
         """Update the master weights, copy them to the model, clear the gradients, advance the schedule."""
@@ -117,7 +147,7 @@ class Engine:
         return {name: master.detach() for name, master in self.masters.items()}, moments
 
     @torch.no_grad()
-    def load_state(self, masters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
+    def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Go back to where :meth:`state` was taken; tensors have the shapes of the weights and lie on any device.
 
         Raises:

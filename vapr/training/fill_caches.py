@@ -1,5 +1,6 @@
 """Fill the caches with what stays the same in training: reference log-probs and, on request, image features."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -23,6 +24,8 @@ from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
 from vapr.model.sharded_cache import ShardedCache
 from vapr.progress import Display
+from vapr.training.ranks import Ranks, open_ranks
+from vapr.training.same_everywhere import check_same_everywhere
 
 SECONDS_BETWEEN_SAVES = 30.0  # the most that a killed run loses
 
@@ -42,22 +45,29 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
     if not config.features.cache and not any(term.needs_reference for term in config.loss):
         kinds = ", ".join(term.kind for term in config.loss)
         raise UserError(f"loss: {kinds} needs no reference, and features.cache is false; there is nothing to prepare")
-    with open_loaders(config, say=say) as loaders:
-        policy = load_policy(config.policy, kernels=config.kernels)
+    with contextlib.ExitStack() as opened:
+        ranks = opened.enter_context(open_ranks(config.parallel))
+        check_same_everywhere(config, ranks)
+        loaders = ranks.in_turn(
+            lambda: opened.enter_context(open_loaders(config, say=say, rank=ranks.rank, num_ranks=ranks.size))
+        )
+        policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
         if policy.merged is not None:
             say(f"merged     {policy.merged}")
-        reference = _new_reference(config, policy, say)
-        features = open_features(config, policy, loaders["train"], say)
+        reference = ranks.in_turn(lambda: _new_reference(config, policy, say))
+        features = ranks.in_turn(lambda: open_features(config, policy, loaders["train"], say))
         result: dict[str, Any] = {"skipped": {}}
         for name, loader in loaders.items():
             rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
-            _fill(policy, reference, features, rows, stop, name)
-            result["skipped"] |= rows.skipped
-    for kind, cache in (("reference", reference), ("features", features)):
-        if cache is not None:
-            counts = {"found": cache.hits, "computed": cache.misses, "on disk": len(cache)}
-            result[kind] = {**counts, "folder": str(cache.folder)}
-    return result
+            _fill(policy, reference, features, rows, stop, name, ranks)
+            for skipped in ranks.gather_objects(rows.skipped):
+                result["skipped"] |= skipped
+        for kind, cache in (("reference", reference), ("features", features)):
+            if cache is not None:
+                found, computed = ranks.gather([cache.hits, cache.misses]).sum(axis=0).astype(int).tolist()
+                counts = {"found": found, "computed": computed, "on disk": len(cache)}
+                result[kind] = {**counts, "folder": str(cache.folder)}
+        return result
 
 
 def open_features(
@@ -78,19 +88,19 @@ def open_features(
 
 
 def open_reference(
-    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader]
+    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader], ranks: Ranks
 ) -> Reference | None:
     """Open the reference, if a loss needs one; the first of ``loaders`` is trained on.
 
     With adapters it can be computed whenever they are switched off. In full fine-tuning the policy is its own reference
     only until its first update, so everything the run will see is scored now.
     """
-    reference = _new_reference(config, policy, print)
+    reference = ranks.in_turn(lambda: _new_reference(config, policy, print))
     if reference is None or policy.adapters is not None:
         return reference
     for number, loader in enumerate(loaders):
         rows, stop = _rows_to_fill(config, loader, is_trained_on=number == 0)
-        _fill(policy, reference, features, rows, stop, "reference")
+        _fill(policy, reference, features, rows, stop, "reference", ranks)
     reference.stop_computing()
     return reference
 
@@ -119,8 +129,11 @@ def _fill(
     loader: PairLoader,
     stop: int,
     name: str,
+    ranks: Ranks,
 ) -> None:
-    """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute.
+    """Compute what is missing for this rank's part of steps 0 to ``stop`` of a loader, saving every half minute.
+
+    At the end each rank knows what the others computed, too.
 
     Raises:
         Stopped: after a signal; what was computed is saved first.
@@ -150,6 +163,10 @@ def _fill(
         for cache in caches:
             cache.flush()
         raise
+    ranks.wait()
+    if ranks.size > 1:
+        for cache in caches:
+            cache.find_new_shards()
 
 
 def _look_up(policy: Policy, reference: Reference | None, features: ImageFeatures | None, batch: PackedBatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vapr.batches.steps import Step
 from vapr.config import Config
 from vapr.model.policy import Policy
+from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -44,10 +45,11 @@ class Totals:
         self._sums = sums if self._sums is None else self._sums + sums
         self.num_pairs += len(losses)
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of every figure over the pairs added; waits for the device."""
-        assert self._sums is not None
-        return dict(zip(self.NAMES, (self._sums / self.num_pairs).tolist(), strict=True))
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Return the mean of every figure over the pairs that all ranks added; waits for the device."""
+        sums = [0.0] * len(self.NAMES) if self._sums is None else self._sums.tolist()
+        *sums, num_pairs = ranks.gather([*sums, self.num_pairs]).sum(axis=0).tolist()
+        return dict(zip(self.NAMES, (value / num_pairs for value in sums), strict=True))
 
 
 class MetricsLog:
@@ -57,24 +59,29 @@ class MetricsLog:
         run_dir: the run's folder.
         resume_step: objects after this step are cut off; None starts a new file.
         trackers: see :mod:`vapr.training.trackers`; closed with the log.
+        writes: False only remembers what would be written: on all ranks but the first.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = (), *, writes: bool = True
+    ) -> None:
         self._trackers = trackers
         self._sent: set[tuple[int, str]] = set()  # what was cut off, and a tracker may have: step, kind of figures
-        self._path = run_dir / "metrics.jsonl"
+        self._path, self._writes = run_dir / "metrics.jsonl", writes
         self.evaluated: dict[int, float] = {}  # held-out loss by step
         self.probed: set[int] = set()  # steps
         if resume_step is None:
-            self._path.unlink(missing_ok=True)  # a probe of a run that never took a step
+            if writes:
+                self._path.unlink(missing_ok=True)  # a probe of a run that never took a step
         elif self._path.exists():
             self._cut_off(resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = (self._path if writes else Path(os.devnull)).open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, config: Config, run_dir: Path, resume_step: int | None) -> "MetricsLog":
-        """Open the log of a run and the trackers that its config names; see the class for ``resume_step``."""
-        return cls(run_dir, resume_step, open_trackers(config, run_dir, resume_step))
+    def open(cls, config: Config, run_dir: Path, resume_step: int | None, *, writes: bool = True) -> "MetricsLog":
+        """Open the log of a run and the trackers that its config names; see the class for the arguments."""
+        trackers = open_trackers(config, run_dir, resume_step) if writes else ()
+        return cls(run_dir, resume_step, trackers, writes=writes)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of a step: training's, an evaluation's or a probe's."""
@@ -107,7 +114,8 @@ class MetricsLog:
     def __exit__(self, *error: object) -> None:
         """Make the file last and close the trackers."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -131,9 +139,10 @@ class MetricsLog:
                 self._note_evaluation(entry["step"], entry)
             except (ValueError, KeyError):
                 continue  # the half-written last line of a killed run
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        if self._writes:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self._path)
 
 
 def _kind(values: dict[str, Any]) -> str:
@@ -141,13 +150,17 @@ def _kind(values: dict[str, Any]) -> str:
     return "eval" if "eval/loss" in values else "probe" if "probe/accuracy" in values else "train"
 
 
-def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
-    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update."""
+def speed(policy: Policy, step: Step, seconds: float, ranks: Ranks) -> dict[str, float | None]:
+    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update.
+
+    The mfu is the mean over the ranks, the memory the largest of one.
+    """
     peak = peak_flops(policy.device)
+    each = ranks.gather([useful_flops(policy, step) if peak else 0.0, peak_memory_mib(policy.device)])
     return {
         "pairs_per_second": step.num_pairs / seconds,
-        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
-        "peak_memory_mib": peak_memory_mib(policy.device),
+        "mfu": float(each[:, 0].mean()) / (peak * seconds) if peak else None,
+        "peak_memory_mib": float(each[:, 1].max()),
     }
 
 
@@ -162,15 +175,16 @@ def in_words(values: dict[str, Any]) -> str:
 def useful_flops(policy: Policy, step: Step) -> float:
     """Count the FLOPs that a step needs: neither what sharing saves nor what is computed twice.
 
-    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
-    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
+    Those of this process's packs are counted. Linear layers 2 FLOPs a weight and token, attention 4 E H for each
+    (query, key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters
+    are trained. The vision tower is left out.
     """
     config = policy.base.config.get_text_config()
     layers = policy.base.model.language_model.layers
     weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
     adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
     passes = 2 if policy.adapters is not None else 3
-    flops = 2.0 * step.num_tokens * (weights * passes + adapters * 3)
+    flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)
     for batch in step.batches:
         flops += 2.0 * passes * len(batch.labels) * policy.head.numel()
         attended = sum(

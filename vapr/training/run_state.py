@@ -59,6 +59,8 @@ def save(
 ) -> Path:  # fmt: skip
     """Write a checkpoint, what the caches computed and the list of skipped pairs; return the checkpoint's folder.
 
+    Every rank calls it, and writes what it has.
+
     Args:
         loaders: of the training pairs and of the held-out ones; None if there are none.
         keep: which checkpoints stay.
@@ -68,11 +70,18 @@ def save(
     """
     loader = loaders[0]
     assert loader is not None
+    ranks = engine.ranks
+    for one in loaders:
+        for skipped in ranks.gather_objects(one.skipped if one else {}):
+            if one:
+                one.skipped.update(skipped)
     if state.num_pairs == 0 and engine.num_updates == engine.num_steps:
         raise UserError(f"data.train: every pair was skipped; the first: {next(iter(loader.skipped.values()))}")
     for cache in caches:
         if cache is not None:
-            cache.flush()
+            ranks.agree(cache.flush)
+            if ranks.size > 1:
+                cache.find_new_shards()  # the other ranks'
     list_skipped(run, loaders)
     written = {
         "num_pairs": state.num_pairs,
@@ -86,11 +95,11 @@ def save(
 
 
 def list_skipped(run: RunDir, loaders: Sequence[PairLoader | None]) -> int:
-    """Write the pairs left out so far, place in the file -> reason; return how many."""
+    """Write the pairs left out so far, place in the file -> reason, on the first rank; return how many."""
     skipped = {place: reason for loader in loaders if loader for place, reason in loader.skipped.items()}
     listed = run.path / "skipped.json"
-    if skipped:
+    if skipped and run.writes:
         write_json(listed, skipped)
-    else:
+    elif run.writes:
         listed.unlink(missing_ok=True)
     return len(skipped)

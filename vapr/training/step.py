@@ -3,11 +3,13 @@
 T = packed tokens, M = completion tokens, P = pairs.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
 from vapr.training.engine import Engine
 from vapr.training.metrics import Totals
+from vapr.training.ranks import Ranks
 from vapr_kernels import naive, preference_loss
 
 
@@ -42,26 +45,48 @@ def train_step(
         features: cache of image features, where the tower is frozen.
 
     Returns:
-        The values to log (means over the step's pairs), and (row number, margin) of every pair.
+        The values to log (means over the step's pairs), and (row number, margin) of every pair; of all ranks' pairs.
     """
     totals = Totals()
     margins = []
-    for pack in step.batches:
-        batch = pack.to(policy.device)
-        logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-        margins.append(rewards[:, 0] - rewards[:, 1])
-        if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
-            engine.backward(losses.sum() / step.num_pairs)
-        totals.add(losses, rewards, logps)
+
+    def run_packs() -> None:
+        for pack in step.batches:
+            batch = pack.to(policy.device)
+            logps, losses, rewards = score(policy, reference, batch, step, loss, features)
+            margins.append(rewards[:, 0] - rewards[:, 1])
+            if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
+                engine.backward(losses.sum() / step.num_pairs)
+            totals.add(losses, rewards, logps)
+
+    engine.ranks.agree(run_packs)
     values = {
-        **totals.means(),
+        **totals.means(engine.ranks),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
         "pairs": step.num_pairs,
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
-    return values, list(zip((pair.number for pair in step.pairs), torch.cat(margins).tolist(), strict=True))
+    rows = np.empty((len(step.pairs), 2))
+    rows[:, 0] = [pair.number for pair in step.pairs]
+    rows[:, 1] = torch.cat(margins).tolist() if margins else []
+    return values, [(int(number), float(margin)) for number, margin in engine.ranks.gather_rows(rows)]
+
+
+def steps_of_all(ranks: Ranks, steps: Iterator[Step]) -> Iterator[Step]:
+    """Yield this rank's steps as all ranks come to them, with counts of all ranks' pairs and tokens.
+
+    Raises:
+        UserError: on every rank, where one of them finds a row that cannot be used.
+    """
+    while (step := ranks.agree(lambda: next(steps, None))) is not None:
+        counts = (step.num_pairs, step.num_chosen_tokens, step.num_tokens, step.num_tokens_unshared)
+        pairs, chosen_tokens, tokens, unshared = ranks.gather(counts).sum(axis=0).tolist()
+        yield dataclasses.replace(
+            step, num_pairs=int(pairs), num_chosen_tokens=chosen_tokens, num_tokens=int(tokens),
+            num_tokens_unshared=int(unshared),
+        )  # fmt: skip
 
 
 def score(
@@ -86,9 +111,9 @@ def score(
 
 def evaluate(
     policy: Policy, reference: Reference | None, held_out: PairLoader, loss: Sequence[LossConfig],
-    features: ImageFeatures | None, note: Callable[[str], None],
+    features: ImageFeatures | None, ranks: Ranks, note: Callable[[str], None],
 ) -> dict[str, float]:  # fmt: skip
-    """Compute the training metrics on held-out pairs, without gradients.
+    """Compute the training metrics on held-out pairs, which the ranks divide among them, without gradients.
 
     ``note`` is shown how far it is after every pack.
 
@@ -97,27 +122,29 @@ def evaluate(
     """
     totals = Totals()
     with frozen(policy):
-        for step in held_out.steps(0, held_out.steps_per_epoch):
+        for step in steps_of_all(ranks, held_out.steps(0, held_out.steps_per_epoch)):
             for pack in step.batches:
                 batch = pack.to(policy.device)
                 logps, losses, rewards = score(policy, reference, batch, step, loss, features)
                 totals.add(losses, rewards, logps)
-                note(f"scoring held-out pairs {totals.num_pairs}/{held_out.pairs_per_epoch}")
-    if not totals.num_pairs:  # no reason to lose a trained model
+                note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
+    if not ranks.gather([totals.num_pairs]).any():  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}
-    return {f"eval/{name}": value for name, value in totals.means().items()}
+    return {f"eval/{name}": value for name, value in totals.means(ranks).items()}
 
 
 def check_first_margin(
-    policy: Policy, reference: Reference, step: Step, tolerance: float | None, say: Callable[[str], None]
-) -> None:
+    policy: Policy, reference: Reference, step: Step, tolerance: float | None, ranks: Ranks,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
     """Raise UserError if the policy differs from its reference before the first update by more than rounding.
 
     ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures.
     """
     before = reference.hits + reference.misses
-    largest, allowed = first_margin(policy, reference, step.batches)
+    margins = ranks.gather(ranks.agree(lambda: first_margin(policy, reference, step.batches)))
+    largest, allowed = margins[(margins[:, 0] / margins[:, 1]).argmax()].tolist()
     reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
     allowed = tolerance or allowed
     say(f"first step: largest |log-ratio| to the reference {largest:.2e} (tolerance {allowed:.2e})")
@@ -128,14 +155,17 @@ def check_first_margin(
         )
 
 
-def stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path) -> None:
+def stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path, ranks: Ranks) -> None:
     """Raise TrainingStopped if the loss or the gradient is not finite, with the step's pairs listed in a file."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return
-    rows = [f"{pair.where} ({pair.id})" for pair in step.pairs]
+    parts = ranks.gather_objects([f"{pair.where} ({pair.id})" for pair in step.pairs])
+    rows = [row for part in parts for row in part]
     listed = run_dir / f"not-finite-step-{number:06d}.json"
-    write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
+    if ranks.is_first:
+        write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
+    ranks.agreed = True
     raise TrainingStopped(
         f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
         f"checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
