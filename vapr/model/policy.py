@@ -209,8 +209,8 @@ def _freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: st
     return trained
 
 
-def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
-    """Add adapters to the wanted linear layers of the trained parts, in the compute dtype; never to the LM head."""
+def lora_targets(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> list[str]:
+    """Return the names of the linear layers that get adapters: those wanted of the trained parts, never the LM head."""
     assert config.lora is not None
     head = base.get_output_embeddings()
     linear = [
@@ -226,6 +226,13 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known}))
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
             linear += found
+    return linear
+
+
+def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
+    """Add adapters in the compute dtype to the linear layers that :func:`lora_targets` names."""
+    assert config.lora is not None
+    linear = lora_targets(base, config, trained)
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     with warnings.catch_warnings():  # peft 0.21 asks for what transformers renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
