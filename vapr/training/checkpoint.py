@@ -27,12 +27,12 @@ from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
 from vapr.model.policy import Policy
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 
 LOWER_IS_BETTER = ("eval/loss",)
 
 
-def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
+def save(run_dir: Path, step: int, engine: AnyEngine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
     """Write a checkpoint and delete those that ``keep`` does not ask for.
 
     Every rank calls it, and writes its share of weights and optimizer state; the folder appears when all have.
@@ -175,7 +175,7 @@ class SavedTensors(Mapping[str, Tensor]):
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
 
-def load(folder: Path, engine: Engine) -> dict[str, Any]:
+def load(folder: Path, engine: AnyEngine) -> dict[str, Any]:
     """Restore weights, optimizer, schedule and random state; return the saved state.
 
     Raises:
@@ -198,33 +198,38 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
+def save_final(policy: Policy, engine: AnyEngine, folder: Path) -> None:
     """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
 
     Every rank calls it; the first one writes.
     """
 
+    weights = engine.whole_weights(policy)
+
     def write() -> None:
         with new_folder(folder) as temporary:
             if policy.adapters is not None:
-                save_adapter(policy, temporary)
+                save_adapter(policy, temporary, weights)
             else:
-                save_model(policy, temporary)
+                save_model(policy, temporary, weights)
 
     engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
-def save_start(policy: Policy, folder: Path) -> None:
+def save_start(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
     with new_folder(folder) as temporary:
-        save_model(policy, temporary)
+        save_model(policy, temporary, weights)
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Write the weights below the adapters, and processor files, as a Hugging Face folder."""
+def save_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the weights below the adapters, and processor files, as a Hugging Face folder.
+
+    ``weights`` are the policy's by their names, where it does not hold them itself.
+    """
     weights = {
         name.replace(".base_layer.", "."): weight
-        for name, weight in policy.base.state_dict().items()
+        for name, weight in (policy.base.state_dict() if weights is None else weights).items()
         if ".lora_" not in name
     }
     with _as_os_error(folder):
@@ -232,11 +237,12 @@ def save_model(policy: Policy, folder: Path) -> None:
     copy_processor_files(policy.folder, folder)
 
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write the PEFT adapter, and processor files."""
+def save_adapter(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the PEFT adapter, and processor files; ``weights`` as in :func:`save_model`."""
     assert policy.adapters is not None
     with _as_os_error(folder):
-        policy.adapters.save_pretrained(str(folder))
+        named = None if weights is None else {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        policy.adapters.save_pretrained(str(folder), state_dict=named)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own

@@ -4,7 +4,7 @@ Every process holds all that is trained; several add their gradients up before e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,21 +49,8 @@ class Engine:
         with torch.no_grad():
             self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
             self._copy_masters()
-        # As transformers does: no decay on norms and biases.
-        groups = [
-            {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.masters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
-        self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
+        self.optimizer = adamw(self.masters.values(), config)
+        self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
 
     @staticmethod
@@ -77,6 +64,10 @@ class Engine:
             weight.grad = None
 
         return move
+
+    def whole_weights(self, policy: Policy) -> Mapping[str, Tensor]:
+        """Return all weights of the policy by their names, those that are not trained, too."""
+        return policy.base.state_dict()
 
     @property
     def in_words(self) -> str:
@@ -164,3 +155,22 @@ class Engine:
                 self.optimizer.state[master] = state
         self._copy_masters()
         self.num_updates = num_updates
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Make AdamW for parameters. As in transformers, norms and biases do not decay."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor as a pure function of the update's number: there is no state to restore."""
+    kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(kind, optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
+    return scheduler.lr_lambdas[0]

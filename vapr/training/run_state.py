@@ -11,7 +11,7 @@ from vapr.errors import UserError
 from vapr.model.image_features import ImageFeatures
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.extreme_pairs import Extremes
 from vapr.training.run_dir import RunDir
 
@@ -30,7 +30,7 @@ class RunState:
         self.num_pairs += len(margins)
 
 
-def resume(run: RunDir, engine: Engine, loader: PairLoader) -> RunState:
+def resume(run: RunDir, engine: AnyEngine, loader: PairLoader) -> RunState:
     """Restore the newest whole checkpoint; without one the run starts from the beginning, and says so.
 
     Raises:
@@ -54,7 +54,7 @@ def resume(run: RunDir, engine: Engine, loader: PairLoader) -> RunState:
 
 
 def save(
-    run: RunDir, state: RunState, engine: Engine, loaders: Sequence[PairLoader | None],
+    run: RunDir, state: RunState, engine: AnyEngine, loaders: Sequence[PairLoader | None],
     caches: Sequence[Reference | ImageFeatures | None], keep: CheckpointConfig,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, what the caches computed and the list of skipped pairs; return the checkpoint's folder.

@@ -4,6 +4,7 @@ T = packed tokens, M = completion tokens, P = pairs.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,14 +25,14 @@ from vapr.model.image_features import ImageFeatures, shared_image_features
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.metrics import Totals
 from vapr.training.ranks import Ranks
 from vapr_kernels import naive, preference_loss
 
 
 def train_step(
-    policy: Policy, engine: Engine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
+    policy: Policy, engine: AnyEngine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
     features: ImageFeatures | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
     """Run forward and backward of every pack of a step; the update is the caller's.
@@ -59,7 +60,7 @@ def train_step(
                 engine.backward(losses.sum() / step.num_pairs)
             totals.add(losses, rewards, logps)
 
-    engine.ranks.agree(run_packs)
+    policy.passes.together(run_packs, engine.ranks.agree, len(step.batches))
     values = {
         **totals.means(engine.ranks),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
@@ -121,13 +122,17 @@ def evaluate(
         ``eval/...`` -> mean over the pairs; empty if none could be used.
     """
     totals = Totals()
+
+    def run_packs(step: Step) -> None:
+        for pack in step.batches:
+            batch = pack.to(policy.device)
+            logps, losses, rewards = score(policy, reference, batch, step, loss, features)
+            totals.add(losses, rewards, logps)
+            note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
+
     with frozen(policy):
         for step in steps_of_all(ranks, held_out.steps(0, held_out.steps_per_epoch)):
-            for pack in step.batches:
-                batch = pack.to(policy.device)
-                logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-                totals.add(losses, rewards, logps)
-                note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
+            policy.passes.together(functools.partial(run_packs, step), ranks.agree)
     if not ranks.gather([totals.num_pairs]).any():  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}
@@ -143,7 +148,8 @@ def check_first_margin(
     ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures.
     """
     before = reference.hits + reference.misses
-    margins = ranks.gather(ranks.agree(lambda: first_margin(policy, reference, step.batches)))
+    found = policy.passes.together(lambda: first_margin(policy, reference, step.batches), ranks.agree)
+    margins = ranks.gather(found)
     largest, allowed = margins[(margins[:, 0] / margins[:, 1]).argmax()].tolist()
     reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
     allowed = tolerance or allowed

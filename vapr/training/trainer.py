@@ -21,9 +21,10 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.make_engine import make_engine
 from vapr.training.metrics import MetricsLog, in_words, speed
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
@@ -50,7 +51,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
         state = ranks.agree(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
-        ranks.in_turn(lambda: run.keep_merged_policy(policy, begins=engine.num_updates == 0))
+        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
         resumed = engine.num_updates if resume else None
         with (
             ranks.in_turn(lambda: MetricsLog.open(config, run.path, resumed, writes=ranks.is_first)) as log,
@@ -103,7 +105,7 @@ class _Parts:
     """What a run is made of, opened."""
 
     policy: Policy
-    engine: Engine
+    engine: AnyEngine
     reference: Reference | None
     features: ImageFeatures | None
     loader: PairLoader
@@ -125,9 +127,9 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
-    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
-    engine = ranks.agree(lambda: Engine(policy, config.optim, num_steps, ranks))
+    policy, engine = make_engine(config, policy, num_steps, ranks)
+    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     ranks.in_turn(lambda: run.describe(config, policy))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
@@ -174,7 +176,7 @@ def _evaluate(
             checkpoint.delete_old(run.path, config.checkpoint)
 
 
-def _is_due(engine: Engine, config: Config) -> bool:
+def _is_due(engine: AnyEngine, config: Config) -> bool:
     """Tell whether a checkpoint and an evaluation belong after this step."""
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 
