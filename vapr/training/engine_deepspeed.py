@@ -5,12 +5,13 @@ norm that is not finite DeepSpeed makes a skipped update and goes on; the caller
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from vapr.training.ranks import Ranks
 from vapr.training.zero_passes import Root, ZeroPasses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+KEPT_WHOLE = 10**5
+"""ZeRO 3 leaves weights of fewer elements on every rank: norms and biases are not worth a message each."""
 
 
 class DeepSpeedEngine:
@@ -74,10 +78,14 @@ class DeepSpeedEngine:
         self._zero: Any = self._engine.optimizer
         self._make_moments(0.0)
         self.passes = ZeroPasses(policy, self._engine, ranks, self._stage)
-        self.policy = dataclasses.replace(policy, passes=self.passes)
+        self.policy = self.passes.policy
 
     def _settings(self, config: Config, half: bool) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self._stage, "overlap_comm": False}
+        zero: dict[str, Any] = {
+            "stage": self._stage,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": KEPT_WHOLE,
+        }
         if config.parallel.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if config.parallel.offload == "all":
@@ -119,7 +127,7 @@ class DeepSpeedEngine:
         for group in self._zero.param_groups:
             group["lr"] = self.lr
         self._engine.set_gradient_accumulation_boundary(True)
-        with _quiet(), self.ranks.missed():
+        with self.ranks.missed():
             self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(float("inf") if norm is None else float(norm))
@@ -281,11 +289,18 @@ def _open(ranks: Ranks, timeout: timedelta) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what DeepSpeed prints off the user's screen; its errors stay."""
-    with (
-        open(os.devnull, "w") as nothing,
-        contextlib.redirect_stdout(nothing),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+    """Keep what DeepSpeed prints, and the compilers that it tries out, off the user's screen; its errors are raised."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with Path(os.devnull).open("w") as nothing, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for number in (1, 2):
+                os.dup2(nothing.fileno(), number)
+            with contextlib.redirect_stdout(nothing):
+                yield
+    finally:
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)

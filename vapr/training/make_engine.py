@@ -66,13 +66,13 @@ def check_deepspeed(config: Config) -> None:
     zero = config.parallel.zero
     if config.optim.kind != "adamw":
         raise UserError(
-            f"optim.kind: {config.optim.kind} does not go with parallel.engine: deepspeed, which spreads AdamW's state; "
-            "leave it out, or set parallel.engine: all-reduce"
+            f"optim.kind: {config.optim.kind} does not go with parallel.engine: deepspeed, whose AdamW is in "
+            "float32; leave it out, or set parallel.engine: all-reduce"
         )
     if zero == 3 and config.probe.every is not None:
         raise UserError(
-            "probe.every: a probe runs on one rank, and parallel.zero: 3 keeps a part of each weight on it; set zero: 2, "
-            "or leave the probe out and run vapr eval on checkpoints"
+            "probe.every: a probe runs on one rank, and parallel.zero: 3 keeps a part of each weight on it; set zero: 2, or "
+            "leave the probe out and run vapr eval on checkpoints"
         )
     if zero == 3 and config.policy.base_weights != "bfloat16":
         raise UserError(

@@ -21,7 +21,8 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
-from vapr.training.engine_deepspeed import AnyEngine
+from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
 from vapr.training.make_engine import make_engine
@@ -105,7 +106,7 @@ class _Parts:
     """What a run is made of, opened."""
 
     policy: Policy
-    engine: AnyEngine
+    engine: Engine | DeepSpeedEngine
     reference: Reference | None
     features: ImageFeatures | None
     loader: PairLoader
@@ -176,7 +177,7 @@ def _evaluate(
             checkpoint.delete_old(run.path, config.checkpoint)
 
 
-def _is_due(engine: AnyEngine, config: Config) -> bool:
+def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:
     """Tell whether a checkpoint and an evaluation belong after this step."""
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 

@@ -8,6 +8,7 @@ nothing left takes part until nobody has. An error between two passes is said in
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -54,11 +55,14 @@ class ZeroPasses:
         engine: DeepSpeed's, around the one module through whose forward everything passes.
         ranks: say what they want.
         stage: of ZeRO.
+
+    Attributes:
+        policy: the same, whose passes are these.
     """
 
     def __init__(self, policy: Policy, engine: Any, ranks: Ranks, stage: int) -> None:
         self._engine, self._ranks, self._stage = engine, ranks, stage
-        self._policy = policy
+        self.policy = dataclasses.replace(policy, passes=self)
         self._pair = _tiny_pair().to(policy.device)
         self._image = _tiny_image(policy)
         layers = (module for module in policy.base.modules() if isinstance(module, BaseTunerLayer))
@@ -66,8 +70,7 @@ class ZeroPasses:
         self._passes_left = 0
         self._inside = False  # a pass in which the others wait for this rank
         self._following = self._anyone_shows = False
-        self.is_last = True
-        """Whether the pass in hand is the last with a gradient on every rank."""
+        self._is_last = True  # whether the backward pass in hand is the last on every rank
 
     def logps(self, compute: Compute, images: Sequence[ProcessedImage]) -> Tensor:
         """Compute log-probs as soon as all ranks do."""
@@ -111,7 +114,10 @@ class ZeroPasses:
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of the log-probs that were computed last, whose weights all ranks gather again."""
-        self._engine.set_gradient_accumulation_boundary(self.is_last)
+        self._inside = False
+        self._say(Kind.TRAINED, shows=False)  # what failed since the forward pass is heard here
+        self._inside = True
+        self._engine.set_gradient_accumulation_boundary(self._is_last)
         with self._ranks.missed():
             # DeepSpeed divides the sum over ranks by their number, at stage 3 always.
             self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
@@ -130,7 +136,7 @@ class ZeroPasses:
             self._passes_left -= 1
         self._inside = True
         result = self._forward(compute, shows, anyone_shows)
-        self._inside = kind == Kind.TRAINED  # until its backward pass
+        self._inside = False
         return result
 
     def _forward(self, compute: Compute, shows: bool, anyone_shows: bool) -> Tensor:
@@ -150,15 +156,15 @@ class ZeroPasses:
         chosen = Kind(int(everyone[:, 0].min()))
         if chosen == Kind.FAILED:
             raise _Failed
-        self.is_last = bool((everyone[:, 2] <= 1).all())
+        self._is_last = not everyone[:, 2].any()
         # A trained tower gets a gradient in every pass, because ranks must have the same ones to add up.
-        always = chosen == Kind.TRAINED and self._policy.vision_trained
+        always = chosen == Kind.TRAINED and self.policy.vision_trained
         return chosen, always or bool((everyone[:, 1] * (everyone[:, 0] == chosen)).any())
 
     def _take_part(self, kind: Kind, anyone_shows: bool) -> None:
         """Run a pass of the kind with weight 0."""
         self._anyone_shows = anyone_shows
-        policy = self._policy
+        policy = self.policy
         with self._follow():
             if kind == Kind.FEATURES:
                 image_features(policy, (self._image,))
@@ -173,13 +179,13 @@ class ZeroPasses:
 
     @contextlib.contextmanager
     def _follow(self) -> Iterator[None]:
-        training = self._policy.base.training
+        training = self.policy.base.training
         self._following = self._inside = True
         try:
             yield
         finally:
             self._following = False
-            self._policy.base.train(training)
+            self.policy.base.train(training)
         self._inside = False
 
 
