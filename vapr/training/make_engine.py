@@ -71,8 +71,8 @@ def check_deepspeed(config: Config) -> None:
         )
     if zero == 3 and config.probe.every is not None:
         raise UserError(
-            "probe.every: a probe runs on one rank, and parallel.zero: 3 keeps a part of each weight on it; set zero: 2, or "
-            "leave the probe out and run vapr eval on checkpoints"
+            "probe.every: a probe runs on one rank, which holds a part of each weight under parallel.zero: 3; set "
+            "zero: 2, or leave the probe out and run vapr eval on checkpoints"
         )
     if zero == 3 and config.policy.base_weights != "bfloat16":
         raise UserError(
