@@ -32,7 +32,7 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "doors"),
     [
-        ("deepspeed", {"vapr/training/engine.py"}),
+        ("deepspeed", {"vapr/training/engine_deepspeed.py"}),
         ("bitsandbytes", {"vapr/model/quantized.py"}),
         ("vllm", {"vapr/editing/llm/vllm_offline.py", "vapr/evaluation/generation/vllm.py"}),
         ("openai", {"vapr/llm/server.py"}),

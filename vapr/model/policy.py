@@ -30,6 +30,7 @@ from vapr.errors import UserError
 from vapr.model import patches
 from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
+from vapr.model.passes import AT_ONCE, Passes
 from vapr.model.quantized import Quantized, check_available, quantize
 from vapr.model.tower_place import TowerPlace
 from vapr_kernels import gather_rows
@@ -53,6 +54,7 @@ class Policy:
     written_out: frozenset[int]  # numbers of the decoder layers that run as patches.py writes them out
     quantized: Quantized | None  # what is stored in 4 or 8 bits; None: nothing
     tower: TowerPlace  # where tower and projector are
+    passes: Passes = AT_ONCE  # through which everything runs that reads weights
 
     @property
     def device(self) -> torch.device:
@@ -240,12 +242,15 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
         return peft.get_peft_model(base, lora, autocast_adapter_dtype=False)
 
 
-def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
+def hidden_states(
+    policy: Policy, batch: PackedBatch, features: Tensor | None = None, spare: Sequence[ProcessedImage] = ()
+) -> Tensor:
     """Return the last hidden states, after the final norm, of every packed token that predicts something.
 
     Args:
         batch: on the policy's device.
         features: what :func:`image_features` returns for its images, if known already.
+        spare: images that run through the tower with weight 0, where other processes have some in this pass.
 
     Returns:
         Shape (T, D), in the policy's dtype. Rows of other tokens hold nothing of use: the last layer skips them.
@@ -253,8 +258,10 @@ def hidden_states(policy: Policy, batch: PackedBatch, features: Tensor | None = 
     model = policy.base.model
     embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
     if batch.images:
-        features = image_features(policy, batch.images) if features is None else features
+        features = _image_features(policy, batch.images) if features is None else features
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
+    if spare:
+        embeds = embeds + 0.0 * _image_features(policy, spare).sum()
     return patches.run_decoder(
         model.language_model,
         embeds,
@@ -285,6 +292,10 @@ def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
 
     They are in the policy's dtype, and carry a gradient only if tower or projector are trained.
     """
+    return policy.passes.features(lambda spare: _image_features(policy, images))
+
+
+def _image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
     model = policy.base.model
     with policy.tower, torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         pixels = _pixels(images, policy.device).to(policy.dtype)

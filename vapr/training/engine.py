@@ -4,7 +4,7 @@ Every process holds all that is trained; several add their gradients up before e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,15 +50,8 @@ class Engine:
         with torch.no_grad():
             self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
             self._copy_masters()
-        # As transformers does: no decay on norms and biases.
-        groups = [
-            {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.masters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = new_optimizer([group for group in groups if group["params"]], config, policy.device)
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
-        self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
+        self.optimizer = new_optimizer(decay_groups(self.masters.values(), config), config, policy.device)
+        self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
 
     @staticmethod
@@ -72,6 +65,10 @@ class Engine:
             weight.grad = None
 
         return move
+
+    def whole_weights(self, policy: Policy) -> Mapping[str, Tensor]:
+        """Return all weights of the policy by their names, those that are not trained, too."""
+        return policy.base.state_dict()
 
     @property
     def in_words(self) -> str:
@@ -169,3 +166,20 @@ class Engine:
                 restore_state(self.optimizer, master, state)
         self._copy_masters()
         self.num_updates = num_updates
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Group parameters for AdamW. As in transformers, norms and biases do not decay."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor as a pure function of the update's number: there is no state to restore."""
+    kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(kind, optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
+    return scheduler.lr_lambdas[0]

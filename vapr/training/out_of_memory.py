@@ -23,13 +23,14 @@ class FittingPacks:
     Args:
         share: as in ``packing.share``.
         say: called with a line when packs get smaller.
+        halves: False where other ranks wait in the middle of a pass, so that it cannot be run again.
     """
 
-    def __init__(self, share: str = "pair", say: Callable[[str], None] = print) -> None:
+    def __init__(self, share: str = "pair", say: Callable[[str], None] = print, *, halves: bool = True) -> None:
         self.max_tokens: int | None = None
         """Most tokens of a pack; None: no pack was too large. A pair that is longer has a pack of its own."""
         self.say = say
-        self._share = share
+        self._share, self._halves = share, halves
 
     def each(
         self, batches: Sequence[PackedBatch], use: Callable[[PackedBatch], T], again: Callable[[], None]
@@ -46,7 +47,7 @@ class FittingPacks:
             What ``use`` returned for each pack.
 
         Raises:
-            torch.OutOfMemoryError: if a single pair does not fit.
+            torch.OutOfMemoryError: if a single pair does not fit, or packs are not to be halved.
         """
         while True:
             results: list[T] = []
@@ -57,7 +58,7 @@ class FittingPacks:
                 return results
             except torch.OutOfMemoryError:
                 failed = packs[len(results)]
-                if failed.num_pairs == 1:
+                if failed.num_pairs == 1 or not self._halves:
                     raise
             # Only here the failed pack is gone: the exception holds on to all its tensors.
             self._halve(failed)

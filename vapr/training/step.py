@@ -4,6 +4,7 @@ T = packed tokens, M = completion tokens, P = pairs.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
 from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.metrics import Totals
 from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks
@@ -33,7 +35,7 @@ from vapr_kernels import naive, preference_loss
 
 
 def train_step(
-    policy: Policy, engine: Engine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
+    policy: Policy, engine: AnyEngine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
     features: ImageFeatures | None = None, fitting: FittingPacks | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
     """Run forward and backward of every pack of a step; the update is the caller's.
@@ -60,10 +62,14 @@ def train_step(
     counts = _Counts(reference, features)
 
     def again() -> None:
-        engine.forget_gradients()
+        if isinstance(engine, Engine):  # DeepSpeed's passes are not run again
+            engine.forget_gradients()
         counts.restore()
 
-    scored = engine.ranks.agree(lambda: (fitting or FittingPacks()).each(step.batches, use, again))
+    def run_packs() -> list[Scored]:
+        return (fitting or FittingPacks(halves=not engine.is_sharded)).each(step.batches, use, again)
+
+    scored = policy.passes.together(run_packs, engine.ranks.agree, len(step.batches))
     values = {
         **_totals(scored, loss).means(engine.ranks),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
@@ -166,15 +172,18 @@ def evaluate(
     """
     totals = Totals(loss)
     fitting = fitting or FittingPacks()
+
+    def run_packs(step: Step) -> None:
+        def use(pack: PackedBatch) -> Scored:
+            note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
+            return _score_pack(policy, reference, pack, step, loss, features)[0]
+
+        for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
+            totals.add(one.losses, one.rewards, one.logps)
+
     with frozen(policy):
         for step in steps_of_all(ranks, held_out.steps(0, held_out.steps_per_epoch)):
-
-            def use(pack: PackedBatch, step: Step = step) -> Scored:
-                note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
-                return _score_pack(policy, reference, pack, step, loss, features)[0]
-
-            for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
-                totals.add(one.losses, one.rewards, one.logps)
+            policy.passes.together(functools.partial(run_packs, step), ranks.agree)
             note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
     if not ranks.gather([totals.num_pairs]).any():  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
@@ -191,7 +200,8 @@ def check_first_margin(
     ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures.
     """
     before = reference.hits + reference.misses
-    margins = ranks.gather(ranks.agree(lambda: first_margin(policy, reference, step.batches)))
+    found = policy.passes.together(lambda: first_margin(policy, reference, step.batches), ranks.agree)
+    margins = ranks.gather(found)
     largest, allowed = margins[(margins[:, 0] / margins[:, 1]).argmax()].tolist()
     reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
     allowed = tolerance or allowed

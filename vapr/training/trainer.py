@@ -23,9 +23,11 @@ from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
 from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
 from vapr.training.ledger import Ledger
+from vapr.training.make_engine import make_engine
 from vapr.training.metrics import MetricsLog, in_words, speed
 from vapr.training.model_card import write_model_card
 from vapr.training.out_of_memory import FittingPacks
@@ -53,8 +55,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
             return run.final
         parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
-        state = ranks.in_turn(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
-        ranks.in_turn(lambda: run.keep_merged_policy(policy, begins=engine.num_updates == 0))
+        state = run_state.resume(run, engine, loader) if resume else RunState()
+        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
         resumed = engine.num_updates if resume else None
         with (
             Ledger(run.path, resumed, ranks) as ledger,
@@ -115,7 +118,7 @@ class _Parts:
     """What a run is made of, opened."""
 
     policy: Policy
-    engine: Engine
+    engine: Engine | DeepSpeedEngine
     reference: Reference | None
     features: ImageFeatures | None
     loader: PairLoader
@@ -142,15 +145,15 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
-    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
-    engine = ranks.agree(lambda: Engine(policy, config.optim, num_steps, ranks))
+    policy, engine = make_engine(config, policy, num_steps, ranks)
+    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     ranks.in_turn(lambda: run.describe(config, policy))
     ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders, ranks)
-    fitting = FittingPacks(config.packing.share)
+    fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
@@ -196,7 +199,7 @@ def _evaluate(
             checkpoint.delete_old(run.path, config.checkpoint)
 
 
-def _is_due(engine: Engine, config: Config) -> bool:
+def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:
     """Tell whether a checkpoint and an evaluation belong after this step."""
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 
