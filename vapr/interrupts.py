@@ -73,6 +73,11 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
+    def share(self, number: float) -> None:
+        """Take note of the signal that another rank has received; 0 is none."""
+        if number and self.received is None:
+            self.received = signal.Signals(int(number))
+
     def stopped(self, saved: Path) -> TrainingStopped:
         """Return the exception that ends the run after its checkpoint ``saved``."""
         assert self.received is not None

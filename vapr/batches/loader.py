@@ -41,26 +41,34 @@ class PairLoader:
         name: ``train`` or ``eval``.
         maker: reads and packs the rows.
         workers: the processes that run it.
+        rank, num_ranks: which part of every step's rows this process reads, and of how many.
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
+        messages: lines to be shown, each the first time a loss is left out for a reason.
     """
 
-    def __init__(self, config: Config, name: Name, maker: StepMaker, workers: Workers) -> None:
+    def __init__(
+        self, config: Config, name: Name, maker: StepMaker, workers: Workers, rank: int = 0, num_ranks: int = 1
+    ) -> None:
         self.pairs = maker.pairs[name]
         self.pairs_per_step = config.optim.pairs_per_step
         self.processor = maker.processor
         self.skipped: dict[str, str] = {}
         self._name = name
         self._workers = workers
+        self._part = rank, num_ranks
         self._packing = config.packing
         self._seed = config.seed
+        self._views = (config.second_image, config.swaps_images)
+        self.messages: list[str] = []
+        self._left_out: set[str] = set()
         self._shuffle = config.data.shuffle and name == "train"
         self._dropped = maker.dropped[name]
         self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
         self._weighted = True
         self._by_image = config.packing.share == "image" and self._shuffle
-        self._epoch_order = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, np.ndarray] = {}  # of the epochs in use: one ends while the next is made ahead
 
     @property
     def pairs_per_epoch(self) -> int:
@@ -81,10 +89,18 @@ class PairLoader:
 
     @property
     def place(self) -> str:
-        """Return a name of the data in this order: in it, a number of steps is always the same pairs."""
+        """Return a name of this process's data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
-        settings = (self.digest, self._packing, self.pairs_per_step, order)
+        views = () if self._views == (None, False) else self._views
+        part = () if self._part == (0, 1) else self._part
+        settings = (self.digest, self._packing, self.pairs_per_step, order, *views, *part)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+    @property
+    def retrieves_images(self) -> bool:
+        """Tell whether the second image of a row is that of another row."""
+        second, _ = self._views
+        return second is not None and second.make == "retrieved"
 
     @property
     def image_backend(self) -> str:
@@ -99,7 +115,7 @@ class PairLoader:
         other.skipped = {}
         other._sets, other._weighted = [(len(self.pairs), 1.0)], False
         other._by_image |= by_image
-        other._epoch_order = (-1, np.empty(0, np.int64))
+        other._orders = {}
         return other
 
     def order(self, epoch: int) -> np.ndarray:
@@ -144,18 +160,35 @@ class PairLoader:
             self.skipped.update(made.skipped)
             if made.step is None:
                 raise made.error
+            self._note_left_out(made.step)
             yield made.step
 
-    def _places(self, step: int) -> list[Place]:
-        return [(self._name, number) for number in self._members(step)]
+    def _note_left_out(self, step: Step) -> None:
+        for pair in step.pairs:
+            for reason in self._left_out.symmetric_difference(pair.left_out) - self._left_out:
+                self._left_out.add(reason)
+                kind, why = reason.split(": ", 1)
+                self.messages.append(
+                    f"{pair.where}: no {kind} loss for row '{pair.id}' and its like: {why} (said once; {kind}_pairs in "
+                    "metrics.jsonl counts the others)"
+                )
 
-    def _members(self, step: int) -> list[int]:
-        """Return the row numbers of a step."""
+    def _places(self, step: int) -> list[Place]:
+        return [(self._name, number) for number in self._mine(step)]
+
+    def members(self, step: int) -> np.ndarray:
+        """Return the row numbers of a step, counted from 0 over epochs, (at most pairs_per_step,) int64."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, self.order(epoch)
-        order = self._epoch_order[1]
-        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step].tolist()
+        if epoch not in self._orders:
+            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
+            self._orders[epoch] = self.order(epoch)
+        return self._orders[epoch][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+
+    def _mine(self, step: int) -> list[int]:
+        """Return the row numbers of a step that are this process's; neighbours stay together."""
+        rank, num_ranks = self._part
+        part: list[int] = np.array_split(self.members(step), num_ranks)[rank].tolist()
+        return part
 
     def close(self) -> None:
         """End the workers, which other loaders may share."""
@@ -163,7 +196,7 @@ class PairLoader:
 
     def hash_images(self, step: int, images: Any) -> None:
         """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
-        for number in self._members(step):
+        for number in self._mine(step):
             try:
                 pair = self.pairs[number]
                 stats = [
@@ -176,13 +209,23 @@ class PairLoader:
 
 @contextlib.contextmanager
 def open_loaders(
-    config: Config, names: Sequence[Name] | None = None, say: Callable[[str], None] = print
-) -> Iterator[dict[Name, PairLoader]]:
+    config: Config, names: Sequence[Name] | None = None, say: Callable[[str], None] = print, *, rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[dict[Name, PairLoader]]:  # fmt: skip
     """Open ``data.train`` and, where there is one, ``data.eval``, check their first pairs, and start the workers.
 
     No weights are loaded. Workers are forked here, so open the loaders before anything is put on a GPU. ``say`` is
     shown the files, their formats, how many of the checked rows have images, and what to know of the model's processor.
+    Of several processes each reads its part of every step.
+
+    Raises:
+        UserError: for a mistake in data or model, or if a step has fewer pairs than there are processes.
     """
+    if config.optim.pairs_per_step < num_ranks:
+        raise UserError(
+            f"optim.pairs_per_step: {config.optim.pairs_per_step} cannot be dealt to {num_ranks} processes; raise it, "
+            "or start fewer"
+        )
     processor = open_processor(config)
     pairs: dict[Name, Sequence[PreferencePair]] = {}
     dropped: dict[Name, frozenset[str]] = {}
@@ -195,7 +238,7 @@ def open_loaders(
         dropped[name] = _dropped(verdicts, opened, say) if verdicts else frozenset()
     maker = StepMaker(config, processor, pairs, dropped)
     with start_workers(config, maker) as workers:
-        yield {name: PairLoader(config, name, maker, workers) for name in pairs}
+        yield {name: PairLoader(config, name, maker, workers, rank, num_ranks) for name in pairs}
 
 
 def open_processor(config: Config) -> Processor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from vapr.batches.packing import PackedBatch, count_tokens, fill_packs, pack
+from vapr.batches.second_image import OtherViews
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import Config
 from vapr.data.pair import PreferencePair
@@ -26,20 +27,15 @@ Row = tuple[str, TokenizedPair | UserError]
 class Step:
     """The micro-batches of one optimizer step, on the CPU, and what is counted over all of them.
 
-    A step whose pairs were all skipped has no batches, and no update.
+    Where several processes train, the batches are this one's, and the counts those of all. A step whose pairs were all
+    skipped has no batches, and no update.
     """
 
     batches: tuple[PackedBatch, ...]
     num_pairs: int
     num_chosen_tokens: float  # weighted by the tokens' weights
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.batches)
-
-    @property
-    def num_tokens_unshared(self) -> int:
-        return sum(batch.num_tokens_unshared for batch in self.batches)
+    num_tokens: int
+    num_tokens_unshared: int
 
     @property
     def pairs(self) -> list[TokenizedPair]:
@@ -76,6 +72,7 @@ class StepMaker(Dataset[Row]):
         self.pairs = pairs
         self.dropped = dropped
         self._config = config
+        self._others = {name: OtherViews(config, processor, rows) for name, rows in pairs.items()}
 
     def __getitem__(self, place: Place) -> Row:
         name, number = place
@@ -85,7 +82,7 @@ class StepMaker(Dataset[Row]):
             pair = pairs[number]
             if pair.id in self.dropped[name]:
                 raise DroppedInReview(f"{where}: {DroppedInReview.MARK}row '{pair.id}'")
-            return where, self.processor.tokenize_pair(pair, self._config.token_weights)
+            return where, self.processor.tokenize_pair(pair, self._config.token_weights, self._others[name])
         except UserError as error:
             return where, error
         except Exception as error:  # a fault of vapr's own, which is to name its row
@@ -119,4 +116,5 @@ class StepMaker(Dataset[Row]):
             skipped[pair.where] = reason
         batches = tuple(pack(members, packing.share) for members in fill_packs(fitting, packing))
         chosen_tokens = sum(float(pair.paths[0].token_weights.sum()) for pair in fitting)
-        return MadeStep(Step(batches, len(fitting), chosen_tokens), skipped)
+        tokens = sum(batch.num_tokens for batch in batches), sum(batch.num_tokens_unshared for batch in batches)
+        return MadeStep(Step(batches, len(fitting), chosen_tokens, *tokens), skipped)

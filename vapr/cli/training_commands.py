@@ -4,6 +4,7 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -142,14 +143,20 @@ def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the written weights. [default: policy.dtype]"
 )
-def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -> None:
+@click.option(
+    "--into", type=click.Choice(["trained", "original"]), default="trained", show_default=True,
+    help="Base to merge into, where policy.base_weights quantised it: as trained on, or the unquantised weights.",
+)  # fmt: skip
+def export(
+    run: Path, out: Path, adapter: bool, which: str, dtype: str | None, into: Literal["trained", "original"]
+) -> None:
     """Write the model of RUN as a Hugging Face folder: merged weights, or its adapter.
 
     RUN is a run's folder, finished or not, or one of its checkpoints.
     """
     from vapr.training.export import export
 
-    export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
+    export(run, out, adapter=adapter, which=which, dtype=dtype, into=into, say=click.echo)
     click.echo(f"wrote {out}; {out / 'README.md'} says how to load it")
 
 

@@ -83,9 +83,15 @@ class ShardedCache:
         return None
 
     def put(self, key: bytes, values: np.ndarray) -> None:
-        """Keep values, (values,), for the next flush; they must not be changed afterwards."""
+        """Keep values, (values,), until they are flushed; they must not be changed afterwards."""
         self._unsaved[key] = values
         self._unsaved_bytes += values.nbytes
+
+    def flush_if_large(self) -> None:
+        """Flush what takes much memory, once all values of a pack are put.
+
+        A run that is killed then finds all values of a pack or none, and computes it in the layout of an unbroken run.
+        """
         if self._unsaved_bytes > FLUSH_BYTES:
             self.flush()
 
@@ -101,6 +107,11 @@ class ShardedCache:
         _write_shard(path, self._unsaved, self.policy_id)
         self._unsaved, self._unsaved_bytes = {}, 0
         self._open_shards([path])
+
+    def find_new_shards(self) -> None:
+        """Open the shards that other processes have written to the folder since."""
+        known = set(self._paths)
+        self._open_shards([path for path in sorted(self.folder.glob("*.safetensors")) if path not in known])
 
     def verify(self) -> None:
         """Read every value once and set aside the files that hold a damaged one."""

@@ -48,7 +48,9 @@ def _of_checkpoint(model: str, config: Config, trained: Trained, said: list[str]
         raise as_model_argument(error) from None
     if source.adapter is not None:
         identity["adapter"] = remembered_hash([source.adapter / name for name in ADAPTER_FILES])
-    identity["checkpoint"] = remembered_hash([trained.folder / "weights.safetensors"])
+    if start.base_weights != "bfloat16":
+        identity["base_weights"] = start.base_weights
+    identity["checkpoint"] = remembered_hash(sorted(trained.folder.glob("weights*.safetensors")))
 
     def load(dtype: torch.dtype) -> transformers.PreTrainedModel:
         named = "float32" if dtype == torch.float32 else "bfloat16"

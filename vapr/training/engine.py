@@ -1,10 +1,10 @@
 """Turn gradients into weight updates: fp32 master weights, AdamW, the schedule, clipping.
 
-The only file that is to know deepspeed; so far one process runs plain PyTorch.
+Every process holds all that is trained; several add their gradients up before each update.
 """
 
 import math
-import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from vapr.config import OptimConfig
-from vapr.errors import UserError
 from vapr.model.policy import Policy
+from vapr.training.adamw_8bit import KEPT, new_optimizer, restore_state, state_tensors
+from vapr.training.ranks import Ranks
 
 
 class Engine:
@@ -26,12 +27,15 @@ class Engine:
         policy: its trained parameters are updated in place.
         config: optimizer, schedule and clipping.
         num_steps: length of the schedule.
+        ranks: the processes that train together; None for this one alone.
     """
 
-    def __init__(self, policy: Policy, config: OptimConfig, num_steps: int) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start one process")
+    is_sharded = False
+    """Whether each rank holds a part of the state, not all of it."""
+
+    def __init__(self, policy: Policy, config: OptimConfig, num_steps: int, ranks: Ranks | None = None) -> None:
         self.num_steps = num_steps
+        self.ranks = ranks or Ranks()
         self.num_updates = 0
         """Steps done, those without a pair included."""
         self._clip = config.clip
@@ -43,21 +47,11 @@ class Engine:
                 continue
             self.masters[name] = nn.Parameter(weight.detach().float())
             weight.register_post_accumulate_grad_hook(self._move_gradient(self.masters[name]))
-        # As transformers does: no decay on norms and biases.
-        groups = [
-            {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.masters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
-        self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
+        with torch.no_grad():
+            self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
+            self._copy_masters()
+        self.optimizer = new_optimizer(decay_groups(self.masters.values(), config), config, policy.device)
+        self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
 
     @staticmethod
@@ -72,6 +66,20 @@ class Engine:
 
         return move
 
+    def whole_weights(self, policy: Policy) -> Mapping[str, Tensor]:
+        """Return all weights of the policy by their names, those that are not trained, too."""
+        return policy.base.state_dict()
+
+    @property
+    def in_words(self) -> str:
+        """Say how the processes work together."""
+        return "each holds the whole model; gradients are added up in fp32"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is trained, by name."""
+        return {name: tuple(master.shape) for name, master in self.masters.items()}
+
     @property
     def lr(self) -> float:
         """Return the learning rate of the next update."""
@@ -82,9 +90,23 @@ class Engine:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        """Clip the gradient and return its norm over all trained parameters before that, a scalar on the device."""
+        """Add the ranks' gradients up, clip the sum and return its norm before that, a scalar on the device."""
+        self._add_up_gradients()
         limit = float("inf") if self._clip is None else self._clip
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
+
+    @torch.no_grad()
+    def _add_up_gradients(self) -> None:
+        """Sum gradients over the ranks; a parameter that no rank's pass reached keeps having none."""
+        if self.ranks.size == 1:
+            return
+        has_gradient = [float(master.grad is not None) for master in self.masters.values()]
+        reached: list[bool] = self.ranks.gather(has_gradient).max(axis=0).tolist()
+        masters = [master for master, reaches in zip(self.masters.values(), reached, strict=True) if reaches]
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self.ranks.add_up([master.grad for master in masters if master.grad is not None])
 
     def step(self) -> None:
         """Update the master weights, copy them to the model, clear the gradients, advance the schedule."""
@@ -102,35 +124,62 @@ class Engine:
             if weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def forget_gradients(self) -> None:
+        """Drop the gradient of the step so far, of which a pass may have added only a part."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self._weights.values():
+            weight.grad = None
+
     def skip_step(self) -> None:
         """Advance the schedule without an update, for a step without pairs."""
         self.num_updates += 1
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Return the size of a checkpoint: master weights and optimizer state, two moments until there is one."""
+        weights = 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        made = sum(value.nbytes for value in state if isinstance(value, Tensor))
+        return weights + (made if made and not self.is_sharded else 2 * weights)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
+        """Return master weights in fp32 by name, and optimizer state by ``name.exp_avg`` and the like."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value
             for master, state in self.optimizer.state.items()
-            for key, value in state.items()
+            for key, value in state_tensors(state).items()
         }
         return {name: master.detach() for name, master in self.masters.items()}, moments
 
     @torch.no_grad()
-    def load_state(self, masters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
+    def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Go back to where :meth:`state` was taken; tensors have the shapes of the weights and lie on any device.
 
         Raises:
             KeyError: if a trained parameter is not among ``masters``.
+            ValueError: if the moments are those of another kind of AdamW.
         """
         for name, master in self.masters.items():
             master.copy_(masters[name])
-            state = {
-                key: moments[f"{name}.{key}"].to(master.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            if state:
-                self.optimizer.state[master] = state
+            if state := {key: moments[f"{name}.{key}"] for key in KEPT if f"{name}.{key}" in moments}:
+                restore_state(self.optimizer, master, state)
         self._copy_masters()
         self.num_updates = num_updates
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Group parameters for AdamW. As in transformers, norms and biases do not decay."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor as a pure function of the update's number: there is no state to restore."""
+    kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(kind, optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
+    return scheduler.lr_lambdas[0]

@@ -1,5 +1,6 @@
 """Fill the caches with what stays the same in training: reference log-probs and, on request, image features."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -23,6 +24,8 @@ from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
 from vapr.model.sharded_cache import ShardedCache
 from vapr.progress import Display
+from vapr.training.ranks import Ranks, open_ranks
+from vapr.training.same_everywhere import check_same_everywhere
 
 SECONDS_BETWEEN_SAVES = 30.0  # the most that a killed run loses
 
@@ -42,22 +45,29 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
     if not config.features.cache and not any(term.needs_reference for term in config.loss):
         kinds = ", ".join(term.kind for term in config.loss)
         raise UserError(f"loss: {kinds} needs no reference, and features.cache is false; there is nothing to prepare")
-    with open_loaders(config, say=say) as loaders:
-        policy = load_policy(config.policy, kernels=config.kernels)
+    with contextlib.ExitStack() as opened:
+        ranks = opened.enter_context(open_ranks(config.parallel))
+        check_same_everywhere(config, ranks)
+        loaders = ranks.in_turn(
+            lambda: opened.enter_context(open_loaders(config, say=say, rank=ranks.rank, num_ranks=ranks.size))
+        )
+        policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
         if policy.merged is not None:
             say(f"merged     {policy.merged}")
-        reference = _new_reference(config, policy, say)
-        features = open_features(config, policy, loaders["train"], say)
+        reference = ranks.in_turn(lambda: _new_reference(config, policy, say))
+        features = ranks.in_turn(lambda: open_features(config, policy, loaders["train"], say))
         result: dict[str, Any] = {"skipped": {}}
         for name, loader in loaders.items():
             rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
-            _fill(policy, reference, features, rows, stop, name)
-            result["skipped"] |= rows.skipped
-    for kind, cache in (("reference", reference), ("features", features)):
-        if cache is not None:
-            counts = {"found": cache.hits, "computed": cache.misses, "on disk": len(cache)}
-            result[kind] = {**counts, "folder": str(cache.folder)}
-    return result
+            _fill(policy, reference, features, rows, stop, name, ranks)
+            for skipped in ranks.gather_objects(rows.skipped):
+                result["skipped"] |= skipped
+        for kind, cache in (("reference", reference), ("features", features)):
+            if cache is not None:
+                found, computed = ranks.gather([cache.hits, cache.misses]).sum(axis=0).astype(int).tolist()
+                counts = {"found": found, "computed": computed, "on disk": len(cache)}
+                result[kind] = {**counts, "folder": str(cache.folder)}
+        return result
 
 
 def open_features(
@@ -73,24 +83,26 @@ def open_features(
     if images:
         tokens = float(np.mean([image.num_tokens for image in images.values()]))
         num_images = loader.pairs.num_images if isinstance(loader.pairs, Pairs) else len(images)
+        if config.second_image is not None and config.second_image.make not in ("retrieved", "given"):
+            num_images += len(loader.pairs)  # every row has a second one of its own
         say(f"features   {features.describe_size(num_images, tokens)}")
     return features
 
 
 def open_reference(
-    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader]
+    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader], ranks: Ranks
 ) -> Reference | None:
     """Open the reference, if a loss needs one; the first of ``loaders`` is trained on.
 
     With adapters it can be computed whenever they are switched off. In full fine-tuning the policy is its own reference
     only until its first update, so everything the run will see is scored now.
     """
-    reference = _new_reference(config, policy, print)
+    reference = ranks.in_turn(lambda: _new_reference(config, policy, print))
     if reference is None or policy.adapters is not None:
         return reference
     for number, loader in enumerate(loaders):
         rows, stop = _rows_to_fill(config, loader, is_trained_on=number == 0)
-        _fill(policy, reference, features, rows, stop, "reference")
+        _fill(policy, reference, features, rows, stop, "reference", ranks)
     reference.stop_computing()
     return reference
 
@@ -119,8 +131,11 @@ def _fill(
     loader: PairLoader,
     stop: int,
     name: str,
+    ranks: Ranks,
 ) -> None:
-    """Compute what is missing for steps 0 to ``stop`` of a loader, saving every half minute.
+    """Compute what is missing for this rank's part of steps 0 to ``stop`` of a loader, saving every half minute.
+
+    At the end each rank knows what the others computed, too.
 
     Raises:
         Stopped: after a signal; what was computed is saved first.
@@ -136,20 +151,30 @@ def _fill(
         ):
             if done:
                 display.say(f"{done:,} of {stop:,} steps were prepared before")
-            for number, step in enumerate(loader.steps(done, stop), start=done + 1):
-                for batch in step.batches:
-                    _look_up(policy, reference, features, batch.to(policy.device))
-                loader.hash_images(number - 1, images)
-                display.advance(_counts(reference, features))
-                for cache in caches:
-                    _say_messages(name, cache, display.say)
-                if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    saved = time.monotonic()
-                    _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+
+            def look_up_all() -> None:
+                nonlocal saved
+                for number, step in enumerate(loader.steps(done, stop), start=done + 1):
+                    for batch in step.batches:
+                        _look_up(policy, reference, features, batch.to(policy.device))
+                    loader.hash_images(number - 1, images)
+                    display.advance(_counts(reference, features))
+                    for cache in caches:
+                        _say_messages(name, cache, display.say)
+                    _say_messages(name, loader, display.say)
+                    if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                        saved = time.monotonic()
+                        _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+
+            policy.passes.together(look_up_all, ranks.agree)
     except Stopped:
         for cache in caches:
             cache.flush()
         raise
+    ranks.wait()
+    if ranks.size > 1:
+        for cache in caches:
+            cache.find_new_shards()
 
 
 def _look_up(policy: Policy, reference: Reference | None, features: ImageFeatures | None, batch: PackedBatch) -> None:
@@ -183,8 +208,11 @@ def _steps_done_before(caches: list[ShardedCache], name: str, loader: PairLoader
     """Return how many steps all caches are filled for, by their own notes, and the hash of these steps' images.
 
     Rows that were skipped in them are added to ``loader.skipped``. Where a file or a value was lost since, or an image
-    changed, no step counts, and everything is looked up again.
+    changed, no step counts, and everything is looked up again; so it is where rows are shown images of other rows,
+    which may be rows of a later step.
     """
+    if loader.retrieves_images:
+        return 0, hashlib.sha256()
     notes = [note for cache in caches if (note := _read_note(cache, name, stop)) is not None]
     if len(notes) == len(caches) and all(note["steps"] == notes[0]["steps"] for note in notes):
         images = hashlib.sha256()
@@ -219,8 +247,8 @@ def _counts(reference: Reference | None, features: ImageFeatures | None) -> str:
     return "; ".join(counts)
 
 
-def _say_messages(label: str, cache: ShardedCache, say: Callable[[str], None]) -> None:
-    """Show what a cache has to say, once."""
+def _say_messages(label: str, cache: ShardedCache | PairLoader, say: Callable[[str], None]) -> None:
+    """Show what a cache or a loader has to say, once."""
     for line in cache.messages:
         say(f"{label:<10} {line}")
     cache.messages.clear()

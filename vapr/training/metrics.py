@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from vapr.batches.steps import Step
-from vapr.config import Config
+from vapr.config import Config, LossConfig
 from vapr.model.policy import Policy
+from vapr.model.quantized import QuantizedLinear
+from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
+from vapr_kernels.image_losses import IMAGE_KINDS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
 
 
 class Totals:
-    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for."""
+    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for.
+
+    Figures of a loss that compares images are means over the pairs that it applies to, whose number is its ``_pairs``.
+
+    Args:
+        terms: the losses.
+    """
 
     NAMES = (
         "loss",
@@ -32,22 +41,53 @@ class Totals:
         "logps/rejected",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Sequence[LossConfig] = ()) -> None:
+        self._image_kinds = [kind for kind in IMAGE_KINDS if any(term.kind == kind for term in terms)]
+        sums = [f"{kind} {name}" for kind in self._image_kinds for name in ("pairs", "margins", "accuracies")]
+        self._names = (*self.NAMES, *sums)
         self._sums: Tensor | None = None  # fp64, so that the order of adding does not show
         self.num_pairs = 0
 
     def add(self, losses: Tensor, rewards: Tensor, logps: Tensor) -> None:
-        """Add a micro-batch: ``losses`` (P,), ``rewards`` and ``logps`` (P, 2), chosen first."""
-        margins = rewards[:, 0] - rewards[:, 1]
-        rows = (losses, *rewards.unbind(1), margins, (margins > 0).float(), *logps.unbind(1))
+        """Add a micro-batch: ``losses`` (P,), ``rewards`` (P, 2 or 5) and ``logps`` (P, 2), chosen first."""
+        sides = rewards[:, :2]
+        margins = sides[:, 0] - sides[:, 1]
+        rows = [losses, *sides.unbind(1), margins, (margins > 0).float(), *logps.unbind(1)]
+        for kind in self._image_kinds:
+            rows += _image_sums(kind, *rewards.unbind(1))
         sums = torch.stack([row.detach().double().sum() for row in rows])
         self._sums = sums if self._sums is None else self._sums + sums
         self.num_pairs += len(losses)
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of every figure over the pairs added; waits for the device."""
-        assert self._sums is not None
-        return dict(zip(self.NAMES, (self._sums / self.num_pairs).tolist(), strict=True))
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Return the mean of every figure over the pairs that all ranks added; waits for the device."""
+        own = [0.0] * len(self._names) if self._sums is None else self._sums.tolist()
+        *all_sums, num_pairs = ranks.gather([*own, self.num_pairs]).sum(axis=0).tolist()
+        sums = dict(zip(self._names, all_sums, strict=True))
+        means = {name: sums[name] / num_pairs for name in self.NAMES}
+        for kind in self._image_kinds:
+            means[f"{kind}_pairs"] = count = int(sums[f"{kind} pairs"])
+            if count:
+                means |= {
+                    f"rewards/{kind}_{name}": sums[f"{kind} {name}"] / count for name in ("margins", "accuracies")
+                }
+        return means
+
+
+def _image_sums(kind: str, chosen: Tensor, rejected: Tensor, second: Tensor, *swapped: Tensor) -> list[Tensor]:
+    """Return of a loss that compares images whether it applies to each pair, the margin and whether it is right, (P,).
+
+    ``image``: the chosen completion under its own image against the second one. ``symmetric``: the mean of both images'
+    margins; right is a pair whose images both prefer their own answer.
+    """
+    if kind == "image":
+        margins = [chosen - second]
+    else:
+        chosen_swapped, rejected_swapped = swapped
+        margins = [chosen - rejected_swapped, rejected - chosen_swapped]
+    both = torch.stack(margins)
+    applies = ~both.isnan().any(0)
+    return [applies.float(), torch.where(applies, both.mean(0), 0.0), (both > 0).all(0).float()]
 
 
 class MetricsLog:
@@ -57,24 +97,29 @@ class MetricsLog:
         run_dir: the run's folder.
         resume_step: objects after this step are cut off; None starts a new file.
         trackers: see :mod:`vapr.training.trackers`; closed with the log.
+        writes: False only remembers what would be written: on all ranks but the first.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, resume_step: int | None, trackers: Sequence[Tracker] = (), *, writes: bool = True
+    ) -> None:
         self._trackers = trackers
         self._sent: set[tuple[int, str]] = set()  # what was cut off, and a tracker may have: step, kind of figures
-        self._path = run_dir / "metrics.jsonl"
+        self._path, self._writes = run_dir / "metrics.jsonl", writes
         self.evaluated: dict[int, float] = {}  # held-out loss by step
         self.probed: set[int] = set()  # steps
         if resume_step is None:
-            self._path.unlink(missing_ok=True)  # a probe of a run that never took a step
+            if writes:
+                self._path.unlink(missing_ok=True)  # a probe of a run that never took a step
         elif self._path.exists():
             self._cut_off(resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = (self._path if writes else Path(os.devnull)).open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, config: Config, run_dir: Path, resume_step: int | None) -> "MetricsLog":
-        """Open the log of a run and the trackers that its config names; see the class for ``resume_step``."""
-        return cls(run_dir, resume_step, open_trackers(config, run_dir, resume_step))
+    def open(cls, config: Config, run_dir: Path, resume_step: int | None, *, writes: bool = True) -> "MetricsLog":
+        """Open the log of a run and the trackers that its config names; see the class for the arguments."""
+        trackers = open_trackers(config, run_dir, resume_step) if writes else ()
+        return cls(run_dir, resume_step, trackers, writes=writes)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of a step: training's, an evaluation's or a probe's."""
@@ -107,7 +152,8 @@ class MetricsLog:
     def __exit__(self, *error: object) -> None:
         """Make the file last and close the trackers."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -131,9 +177,10 @@ class MetricsLog:
                 self._note_evaluation(entry["step"], entry)
             except (ValueError, KeyError):
                 continue  # the half-written last line of a killed run
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        if self._writes:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self._path)
 
 
 def _kind(values: dict[str, Any]) -> str:
@@ -141,13 +188,17 @@ def _kind(values: dict[str, Any]) -> str:
     return "eval" if "eval/loss" in values else "probe" if "probe/accuracy" in values else "train"
 
 
-def speed(policy: Policy, step: Step, seconds: float) -> dict[str, float | None]:
-    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update."""
+def speed(policy: Policy, step: Step, seconds: float, ranks: Ranks) -> dict[str, float | None]:
+    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update.
+
+    The mfu is the mean over the ranks, the memory the largest of one.
+    """
     peak = peak_flops(policy.device)
+    each = ranks.gather([useful_flops(policy, step) if peak else 0.0, peak_memory_mib(policy.device)])
     return {
         "pairs_per_second": step.num_pairs / seconds,
-        "mfu": useful_flops(policy, step) / (peak * seconds) if peak else None,
-        "peak_memory_mib": peak_memory_mib(policy.device),
+        "mfu": float(each[:, 0].mean()) / (peak * seconds) if peak else None,
+        "peak_memory_mib": float(each[:, 1].max()),
     }
 
 
@@ -156,28 +207,40 @@ def in_words(values: dict[str, Any]) -> str:
     return (
         f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
         f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+        + "".join(
+            f" {kind} margin {values[key]:+.3f}" for kind in IMAGE_KINDS if (key := f"rewards/{kind}_margins") in values
+        )
     )
 
 
 def useful_flops(policy: Policy, step: Step) -> float:
     """Count the FLOPs that a step needs: neither what sharing saves nor what is computed twice.
 
-    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
-    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
+    Those of this process's packs are counted. Linear layers 2 FLOPs a weight and token, attention 4 E H for each
+    (query, key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters
+    are trained. The vision tower is left out.
     """
     config = policy.base.config.get_text_config()
     layers = policy.base.model.language_model.layers
-    weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
-    adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
+    shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
+    weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
+    weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
+    adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
     passes = 2 if policy.adapters is not None else 3
-    flops = 2.0 * step.num_tokens * (weights * passes + adapters * 3)
+    flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)
     for batch in step.batches:
-        flops += 2.0 * passes * len(batch.labels) * policy.head.numel()
+        flops += 2.0 * passes * len(batch.labels) * whole_shape(policy.head).numel()
         attended = sum(
             q * k - q * (q - 1) / 2 for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
         )
         flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
     return flops
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight, of which this rank may hold a part alone (ZeRO 3)."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def peak_flops(device: torch.device) -> float | None:

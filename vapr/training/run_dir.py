@@ -8,11 +8,13 @@ import os
 import platform
 import shutil
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from vapr.cache import write_json
 from vapr.config import Config
@@ -42,12 +44,17 @@ os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held])
 class RunDir:
     """Opens ``config.run_dir`` for one process; the lock goes with the process, however it ends.
 
+    With ``writes=False`` nothing is locked, checked or written: on all ranks but the first.
+
     Raises:
         UserError: if it holds a run and ``resume`` is false, is in use, or was started with another config.
     """
 
-    def __init__(self, config: Config, *, resume: bool) -> None:
+    def __init__(self, config: Config, *, resume: bool, writes: bool = True) -> None:
         self.path = Path(config.run_dir)
+        self.writes = writes
+        if not writes:
+            return
         if resume and not self.path.exists():
             raise UserError(
                 f"run_dir: {self.path} does not exist, so there is nothing to resume; {_runs_beside(self.path)}"
@@ -80,7 +87,8 @@ class RunDir:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        if self.writes:
+            self._lock.close()
 
     @property
     def holds_run(self) -> bool:
@@ -106,24 +114,30 @@ class RunDir:
     def finished(self) -> bool:
         return self.final.is_dir()
 
-    def keep_merged_policy(self, policy: Policy, *, begins: bool) -> None:
+    def keeps_merged_policy(self, policy: Policy) -> bool:
+        """Tell whether an adapter was merged into the policy, and adapters are trained on that."""
+        return policy.merged is not None and policy.adapters is not None
+
+    def keep_merged_policy(self, policy: Policy, weights: Mapping[str, Tensor], *, begins: bool) -> None:
         """Keep a policy with an adapter merged into it, where the adapters trained on it find their base.
 
         Args:
             policy: nothing is kept unless it has adapters and an adapter was merged into its weights.
+            weights: of the policy by their names, on the rank that writes.
             begins: whether the run starts from its first step; then what an earlier start left is deleted.
         """
-        if begins and self.start.is_dir():
+        if begins and self.writes and self.start.is_dir():
             shutil.rmtree(self.start)
-        if policy.merged is None or policy.adapters is None:
+        if not self.keeps_merged_policy(policy):
             return
-        if not self.start.is_dir():
-            checkpoint.save_start(policy, self.start)
+        assert policy.adapters is not None
+        if self.writes and not self.start.is_dir():
+            checkpoint.save_start(policy, weights, self.start)
         policy.adapters.peft_config["default"].base_model_name_or_path = str(self.start.resolve())
         print(f"base       {self.start} holds the merged policy, which the run's adapter needs", flush=True)
 
     def describe(self, config: Config, policy: Policy) -> None:
-        """Write config.yaml (resolved) and environment.json.
+        """Write config.yaml (resolved) and environment.json, after a look at the weights.
 
         Raises:
             UserError: if a run is there that began with other weights; what it has trained would not fit these.
@@ -134,6 +148,8 @@ class RunDir:
                 f"policy.model: the weights of {config.policy.model} changed since {self.path} was started; restore "
                 "them, or give another run_dir"
             )
+        if not self.writes:
+            return
         text = yaml.safe_dump(config.as_dict(), sort_keys=False)
         temporary = self.path / "config.yaml.tmp"
         temporary.write_text(text)
@@ -149,26 +165,35 @@ def weights_at_start(run: Path) -> str | None:
         return None
 
 
-def environment(policy: Policy) -> dict[str, Any]:
-    """Collect versions and devices that a reader of the run wants to know."""
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of what a run's figures depend on; None for what is not installed."""
     versions: dict[str, str | None] = {}
-    for name in ("vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision"):
+    for name in (
+        "vapr", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision", "deepspeed",
+        "bitsandbytes",
+    ):  # fmt: skip
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    return versions
+
+
+def environment(policy: Policy) -> dict[str, Any]:
+    """Collect versions and devices that a reader of the run wants to know."""
     device = (
         torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.processor() or platform.machine()
     )
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": library_versions(),
         "device": device,
         "threads": torch.get_num_threads(),
         "model_folder": str(policy.folder),
         "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
+        "quantized": str(policy.quantized) if policy.quantized is not None else None,
         "left_unfused": policy.left_unfused,
     }
 

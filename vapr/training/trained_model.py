@@ -1,7 +1,7 @@
 """The weights that a run trained: which they are, and the policy that they belong into."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,10 +124,10 @@ def put_weights(policy: Policy | Modules, config: Config, trained: Trained, dtyp
         raise UserError(f"{trained.folder}: its weights cannot be used ({one_line(error)})") from None
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> Mapping[str, Tensor]:
     """Load trained weights by the names they have in the policy."""
     if checkpoint.is_checkpoint(folder):
-        return load_file(folder / "weights.safetensors")
+        return checkpoint.SavedTensors(folder, "weights")
     weights = load_file(folder / "adapter_model.safetensors")
     names = {name: name.removeprefix("base_model.model.").removesuffix(".weight") for name in weights}
     return {f"{names[name]}.default.weight": weight for name, weight in weights.items()}

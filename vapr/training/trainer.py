@@ -21,13 +21,21 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
+from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.ledger import Ledger
+from vapr.training.make_engine import make_engine
 from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.model_card import write_model_card
+from vapr.training.out_of_memory import FittingPacks
+from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
-from vapr.training.step import check_first_margin, evaluate, stop_unless_finite, train_step
+from vapr.training.same_everywhere import check_same_everywhere
+from vapr.training.step import check_first_margin, evaluate, steps_of_all, stop_unless_finite, train_step
 from vapr.training.trackers import check_installed
 
 
@@ -38,23 +46,30 @@ def train(config: Config, *, resume: bool = False) -> Path:
         UserError: for a mistake in config, data, model or run folder.
         TrainingStopped: for a loss or gradient that is not finite, or after a signal (checkpointed).
     """
-    with RunDir(config, resume=resume) as run, _full_disk_as_mistake(run.path), contextlib.ExitStack() as opened:
+    with open_ranks(config.parallel) as ranks, contextlib.ExitStack() as opened:
+        check_same_everywhere(config, ranks)
+        run = opened.enter_context(ranks.in_turn(lambda: RunDir(config, resume=resume, writes=ranks.is_first)))
+        opened.enter_context(_disk_faults_as_mistakes(run.path))
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
-        parts = _set_up(config, run, opened)
+        parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
         state = run_state.resume(run, engine, loader) if resume else RunState()
-        run.keep_merged_policy(policy, begins=engine.num_updates == 0)
+        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
+        resumed = engine.num_updates if resume else None
         with (
-            MetricsLog.open(config, run.path, engine.num_updates if resume else None) as log,
+            Ledger(run.path, resumed, ranks) as ledger,
+            ranks.in_turn(lambda: MetricsLog.open(config, run.path, resumed, writes=ranks.is_first)) as log,
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
+            parts.fitting.say = display.say
 
             def save() -> Path:
-                caches = [reference, parts.features]
-                return run_state.save(run, state, engine, [loader, parts.held_out], caches, config.checkpoint)
+                ledger.sync()
+                return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
@@ -62,31 +77,39 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 _evaluate(config, parts, run, log, display, interrupts)
             with _saved_on_mistakes(run, state, parts, save):
                 began = time.monotonic()
-                for step in loader.steps(engine.num_updates, engine.num_steps):
+                for step in steps_of_all(ranks, loader.steps(engine.num_updates, engine.num_steps)):
                     if step.num_pairs == 0:
                         engine.skip_step()
                         display.advance("every pair of this step was skipped")
                     else:
                         if state.num_pairs == 0 and reference is not None:
-                            check_first_margin(policy, reference, step, config.reference.tolerance, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
-                        stop_unless_finite(values, step, engine.num_updates + 1, run.path)
+                            check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
+                        values, margins = train_step(
+                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
+                        )
+                        stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
-                        values |= speed(policy, step, time.monotonic() - began)
+                        values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, parts.features), display.say)
+                        _show_messages((*parts.caches, loader), display.say)
+                    ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
+                    interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
                         saved = save()
                         if interrupts.received and engine.num_updates < engine.num_steps:
+                            ranks.agreed = True
                             raise interrupts.stopped(saved)
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        checkpoint.save_final(policy, run.final)
-        print_outcome(config, run, [loader, parts.held_out], reference)
+        adapter = policy.adapters is not None
+        checkpoint.save_final(
+            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
+        )
+        print_outcome(config, run, [loader, parts.held_out], reference, engine)
         return run.final
 
 
@@ -95,31 +118,43 @@ class _Parts:
     """What a run is made of, opened."""
 
     policy: Policy
-    engine: Engine
+    engine: Engine | DeepSpeedEngine
     reference: Reference | None
     features: ImageFeatures | None
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+    fitting: FittingPacks
+
+    @property
+    def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
+        return self.reference, self.features
 
 
-def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack) -> _Parts:
+def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ranks) -> _Parts:
     """Open the data, load the policy and fill what has to be known before the first update."""
-    check_installed(config.trackers)
-    opened_loaders = opened.enter_context(open_loaders(config))
+
+    def open_data() -> dict[Any, PairLoader]:
+        check_installed(config.trackers)
+        return opened.enter_context(open_loaders(config, rank=ranks.rank, num_ranks=ranks.size))
+
+    opened_loaders = ranks.in_turn(open_data)  # the first rank makes the index of the rows, the others find it
     loader, held_out = opened_loaders["train"], opened_loaders.get("eval")
     if held_out is not None and (warning := warning_of_rows_in_both(loader.pairs, held_out.pairs)):
         print(warning)
-    probe = _open_probe(config, loader)
+    probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
-    policy = load_policy(config.policy, kernels=config.kernels)
-    features = open_features(config, policy, loader)
-    engine = Engine(policy, config.optim, config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch)
-    run.describe(config, policy)
-    print_setup(config, policy, loader, held_out, engine.num_steps)
+    policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
+    num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
+    policy, engine = make_engine(config, policy, num_steps, ranks)
+    features = ranks.in_turn(lambda: open_features(config, policy, loader))
+    ranks.in_turn(lambda: run.describe(config, policy))
+    ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
+    print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
-    reference = open_reference(config, policy, features, loaders)
-    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+    reference = open_reference(config, policy, features, loaders, ranks)
+    fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
@@ -137,11 +172,14 @@ def _open_probe(config: Config, loader: PairLoader) -> Any:
 
 def _take_probe(parts: _Parts, run: RunDir, log: MetricsLog, display: Display) -> None:
     """Probe the policy where a probe is due and not in the log yet."""
-    step = parts.engine.num_updates
-    if parts.probe is not None and parts.probe.is_due(step, parts.engine.num_steps) and step not in log.probed:
+    step, ranks = parts.engine.num_updates, parts.engine.ranks
+    if parts.probe is None or not parts.probe.is_due(step, parts.engine.num_steps):
+        return
+    if ranks.is_first and step not in log.probed:  # the others wait
         values, line = parts.probe.take(parts.policy, step, run.path, display.note)
         log.write(step, values)
         display.say(f"step {step:,} {line}")
+    ranks.wait()
 
 
 def _evaluate(
@@ -151,17 +189,24 @@ def _evaluate(
     step = parts.engine.num_updates
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
-        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, note)
+        ranks = parts.engine.ranks
+        values = evaluate(
+            parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
+        )
+        _show_messages((parts.held_out,), display.say)
         log.write_evaluation(step, values, display.say)
-        checkpoint.delete_old(run.path, config.checkpoint)
+        if ranks.is_first:
+            checkpoint.delete_old(run.path, config.checkpoint)
 
 
-def _is_due(engine: Engine, config: Config) -> bool:
+def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:
     """Tell whether a checkpoint and an evaluation belong after this step."""
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 
 
 def _write_report(run: RunDir, state: RunState, parts: _Parts, *notes: str) -> None:
+    if not run.writes:
+        return
     shown = shown_pairs(state.extremes, parts.loader.pairs)
     asked = parts.probe.shown(run.path) if parts.probe is not None else ()
     write_run_report(run.path, shown, notes, num_steps=parts.engine.num_steps, asked=asked)
@@ -178,17 +223,22 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
-    """Show once what the caches have to say about damaged files."""
-    for cache in caches:
-        if cache is not None and cache.messages:
-            say("; ".join(cache.messages))
-            cache.messages.clear()
+def _show_messages(
+    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
+) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+    for source in sources:
+        if source is not None and source.messages:
+            say("; ".join(source.messages))
+            source.messages.clear()
 
 
 @contextlib.contextmanager
 def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callable[[], Path]) -> Iterator[None]:
-    """Checkpoint the steps before a bad row or too small a GPU, which may be found hours into a run."""
+    """Checkpoint the steps before a bad row or too small a GPU, which may be found hours into a run.
+
+    Several ranks do so where all of them end for the same reason.
+    """
     engine = parts.engine
     try:
         yield
@@ -196,29 +246,31 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         _write_report(run, state, parts, f"Stopped: {stopped}")
         raise
     except (UserError, torch.OutOfMemoryError) as error:
-        way_out = ""
-        if engine.num_updates > state.saved_step and state.num_pairs:
-            save()
-        if state.saved_step:
-            way_out = f"; the {state.saved_step} steps before it are saved, continue with --resume"
-            _write_report(run, state, parts, f"Stopped: {error}")
+        can_save = engine.ranks.size == 1 or engine.ranks.agreed
+        with contextlib.suppress(UserError, OSError):  # a full disk as well must not hide what stopped the run
+            if can_save and engine.num_updates > state.saved_step and state.num_pairs:
+                save()
+            if state.saved_step:
+                _write_report(run, state, parts, f"Stopped: {error}")
+        saved = f"; the {state.saved_step} steps before it are saved, continue with --resume"
+        way_out = saved if state.saved_step else ""
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
-            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens or set "
-            f"policy.gradient_checkpointing: true{way_out}"
+            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens, set "
+            f"policy.gradient_checkpointing: true or policy.base_weights: nf4 (docs/memory.md){way_out}"
         ) from None
 
 
 @contextlib.contextmanager
-def _full_disk_as_mistake(folder: Path) -> Iterator[None]:
-    """Raise UserError with the way out for a disk that is full."""
+def _disk_faults_as_mistakes(folder: Path) -> Iterator[None]:
+    """Raise UserError with the way out for a disk that is full or may not be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror}; make room and continue from the newest checkpoint "
-            "with --resume"
-        ) from None
+        place, goes_on = error.filename or folder, "and continue from the newest checkpoint with --resume"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{place}: {error.strerror}; make room {goes_on}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{place}: {error.strerror}; let this user read and write it {goes_on}") from None
+        raise
