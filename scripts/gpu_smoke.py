@@ -66,7 +66,17 @@ def what_is_here() -> str:
     import triton
 
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, triton, transformers, peft))
-    optional = ("pydantic", "skimage", "trl", "datasets", "liger_kernel", "torchvision", "flash_attn", "deepspeed")
+    optional = (
+        "bitsandbytes",
+        "pydantic",
+        "skimage",
+        "trl",
+        "datasets",
+        "liger_kernel",
+        "torchvision",
+        "flash_attn",
+        "deepspeed",
+    )
     absent = [name for name in optional if not importlib.util.find_spec(name)]
     note = f"{versions}; absent: {', '.join(absent) or 'nothing'}; C compiler {shutil.which('cc')}"
     if GPU:
@@ -212,6 +222,23 @@ for family in ("qwen2_5_vl", "qwen2_vl", "llava"):
     for lora in (True, False):
         name = f"step of a tiny {family}, {'lora' if lora else 'full'}"
         CHECKS.append((name, lambda family=family, lora=lora: check_training_step(family, lora)))
+
+
+@check
+def quantised_layers() -> str:
+    return from_tests("test_gpu_small_cards").check_quantised_layers(DEVICE)
+
+
+def check_small_card(name: str) -> str:
+    policy, pairs, _, _ = tiny_policy("qwen2_5_vl")
+    cache = FOLDER / name.replace(" ", "-")
+    return from_tests("test_gpu_small_cards").CHECKS[name](policy, pairs[:8], cache, DEVICE, DTYPE)
+
+
+CHECKS.extend(
+    (f"small cards: {name}", lambda name=name: check_small_card(name))
+    for name in ("quantised step", "resting tower", "8-bit AdamW", "halved packs")
+)
 
 
 @check

@@ -58,8 +58,9 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
     base_weights: Literal["bfloat16", "nf4", "fp8", "int8"] = "bfloat16"
-    """Storage of a frozen base under LoRA; nf4 takes a quarter of the memory, fp8 and int8 half. bfloat16 is the
-    weights as they are: with ``dtype: float32`` the base is float32 as well."""
+    """Storage of a frozen base under LoRA (docs/memory.md): its linear layers, but for the LM head. nf4 takes a quarter
+    of the memory and needs bitsandbytes; fp8 and int8 take half, and run anywhere. bfloat16 is the weights as they are:
+    with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     gradient_checkpointing: bool | Literal["auto"] = False
@@ -184,8 +185,8 @@ class OptimConfig:
     max_steps: WholeNumber | None = Field(default=None, ge=1)
     """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
     kind: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
-    """Where AdamW's moments are kept: in float32, or in 8 bits (bitsandbytes, a GPU), paged to host memory when the
-    GPU's is full."""
+    """How AdamW's moments are kept: in float32, or in 8 bits (needs bitsandbytes); paged ones move to host memory when
+    the GPU's is full (docs/memory.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -203,7 +204,8 @@ class FeaturesConfig:
     """The cache of image features, for a frozen tower and projector. It needs much disk; its size is announced."""
 
     cache: bool = False
-    """Keep features on disk and find them again."""
+    """Keep features on disk and find them again. Tower and projector then wait in host memory, and come to the GPU for
+    images that are missing."""
     cache_dir: str | None = None
     """Where image features are kept; null: the user's cache folder."""
 

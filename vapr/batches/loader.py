@@ -68,7 +68,7 @@ class PairLoader:
         self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
         self._weighted = True
         self._by_image = config.packing.share == "image" and self._shuffle
-        self._epoch_order = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, np.ndarray] = {}  # of the epochs in use: one ends while the next is made ahead
 
     @property
     def pairs_per_epoch(self) -> int:
@@ -115,7 +115,7 @@ class PairLoader:
         other.skipped = {}
         other._sets, other._weighted = [(len(self.pairs), 1.0)], False
         other._by_image |= by_image
-        other._epoch_order = (-1, np.empty(0, np.int64))
+        other._orders = {}
         return other
 
     def order(self, epoch: int) -> np.ndarray:
@@ -174,16 +174,20 @@ class PairLoader:
                 )
 
     def _places(self, step: int) -> list[Place]:
-        return [(self._name, number) for number in self._members(step)]
+        return [(self._name, number) for number in self._mine(step)]
 
-    def _members(self, step: int) -> list[int]:
-        """Return the row numbers of a step that are this process's; neighbours stay together."""
+    def members(self, step: int) -> np.ndarray:
+        """Return the row numbers of a step, counted from 0 over epochs, (at most pairs_per_step,) int64."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, self.order(epoch)
-        members = self._epoch_order[1][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+        if epoch not in self._orders:
+            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
+            self._orders[epoch] = self.order(epoch)
+        return self._orders[epoch][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+
+    def _mine(self, step: int) -> list[int]:
+        """Return the row numbers of a step that are this process's; neighbours stay together."""
         rank, num_ranks = self._part
-        part: list[int] = np.array_split(members, num_ranks)[rank].tolist()
+        part: list[int] = np.array_split(self.members(step), num_ranks)[rank].tolist()
         return part
 
     def close(self) -> None:
@@ -192,7 +196,7 @@ class PairLoader:
 
     def hash_images(self, step: int, images: Any) -> None:
         """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
-        for number in self._members(step):
+        for number in self._mine(step):
             try:
                 pair = self.pairs[number]
                 stats = [

@@ -13,6 +13,7 @@ from typing import Any
 from vapr.cache import written_whole
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
+from vapr.data.remote import fetched, is_remote, url_of
 from vapr.data.writers import ORIGIN_KEYS, WRITER_NAMES, WRITERS, keep_origin
 from vapr.errors import BadRow, UserError
 from vapr.progress import Display
@@ -135,6 +136,8 @@ class _Images:
                     file.write(image)
                 self._written.append(name)
             image = name
+        if is_remote(image):
+            return {"bytes": None, "path": url_of(image)} if self._embedded else url_of(image)
         path = Path(os.path.abspath(image))
         text = str(path.relative_to(self._folder)) if path.is_relative_to(self._folder) else str(path)
         return {"bytes": None, "path": text} if self._embedded else text
@@ -144,7 +147,7 @@ def _content(image: Path | bytes) -> dict[str, Any]:
     if isinstance(image, bytes):
         return {"bytes": image, "path": _new_name(image)}
     try:
-        return {"bytes": image.read_bytes(), "path": image.name}
+        return {"bytes": fetched(image).read_bytes(), "path": image.name}
     except OSError as error:
         raise BadRow(f"image '{image}' cannot be read ({error.strerror})") from None
 

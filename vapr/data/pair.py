@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vapr.data.remote import is_remote, is_url, join, local_place, shown
 from vapr.data.row_values import PLACEHOLDER, OneOf, are_missing, image_list, num_shared, refuse_near_misses
 from vapr.errors import BadRow
 
@@ -74,7 +75,7 @@ def pair_from_row(
     prompt = place_images(prompt, len(images))
 
     def sources(images: list[Any]) -> tuple[Path | bytes, ...]:
-        return tuple(image_source(image, root, confined, images_needed) for image in images)
+        return tuple(image_source(image, root, confined, images_needed, urls=True) for image in images)
 
     return PreferencePair(
         id=row_id(row, where),
@@ -263,8 +264,8 @@ def place_images(prompt: list[Message], num_images: int) -> list[Message]:
     return prompt
 
 
-def image_source(image: Any, root: Path, confined: bool, needed: bool = True) -> Path | bytes:
-    """Return an image's file, or its encoded bytes.
+def image_source(image: Any, root: Path, confined: bool, needed: bool = True, *, urls: bool = False) -> Path | bytes:
+    """Return an image's file, or its encoded bytes. With ``urls`` it may be a URL, fetched when it is read.
 
     Raises:
         BadRow: if it is neither, lies outside ``root`` where ``confined`` to it, or is ``needed`` and not there.
@@ -272,7 +273,7 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
     if isinstance(image, OneOf):
         for name in image:
             with contextlib.suppress(BadRow):
-                return image_source(name, root, confined)
+                return image_source(name, root, confined, urls=urls)
         image = image[0]  # and say that it is not there
     if isinstance(image, bytes) and image:
         return image
@@ -282,18 +283,18 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
-    if image.startswith(("http://", "https://", "file://", "s3://", "data:")):
+    if image.startswith("data:") or (is_url(image) and not urls):
         raise BadRow(f"image {image!r:.60} is a URL; save it to a file first, or give its bytes in parquet")
-    path = root / image
+    path = local_place(image) if is_url(image) else join(root, image)
     if not encodable(str(path)):
         raise BadRow(f"image {image!r:.60}: its path is not UTF-8; rename the file or its folder")
     try:
         outside = confined and not path.resolve().is_relative_to(root.resolve())
-        found = path.is_file()
+        found = is_remote(path) or path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL: base64 or a data URL instead of a path
         raise BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
     if outside:
-        raise BadRow(f"image '{image}' lies outside data.image_root ({root})")
+        raise BadRow(f"image '{image}' lies outside data.image_root ({shown(root)})")
     if not found and needed:
         raise BadRow(f"image '{image}' not found (looked for {path})")
     return path

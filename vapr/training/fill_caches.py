@@ -151,17 +151,22 @@ def _fill(
         ):
             if done:
                 display.say(f"{done:,} of {stop:,} steps were prepared before")
-            for number, step in enumerate(loader.steps(done, stop), start=done + 1):
-                for batch in step.batches:
-                    _look_up(policy, reference, features, batch.to(policy.device))
-                loader.hash_images(number - 1, images)
-                display.advance(_counts(reference, features))
-                for cache in caches:
-                    _say_messages(name, cache, display.say)
-                _say_messages(name, loader, display.say)
-                if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    saved = time.monotonic()
-                    _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+
+            def look_up_all() -> None:
+                nonlocal saved
+                for number, step in enumerate(loader.steps(done, stop), start=done + 1):
+                    for batch in step.batches:
+                        _look_up(policy, reference, features, batch.to(policy.device))
+                    loader.hash_images(number - 1, images)
+                    display.advance(_counts(reference, features))
+                    for cache in caches:
+                        _say_messages(name, cache, display.say)
+                    _say_messages(name, loader, display.say)
+                    if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                        saved = time.monotonic()
+                        _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
+
+            policy.passes.together(look_up_all, ranks.agree)
     except Stopped:
         for cache in caches:
             cache.flush()

@@ -13,6 +13,7 @@ from torch import Tensor
 from vapr.batches.steps import Step
 from vapr.config import Config, LossConfig
 from vapr.model.policy import Policy
+from vapr.model.quantized import QuantizedLinear
 from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
 from vapr_kernels.image_losses import IMAGE_KINDS
@@ -221,17 +222,25 @@ def useful_flops(policy: Policy, step: Step) -> float:
     """
     config = policy.base.config.get_text_config()
     layers = policy.base.model.language_model.layers
-    weights = sum(p.numel() for n, p in layers.named_parameters() if p.ndim == 2 and "lora_" not in n)
-    adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
+    shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
+    weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
+    weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
+    adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
     passes = 2 if policy.adapters is not None else 3
     flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)
     for batch in step.batches:
-        flops += 2.0 * passes * len(batch.labels) * policy.head.numel()
+        flops += 2.0 * passes * len(batch.labels) * whole_shape(policy.head).numel()
         attended = sum(
             q * k - q * (q - 1) / 2 for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
         )
         flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
     return flops
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight, of which this rank may hold a part alone (ZeRO 3)."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def peak_flops(device: torch.device) -> float | None:
