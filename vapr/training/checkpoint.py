@@ -90,7 +90,7 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
 def _make_empty(folder: Path, engine: Engine) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    check_room_for_one(folder, engine)
+    check_room_for_one(folder.with_suffix(""), engine)
     folder.mkdir(parents=True)
 
 

@@ -140,9 +140,10 @@ class Engine:
     def checkpoint_bytes(self) -> int:
         """Return the size of a checkpoint: master weights and optimizer state, two moments until there is one."""
         weights = 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        if self.is_sharded:
+            return 3 * weights
         state = [value for values in self.optimizer.state.values() for value in values.values()]
-        made = sum(value.nbytes for value in state if isinstance(value, Tensor))
-        return weights + (made if made and not self.is_sharded else 2 * weights)
+        return weights + (sum(value.nbytes for value in state if isinstance(value, Tensor)) or 2 * weights)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
