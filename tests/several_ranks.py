@@ -12,7 +12,8 @@ from typing import Any
 
 # A server that has imported everything and run nothing: what ran a backward pass cannot be forked any more.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.several_ranks", "vapr.training.trainer", "vapr.training.fill_caches"])
+PRELOADED = ["tests.several_ranks", "vapr.training.trainer", "vapr.training.fill_caches"]
+SERVER.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0
 
 

@@ -45,6 +45,7 @@ class PairLoader:
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
+        messages: lines to be shown, each the first time a loss is left out for a reason.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class PairLoader:
         self._part = rank, num_ranks
         self._packing = config.packing
         self._seed = config.seed
+        self._views = (config.second_image, config.swaps_images)
+        self.messages: list[str] = []
+        self._left_out: set[str] = set()
         self._shuffle = config.data.shuffle and name == "train"
         self._dropped = maker.dropped[name]
         self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
@@ -87,9 +91,16 @@ class PairLoader:
     def place(self) -> str:
         """Return a name of this process's data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
+        views = () if self._views == (None, False) else self._views
         part = () if self._part == (0, 1) else self._part
-        settings = (self.digest, self._packing, self.pairs_per_step, order, *part)
+        settings = (self.digest, self._packing, self.pairs_per_step, order, *views, *part)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+    @property
+    def retrieves_images(self) -> bool:
+        """Tell whether the second image of a row is that of another row."""
+        second, _ = self._views
+        return second is not None and second.make == "retrieved"
 
     @property
     def image_backend(self) -> str:
@@ -149,7 +160,18 @@ class PairLoader:
             self.skipped.update(made.skipped)
             if made.step is None:
                 raise made.error
+            self._note_left_out(made.step)
             yield made.step
+
+    def _note_left_out(self, step: Step) -> None:
+        for pair in step.pairs:
+            for reason in self._left_out.symmetric_difference(pair.left_out) - self._left_out:
+                self._left_out.add(reason)
+                kind, why = reason.split(": ", 1)
+                self.messages.append(
+                    f"{pair.where}: no {kind} loss for row '{pair.id}' and its like: {why} (said once; {kind}_pairs in "
+                    "metrics.jsonl counts the others)"
+                )
 
     def _places(self, step: int) -> list[Place]:
         return [(self._name, number) for number in self._mine(step)]

@@ -86,6 +86,7 @@ def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images", quiet: bool)
 
 def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
     held = {"weight": pair.weight != 1.0, "edits": bool(pair.edits), "category": pair.category is not None}
+    held |= {"beta": pair.beta is not None, "margin": pair.margin != 0.0}
     if "origin_split" in row:
         held["category"] = False  # stands in there
     return [key for key, there in held.items() if there and key not in row]
@@ -210,6 +211,7 @@ def _schema(pa: Any) -> Any:
     return pa.schema(
         {"id": pa.string(), "images": images, "prompt": messages, "chosen": messages, "rejected": messages}
         | {"rejected_images": images, "weight": pa.float64(), "category": pa.string(), "edits": pa.list_(edit)}
+        | {"beta": pa.float64(), "margin": pa.float64()}
     )
 
 

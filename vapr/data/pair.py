@@ -35,13 +35,15 @@ class PreferencePair:
     edits: tuple[Edit, ...] = ()
     category: str | None = None
     rejected_images: tuple[Path | bytes, ...] | None = None  # where the rejected completion is about other images
+    beta: float | None = None  # in place of the loss's
+    margin: float = 0.0  # how clearly chosen is better; ``loss.margin_weight`` says what it does
     where: str = field(default="", compare=False)  # "pairs.jsonl:17", for error messages
     number: int = field(default=-1, compare=False)  # the row's number in the data read
 
 
 KNOWN_KEYS = frozenset({
     "id", "images", "image", "rejected_images", "prompt", "chosen", "rejected", "weight", "edits", "category",
-    "provenance",
+    "provenance", "beta", "margin",
 })  # fmt: skip
 """Other keys may be there and mean nothing to training."""
 
@@ -82,7 +84,9 @@ def pair_from_row(
         chosen=tuple(chosen),
         rejected=tuple(rejected),
         rejected_images=None if other_images is None else sources(other_images),
-        weight=_weight(row.get("weight", 1.0)),
+        weight=_number("weight", row.get("weight", 1.0)),
+        beta=_beta(row.get("beta")),
+        margin=_number("margin", row.get("margin", 0.0)),
         edits=_edits(row.get("edits"), chosen),
         category=_category(row.get("category")),
         where=where,
@@ -153,13 +157,19 @@ def row_id(row: dict[str, Any], where: str) -> str:
     return whole_text(text, "id")
 
 
-def _weight(weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise BadRow(f"'weight' must be a number of at least 0, got {weight!r}")
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise BadRow(f"'{key}' must be a number of at least 0, got {value!r}")
     try:
-        return float(weight)
+        return float(value)
     except OverflowError:
-        raise BadRow("'weight' is too large") from None
+        raise BadRow(f"'{key}' is too large") from None
+
+
+def _beta(beta: Any) -> float | None:
+    if beta is not None and _number("beta", beta) == 0:
+        raise BadRow("'beta' must be above 0, got 0")
+    return None if beta is None else float(beta)
 
 
 ROLES = {"human": "user", "gpt": "assistant"}

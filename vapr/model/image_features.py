@@ -51,6 +51,7 @@ class ImageFeatures(ShardedCache):
         folder, policy_id = open_cache_folder(policy, "features", cache_dir, version=VERSION)
         super().__init__(folder, policy_id, np.uint8)
         self._policy = policy
+        policy.tower.rest()
 
     def of_batch(self, batch: PackedBatch) -> Tensor:
         """Find or compute the features of the batch's distinct images.

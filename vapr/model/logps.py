@@ -3,10 +3,13 @@
 T = packed tokens, L = predictions, M = predictions counted once per completion, C = completions, P = pairs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
+from vapr.batches.processed_image import ProcessedImage
 from vapr.model.policy import Policy, hidden_states
 from vapr_kernels import gather_rows, linear_logps
 from vapr_kernels.linear_logps import Mode
@@ -24,7 +27,15 @@ def token_logps(
         reference_logps: the reference's log-probs, laid out as :func:`per_completion`, (M,), if known. They tell the
             kernel where to expect the logits and change nothing else.
     """
-    rows = gather_rows(hidden_states(policy, batch, features), batch.predict_from)  # (L, D)
+    images = batch.images if features is None else ()
+    return policy.passes.logps(lambda spare: _token_logps(policy, batch, features, reference_logps, spare), images)
+
+
+def _token_logps(
+    policy: Policy, batch: PackedBatch, features: Tensor | None, reference_logps: Tensor | None,
+    spare: Sequence[ProcessedImage],
+) -> Tensor:  # fmt: skip
+    rows = gather_rows(hidden_states(policy, batch, features, spare), batch.predict_from)  # (L, D)
     if reference_logps is not None:
         first_copy = batch.sum_prediction.order[batch.sum_prediction.starts[:-1]]
         reference_logps = reference_logps[first_copy]  # (L,)

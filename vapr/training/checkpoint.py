@@ -8,6 +8,7 @@ folder of that name is complete; one ending in ``.tmp`` never counts, and one th
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -27,15 +28,15 @@ from vapr.batches.model_folder import copy_processor_files
 from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
-from vapr.model.policy import Policy
+from vapr.model.policy import Policy, load_base
 from vapr.training.checksums import DamagedCheckpoint, check_checksums, checksums, write_checksums
 from vapr.training.disk_room import check_room_for_one
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 
 LOWER_IS_BETTER = ("eval/loss",)
 
 
-def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
+def save(run_dir: Path, step: int, engine: AnyEngine, state: dict[str, Any], keep: CheckpointConfig) -> Path:
     """Write a checkpoint and delete those that ``keep`` does not ask for.
 
     Every rank calls it, and writes its share of weights and optimizer state; the folder appears when all have.
@@ -87,7 +88,7 @@ def save(run_dir: Path, step: int, engine: Engine, state: dict[str, Any], keep: 
     return folder
 
 
-def _make_empty(folder: Path, engine: Engine) -> None:
+def _make_empty(folder: Path, engine: AnyEngine) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     check_room_for_one(folder.with_suffix(""), engine)
@@ -189,20 +190,22 @@ class SavedTensors(Mapping[str, Tensor]):
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
 
-def load_newest(run_dir: Path, engine: Engine, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Restore the newest whole checkpoint and return its state; None if there is none. Rank 0 comes before the others.
+def newest_whole(run_dir: Path, say: Callable[[str], None], *, writes: bool) -> Path | None:
+    """Return the folder of the newest whole checkpoint; None if there is none.
 
-    Damaged ones are set aside, so that none of them counts among the newest that are kept, and ``say`` is told.
+    Damaged ones are set aside where ``writes`` (on rank 0, which comes first), so that none of them counts among the
+    newest that are kept, and ``say`` is told.
 
     Raises:
-        UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
+        UserError: if one cannot be read for lack of permissions.
     """
     for folder in reversed(list_checkpoints(run_dir)):
+        if not writes:
+            return folder
         try:
-            return load(folder, engine)
+            check_whole(folder)
+            return folder
         except DamagedCheckpoint as error:
-            if not engine.ranks.is_first:
-                raise
             aside = folder.with_suffix(".damaged")
             if aside.exists():
                 shutil.rmtree(aside)
@@ -211,18 +214,17 @@ def load_newest(run_dir: Path, engine: Engine, say: Callable[[str], None]) -> di
     return None
 
 
-def load(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; return the saved state.
+def check_whole(folder: Path) -> None:
+    """Read a checkpoint's files once.
 
     Raises:
         DamagedCheckpoint: if a file is missing, cut short or changed.
-        UserError: if the checkpoint belongs to another model, or cannot be read for lack of permissions.
+        UserError: if it cannot be read for lack of permissions.
     """
     try:
         is_known_whole = check_checksums(folder)
         weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
-        state = dict(json.loads((folder / "state.json").read_text()))
-        step, random_state = state["step"], moments["random.cpu"]
+        json.loads((folder / "state.json").read_text())["step"], moments["random.cpu"]
         if not is_known_whole:  # nothing may be half loaded when it turns out to be damaged
             for saved in (weights, moments):
                 for name in saved:
@@ -233,6 +235,18 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpoint(f"{folder}: cannot be read ({one_line(error)})") from None
+
+
+def load(folder: Path, engine: AnyEngine) -> dict[str, Any]:
+    """Restore weights, optimizer, schedule and random state from a whole checkpoint; return the saved state.
+
+    Every rank calls it.
+
+    Raises:
+        UserError: if the checkpoint belongs to another model, or to another kind of optimizer.
+    """
+    weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
+    state = dict(json.loads((folder / "state.json").read_text()))
     found = {name: weights.shape(name) if name in weights else None for name in engine.shapes}
     if other := next((name for name, shape in engine.shapes.items() if found[name] != shape), None):
         there = "is missing" if found[other] is None else f"has shape {found[other]}"
@@ -240,40 +254,60 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
             f"{folder}: the checkpoint belongs to another model: '{other}' {there}, and {engine.shapes[other]} is "
             "wanted; give another run_dir"
         )
-    engine.load_state(weights, moments, step)
-    torch.set_rng_state(random_state)
+    try:
+        engine.load_state(weights, moments, state["step"])
+    except ValueError as error:
+        raise UserError(f"{folder}: the checkpoint does not fit optim.kind: {one_line(error)}") from None
+    torch.set_rng_state(moments["random.cpu"])
     if "random.cuda" in moments and torch.cuda.is_available():
         torch.cuda.set_rng_state(moments["random.cuda"])
     return state
 
 
-def save_final(policy: Policy, engine: Engine, folder: Path) -> None:
+def save_final(
+    policy: Policy, engine: AnyEngine, folder: Path, write_card: Callable[[Path], None] | None = None
+) -> None:
     """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
 
-    Every rank calls it; the first one writes.
+    Every rank calls it; the first one writes. ``write_card`` writes a model card into the folder it is given.
     """
+
+    weights = engine.whole_weights(policy)
 
     def write() -> None:
         with new_folder(folder) as temporary:
             if policy.adapters is not None:
-                save_adapter(policy, temporary)
+                save_adapter(policy, temporary, weights)
             else:
-                save_model(policy, temporary)
+                save_model(policy, temporary, weights)
+            if write_card is not None:
+                write_card(temporary)
 
     engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
-def save_start(policy: Policy, folder: Path) -> None:
-    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
+def save_start(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it.
+
+    Of a quantised policy the unquantised weights are written, which are read and merged again for that.
+    """
+    if policy.quantized is not None:
+        base, _ = load_base(policy.family, policy.source, str(policy.folder), policy.dtype)
+        policy = dataclasses.replace(policy, base=base, adapters=None, quantized=None)
+        weights = base.state_dict()
     with new_folder(folder) as temporary:
-        save_model(policy, temporary)
+        save_model(policy, temporary, weights)
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Write the weights below the adapters, and processor files, as a Hugging Face folder."""
+def save_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the weights below the adapters, and processor files, as a Hugging Face folder.
+
+    ``weights`` are the policy's by their names, where it does not hold them itself.
+    """
+    assert policy.quantized is None
     weights = {
         name.replace(".base_layer.", "."): weight
-        for name, weight in policy.base.state_dict().items()
+        for name, weight in (policy.base.state_dict() if weights is None else weights).items()
         if ".lora_" not in name
     }
     with _as_os_error(folder):
@@ -281,11 +315,12 @@ def save_model(policy: Policy, folder: Path) -> None:
     copy_processor_files(policy.folder, folder)
 
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write the PEFT adapter, and processor files."""
+def save_adapter(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the PEFT adapter, and processor files; ``weights`` as in :func:`save_model`."""
     assert policy.adapters is not None
     with _as_os_error(folder):
-        policy.adapters.save_pretrained(str(folder))
+        named = None if weights is None else {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        policy.adapters.save_pretrained(str(folder), state_dict=named)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["target_modules"].sort()  # PEFT writes a set, in an order of the process's own

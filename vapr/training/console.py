@@ -1,5 +1,6 @@
 """What a run prints before its first step and after its last."""
 
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -8,37 +9,43 @@ from vapr.config import Config
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.ledger import compare_with_order
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import list_skipped
 
 
 def print_setup(
-    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, engine: Engine
+    config: Config, policy: Policy, loader: PairLoader, held_out: PairLoader | None, engine: AnyEngine
 ) -> None:
     """Print what is trained, on what, and with which data and loss."""
-    trained = sum(weight.numel() for weight in policy.trained_parameters().values())
+    trained = sum(math.prod(shape) for shape in engine.shapes.values())
     how = "LoRA" if policy.adapters is not None else "full"
     eval_pairs = f", {held_out.pairs_per_epoch:,} held out" if held_out is not None else ""
     size = f"{how}, {trained:,} trained parameters, {config.policy.dtype}"
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
-    if engine.ranks.size > 1:
+    if policy.quantized is not None:
+        print(f"frozen     {policy.quantized}")
+    if policy.tower.rests:
+        print("tower      waits in host memory, and comes to the GPU for images without cached features")
+    if engine.ranks.size > 1 or engine.is_sharded:
         print(f"processes  {engine.ranks.size}, {engine.in_words}")
     steps = f"{engine.num_steps:,} steps of {loader.pairs_per_step} pairs"
     print(f"data       {loader.pairs_per_epoch:,} pairs{eval_pairs}, {steps}")
     if policy.merged is not None:
         print(f"merged     {policy.merged}")
     names = {"sigmoid": "sigmoid (DPO)"}
+    if config.second_image is not None:
+        names["image"] = f"image (second image: {config.second_image.make}; one for each image of a row)"
     losses = " + ".join(f"{term.weight:g} {names.get(term.kind, term.kind)}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 
 
 def print_outcome(
-    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, engine: Engine
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, engine: AnyEngine
 ) -> None:
     """Print where everything lies, what was skipped, whether the ledger adds up, and the command that comes next."""
     ranks, trained_on = engine.ranks, loaders[0]

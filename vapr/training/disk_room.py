@@ -7,10 +7,10 @@ from pathlib import Path
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError
 from vapr.model.policy import Policy
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 
 
-def check_room(run_dir: Path, engine: Engine, policy: Policy, keep: CheckpointConfig) -> None:
+def check_room(run_dir: Path, engine: AnyEngine, policy: Policy, keep: CheckpointConfig) -> None:
     """Refuse to start a run whose checkpoints and final model do not fit its disk.
 
     While one is written those that are kept are still there. What the folder holds already is not asked for again.
@@ -35,7 +35,7 @@ def check_room(run_dir: Path, engine: Engine, policy: Policy, keep: CheckpointCo
         )
 
 
-def check_room_for_one(folder: Path, engine: Engine) -> None:
+def check_room_for_one(folder: Path, engine: AnyEngine) -> None:
     """Refuse to write a checkpoint that does not fit the disk, so that no half of one is written.
 
     Raises:

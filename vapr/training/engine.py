@@ -4,7 +4,7 @@ Every process holds all that is trained; several add their gradients up before e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from vapr.config import OptimConfig
 from vapr.model.policy import Policy
+from vapr.training.adamw_8bit import KEPT, new_optimizer, restore_state, state_tensors
 from vapr.training.ranks import Ranks
 
 
@@ -49,21 +50,8 @@ class Engine:
         with torch.no_grad():
             self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
             self._copy_masters()
-        # As transformers does: no decay on norms and biases.
-        groups = [
-            {"params": [p for p in self.masters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.masters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        scheduler = get_scheduler(schedule, self.optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
-        self._lr_factor = scheduler.lr_lambdas[0]  # a pure function of the update's number: no state to restore
+        self.optimizer = new_optimizer(decay_groups(self.masters.values(), config), config, policy.device)
+        self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
 
     @staticmethod
@@ -77,6 +65,10 @@ class Engine:
             weight.grad = None
 
         return move
+
+    def whole_weights(self, policy: Policy) -> Mapping[str, Tensor]:
+        """Return all weights of the policy by their names, those that are not trained, too."""
+        return policy.base.state_dict()
 
     @property
     def in_words(self) -> str:
@@ -132,6 +124,12 @@ class Engine:
             if weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def forget_gradients(self) -> None:
+        """Drop the gradient of the step so far, of which a pass may have added only a part."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self._weights.values():
+            weight.grad = None
+
     def skip_step(self) -> None:
         """Advance the schedule without an update, for a step without pairs."""
         self.num_updates += 1
@@ -146,12 +144,12 @@ class Engine:
         return weights + (sum(value.nbytes for value in state if isinstance(value, Tensor)) or 2 * weights)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
+        """Return master weights in fp32 by name, and optimizer state by ``name.exp_avg`` and the like."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value
             for master, state in self.optimizer.state.items()
-            for key, value in state.items()
+            for key, value in state_tensors(state).items()
         }
         return {name: master.detach() for name, master in self.masters.items()}, moments
 
@@ -161,15 +159,28 @@ class Engine:
 
         Raises:
             KeyError: if a trained parameter is not among ``masters``.
+            ValueError: if the moments are those of another kind of AdamW.
         """
         for name, master in self.masters.items():
             master.copy_(masters[name])
-            state = {
-                key: moments[f"{name}.{key}"].to(master.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            if state:
-                self.optimizer.state[master] = state
+            if state := {key: moments[f"{name}.{key}"] for key in KEPT if f"{name}.{key}" in moments}:
+                restore_state(self.optimizer, master, state)
         self._copy_masters()
         self.num_updates = num_updates
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Group parameters for AdamW. As in transformers, norms and biases do not decay."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor as a pure function of the update's number: there is no state to restore."""
+    kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(kind, optimizer, math.ceil(num_steps * config.warmup_ratio), num_steps)
+    return scheduler.lr_lambdas[0]

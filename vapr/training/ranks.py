@@ -7,6 +7,7 @@ which rank 0 shows; a rank that is killed or hangs is named by the others.
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -30,6 +31,9 @@ MISTAKE, NO_MEMORY = 2, -1
 
 BUCKET_BYTES = 64 * 2**20
 """Tensors that are summed over ranks travel in buckets of about this size."""
+
+BROKEN_TALK = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
+"""What the errors of broken collectives have in common; PyTorch has no class of its own for those of gloo."""
 
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
@@ -167,6 +171,23 @@ class Ranks:
         if code == NO_MEMORY:
             return torch.OutOfMemoryError(line)
         return UserError(line) if code == MISTAKE else TrainingStopped(line, code)
+
+    def raise_first_of(self, problem: Problem | None) -> None:
+        """End all ranks, which have agreed that one has failed, with the first rank's problem; None: not this one."""
+        raise self._first_of(problem) from None
+
+    @contextlib.contextmanager
+    def missed(self) -> Iterator[None]:
+        """Let a library talk to the other ranks; where one is missed in that, raise what ended it."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not BROKEN_TALK.search(str(error)):
+                raise
+            self.wait()  # who does not come to this is named
+            raise TrainingStopped(f"the ranks lost each other ({one_line(error)}); continue with --resume") from None
 
     def tell(self, code: int, line: str) -> None:
         """Leave a line for the ranks that will miss this one."""

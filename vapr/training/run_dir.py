@@ -8,11 +8,13 @@ import os
 import platform
 import shutil
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from vapr.cache import write_json
 from vapr.config import Config
@@ -112,19 +114,25 @@ class RunDir:
     def finished(self) -> bool:
         return self.final.is_dir()
 
-    def keep_merged_policy(self, policy: Policy, *, begins: bool) -> None:
+    def keeps_merged_policy(self, policy: Policy) -> bool:
+        """Tell whether an adapter was merged into the policy, and adapters are trained on that."""
+        return policy.merged is not None and policy.adapters is not None
+
+    def keep_merged_policy(self, policy: Policy, weights: Mapping[str, Tensor], *, begins: bool) -> None:
         """Keep a policy with an adapter merged into it, where the adapters trained on it find their base.
 
         Args:
             policy: nothing is kept unless it has adapters and an adapter was merged into its weights.
+            weights: of the policy by their names, on the rank that writes.
             begins: whether the run starts from its first step; then what an earlier start left is deleted.
         """
         if begins and self.writes and self.start.is_dir():
             shutil.rmtree(self.start)
-        if policy.merged is None or policy.adapters is None:
+        if not self.keeps_merged_policy(policy):
             return
+        assert policy.adapters is not None
         if self.writes and not self.start.is_dir():
-            checkpoint.save_start(policy, self.start)
+            checkpoint.save_start(policy, weights, self.start)
         policy.adapters.peft_config["default"].base_model_name_or_path = str(self.start.resolve())
         print(f"base       {self.start} holds the merged policy, which the run's adapter needs", flush=True)
 
@@ -185,6 +193,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
+        "quantized": str(policy.quantized) if policy.quantized is not None else None,
         "left_unfused": policy.left_unfused,
     }
 

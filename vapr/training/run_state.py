@@ -11,7 +11,7 @@ from vapr.errors import UserError
 from vapr.model.image_features import ImageFeatures
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
-from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.extreme_pairs import Extremes
 from vapr.training.run_dir import RunDir
 
@@ -30,17 +30,21 @@ class RunState:
         self.num_pairs += len(margins)
 
 
-def resume(run: RunDir, engine: Engine, loader: PairLoader) -> RunState:
+def resume(run: RunDir, engine: AnyEngine, loader: PairLoader) -> RunState:
     """Restore the newest whole checkpoint; without one the run starts from the beginning, and says so.
 
     Raises:
         UserError: if the pairs changed since the run was started, or the checkpoint is of another model.
     """
-    saved = checkpoint.load_newest(run.path, engine, lambda line: print(line, flush=True))
-    if saved is None:
+    ranks = engine.ranks
+    folder = ranks.in_turn(
+        lambda: checkpoint.newest_whole(run.path, lambda line: print(line, flush=True), writes=ranks.is_first)
+    )
+    if folder is None:
         damaged = any((run.path / "checkpoints").glob("*.damaged"))
         print(f"{run.path}: no {'whole checkpoint' if damaged else 'checkpoint yet'}; starting from the beginning")
         return RunState()
+    saved = ranks.agree(lambda: checkpoint.load(folder, engine))
     if saved["data"] != loader.digest:
         raise UserError(
             f"data.train: the pairs changed since {run.path} was started, or data.verdicts did; restore them, or give "
@@ -54,7 +58,7 @@ def resume(run: RunDir, engine: Engine, loader: PairLoader) -> RunState:
 
 
 def save(
-    run: RunDir, state: RunState, engine: Engine, loaders: Sequence[PairLoader | None],
+    run: RunDir, state: RunState, engine: AnyEngine, loaders: Sequence[PairLoader | None],
     caches: Sequence[Reference | ImageFeatures | None], keep: CheckpointConfig,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, what the caches computed and the list of skipped pairs; return the checkpoint's folder.

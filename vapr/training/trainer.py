@@ -23,10 +23,14 @@ from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
 from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
+from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
 from vapr.training.ledger import Ledger
+from vapr.training.make_engine import make_engine
 from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.model_card import write_model_card
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
@@ -51,8 +55,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
             return run.final
         parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
-        state = ranks.in_turn(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
-        ranks.in_turn(lambda: run.keep_merged_policy(policy, begins=engine.num_updates == 0))
+        state = run_state.resume(run, engine, loader) if resume else RunState()
+        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
         resumed = engine.num_updates if resume else None
         with (
             Ledger(run.path, resumed, ranks) as ledger,
@@ -60,6 +65,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
+            parts.fitting.say = display.say
 
             def save() -> Path:
                 ledger.sync()
@@ -78,14 +84,16 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     else:
                         if state.num_pairs == 0 and reference is not None:
                             check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
+                        values, margins = train_step(
+                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
+                        )
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
                         values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages(parts.caches, display.say)
+                        _show_messages((*parts.caches, loader), display.say)
                     ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
@@ -97,7 +105,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        checkpoint.save_final(policy, engine, run.final)
+        adapter = policy.adapters is not None
+        checkpoint.save_final(
+            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
+        )
         print_outcome(config, run, [loader, parts.held_out], reference, engine)
         return run.final
 
@@ -107,12 +118,13 @@ class _Parts:
     """What a run is made of, opened."""
 
     policy: Policy
-    engine: Engine
+    engine: Engine | DeepSpeedEngine
     reference: Reference | None
     features: ImageFeatures | None
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+    fitting: FittingPacks
 
     @property
     def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
@@ -133,15 +145,16 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
     policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
-    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
-    engine = ranks.agree(lambda: Engine(policy, config.optim, num_steps, ranks))
+    policy, engine = make_engine(config, policy, num_steps, ranks)
+    features = ranks.in_turn(lambda: open_features(config, policy, loader))
     ranks.in_turn(lambda: run.describe(config, policy))
     ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders, ranks)
-    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+    fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
@@ -177,13 +190,16 @@ def _evaluate(
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
         ranks = parts.engine.ranks
-        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note)
+        values = evaluate(
+            parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
+        )
+        _show_messages((parts.held_out,), display.say)
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
 
 
-def _is_due(engine: Engine, config: Config) -> bool:
+def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:
     """Tell whether a checkpoint and an evaluation belong after this step."""
     return engine.num_updates == engine.num_steps or engine.num_updates % config.checkpoint.every == 0
 
@@ -207,12 +223,14 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
-    """Show once what the caches have to say about damaged files."""
-    for cache in caches:
-        if cache is not None and cache.messages:
-            say("; ".join(cache.messages))
-            cache.messages.clear()
+def _show_messages(
+    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
+) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+    for source in sources:
+        if source is not None and source.messages:
+            say("; ".join(source.messages))
+            source.messages.clear()
 
 
 @contextlib.contextmanager
@@ -239,8 +257,8 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
-            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens or set "
-            f"policy.gradient_checkpointing: true{way_out}"
+            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens, set "
+            f"policy.gradient_checkpointing: true or policy.base_weights: nf4 (docs/memory.md){way_out}"
         ) from None
 
 
