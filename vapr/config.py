@@ -76,7 +76,7 @@ class SourceConfig:
     """One set of pairs of a mixture. What is left out here is taken from ``data``."""
 
     path: str
-    """File, folder, glob of files or hub id."""
+    """File, folder, glob of files, URL or hub id."""
     weight: Number = Field(default=1.0, gt=0, le=1000)
     """How often each row is seen in an epoch: 2 is twice, 0.25 a quarter of the rows, others each epoch."""
     format: Literal["auto", FormatName] | None = None
@@ -100,7 +100,7 @@ class DataConfig:
     """Where pairs and images are, and what happens to those that cannot be used."""
 
     train: Sources
-    """File, folder, glob or hub id: jsonl, json, parquet, arrow or webdataset tar. Or a mapping with ``path``,
+    """File, folder, glob, URL or hub id: jsonl, json, parquet, arrow or webdataset tar. Or a mapping with ``path``,
     ``weight`` and the like, or a list of those: a mixture."""
     eval: Sources | None = None
     """Held-out pairs, scored every ``checkpoint.every`` steps and at the end."""
@@ -110,7 +110,7 @@ class DataConfig:
     """Names of the columns in rows of any other shape: {prompt: question, chosen: good, rejected: bad, images: image};
     ``a.b.0`` goes down."""
     image_root: str | None = None
-    """Images must lie inside this folder. Without it, relative paths start at the data file's folder."""
+    """Images must lie inside this folder or URL. Without it, relative paths start at the data file's folder."""
     image_backend: Literal["auto", "pil", "torchvision"] = "auto"
     """What processes images; part of every cache key. ``auto``: torchvision where it imports, else PIL."""
     shuffle: bool = True

@@ -21,6 +21,7 @@ from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.model import sharded_cache
 from vapr.training import checkpoint, disk_room, run_dir, trainer
+from vapr.training.export import export
 from vapr.training.ledger import read_ledger
 
 SEED = int(os.environ.get("VAPR_KILL_SEED", "0"))
@@ -172,6 +173,14 @@ def test_the_newest_whole_checkpoint_is_used(unfinished, capsys, damage, reason)
     assert "set aside as step-000006.damaged" in said and newest.with_suffix(".damaged").is_dir()
     assert final_bytes(config) == expected
     assert [folder.name for folder in checkpoint.list_checkpoints(Path(config.run_dir))] == [older.name, newest.name]
+
+
+def test_damaged_weights_are_not_exported(unfinished, tmp_path):
+    config, _ = unfinished
+    flip_a_bit(checkpoint.list_checkpoints(Path(config.run_dir))[-1] / "weights.safetensors", -1)
+    with pytest.raises(UserError, match="weights.safetensors is cut short or was changed; take another checkpoint"):
+        export(Path(config.run_dir), tmp_path / "exported", say=lambda line: None)
+    export(Path(config.run_dir), tmp_path / "exported", which="step-000004", say=lambda line: None)
 
 
 def test_without_a_whole_checkpoint_the_run_begins_again_and_says_so(unfinished, capsys):

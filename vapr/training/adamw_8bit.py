@@ -13,6 +13,8 @@ from torch import Tensor
 from vapr.config import OptimConfig
 from vapr.model.quantized import import_bitsandbytes
 
+FULL_BELOW, BLOCK = 4096, 256
+"""Numbers of a tensor from which on its moments are in 8 bits, and of a block with a scale of its own."""
 KEPT = ("step", "exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 """What is saved of a parameter's state; the library's tables (qmap1, qmap2) are always the same."""
 
@@ -32,6 +34,13 @@ def new_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: tor
         print(f"optim.kind: {device} has no memory to page moments out of; they stay where they are, in 8 bits")
     made: torch.optim.Optimizer = library.optim.AdamW8bit(groups, is_paged=paged, **options)
     return made
+
+
+def moments_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
+    """Return the bytes of the moments of a parameter with so many numbers, before they are made."""
+    if isinstance(optimizer, torch.optim.AdamW) or size < FULL_BELOW:
+        return 8 * size
+    return 2 * size + 8 * -(-size // BLOCK)
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

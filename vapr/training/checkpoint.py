@@ -91,7 +91,7 @@ def save(run_dir: Path, step: int, engine: AnyEngine, state: dict[str, Any], kee
 def _make_empty(folder: Path, engine: AnyEngine) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    check_room_for_one(folder, engine)
+    check_room_for_one(folder.with_suffix(""), engine)
     folder.mkdir(parents=True)
 
 

@@ -29,8 +29,10 @@ def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
         out.write("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
 
 
-def check_checksums(folder: Path) -> bool:
+def check_checksums(folder: Path, only: str = "") -> bool:
     """Read a checkpoint's files once and compare them with their sums; return False if an older version wrote none.
+
+    ``only`` files whose name begins so are read.
 
     Raises:
         DamagedCheckpoint: naming the first file that is missing, cut short, changed or not listed.
@@ -42,9 +44,9 @@ def check_checksums(folder: Path) -> bool:
     lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {name: known for known, _, name in (line.partition("  ") for line in lines)}
     for file in sorted([*folder.glob("*.safetensors"), folder / "state.json"]):
-        if file.name not in sums:
+        if file.name.startswith(only) and file.name not in sums:
             raise DamagedCheckpoint(f"{folder}: {NAME} lists no {file.name}")
-    for name, known in sums.items():
+    for name, known in ((name, known) for name, known in sums.items() if name.startswith(only)):
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder}: {name or 'a file'} is missing")
         if checksums([folder / name]) != {name: known}:

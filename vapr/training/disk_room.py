@@ -46,7 +46,7 @@ def check_room_for_one(folder: Path, engine: AnyEngine) -> None:
     if engine.checkpoint_bytes > free:
         raise UserError(
             f"{folder}: a checkpoint of {in_units(engine.checkpoint_bytes)} does not fit the {in_units(free)} that are "
-            "free; make room and continue from the newest checkpoint with --resume"
+            "free; make room"
         )
 
 

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from vapr.config import OptimConfig
 from vapr.model.policy import Policy
-from vapr.training.adamw_8bit import KEPT, new_optimizer, restore_state, state_tensors
+from vapr.training.adamw_8bit import KEPT, moments_bytes, new_optimizer, restore_state, state_tensors
 from vapr.training.ranks import Ranks
 
 
@@ -136,11 +136,9 @@ class Engine:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Return the size of a checkpoint: master weights and optimizer state, two moments until there is one."""
-        weights = 4 * sum(math.prod(shape) for shape in self.shapes.values())
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        made = sum(value.nbytes for value in state if isinstance(value, Tensor))
-        return weights + (made if made and not self.is_sharded else 2 * weights)
+        """Return the size of a checkpoint: master weights in fp32 and two moments."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        return sum(4 * size + moments_bytes(self.optimizer, size) for size in sizes)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return master weights in fp32 by name, and optimizer state by ``name.exp_avg`` and the like."""

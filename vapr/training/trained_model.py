@@ -16,6 +16,7 @@ from vapr.errors import UserError, one_line
 from vapr.model.policy import Modules, Policy, trained_parameters
 from vapr.model.policy_id import cache_root, weights_hash
 from vapr.training import checkpoint
+from vapr.training.checksums import DamagedCheckpoint, check_checksums
 from vapr.training.run_dir import START, weights_at_start
 
 
@@ -120,6 +121,8 @@ def put_weights(policy: Policy | Modules, config: Config, trained: Trained, dtyp
             if weights[name].shape != parameter.shape:
                 raise ValueError(f"'{name}' has another shape")
             parameter.data = weights[name].to(parameter.device, dtype)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; take another checkpoint") from None
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{trained.folder}: its weights cannot be used ({one_line(error)})") from None
 
@@ -127,6 +130,7 @@ def put_weights(policy: Policy | Modules, config: Config, trained: Trained, dtyp
 def _weights(folder: Path) -> Mapping[str, Tensor]:
     """Load trained weights by the names they have in the policy."""
     if checkpoint.is_checkpoint(folder):
+        check_checksums(folder, only="weights")
         return checkpoint.SavedTensors(folder, "weights")
     weights = load_file(folder / "adapter_model.safetensors")
     names = {name: name.removeprefix("base_model.model.").removesuffix(".weight") for name in weights}
