@@ -122,17 +122,20 @@ def gather_keys_values(dtype: torch.dtype) -> None:
     _backward(*vapr_kernels.gather_keys_values(k, v, cos, sin, index))
 
 
-def preference_loss(dtype: torch.dtype) -> None:
-    """Log-probs are fp32, whatever the model is."""
-    num = 2 * ROWS
+def preference_loss(dtype: torch.dtype, images: bool = False) -> None:
+    """Log-probs are fp32, whatever the model is. With ``images`` a pair has five paths, and its own beta."""
+    num = 5 * ROWS if images else 2 * ROWS
     ends = torch.arange(num) + 1
     index = RowIndex.build(torch.arange(num), num)
     completions = Completions(
         counted=index, token_weights=torch.ones(num), completion=torch.arange(num), ends=ends,
-        chosen=torch.arange(0, num, 2), rejected=torch.arange(1, num, 2), pair_weights=torch.ones(ROWS),
+        chosen=torch.arange(ROWS), rejected=torch.arange(ROWS, 2 * ROWS), pair_weights=torch.ones(ROWS),
+        others=torch.arange(2 * ROWS, num).reshape(ROWS, 3) if images else None,
+        betas=torch.ones(ROWS, 2) if images else None,
     )  # fmt: skip
+    terms = [LossConfig(), *([LossConfig(kind="image"), LossConfig(kind="symmetric")] if images else [])]
     logps = _leaf(num, dtype=torch.float32)
-    losses = vapr_kernels.preference_loss(logps, logps.detach(), completions, [LossConfig()], mean_chosen_length=1.0)
+    losses = vapr_kernels.preference_loss(logps, logps.detach(), completions, terms, mean_chosen_length=1.0)
     _backward(losses.losses)
 
 
@@ -153,6 +156,7 @@ CASES: dict[str, tuple[str, Callable[[torch.dtype], None]]] = {
     "gather_rows": ("gather_rows", gather_rows),
     "gather_keys_values": ("gather_keys_values", gather_keys_values),
     "preference_loss": ("preference_loss", preference_loss),
+    "preference_loss of images": ("preference_loss", partial(preference_loss, images=True)),
 }
 
 

@@ -65,7 +65,7 @@ if [ "$stage" = full ]; then
         tests/kernels/test_gpu_kernels.py
     LINES_SHOWN=100 part 90 operations "$python" -m bench.operations --quick --no-plot
     LINES_SHOWN=25 part 120 tests "$python" -m pytest -q --tb=line -rf -p no:cacheprovider -n 8 -k "not pytorch" \
-        tests/test_gpu.py tests/kernels/test_preference_loss.py tests/kernels/test_gather_rows.py tests/kernels/test_layer_kernels.py \
+        tests/test_gpu.py tests/test_gpu_small_cards.py tests/kernels/test_preference_loss.py tests/kernels/test_gather_rows.py tests/kernels/test_layer_kernels.py \
         tests/kernels/test_linear_logps.py
     LINES_SHOWN=100 part 270 train-step "$python" -m bench.train_step --quick --rounds 3
     "$python" -m bench.goals "$OUT"

@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = "bfloat16" if GPU else "float32"
 SECONDS = float(os.environ.get("SMOKE_SECONDS", "120" if GPU else "600"))
 CHECKS: list[tuple[str, Callable[[], object]]] = []
-INTERPRETED = ("layer kernels", "head", "the host never waits", "step of a tiny qwen2_5_vl, lora")
+INTERPRETED = ("layer kernels", "losses", "head", "the host never waits", "step of a tiny qwen2_5_vl, lora")
 """Beginnings of the checks that run Triton's interpreter where there is no GPU; it is too slow for the others."""
 
 
@@ -66,7 +66,17 @@ def what_is_here() -> str:
     import triton
 
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, triton, transformers, peft))
-    optional = ("pydantic", "skimage", "trl", "datasets", "liger_kernel", "torchvision", "flash_attn", "deepspeed")
+    optional = (
+        "bitsandbytes",
+        "pydantic",
+        "skimage",
+        "trl",
+        "datasets",
+        "liger_kernel",
+        "torchvision",
+        "flash_attn",
+        "deepspeed",
+    )
     absent = [name for name in optional if not importlib.util.find_spec(name)]
     note = f"{versions}; absent: {', '.join(absent) or 'nothing'}; C compiler {shutil.which('cc')}"
     if GPU:
@@ -116,6 +126,18 @@ def layer_kernels() -> None:
     kernels.test_lora_linear(DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         from_tests("test_gpu").check_gather_determinism(DEVICE, dtype)
+
+
+@check
+def losses_that_compare_images() -> None:
+    """Five paths a pair, some of them missing, and betas of single pairs."""
+    kernels = from_tests("kernels.test_image_losses")
+    for terms in (kernels.MDPO, kernels.SYMMETRIC):
+        kernels.test_fused_against_naive(terms, 1.0, DEVICE)
+    for kind in ("sigmoid", "image", "symmetric"):
+        kernels.test_fused_with_betas_of_pairs(kind, DEVICE)
+    kernels.test_a_pack_of_pairs_that_all_lack_the_second_image(DEVICE)
+    kernels.check_host_never_waits(DEVICE)
 
 
 def check_head(mode: str, trained: bool, boost: int) -> None:
@@ -200,6 +222,23 @@ for family in ("qwen2_5_vl", "qwen2_vl", "llava"):
     for lora in (True, False):
         name = f"step of a tiny {family}, {'lora' if lora else 'full'}"
         CHECKS.append((name, lambda family=family, lora=lora: check_training_step(family, lora)))
+
+
+@check
+def quantised_layers() -> str:
+    return from_tests("test_gpu_small_cards").check_quantised_layers(DEVICE)
+
+
+def check_small_card(name: str) -> str:
+    policy, pairs, _, _ = tiny_policy("qwen2_5_vl")
+    cache = FOLDER / name.replace(" ", "-")
+    return from_tests("test_gpu_small_cards").CHECKS[name](policy, pairs[:8], cache, DEVICE, DTYPE)
+
+
+CHECKS.extend(
+    (f"small cards: {name}", lambda name=name: check_small_card(name))
+    for name in ("quantised step", "resting tower", "8-bit AdamW", "halved packs")
+)
 
 
 @check

@@ -33,6 +33,7 @@ def imports(path: Path) -> set[str]:
     ("package", "doors"),
     [
         ("deepspeed", {"vapr/training/engine_deepspeed.py"}),
+        ("bitsandbytes", {"vapr/model/quantized.py"}),
         ("vllm", {"vapr/editing/llm/vllm_offline.py", "vapr/evaluation/generation/vllm.py"}),
         ("openai", {"vapr/llm/server.py"}),
         (
@@ -43,6 +44,7 @@ def imports(path: Path) -> set[str]:
             },
         ),
         ("datasets", {"vapr/data/table_rows.py"}),
+        ("fsspec", {"vapr/data/remote.py"}),
         ("pickle", set()),
     ],
 )
@@ -57,7 +59,7 @@ def test_one_door_per_heavy_dependency(package, doors):
 
 def test_training_starts_without_what_only_data_editing_and_audit_need():
     """Machines with a GPU often hold torch and transformers and little else."""
-    missing = ("datasets", "datasketch", "deepspeed", "inflect", "openai", "pyarrow", "rapidfuzz", "sklearn", "trl", "vllm")  # fmt: skip
+    missing = ("bitsandbytes", "datasets", "datasketch", "deepspeed", "inflect", "openai", "pyarrow", "rapidfuzz", "sklearn", "trl", "vllm")  # fmt: skip
     code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import vapr.training.trainer, vapr.training.fill_caches, vapr.pages.run_report"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr

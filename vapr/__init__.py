@@ -5,6 +5,7 @@ loads what it needs when it is first used, so that importing vapr takes no time.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from vapr.training.trainer import train as train
 
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes where it is installed, which then warns of a kernel in 4 bits that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "Config": "vapr.config",

@@ -1,6 +1,7 @@
 """The folder for what vapr can compute again, files known without reading them twice, and files written whole."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +24,20 @@ def file_identity(path: Path) -> str:
     return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time make a file of the cache; other ranks wait instead of all making it.
+
+    The lock goes with its process. Where a folder cannot be written or its disk knows no locks, nobody waits.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(path.with_name(f"{path.name}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def files_hash(files: list[Path], memory_file: Path) -> str:
     """Return the sha256 over names and contents of files.
 
@@ -31,22 +46,28 @@ def files_hash(files: list[Path], memory_file: Path) -> str:
     Raises:
         UserError: if ``memory_file`` cannot be written.
     """
+    identities = [file_identity(file) for file in files]
+    memory = _remembered(memory_file)
+    if not memory.keys() >= set(identities):
+        with one_at_a_time(memory_file):
+            memory = _remembered(memory_file)
+            num_remembered = len(memory)
+            for file, identity in zip(files, identities, strict=True):
+                if identity not in memory:
+                    with file.open("rb") as stream:
+                        memory[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
+            if len(memory) > num_remembered:
+                with written_whole(memory_file) as out:
+                    out.write(json.dumps(memory).encode())
+    named = (f"{file.name}:{memory[identity]}\n" for file, identity in zip(files, identities, strict=True))
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def _remembered(memory_file: Path) -> dict[str, str]:
     try:
-        memory: dict[str, str] = dict(json.loads(memory_file.read_text()))
+        return dict(json.loads(memory_file.read_text()))
     except (OSError, ValueError, TypeError):
-        memory = {}
-    num_remembered = len(memory)
-    digest = hashlib.sha256()
-    for file in files:
-        identity = file_identity(file)
-        if identity not in memory:
-            with file.open("rb") as stream:
-                memory[identity] = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}:{memory[identity]}\n".encode())
-    if len(memory) > num_remembered:
-        with written_whole(memory_file) as stream:
-            stream.write(json.dumps(memory).encode())
-    return digest.hexdigest()
+        return {}
 
 
 def give_ordinary_permissions(file: Path) -> None:

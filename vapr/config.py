@@ -10,8 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber
-from vapr.config_mistakes import check_columns, fields_of
+from vapr.config_mistakes import check_columns
 from vapr.format_names import MAPPED_KEYS, FormatName
+from vapr.loss_config import LossConfig, SecondImageConfig, TokenWeights
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -57,8 +58,9 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
     base_weights: Literal["bfloat16", "nf4", "fp8", "int8"] = "bfloat16"
-    """Storage of a frozen base under LoRA; nf4 takes a quarter of the memory, fp8 and int8 half. bfloat16 is the
-    weights as they are: with ``dtype: float32`` the base is float32 as well."""
+    """Storage of a frozen base under LoRA (docs/memory.md): its linear layers, but for the LM head. nf4 takes a quarter
+    of the memory and needs bitsandbytes; fp8 and int8 take half, and run anywhere. bfloat16 is the weights as they are:
+    with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     gradient_checkpointing: bool | Literal["auto"] = False
@@ -148,62 +150,6 @@ class DataConfig:
         ]
 
 
-LossKind = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "apo_down", "simpo", "orpo", "dpop", "sft"
-]
-REFERENCE_FREE = ("simpo", "orpo", "sft")
-OPTIONS_OF_KINDS = {"label_smoothing": ("sigmoid", "robust", "simpo"), "gamma": ("simpo",), "dpop_lambda": ("dpop",)}
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class TokenWeights:
-    """Weights of a completion's tokens inside its log-prob (DDPO, arXiv 2312.00849)."""
-
-    changed: Number = Field(default=1.0, ge=0)
-    """Weight of the tokens inside an edit span."""
-    unchanged: Number = Field(default=1.0, ge=0)
-    """Weight of all other tokens."""
-
-    @model_validator(mode="after")
-    def _learn_something(self) -> Self:
-        if self.changed == 0 and self.unchanged == 0:
-            raise ValueError("loss.token_weights are both 0; nothing would be learned")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class LossConfig:
-    """One loss. ``loss`` in the run config is one of these, or a list of them (their weighted sum)."""
-
-    kind: Annotated[LossKind, BeforeValidator(lambda kind: "sigmoid" if kind == "dpo" else kind)] = "sigmoid"
-    """``sigmoid`` is DPO, and ``dpo`` another name of it; ``sft`` learns the chosen completion alone. simpo, orpo and
-    sft have no reference."""
-    weight: Number = Field(default=1.0, ge=0)
-    """Factor of this term in a list."""
-    beta: Number = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference. Larger stays closer."""
-    label_smoothing: Number = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of swapped pairs (sigmoid: cDPO; robust: its unbiased form; simpo)."""
-    gamma: Number = Field(default=0.5, ge=0)
-    """simpo: the margin that the length-normalised rewards are asked to keep."""
-    dpop_lambda: Number = Field(default=5.0, ge=0)
-    """dpop: weight of the penalty on a chosen log-prob below the reference's."""
-    sft_weight: Number = Field(default=0.0, ge=0)
-    """Adds this many times the ``sft`` loss of the chosen completion."""
-    token_weights: TokenWeights = TokenWeights()
-
-    @model_validator(mode="after")
-    def _take_only_own_options(self) -> Self:
-        for name, kinds in OPTIONS_OF_KINDS.items():
-            if self.kind not in kinds and getattr(self, name) != fields_of(self)[name].default:
-                raise ValueError(f"loss.{name} means nothing to {self.kind}; it belongs to {', '.join(kinds)}")
-        return self
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kind not in REFERENCE_FREE
-
-
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class PackingConfig:
     """Size of a forward pass and what is computed once in it."""
@@ -239,8 +185,8 @@ class OptimConfig:
     max_steps: WholeNumber | None = Field(default=None, ge=1)
     """Steps of the whole run, however many epochs that is; null: ``epochs`` decide."""
     kind: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
-    """Where AdamW's moments are kept: in float32, or in 8 bits (bitsandbytes, a GPU), paged to host memory when the
-    GPU's is full."""
+    """How AdamW's moments are kept: in float32, or in 8 bits (needs bitsandbytes); paged ones move to host memory when
+    the GPU's is full (docs/memory.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -258,7 +204,8 @@ class FeaturesConfig:
     """The cache of image features, for a frozen tower and projector. It needs much disk; its size is announced."""
 
     cache: bool = False
-    """Keep features on disk and find them again."""
+    """Keep features on disk and find them again. Tower and projector then wait in host memory, and come to the GPU for
+    images that are missing."""
     cache_dir: str | None = None
     """Where image features are kept; null: the user's cache folder."""
 
@@ -366,6 +313,8 @@ class Config(ConfigFile):
             raise ValueError("loss: give one loss, or a list of at least one")
         if any(term.token_weights != self.token_weights for term in self.loss):
             raise ValueError("loss: token_weights must be the same in every term")
+        if any(term.second_image != self.second_image for term in self.loss if term.kind == "image"):
+            raise ValueError("loss: second_image must be the same in every image term; a pair gets one second image")
         if sum(term.weight for term in self.loss) == 0:
             raise ValueError("loss: every weight is 0; nothing would be learned")
         if self.checkpoint.best and self.data.eval is None and not self.checkpoint.best_by_probe:
@@ -401,3 +350,13 @@ class Config(ConfigFile):
     @property
     def token_weights(self) -> TokenWeights:
         return self.loss[0].token_weights
+
+    @property
+    def second_image(self) -> SecondImageConfig | None:
+        """Return how the second image of an ``image`` term is made, None without such a term."""
+        return next((term.second_image for term in self.loss if term.kind == "image"), None)
+
+    @property
+    def swaps_images(self) -> bool:
+        """Tell whether a term shows each answer of a pair the other's images."""
+        return any(term.kind == "symmetric" for term in self.loss)

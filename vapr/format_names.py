@@ -8,5 +8,7 @@ FormatName = Literal[
 ]  # fmt: skip
 FORMAT_NAMES: tuple[str, ...] = get_args(FormatName)
 
-MAPPED_KEYS = ("prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits")
+MAPPED_KEYS = (
+    "prompt", "chosen", "rejected", "images", "rejected_images", "id", "category", "weight", "edits", "beta", "margin",
+)  # fmt: skip
 """What ``columns`` can name."""

@@ -1,7 +1,8 @@
 """Preference losses: pure functions of completion log-probs, one loss per pair.
 
 Notation of the docstrings: w, l = chosen, rejected; D(y) = log pi(y|x) - log ref(y|x), the log-ratio; s = sigmoid;
-|y| = number of completion tokens. Log-probs are in nats. P = pairs.
+|y| = number of completion tokens. m = the image that the completion is about, m' = a second image; D(y|m) names the
+image that is shown. Log-probs are in nats. P = pairs.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vapr_kernels.image_losses import OTHER_PATHS, anchor_loss, compares_images, image_loss, symmetric_loss
 
 if TYPE_CHECKING:
     from vapr_kernels.gather_rows import RowIndex
@@ -33,6 +36,12 @@ class Term(Protocol):
     def dpop_lambda(self) -> float: ...
     @property
     def sft_weight(self) -> float: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def consistency(self) -> float: ...
+    @property
+    def margin_weight(self) -> float: ...
 
 
 NO_REFERENCE = ("simpo", "orpo")
@@ -41,7 +50,7 @@ NO_REFERENCE = ("simpo", "orpo")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PairLogps:
-    """Everything the losses are functions of, for P pairs. All (P,) but the last."""
+    """Everything the losses are functions of, for P pairs. (P,), where nothing else is said."""
 
     chosen: Tensor
     rejected: Tensor
@@ -50,6 +59,11 @@ class PairLogps:
     chosen_lengths: Tensor  # completion tokens, each counted with its token weight
     rejected_lengths: Tensor
     mean_chosen_length: float  # chosen tokens of the whole step divided by its pairs, over all ranks
+    others: Tensor | None = None  # (P, 3), of OTHER_PATHS; anything where a pair lacks the path
+    reference_others: Tensor | None = None  # (P, 3)
+    other_lengths: Tensor | None = None  # (P, 3)
+    has_others: Tensor | None = None  # (P, 3) bool
+    betas: Tensor | None = None  # (P, 2): a pair's own beta, NaN where it has none, and its margin
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +80,8 @@ class Completions:
     chosen: Tensor  # (P,) into C
     rejected: Tensor  # (P,) into C
     pair_weights: Tensor  # (P,) fp32
+    others: Tensor | None = None  # (P, 3) into C, of OTHER_PATHS; -1 where a pair lacks the path; None: all lack all
+    betas: Tensor | None = None  # (P, 2) fp32: a pair's own beta, NaN where it has none, and its margin
 
     @property
     def lengths(self) -> Tensor:
@@ -78,35 +94,60 @@ class Completions:
         return torch.segment_reduce(counted, "sum", lengths=self.lengths, unsafe=True)
 
 
-def preference_losses(logps: PairLogps, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(losses, chosen_rewards, rejected_rewards)``, each (P,) fp32; losses are the weighted sum of the terms.
+def preference_losses(logps: PairLogps, terms: Sequence[Term]) -> tuple[Tensor, ...]:
+    """Return losses, chosen rewards and rejected rewards, each (P,) fp32; losses are the weighted sum of the terms.
 
-    Rewards are detached. They are those of the first term that prefers (``sft`` does not): beta times the log-ratio, or
-    beta times the length-normalised log-prob for simpo and orpo, which have no reference.
+    Where a term compares images, the rewards of OTHER_PATHS follow, NaN where a pair lacks the path.
+
+    Rewards are detached. They are those of the first term that prefers a completion (``sft`` does not): beta times the
+    log-ratio, or beta times the length-normalised log-prob for simpo and orpo, which have no reference. Beta is the
+    term's, also where a pair has its own, so that rewards compare between pairs.
     """
     losses = sum(term.weight * _term_losses(logps, term) for term in terms)
+    assert isinstance(losses, Tensor)
     rewarded = rewarded_term(terms)
+    paths = [
+        (logps.chosen, logps.reference_chosen, logps.chosen_lengths),
+        (logps.rejected, logps.reference_rejected, logps.rejected_lengths),
+    ]
+    if compares_images(terms):
+        others = (logps.others, logps.reference_others, logps.other_lengths)
+        paths += zip(*(_columns(logps, values) for values in others), strict=True)
     with torch.no_grad():
-        if rewarded.kind in NO_REFERENCE:
-            chosen = logps.chosen / logps.chosen_lengths
-            rejected = logps.rejected / logps.rejected_lengths
-        else:
-            chosen = logps.chosen - logps.reference_chosen
-            rejected = logps.rejected - logps.reference_rejected
-        assert isinstance(losses, Tensor)
-        return losses, rewarded.beta * chosen.detach(), rewarded.beta * rejected.detach()
+        by_length = rewarded.kind in NO_REFERENCE
+        rewards = (policy / length if by_length else policy - reference for policy, reference, length in paths)
+        return losses, *(rewarded.beta * reward for reward in rewards)
+
+
+def _columns(logps: PairLogps, values: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the values of OTHER_PATHS, each (P,), NaN where a pair lacks the path."""
+    if values is None or logps.has_others is None:
+        return (torch.full_like(logps.chosen, torch.nan),) * len(OTHER_PATHS)
+    return torch.where(logps.has_others, values, torch.nan).unbind(1)
 
 
 def rewarded_term(terms: Sequence[Term]) -> Term:
     """Return the term whose rewards are shown: the first that prefers one completion to another."""
-    return next((term for term in terms if term.kind != "sft"), terms[0])
+    prefers = [term for term in terms if term.kind not in ("sft", "anchor", "image")]
+    return [*prefers, *(term for term in terms if term.kind != "sft"), terms[0]][0]
+
+
+def pair_betas(logps: PairLogps, term: Term) -> float | Tensor:
+    """Return beta of each pair, (P,) where pairs differ: ``beta (1 + margin_weight margin)``.
+
+    Beta is the pair's own or the term's; the factor is that of MM-DPO (arXiv 2502.10391).
+    """
+    if logps.betas is None:
+        return term.beta
+    own, margin = logps.betas.unbind(1)
+    return torch.where(own.isnan(), term.beta, own) * (1 + term.margin_weight * margin)
 
 
 def _term_losses(logps: PairLogps, term: Term) -> Tensor:
     both = (logps.chosen, logps.rejected)
     reference = (logps.reference_chosen, logps.reference_rejected)
     lengths = (logps.chosen_lengths, logps.rejected_lengths)
-    beta, smoothing = term.beta, term.label_smoothing
+    beta, smoothing = pair_betas(logps, term), term.label_smoothing
     match term.kind:
         case "sigmoid":
             losses = sigmoid_loss(*both, *reference, beta=beta, label_smoothing=smoothing)
@@ -130,11 +171,28 @@ def _term_losses(logps: PairLogps, term: Term) -> Tensor:
             losses = dpop_loss(*both, *reference, beta=beta, dpop_lambda=term.dpop_lambda)
         case "sft":
             losses = sft_loss(logps.chosen, mean_chosen_length=logps.mean_chosen_length)
+        case "anchor":
+            losses = anchor_loss(logps.chosen - logps.reference_chosen, beta=beta, delta=term.delta)
+        case "image" | "symmetric":
+            losses = _image_losses(logps, term, beta)
         case unknown:
             raise ValueError(f"kind must be a preference loss, got {unknown!r}")
     if term.sft_weight:
         losses = losses + term.sft_weight * sft_loss(logps.chosen, mean_chosen_length=logps.mean_chosen_length)
     return losses
+
+
+def _image_losses(logps: PairLogps, term: Term, beta: float | Tensor) -> Tensor:
+    """Return the losses of a term that compares images, (P,): 0 for a pair that lacks a path."""
+    if logps.others is None:
+        return 0.0 * logps.chosen
+    assert logps.reference_others is not None and logps.has_others is not None
+    chosen, rejected = logps.chosen - logps.reference_chosen, logps.rejected - logps.reference_rejected
+    second, *swapped = (logps.others - logps.reference_others).unbind(1)
+    if term.kind == "image":
+        return torch.where(logps.has_others[:, 0], image_loss(chosen, second, beta=beta), 0.0)
+    losses = symmetric_loss(chosen, rejected, *swapped, beta=beta, delta=term.delta, consistency=term.consistency)
+    return torch.where(logps.has_others[:, 1:].all(1), losses, 0.0)
 
 
 def sigmoid_loss(
@@ -143,7 +201,7 @@ def sigmoid_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """DPO: ``-log s(beta (D(w) - D(l)))`` (arXiv 2305.18290, equation 7).
@@ -163,7 +221,7 @@ def robust_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """rDPO: ``(-(1-e) log s(z) + e log s(-z)) / (1 - 2e)``, unbiased if a share e of the pairs is swapped.
@@ -183,7 +241,7 @@ def hinge_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """``max(0, 1 - beta (D(w) - D(l)))``: the "hinge-norm" of RSO (arXiv 2309.06657).
 
@@ -201,7 +259,7 @@ def ipo_loss(
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """IPO: ``(D(w)/|w| - D(l)/|l| - 1/(2 beta))^2`` (arXiv 2310.12036, equation 17; beta is its tau).
 
@@ -220,7 +278,7 @@ def bco_pair_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """``-log s(beta D(w)) - log s(-beta D(l))``: BCO on pairs with reward shift 0 (arXiv 2404.04656).
 
@@ -239,7 +297,7 @@ def apo_zero_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """APO-zero: ``1 - s(beta D(w)) + s(beta D(l))`` (arXiv 2408.06266, equation 7): chosen up, rejected down.
 
@@ -256,7 +314,7 @@ def apo_down_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """APO-down: ``s(beta D(w)) + 1 - s(beta (D(w) - D(l)))`` (arXiv 2408.06266, equation 8): rejected falls more.
 
@@ -273,7 +331,7 @@ def simpo_loss(
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -292,7 +350,7 @@ def orpo_loss(
     rejected_lengths: Tensor,
     *,
     mean_chosen_length: float,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """ORPO: ``NLL(w) - beta log s(log odds(w) - log odds(l))``, odds = p / (1 - p), p = exp(log pi(y) / |y|).
 
@@ -311,7 +369,7 @@ def dpop_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     dpop_lambda: float,
 ) -> Tensor:
     """DPO-Positive: ``-log s(beta (D(w) - D(l) - lambda max(0, -D(w))))`` (arXiv 2402.13228).

@@ -40,12 +40,20 @@ def preference_loss(
     token_logps: Tensor, reference_logps: Tensor | None, completions: Completions, terms: Sequence[Term], *,
     mean_chosen_length: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute losses (P,), rewards (P, 2) and completion log-probs (P, 2) from token log-probs (L,)."""
+    """Compute losses (P,), rewards and completion log-probs (P, 2) from token log-probs (L,).
+
+    Rewards are (P, 2); where a term compares images (P, 5), with those of OTHER_PATHS.
+    """
     c = completions
     logps = c.sums(token_logps[c.counted.rows] * c.token_weights)
     reference = torch.zeros_like(logps) if reference_logps is None else c.sums(reference_logps * c.token_weights)
     num_tokens = c.sums(c.token_weights)
     num_tokens = torch.where(num_tokens > 0, num_tokens, 1.0)  # all tokens masked: the log-prob is 0 / whatever
+    others = {}
+    if c.others is not None:
+        index = c.others.clamp(min=0)
+        others = {"others": logps[index], "reference_others": reference[index], "other_lengths": num_tokens[index]}
+        others["has_others"] = c.others >= 0
     pairs = PairLogps(
         chosen=logps[c.chosen],
         rejected=logps[c.rejected],
@@ -54,6 +62,8 @@ def preference_loss(
         chosen_lengths=num_tokens[c.chosen],
         rejected_lengths=num_tokens[c.rejected],
         mean_chosen_length=mean_chosen_length,
+        betas=c.betas,
+        **others,
     )
     losses, *rewards = preference_losses(pairs, terms)
     both = torch.stack([pairs.chosen, pairs.rejected], dim=1).detach()

@@ -133,7 +133,6 @@ def user(*contents):
         ({"edits": "Red"}, "'edits' must be a list, got 'Red'"),
         ({"edits": [{"start": 0.0, "end": 3.0, "to": "x"}]}, "an edit needs start, end and to"),
         ({"images": ["data:image/png;base64," + "A" * 5000]}, "is a URL; save it to a file first"),
-        ({"images": ["https://example.com/a.png"]}, "image 'https://example.com/a.png' is a URL; save it to a file first"),
         ({"prompt": user("<image>\nQ?")}, "'prompt' holds '<image>' as text; write an image part"),
         ({"chosen": "Red \ud83d"}, "'chosen' holds half a character"),
         ({"weight": 10**400}, "'weight' is too large"),

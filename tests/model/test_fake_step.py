@@ -114,3 +114,19 @@ def test_a_whole_step(subject, trained):
         assert all(master.grad.dtype == torch.float32 for master in engine.masters.values() if master.grad is not None)
         assert engine.gradient_norm().shape == ()
         engine.step()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "int8"])
+def test_a_quantised_base(subject, kind):
+    """Quantising and restoring have shapes, too; what is stored takes the bits that it shall take."""
+    config, step = step_of(subject, lora=True, tower=False)
+    quantised = dataclasses.replace(config.policy, base_weights=kind)
+    subject.policy_config = lambda dtype=None: quantised
+    with as_on_a_gpu():
+        policy = subject.policy()
+        assert policy.kernels and policy.left_unfused == ()
+        losses_of(policy, step.batches[0], config).sum().backward()
+        missing = [n for n, p in policy.trained_parameters().items() if p.grad is None]
+    assert not missing
+    bits = 8 * policy.quantized.num_bytes / (policy.quantized.num_bytes_before / 2)
+    assert bits == pytest.approx({"nf4": 4.127, "fp8": 8.009, "int8": 8.009}[kind], abs=0.005)

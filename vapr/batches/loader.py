@@ -45,6 +45,7 @@ class PairLoader:
 
     Attributes:
         skipped: reason by place in the file, for pairs left out.
+        messages: lines to be shown, each the first time a loss is left out for a reason.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class PairLoader:
         self._part = rank, num_ranks
         self._packing = config.packing
         self._seed = config.seed
+        self._views = (config.second_image, config.swaps_images)
+        self.messages: list[str] = []
+        self._left_out: set[str] = set()
         self._shuffle = config.data.shuffle and name == "train"
         self._dropped = maker.dropped[name]
         self._sets = self.pairs.weighted_sizes if isinstance(self.pairs, Pairs) else [(len(self.pairs), 1.0)]
         self._weighted = True
         self._by_image = config.packing.share == "image" and self._shuffle
-        self._epoch_order = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, np.ndarray] = {}  # of the epochs in use: one ends while the next is made ahead
 
     @property
     def pairs_per_epoch(self) -> int:
@@ -87,9 +91,16 @@ class PairLoader:
     def place(self) -> str:
         """Return a name of this process's data in this order: in it, a number of steps is always the same pairs."""
         order = (self._seed, self._shuffle, self._weighted, self._by_image)
+        views = () if self._views == (None, False) else self._views
         part = () if self._part == (0, 1) else self._part
-        settings = (self.digest, self._packing, self.pairs_per_step, order, *part)
+        settings = (self.digest, self._packing, self.pairs_per_step, order, *views, *part)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+    @property
+    def retrieves_images(self) -> bool:
+        """Tell whether the second image of a row is that of another row."""
+        second, _ = self._views
+        return second is not None and second.make == "retrieved"
 
     @property
     def image_backend(self) -> str:
@@ -104,7 +115,7 @@ class PairLoader:
         other.skipped = {}
         other._sets, other._weighted = [(len(self.pairs), 1.0)], False
         other._by_image |= by_image
-        other._epoch_order = (-1, np.empty(0, np.int64))
+        other._orders = {}
         return other
 
     def order(self, epoch: int) -> np.ndarray:
@@ -149,19 +160,34 @@ class PairLoader:
             self.skipped.update(made.skipped)
             if made.step is None:
                 raise made.error
+            self._note_left_out(made.step)
             yield made.step
 
-    def _places(self, step: int) -> list[Place]:
-        return [(self._name, number) for number in self._members(step)]
+    def _note_left_out(self, step: Step) -> None:
+        for pair in step.pairs:
+            for reason in self._left_out.symmetric_difference(pair.left_out) - self._left_out:
+                self._left_out.add(reason)
+                kind, why = reason.split(": ", 1)
+                self.messages.append(
+                    f"{pair.where}: no {kind} loss for row '{pair.id}' and its like: {why} (said once; {kind}_pairs in "
+                    "metrics.jsonl counts the others)"
+                )
 
-    def _members(self, step: int) -> list[int]:
-        """Return the row numbers of a step that are this process's; neighbours stay together."""
+    def _places(self, step: int) -> list[Place]:
+        return [(self._name, number) for number in self._mine(step)]
+
+    def members(self, step: int) -> np.ndarray:
+        """Return the row numbers of a step, counted from 0 over epochs, (at most pairs_per_step,) int64."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, self.order(epoch)
-        members = self._epoch_order[1][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+        if epoch not in self._orders:
+            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
+            self._orders[epoch] = self.order(epoch)
+        return self._orders[epoch][within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+
+    def _mine(self, step: int) -> list[int]:
+        """Return the row numbers of a step that are this process's; neighbours stay together."""
         rank, num_ranks = self._part
-        part: list[int] = np.array_split(members, num_ranks)[rank].tolist()
+        part: list[int] = np.array_split(self.members(step), num_ranks)[rank].tolist()
         return part
 
     def close(self) -> None:
@@ -170,7 +196,7 @@ class PairLoader:
 
     def hash_images(self, step: int, images: Any) -> None:
         """Add size and time of a step's image files to a hash: it changes when one of them is written again."""
-        for number in self._members(step):
+        for number in self._mine(step):
             try:
                 pair = self.pairs[number]
                 stats = [

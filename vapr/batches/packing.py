@@ -21,6 +21,7 @@ from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 from vapr_kernels.gather_rows import RowIndex
+from vapr_kernels.image_losses import OTHER_PATHS
 from vapr_kernels.losses import Completions
 
 NO_PARENT = -1
@@ -87,6 +88,9 @@ class PackedBatch:
     num_tokens_unshared: int
     """Tokens the same paths would have if every one were computed alone."""
 
+    others: Tensor | None = None  # (P, 3) into C, of OTHER_PATHS; -1 where a pair lacks the path; None: all lack all
+    betas: Tensor | None = None  # (P, 2) fp32: a pair's own beta, NaN where it has none, and its margin; None: no pair
+
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
@@ -106,6 +110,8 @@ class PackedBatch:
             chosen=self.chosen,
             rejected=self.rejected,
             pair_weights=self.pair_weights,
+            others=self.others,
+            betas=self.betas,
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -328,7 +334,28 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
         pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
         **_image_layout(paths, packed_index, num_tokens),
         num_tokens_unshared=sum(len(path.input_ids) for path in paths),
+        others=_others(pairs, first_path),
+        betas=_betas(pairs),
     )
+
+
+def _others(pairs: Sequence[TokenizedPair], first_path: np.ndarray) -> Tensor | None:
+    """Find the paths beside chosen and rejected, (P, 3) into C; None if no pair has any."""
+    if not any(pair.roles for pair in pairs):
+        return None
+    others = np.full((len(pairs), len(OTHER_PATHS)), -1)
+    for number, (pair, first) in enumerate(zip(pairs, first_path, strict=True)):
+        for place, role in enumerate(pair.roles, start=2):
+            others[number, OTHER_PATHS.index(role)] = first + place
+    return torch.from_numpy(others)
+
+
+def _betas(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """Return beta and margin of each pair, (P, 2); None if no pair has either."""
+    if all(pair.beta is None and not pair.margin for pair in pairs):
+        return None
+    rows = [(np.nan if pair.beta is None else pair.beta, pair.margin) for pair in pairs]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def _predictions(paths: list[TokenPath], packed_index: list[np.ndarray], input_ids: np.ndarray) -> dict[str, Any]:

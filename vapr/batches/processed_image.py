@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vapr.data.remote import fetched
 from vapr.errors import UserError, one_line
 
 
@@ -72,7 +73,7 @@ def image_key(source: Path | bytes) -> object:
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()
     try:
-        stat = source.stat()
+        stat = fetched(source).stat()
     except OSError as error:
         raise UserError(f"image {source} cannot be read: {one_line(error)}") from None
     return str(source), stat.st_size, stat.st_mtime_ns

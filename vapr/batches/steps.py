@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from vapr.batches.packing import PackedBatch, count_tokens, fill_packs, pack
+from vapr.batches.second_image import OtherViews
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import Config
 from vapr.data.pair import PreferencePair
@@ -71,6 +72,7 @@ class StepMaker(Dataset[Row]):
         self.pairs = pairs
         self.dropped = dropped
         self._config = config
+        self._others = {name: OtherViews(config, processor, rows) for name, rows in pairs.items()}
 
     def __getitem__(self, place: Place) -> Row:
         name, number = place
@@ -80,7 +82,7 @@ class StepMaker(Dataset[Row]):
             pair = pairs[number]
             if pair.id in self.dropped[name]:
                 raise DroppedInReview(f"{where}: {DroppedInReview.MARK}row '{pair.id}'")
-            return where, self.processor.tokenize_pair(pair, self._config.token_weights)
+            return where, self.processor.tokenize_pair(pair, self._config.token_weights, self._others[name])
         except UserError as error:
             return where, error
         except Exception as error:  # a fault of vapr's own, which is to name its row

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
+from vapr.batches.packing import count_tokens
 from vapr.batches.tokenize import TokenizedPair
 from vapr.config import Config
 from vapr.data.pairs import Pairs
@@ -28,7 +29,8 @@ def survey(config: Config, name: Literal["train", "eval"] = "train", limit: int 
 
     Returns:
         Plain data: ``sets``, ``notes``, ``unused_columns`` (of the rows checked at the start), ``rows``, ``pairs``,
-        ``images``, ``tokens``, ``sharing``, ``longest``, ``skipped``.
+        ``images``, ``left_out`` (pairs that a loss does not apply to, by loss and reason), ``tokens``, ``sharing``,
+        ``longest``, ``skipped``.
 
     Raises:
         UserError: if the data or the model's processor cannot be opened.
@@ -84,6 +86,7 @@ class _Counts:
         self._rendered = 0
         self._first_rendered: tuple[int, str, str] | None = None  # its row, where, and by what it shows
         self._several_images = 0
+        self._left_out: Counter[str] = Counter()
 
     def add(self, pair: TokenizedPair) -> None:
         chosen, rejected = pair.paths[:2]
@@ -91,7 +94,8 @@ class _Counts:
         self._ids.add(hashlib.blake2b(pair.id.encode(), digest_size=8).digest())
         self._with_images += bool(chosen.images)
         self._several_images += len(chosen.images) > 1
-        for image in (image for path in pair.paths for image in path.images):
+        self._left_out.update(pair.left_out)
+        for image in (image for path in pair.paths[:2] for image in path.images):
             if (content := bytes.fromhex(image.content_hash)[:8]) not in self._images:
                 self._images.add(content)
                 self._seen += image.seen
@@ -116,6 +120,7 @@ class _Counts:
                 "answers' common beginning": common,
                 "chosen, rest": len(answers[0]) - common,
                 "rejected, rest": len(answers[1]) - common,
+                **({"other views": _tokens_of_other_views(pair)} if pair.roles else {}),
                 "unshared": sum(len(path.input_ids) for path in pair.paths),
             }
         )
@@ -141,6 +146,7 @@ class _Counts:
             "pairs_with_images": self._with_images,
             "pairs_with_several_images": self._several_images,
             "images": len(self._images),
+            "left_out": dict(self._left_out),
             "cropped_away": 1 - self._seen / len(self._images) if self._images else 0.0,
             "tokens": dict(self._tokens),
             "sharing": {
@@ -156,6 +162,12 @@ class _Counts:
                 for tokens, where, id in sorted(self._lengths, reverse=True)
             ],
         }
+
+
+def _tokens_of_other_views(pair: TokenizedPair) -> int:
+    """Count the tokens that paths beside chosen and rejected add, without those they share with these."""
+    plain = dataclasses.replace(pair, paths=pair.paths[:2], roles=())
+    return count_tokens([pair], "pair") - count_tokens([plain], "pair")
 
 
 def _sets(loader: PairLoader) -> list[str]:
@@ -215,6 +227,10 @@ def show(result: dict[str, Any]) -> str:
         ),
         ("repeated ids", f"{repeated:,}", "ids should be unique" if repeated else ""),
         ("distinct images", f"{result['images']:,}", cropped if result["cropped_away"] else ""),
+        *(
+            (f"no {reason.split(': ')[0]} loss for", f"{pairs:,}", reason.split(": ", 1)[1])
+            for reason, pairs in result["left_out"].items()
+        ),
         *((f"tokens: {kind}", f"{tokens:,}", f"{tokens / total:.1%}") for kind, tokens in result["tokens"].items()),
         ("tokens one by one", f"{sharing['tokens_unshared']:,}", "every path computed alone"),
         ("tokens packed", f"{sharing['tokens_packed']:,}", f"share: {sharing['share']} saves {sharing['saved']:.1%}"),

@@ -9,12 +9,13 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
@@ -26,6 +27,9 @@ from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.rendered import rendered_marker
 from vapr.errors import BadRow, UserError, one_line
+
+if TYPE_CHECKING:
+    from vapr.batches.second_image import OtherViews
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +46,7 @@ class TokenPath:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedPair:
-    """Chosen and rejected paths of one pair, in that order."""
+    """Chosen and rejected paths of one pair, in that order, and then those that its losses need besides."""
 
     id: str
     paths: tuple[TokenPath, ...]
@@ -50,6 +54,10 @@ class TokenizedPair:
     where: str
     number: int = -1  # of its row in the data read
     rendered: str | None = None  # what in its prompt only a chat template writes
+    roles: tuple[str, ...] = ()  # of the paths after the first two: some of vapr_kernels.image_losses.OTHER_PATHS
+    left_out: tuple[str, ...] = ()  # losses that do not apply to it, each ``kind: reason``
+    beta: float | None = None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +153,10 @@ class Processor:
             notes.append(f"the model sees the middle of a picture: of 640 x 480, columns {left} to {right - 1}")
         return notes
 
-    def tokenize_pair(self, pair: PreferencePair, weights: TokenWeights | None = None) -> TokenizedPair:
-        """Token paths of a pair.
+    def tokenize_pair(
+        self, pair: PreferencePair, weights: TokenWeights | None = None, others: "OtherViews | None" = None
+    ) -> TokenizedPair:
+        """Token paths of a pair: chosen, rejected, and those that ``others`` asks for.
 
         The prompt is what ``apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)`` gives. A
         completion is what the model would have to say after it (:mod:`vapr.batches.continuation`), its end of turn
@@ -161,16 +171,21 @@ class Processor:
             images = [tuple(self.process_image(image) for image in pair.images)] * 2
             if pair.rejected_images is not None:
                 images[1] = tuple(self.process_image(image) for image in pair.rejected_images)
-            paths = tuple(
-                self._path(prompt, shown, *self._completion(pair, side, prompt, weights))
-                for side, shown in zip(("chosen", "rejected"), images, strict=True)
-            )
+            said = {side: self._completion(pair, side, prompt, weights) for side in ("chosen", "rejected")}
+            paths = [
+                self._path(prompt, shown, *answer) for shown, answer in zip(images, said.values(), strict=True)
+            ]  # fmt: skip
             if _same_input(*paths):
                 raise UserError("chosen and rejected have the same tokens; there is nothing to prefer")
+            views, left_out = others.of(pair, *images) if others is not None else ([], [])
+            paths += [self._path(prompt, view.images, *said[view.side]) for view in views]
         except UserError as error:
             named = "" if pair.id == pair.where.rsplit("/", 1)[-1] else f" row '{pair.id}':"
             raise BadRow(f"{pair.where}:{named} {error}") from None
-        return TokenizedPair(pair.id, paths, pair.weight, pair.where, pair.number, rendered_marker(pair))
+        return TokenizedPair(
+            pair.id, tuple(paths), pair.weight, pair.where, pair.number, rendered_marker(pair),
+            roles=tuple(view.role for view in views), left_out=tuple(left_out), beta=pair.beta, margin=pair.margin,
+        )  # fmt: skip
 
     def process_image(self, source: Path | bytes) -> ProcessedImage:
         """Decode, turn upright and process one image; the most recent ones are remembered.
@@ -181,13 +196,17 @@ class Processor:
         key = image_key(source)
         if (known := self._recent.get(key)) is not None:
             return known
-        image = read_image(source)
+        processed = self.process(read_image(source), image_name(source))
+        self._recent.put(key, processed)
+        return processed
+
+    def process(self, image: Image.Image, name: str) -> ProcessedImage:
+        """Process a picture that messages call ``name``. Raises UserError if the image processor refuses it."""
         if not getattr(self.image_processor, "do_convert_rgb", False):
             image = image.convert("RGB")
         try:
             out = self.image_processor(images=[image], return_tensors="np")
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
-            name = image_name(source)
             raise UserError(f"image {name} is refused by the image processor: {one_line(error)}") from None
         pixels = np.ascontiguousarray(out["pixel_values"])
         grid = None
@@ -199,11 +218,7 @@ class Processor:
         left, top, right, bottom = seen_box(self.image_processor, *image.size)
         seen = (right - left) * (bottom - top) / (image.width * image.height)
         num_tokens = self._num_image_tokens(pixels, grid)
-        processed = ProcessedImage(
-            torch.from_numpy(pixels).to(self._dtype), grid, num_tokens, content.hexdigest(), seen
-        )
-        self._recent.put(key, processed)
-        return processed
+        return ProcessedImage(torch.from_numpy(pixels).to(self._dtype), grid, num_tokens, content.hexdigest(), seen)
 
     def expected_image_tokens(self, width: int, height: int) -> int:
         """Placeholders that an image of this size will get, without processing it."""

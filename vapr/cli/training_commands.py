@@ -4,6 +4,7 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -64,6 +65,32 @@ def data(config: Path, overrides: tuple[str, ...], limit: int | None, as_json: b
 @click.command()
 @config_argument
 @set_option
+@click.option(
+    "--gpu", metavar="NAME", help="GPU that the run is for, as in H100 or 'RTX 4090'. [default: the one here]"
+)
+@click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of each GPU in GiB, in place of a name.")
+@click.option("--gpus", type=AT_LEAST_1, default=1, show_default=True, help="GPUs that train together.")
+@click.option("--limit", type=AT_LEAST_1, help="Read about so many rows at most. [default: 1000]")
+@json_option
+def plan(
+    config: Path, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, gpus: int, limit: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Predict what the run of CONFIG takes: tokens, FLOPs, memory, time, what fits. Reads no weights."""
+    from vapr.config import Config
+
+    run_config = Config.load(config, overrides)
+    from vapr.plan import plan_text
+    from vapr.plan.packs import LIMIT
+    from vapr.plan.plan import plan
+
+    result = plan(run_config, gpu_memory, gpu, gpus, limit or LIMIT)
+    click.echo(json.dumps(result, indent=2) if as_json else plan_text.show(result, str(config)))
+
+
+@click.command()
+@config_argument
+@set_option
 @json_option
 def prepare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Build the reference cache (and with features.cache the image features) of CONFIG ahead of training."""
@@ -116,14 +143,20 @@ def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the written weights. [default: policy.dtype]"
 )
-def export(run: Path, out: Path, adapter: bool, which: str, dtype: str | None) -> None:
+@click.option(
+    "--into", type=click.Choice(["trained", "original"]), default="trained", show_default=True,
+    help="Base to merge into, where policy.base_weights quantised it: as trained on, or the unquantised weights.",
+)  # fmt: skip
+def export(
+    run: Path, out: Path, adapter: bool, which: str, dtype: str | None, into: Literal["trained", "original"]
+) -> None:
     """Write the model of RUN as a Hugging Face folder: merged weights, or its adapter.
 
     RUN is a run's folder, finished or not, or one of its checkpoints.
     """
     from vapr.training.export import export
 
-    export(run, out, adapter=adapter, which=which, dtype=dtype, say=click.echo)
+    export(run, out, adapter=adapter, which=which, dtype=dtype, into=into, say=click.echo)
     click.echo(f"wrote {out}; {out / 'README.md'} says how to load it")
 
 
@@ -159,4 +192,4 @@ def demo(out: Path, seed: int) -> None:
     run_demo(out, seed)
 
 
-COMMANDS = (train, data, prepare, compare, export, study, demo)
+COMMANDS = (train, data, plan, prepare, compare, export, study, demo)

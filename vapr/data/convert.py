@@ -13,6 +13,7 @@ from typing import Any
 from vapr.cache import written_whole
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
+from vapr.data.remote import fetched, is_remote, url_of
 from vapr.data.writers import ORIGIN_KEYS, WRITER_NAMES, WRITERS, keep_origin
 from vapr.errors import BadRow, UserError
 from vapr.progress import Display
@@ -85,6 +86,7 @@ def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images", quiet: bool)
 
 def _lost(pair: PreferencePair, row: dict[str, Any]) -> list[str]:
     held = {"weight": pair.weight != 1.0, "edits": bool(pair.edits), "category": pair.category is not None}
+    held |= {"beta": pair.beta is not None, "margin": pair.margin != 0.0}
     if "origin_split" in row:
         held["category"] = False  # stands in there
     return [key for key, there in held.items() if there and key not in row]
@@ -134,6 +136,8 @@ class _Images:
                     file.write(image)
                 self._written.append(name)
             image = name
+        if is_remote(image):
+            return {"bytes": None, "path": url_of(image)} if self._embedded else url_of(image)
         path = Path(os.path.abspath(image))
         text = str(path.relative_to(self._folder)) if path.is_relative_to(self._folder) else str(path)
         return {"bytes": None, "path": text} if self._embedded else text
@@ -143,7 +147,7 @@ def _content(image: Path | bytes) -> dict[str, Any]:
     if isinstance(image, bytes):
         return {"bytes": image, "path": _new_name(image)}
     try:
-        return {"bytes": image.read_bytes(), "path": image.name}
+        return {"bytes": fetched(image).read_bytes(), "path": image.name}
     except OSError as error:
         raise BadRow(f"image '{image}' cannot be read ({error.strerror})") from None
 
@@ -207,6 +211,7 @@ def _schema(pa: Any) -> Any:
     return pa.schema(
         {"id": pa.string(), "images": images, "prompt": messages, "chosen": messages, "rejected": messages}
         | {"rejected_images": images, "weight": pa.float64(), "category": pa.string(), "edits": pa.list_(edit)}
+        | {"beta": pa.float64(), "margin": pa.float64()}
     )
 
 

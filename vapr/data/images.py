@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vapr.data.remote import fetched, shown
 from vapr.errors import UserError, one_line
 
 MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
@@ -40,7 +41,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """Open an image without decoding it; what is wrong with it, then or while it is read, is a UserError."""
     name = image_name(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else fetched(source)) as image:
             width, height = image.size
             if width * height > MAXIMUM_PIXELS:
                 raise UserError(f"image {name} may be a decompression bomb: {width} x {height} pixels; scale it down")
@@ -75,4 +76,4 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def image_name(source: Path | bytes) -> str:
     """Return how messages name an image."""
-    return "in the row" if isinstance(source, bytes) else f"'{source}'"
+    return "in the row" if isinstance(source, bytes) else f"'{shown(source)}'"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vapr.data.remote import is_remote, is_url, join, local_place, shown
 from vapr.data.row_values import PLACEHOLDER, OneOf, are_missing, image_list, num_shared, refuse_near_misses
 from vapr.errors import BadRow
 
@@ -34,13 +35,15 @@ class PreferencePair:
     edits: tuple[Edit, ...] = ()
     category: str | None = None
     rejected_images: tuple[Path | bytes, ...] | None = None  # where the rejected completion is about other images
+    beta: float | None = None  # in place of the loss's
+    margin: float = 0.0  # how clearly chosen is better; ``loss.margin_weight`` says what it does
     where: str = field(default="", compare=False)  # "pairs.jsonl:17", for error messages
     number: int = field(default=-1, compare=False)  # the row's number in the data read
 
 
 KNOWN_KEYS = frozenset({
     "id", "images", "image", "rejected_images", "prompt", "chosen", "rejected", "weight", "edits", "category",
-    "provenance",
+    "provenance", "beta", "margin",
 })  # fmt: skip
 """Other keys may be there and mean nothing to training."""
 
@@ -72,7 +75,7 @@ def pair_from_row(
     prompt = place_images(prompt, len(images))
 
     def sources(images: list[Any]) -> tuple[Path | bytes, ...]:
-        return tuple(image_source(image, root, confined, images_needed) for image in images)
+        return tuple(image_source(image, root, confined, images_needed, urls=True) for image in images)
 
     return PreferencePair(
         id=row_id(row, where),
@@ -81,7 +84,9 @@ def pair_from_row(
         chosen=tuple(chosen),
         rejected=tuple(rejected),
         rejected_images=None if other_images is None else sources(other_images),
-        weight=_weight(row.get("weight", 1.0)),
+        weight=_number("weight", row.get("weight", 1.0)),
+        beta=_beta(row.get("beta")),
+        margin=_number("margin", row.get("margin", 0.0)),
         edits=_edits(row.get("edits"), chosen),
         category=_category(row.get("category")),
         where=where,
@@ -152,13 +157,19 @@ def row_id(row: dict[str, Any], where: str) -> str:
     return whole_text(text, "id")
 
 
-def _weight(weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise BadRow(f"'weight' must be a number of at least 0, got {weight!r}")
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise BadRow(f"'{key}' must be a number of at least 0, got {value!r}")
     try:
-        return float(weight)
+        return float(value)
     except OverflowError:
-        raise BadRow("'weight' is too large") from None
+        raise BadRow(f"'{key}' is too large") from None
+
+
+def _beta(beta: Any) -> float | None:
+    if beta is not None and _number("beta", beta) == 0:
+        raise BadRow("'beta' must be above 0, got 0")
+    return None if beta is None else float(beta)
 
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -253,8 +264,8 @@ def place_images(prompt: list[Message], num_images: int) -> list[Message]:
     return prompt
 
 
-def image_source(image: Any, root: Path, confined: bool, needed: bool = True) -> Path | bytes:
-    """Return an image's file, or its encoded bytes.
+def image_source(image: Any, root: Path, confined: bool, needed: bool = True, *, urls: bool = False) -> Path | bytes:
+    """Return an image's file, or its encoded bytes. With ``urls`` it may be a URL, fetched when it is read.
 
     Raises:
         BadRow: if it is neither, lies outside ``root`` where ``confined`` to it, or is ``needed`` and not there.
@@ -262,7 +273,7 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
     if isinstance(image, OneOf):
         for name in image:
             with contextlib.suppress(BadRow):
-                return image_source(name, root, confined)
+                return image_source(name, root, confined, urls=urls)
         image = image[0]  # and say that it is not there
     if isinstance(image, bytes) and image:
         return image
@@ -272,18 +283,18 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True) ->
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise BadRow(f"an image must be a path or {{'bytes', 'path'}}, got {image!r:.60}")
-    if image.startswith(("http://", "https://", "file://", "s3://", "data:")):
+    if image.startswith("data:") or (is_url(image) and not urls):
         raise BadRow(f"image {image!r:.60} is a URL; save it to a file first, or give its bytes in parquet")
-    path = root / image
+    path = local_place(image) if is_url(image) else join(root, image)
     if not encodable(str(path)):
         raise BadRow(f"image {image!r:.60}: its path is not UTF-8; rename the file or its folder")
     try:
         outside = confined and not path.resolve().is_relative_to(root.resolve())
-        found = path.is_file()
+        found = is_remote(path) or path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL: base64 or a data URL instead of a path
         raise BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
     if outside:
-        raise BadRow(f"image '{image}' lies outside data.image_root ({root})")
+        raise BadRow(f"image '{image}' lies outside data.image_root ({shown(root)})")
     if not found and needed:
         raise BadRow(f"image '{image}' not found (looked for {path})")
     return path

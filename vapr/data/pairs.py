@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vapr.cache import user_cache, written_whole
+from vapr.cache import one_at_a_time, user_cache, written_whole
 from vapr.data.formats import as_vapr, keys_read
 from vapr.data.pair import PreferencePair, pair_from_row, row_id
 from vapr.data.rendered import rendered_marker, rendered_warning
@@ -282,9 +282,12 @@ def _computed_once(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     known = user_cache() / "index" / f"{name}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.load(known, mmap_mode="r", allow_pickle=False)
-    array = compute()
-    with written_whole(known) as file:
-        np.save(file, array, allow_pickle=False)
+    with one_at_a_time(known):
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return np.load(known, mmap_mode="r", allow_pickle=False)
+        array = compute()
+        with written_whole(known) as file:
+            np.save(file, array, allow_pickle=False)
     return array
 
 

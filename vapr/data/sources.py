@@ -16,6 +16,7 @@ from vapr.config import SourceConfig
 from vapr.data.formats import detect
 from vapr.data.pair import encodable
 from vapr.data.pairs import Pairs, PairSet, source_name
+from vapr.data.remote import fetch_source, is_remote, is_url, local_place
 from vapr.data.row_values import map_columns
 from vapr.data.text_rows import Rows, open_rows
 from vapr.errors import BadRow, UserError
@@ -81,8 +82,10 @@ def open_sets(source: SourceConfig, *, images_needed: bool = True) -> list[PairS
     Raises:
         UserError: naming the source, if nothing can be read there.
     """
-    root = Path(source.image_root) if source.image_root is not None else None
-    if root is not None and not root.is_dir():
+    root = None
+    if source.image_root is not None:
+        root = local_place(source.image_root) if is_url(source.image_root) else Path(source.image_root)
+    if root is not None and not is_remote(root) and not root.is_dir():
         raise UserError(f"data.image_root: {root}: no such folder")
     sets: list[PairSet] = []
     wanted = None if source.format == "auto" else source.format
@@ -142,6 +145,8 @@ def open_files(
     Raises:
         UserError: naming the source, if nothing can be read there.
     """
+    if is_url(source):
+        source = fetch_source(source, lambda names: _names_of_split(names, source, split))
     path = Path(source).expanduser()
     if path.name == "dataset_info.json" or (
         (path / "dataset_info.json").is_file() and not (path / "state.json").is_file()
@@ -202,12 +207,19 @@ def _of_split(found: Iterable[Path], source: str, split: str) -> list[Path]:
     files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file() and file.name[0] != ".")
     if not files:
         raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
-    names = [match[0] if (match := SPLIT_NAME.match(file.name)) else None for file in files]
-    if None in names:
-        return files
-    wanted = [file for file, name in zip(files, names, strict=True) if name == split]
-    if not wanted:
-        there = ", ".join(sorted({name for name in names if name}))
+    wanted = set(_names_of_split([file.name for file in files], source, split))
+    return [file for file in files if file.name in wanted]
+
+
+def _names_of_split(names: Sequence[str], source: str, split: str) -> list[str]:
+    """Return the names of pair files; if every one is named after a split, only those of ``split``."""
+    names = [name for name in names if Path(name).suffix in SUFFIXES]
+    splits = [match[0] if (match := SPLIT_NAME.match(name)) else None for name in names]
+    if None in splits:
+        return names
+    wanted = [name for name, there in zip(names, splits, strict=True) if there == split]
+    if names and not wanted:
+        there = ", ".join(sorted({name for name in splits if name}))
         raise UserError(f"{source}: no file of split '{split}'; there are {there} (set split, or name the file)")
     return wanted
 

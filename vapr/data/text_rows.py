@@ -19,7 +19,8 @@ from zlib import crc32
 
 import numpy as np
 
-from vapr.cache import file_identity, user_cache, written_whole
+from vapr.cache import file_identity, one_at_a_time, user_cache, written_whole
+from vapr.data.remote import shown
 from vapr.errors import BadRow, UserError, one_line
 
 SUFFIXES = (".jsonl", ".json", ".tar")
@@ -80,7 +81,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        self._name = name or str(path)
+        self._name = name or shown(path)
         self._by_row = name is not None
         self._file = path.open("rb")
         self._index, self.digest = _line_index(path)
@@ -126,6 +127,14 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
         Start, length and line number of each, (number of lines, 3) int64, memory-mapped; and the file's hash.
     """
     place = _cache_place(path)
+    if (known := _known_index(place)) is not None:
+        return known
+    with one_at_a_time(place):
+        return _known_index(place) or _new_index(path, place)
+
+
+def _known_index(place: Path) -> tuple[np.ndarray, str] | None:
+    """Find a file's index in the cache; a damaged one is deleted."""
     for known in place.parent.glob(f"{place.name}.*.npy"):
         try:
             _, digest, checksum, _ = known.name.split(".")
@@ -134,7 +143,12 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
                 return index, digest
         except (OSError, ValueError, EOFError):
             pass
-        known.unlink(missing_ok=True)  # damaged: built again
+        known.unlink(missing_ok=True)
+    return None
+
+
+def _new_index(path: Path, place: Path) -> tuple[np.ndarray, str]:
+    """Read a file once and keep its index in the cache."""
     places, sha = array("q"), hashlib.sha256()
     start = 0
     with path.open("rb") as file:
@@ -158,11 +172,21 @@ def _line_index(path: Path) -> tuple[np.ndarray, str]:
 def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> JsonLines:
     """Copy a file's rows as JSON lines into the user's cache folder, if it does not hold them yet."""
     place = _cache_place(file)
+    with one_at_a_time(place):
+        return _known_lines(file, place, kind) or _new_lines(file, place, kind, rows)
+
+
+def _known_lines(file: Path, place: Path, kind: str) -> JsonLines | None:
+    """Find a file's rows as lines in the cache; a damaged copy is deleted."""
     for known in place.parent.glob(f"{place.name}.{kind}.*.jsonl"):
-        lines = JsonLines(known, name=str(file))
+        lines = JsonLines(known, name=shown(file))
         if lines.digest == known.name.split(".")[2]:
             return lines
-        known.unlink(missing_ok=True)  # damaged: written again
+        known.unlink(missing_ok=True)
+    return None
+
+
+def _new_lines(file: Path, place: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> JsonLines:
     new, sha = place.with_name(f"{place.name}.{kind}.new"), hashlib.sha256()
     with written_whole(new) as out:
         for row in rows(file):
@@ -170,7 +194,7 @@ def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> J
             sha.update(text)
             out.write(text)
     path = new.replace(place.with_name(f"{place.name}.{kind}.{sha.hexdigest()}.jsonl"))
-    return JsonLines(path, name=str(file))
+    return JsonLines(path, name=shown(file))
 
 
 def _json_rows(path: Path) -> Iterator[Any]:

@@ -40,6 +40,10 @@ def _vapr(pair: PreferencePair, names: Names) -> Row:
         row["rejected_images"] = names(pair.rejected_images)
     if pair.weight != 1.0:
         row["weight"] = pair.weight
+    if pair.beta is not None:
+        row["beta"] = pair.beta
+    if pair.margin:
+        row["margin"] = pair.margin
     if pair.category is not None:
         row["category"] = pair.category
     if pair.edits:

@@ -18,7 +18,7 @@ def as_transformers(policy: Policy) -> Iterator[transformers.PreTrainedModel]:
     packed = config._attn_implementation
     config._attn_implementation = "sdpa"
     try:
-        with frozen(policy):
+        with policy.tower, frozen(policy):
             yield policy.base
     finally:
         config._attn_implementation = packed

@@ -51,6 +51,7 @@ class ImageFeatures(ShardedCache):
         folder, policy_id = open_cache_folder(policy, "features", cache_dir, version=VERSION)
         super().__init__(folder, policy_id, np.uint8)
         self._policy = policy
+        policy.tower.rest()
 
     def of_batch(self, batch: PackedBatch) -> Tensor:
         """Find or compute the features of the batch's distinct images.
@@ -66,6 +67,7 @@ class ImageFeatures(ShardedCache):
             for number, image, feature in zip(missing, images, computed, strict=True):
                 features[number] = feature
                 self.put(_key(image), feature.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+            self.flush_if_large()
         self.misses += len(missing)
         self.hits += len(features) - len(missing)
         return torch.cat([feature.to(self._policy.device) for feature in features if feature is not None])

@@ -39,6 +39,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
+from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
 from vapr_kernels.rotary import rotary as rotate
 
@@ -193,7 +194,10 @@ def adapted_linear(layer: Any, x: Tensor) -> Tensor:
         return layer.base_layer(x)
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[name])
+    base = layer.base_layer
+    if isinstance(base, QuantizedLinear):
+        return base.adapted(x, a, b, layer.scaling[name])
+    return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
 
 
 def patches_by_matmul(convolution: Any, patches: Tensor) -> Tensor:

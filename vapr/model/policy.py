@@ -31,6 +31,8 @@ from vapr.model import patches
 from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
 from vapr.model.passes import AT_ONCE, Passes
+from vapr.model.quantized import Quantized, check_available, quantize
+from vapr.model.tower_place import TowerPlace
 from vapr_kernels import gather_rows
 
 
@@ -50,11 +52,13 @@ class Policy:
     vision_trained: bool  # whether tower or projector change
     left_unfused: tuple[str, ...]  # classes whose modules compute something else than patches.py writes out
     written_out: frozenset[int]  # numbers of the decoder layers that run as patches.py writes them out
+    quantized: Quantized | None  # what is stored in 4 or 8 bits; None: nothing
+    tower: TowerPlace  # where tower and projector are
     passes: Passes = AT_ONCE  # through which everything runs that reads weights
 
     @property
     def device(self) -> torch.device:
-        return self.base.device
+        return self.head.device  # the tower may be elsewhere
 
     @property
     def head(self) -> Tensor:
@@ -86,7 +90,7 @@ def trained_parameters(base: transformers.PreTrainedModel) -> dict[str, nn.Param
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Modules:
-    """A model as transformers and peft make it, nothing of it changed."""
+    """A model as transformers and peft make it, nothing of it changed but the layers that are stored in fewer bits."""
 
     base: transformers.PreTrainedModel
     adapters: peft.PeftModel | None
@@ -94,25 +98,45 @@ class Modules:
     source: ModelSource
     merged: str | None
     family: str
+    quantized: Quantized | None
 
 
-def load_modules(config: PolicyConfig) -> Modules:
-    """Load a model of a supported family, freeze what is not trained, and add adapters.
+def load_modules(config: PolicyConfig, device: torch.device | None = None) -> Modules:
+    """Load a model of a supported family into host memory, freeze what is not trained, and add adapters.
+
+    With ``base_weights`` its frozen linear layers are quantised one by one on ``device`` (the host, unless given), and
+    stay there.
 
     Raises:
-        UserError: if the folder is no model, the architecture cannot be packed, or weights are missing from it.
+        UserError: if the folder is no model, the architecture cannot be packed, weights are missing from it, or they
+            cannot be stored as ``base_weights`` says.
     """
+    check_available(config.base_weights)
     source = find_model(config.model, config.base)
     family = load_model_config(source.model).model_type
     dtype = getattr(torch, config.dtype)
-    base = load_weights(family, source, config.model, dtype)
-    merged = None
-    if source.adapter is not None:
-        merged = f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
+    base, merged = load_base(family, source, config.model, dtype)
     trained = _freeze(base, config, family)
     adapters = _add_lora(base, config, trained) if config.lora else None
+    quantized = None
+    if config.base_weights != "bfloat16":
+        quantized = quantize(base, base.get_output_embeddings(), config.base_weights, device or torch.device("cpu"))
     folder = Path(str(cached_file(source.model, "config.json"))).parent
-    return Modules(base, adapters, folder, source, merged, family)
+    return Modules(base, adapters, folder, source, merged, family, quantized)
+
+
+def load_base(
+    family: str, source: ModelSource, name: str, dtype: torch.dtype
+) -> tuple[transformers.PreTrainedModel, str | None]:
+    """Load a model as training begins with it, an adapter merged into it if it came with one.
+
+    Returns:
+        The model, and which adapter was merged and what rounding took; None: there is none.
+    """
+    base = load_weights(family, source, name, dtype)
+    if source.adapter is None:
+        return base, None
+    return base, f"{source.adapter} into {source.base}: {merge_adapter(base, source.adapter, dtype)}"
 
 
 def load_policy(
@@ -131,7 +155,7 @@ def load_policy(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     backend = choose_backend(config.attention, device, dtype)
-    modules = load_modules(config)
+    modules = load_modules(config, device)
     base, family = modules.base, modules.family
     nn.Module.to(base, device)
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
@@ -144,7 +168,8 @@ def load_policy(
         base=base, adapters=modules.adapters, folder=modules.folder, source=modules.source,
         merged=modules.merged, family=family, attention_backend=backend, kernels=kernels_run, dtype=dtype,
         vision_trained=config.train.projector or config.train.vision_tower,
-        left_unfused=left_unfused, written_out=written_out,
+        left_unfused=left_unfused, written_out=written_out, quantized=modules.quantized,
+        tower=TowerPlace.of(base, family, device),
     )  # fmt: skip
 
 
@@ -186,8 +211,8 @@ def _freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: st
     return trained
 
 
-def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
-    """Add adapters to the wanted linear layers of the trained parts, in the compute dtype; never to the LM head."""
+def lora_targets(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> list[str]:
+    """Return the names of the linear layers that get adapters: those wanted of the trained parts, never the LM head."""
     assert config.lora is not None
     head = base.get_output_embeddings()
     linear = [
@@ -203,6 +228,13 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known}))
                 raise UserError(f"policy.lora.targets: no trained linear layer is called '{end}'; there are {names}")
             linear += found
+    return linear
+
+
+def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained: set[str]) -> peft.PeftModel:
+    """Add adapters in the compute dtype to the linear layers that :func:`lora_targets` names."""
+    assert config.lora is not None
+    linear = lora_targets(base, config, trained)
     lora = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=linear, lora_dropout=0.0)
     with warnings.catch_warnings():  # peft 0.21 asks for what transformers renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -265,7 +297,7 @@ def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
 
 def _image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
     model = policy.base.model
-    with torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
+    with policy.tower, torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         pixels = _pixels(images, policy.device).to(policy.dtype)
         if policy.family == "llava":
             return torch.cat(list(model.get_image_features(pixels).pooler_output))

@@ -34,6 +34,8 @@ def open_cache_folder(policy: Policy, section: str, cache_dir: str | None, *, ve
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
         "format": version,
+        # Left out where nothing is quantised, so that what earlier versions computed is found again.
+        **({"base_weights": policy.quantized.kind} if policy.quantized is not None else {}),
     }
     policy_id = json.dumps(described, sort_keys=True).encode()
     folder = root / hashlib.sha256(policy_id).hexdigest()[:16]

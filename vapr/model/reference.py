@@ -91,6 +91,7 @@ class Reference(ShardedCache):
                 if key not in known:  # its partner was missing, not it
                     known[key] = values
                     self.put(key, values)
+            self.flush_if_large()
         num_computed = len(known) - num_found
         self.misses += num_computed
         self.hits += sum(map(len, keys)) - num_computed

@@ -83,9 +83,15 @@ class ShardedCache:
         return None
 
     def put(self, key: bytes, values: np.ndarray) -> None:
-        """Keep values, (values,), for the next flush; they must not be changed afterwards."""
+        """Keep values, (values,), until they are flushed; they must not be changed afterwards."""
         self._unsaved[key] = values
         self._unsaved_bytes += values.nbytes
+
+    def flush_if_large(self) -> None:
+        """Flush what takes much memory, once all values of a pack are put.
+
+        A run that is killed then finds all values of a pack or none, and computes it in the layout of an unbroken run.
+        """
         if self._unsaved_bytes > FLUSH_BYTES:
             self.flush()
 

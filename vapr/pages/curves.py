@@ -20,6 +20,7 @@ class Curve(NamedTuple):
     meaning: str
     smooth: bool = True
     include: tuple[float, ...] = ()
+    by_some_losses: bool = False  # other runs do not miss it
 
 
 CURVES = (
@@ -37,6 +38,17 @@ CURVES = (
         "rewards/margins", (("rewards/margins", "margin", "after"),),
         "Chosen reward minus rejected reward, mean over the pairs: how far the policy moved towards the preference.",
         include=(0.0,),
+    ),
+    Curve(
+        "rewards/image_margins", (("rewards/image_margins", "margin", "after"),),
+        "Reward of the chosen completion under its own image minus that under a second one. Where it stays at 0 while "
+        "rewards/margins grows, the preferences are learned from the text.",
+        include=(0.0,), by_some_losses=True,
+    ),
+    Curve(
+        "rewards/symmetric_margins", (("rewards/symmetric_margins", "margin", "after"),),
+        "How much each of two images prefers its own answer to the other's, mean of both.",
+        include=(0.0,), by_some_losses=True,
     ),
     Curve(
         "rewards/chosen, rewards/rejected", tuple((f"rewards/{side}", side, side) for side in SIDES),
@@ -128,7 +140,7 @@ def curve_boxes(training: Rows, evaluation: Rows) -> tuple[list[CurveBox], list[
         if svg:
             meaning = curve.meaning + (_saved(training) if curve.title.startswith("tokens") else "")
             boxes.append(CurveBox(curve.title, series, svg, meaning))
-        else:
+        elif not curve.by_some_losses:
             absent.append(curve.title)
     return boxes, absent
 

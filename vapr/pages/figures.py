@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vapr.config import REFERENCE_FREE
+from vapr.loss_config import REFERENCE_FREE
 from vapr.pages.chart import readable
 from vapr.pages.curves import SIDES, Rows, column, number
 
@@ -60,6 +60,7 @@ def setting(config: dict[str, Any]) -> list[str]:
 def reward_beta(config: dict[str, Any]) -> float | None:
     """Return beta of the loss whose rewards are logged; None where these do not compare with a reference."""
     terms = [term for term in _terms(config) if term.get("kind") != "sft"]
+    terms = [term for term in terms if term.get("kind") not in ("anchor", "image")] or terms
     if not terms or terms[0].get("kind") in REFERENCE_FREE:
         return None
     return number(terms[0].get("beta"))

@@ -48,6 +48,8 @@ def _of_checkpoint(model: str, config: Config, trained: Trained, said: list[str]
         raise as_model_argument(error) from None
     if source.adapter is not None:
         identity["adapter"] = remembered_hash([source.adapter / name for name in ADAPTER_FILES])
+    if start.base_weights != "bfloat16":
+        identity["base_weights"] = start.base_weights
     identity["checkpoint"] = remembered_hash(sorted(trained.folder.glob("weights*.safetensors")))
 
     def load(dtype: torch.dtype) -> transformers.PreTrainedModel:

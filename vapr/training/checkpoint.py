@@ -1,18 +1,20 @@
 """Save and resume: safetensors and JSON, whole or not at all.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors`` (fp32 master weights of what is trained),
-``optimizer.safetensors`` and ``state.json``. Where each process holds a part of the state, it writes a file of its own,
-such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A folder of that name
-is complete; one ending in ``.tmp`` never counts.
+``optimizer.safetensors``, ``state.json`` and ``SHA256SUMS``. Where each process holds a part of the state, it writes a
+file of its own, such as ``weights-00001-of-00002.safetensors``; any number of processes reads any number of files. A
+folder of that name is complete; one ending in ``.tmp`` never counts, and one that was damaged since is set aside as
+``.damaged``.
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from vapr.batches.model_folder import copy_processor_files
 from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
-from vapr.model.policy import Policy
+from vapr.model.policy import Policy, load_base
+from vapr.training.checksums import DamagedCheckpoint, check_checksums, checksums, write_checksums
+from vapr.training.disk_room import check_room_for_one
 from vapr.training.engine_deepspeed import AnyEngine
 
 LOWER_IS_BETTER = ("eval/loss",)
@@ -43,40 +47,51 @@ def save(run_dir: Path, step: int, engine: AnyEngine, state: dict[str, Any], kee
         engine: whose weights and optimizer state are saved.
         state: JSON data to get back from :func:`load`.
         keep: how many of the newest stay, and whether the best does.
+
+    Raises:
+        UserError: if the disk has no room for it, before anything is written.
     """
     ranks = engine.ranks
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
 
-    def write_share() -> None:
+    def write_share() -> dict[str, str]:
         part = f"-{ranks.rank:05d}-of-{ranks.size:05d}" if engine.is_sharded else ""
-        _save_tensors(weights, temporary / f"weights{part}.safetensors")
-        _save_tensors(moments | random, temporary / f"optimizer{part}.safetensors")
+        files = [temporary / f"{kind}{part}.safetensors" for kind in ("weights", "optimizer")]
+        _save_tensors(weights, files[0])
+        _save_tensors(moments | random, files[1])
         if ranks.is_first:
-            write_json(temporary / "state.json", {"step": step, **state})
+            files.append(temporary / "state.json")
+            write_json(files[-1], {"step": step, **state})
+        return checksums(files)
 
-    try:
-        ranks.in_turn(lambda: _make_empty(temporary) if ranks.is_first else None)
-        weights, moments = engine.state()
-        random = _random_state() if ranks.is_first else {}
-        ranks.agree(lambda: write_share() if engine.is_sharded or ranks.is_first else None)
-    except (OSError, UserError):
-        if ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
-        raise
-    if ranks.is_first:
+    def complete() -> None:
+        write_checksums(temporary, {name: known for part in sums for name, known in part.items()})
+        _sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
         _sync_folder(folder.parent)
         delete_old(run_dir, keep)
-    ranks.wait()
+
+    try:
+        ranks.in_turn(lambda: _make_empty(temporary, engine) if ranks.is_first else None)
+        weights, moments = engine.state()
+        random = _random_state() if ranks.is_first else {}
+        written = ranks.agree(lambda: write_share() if engine.is_sharded or ranks.is_first else {})
+        sums = ranks.gather_objects(written)
+        ranks.agree(lambda: complete() if ranks.is_first else None)
+    except (OSError, UserError):
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint must not keep a full disk full
+        raise
     return folder
 
 
-def _make_empty(folder: Path) -> None:
+def _make_empty(folder: Path, engine: AnyEngine) -> None:
     if folder.exists():
         shutil.rmtree(folder)
+    check_room_for_one(folder, engine)
     folder.mkdir(parents=True)
 
 
@@ -175,33 +190,86 @@ class SavedTensors(Mapping[str, Tensor]):
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
 
-def load(folder: Path, engine: AnyEngine) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; return the saved state.
+def newest_whole(run_dir: Path, say: Callable[[str], None], *, writes: bool) -> Path | None:
+    """Return the folder of the newest whole checkpoint; None if there is none.
+
+    Damaged ones are set aside where ``writes`` (on rank 0, which comes first), so that none of them counts among the
+    newest that are kept, and ``say`` is told.
 
     Raises:
-        UserError: if the checkpoint is damaged or belongs to another model.
+        UserError: if one cannot be read for lack of permissions.
+    """
+    for folder in reversed(list_checkpoints(run_dir)):
+        if not writes:
+            return folder
+        try:
+            check_whole(folder)
+            return folder
+        except DamagedCheckpoint as error:
+            aside = folder.with_suffix(".damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            say(f"{'checkpoint':<10} {error}; set aside as {aside.name} (delete it at will), the one before it is used")
+    return None
+
+
+def check_whole(folder: Path) -> None:
+    """Read a checkpoint's files once.
+
+    Raises:
+        DamagedCheckpoint: if a file is missing, cut short or changed.
+        UserError: if it cannot be read for lack of permissions.
     """
     try:
+        is_known_whole = check_checksums(folder)
         weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
-        state = json.loads((folder / "state.json").read_text())
-        if shapes := [name for name, shape in engine.shapes.items() if weights.shape(name) != shape]:
-            raise ValueError(f"'{shapes[0]}' has another shape")
-        engine.load_state(weights, moments, state["step"])
-        torch.set_rng_state(moments["random.cpu"])
-        if "random.cuda" in moments and torch.cuda.is_available():
-            torch.cuda.set_rng_state(moments["random.cuda"])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        json.loads((folder / "state.json").read_text())["step"], moments["random.cpu"]
+        if not is_known_whole:  # nothing may be half loaded when it turns out to be damaged
+            for saved in (weights, moments):
+                for name in saved:
+                    saved[name]
+    except PermissionError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpoint(f"{folder}: cannot be read ({one_line(error)})") from None
+
+
+def load(folder: Path, engine: AnyEngine) -> dict[str, Any]:
+    """Restore weights, optimizer, schedule and random state from a whole checkpoint; return the saved state.
+
+    Every rank calls it.
+
+    Raises:
+        UserError: if the checkpoint belongs to another model, or to another kind of optimizer.
+    """
+    weights, moments = SavedTensors(folder, "weights"), SavedTensors(folder, "optimizer")
+    state = dict(json.loads((folder / "state.json").read_text()))
+    found = {name: weights.shape(name) if name in weights else None for name in engine.shapes}
+    if other := next((name for name, shape in engine.shapes.items() if found[name] != shape), None):
+        there = "is missing" if found[other] is None else f"has shape {found[other]}"
         raise UserError(
-            f"{folder}: checkpoint cannot be used ({reason}); delete it to resume from the one before"
-        ) from None
+            f"{folder}: the checkpoint belongs to another model: '{other}' {there}, and {engine.shapes[other]} is "
+            "wanted; give another run_dir"
+        )
+    try:
+        engine.load_state(weights, moments, state["step"])
+    except ValueError as error:
+        raise UserError(f"{folder}: the checkpoint does not fit optim.kind: {one_line(error)}") from None
+    torch.set_rng_state(moments["random.cpu"])
+    if "random.cuda" in moments and torch.cuda.is_available():
+        torch.cuda.set_rng_state(moments["random.cuda"])
     return state
 
 
-def save_final(policy: Policy, engine: AnyEngine, folder: Path) -> None:
+def save_final(
+    policy: Policy, engine: AnyEngine, folder: Path, write_card: Callable[[Path], None] | None = None
+) -> None:
     """Write the aligned model (or its PEFT adapter) with tokenizer and processor files, whole or not at all.
 
-    Every rank calls it; the first one writes.
+    Every rank calls it; the first one writes. ``write_card`` writes a model card into the folder it is given.
     """
 
     weights = engine.whole_weights(policy)
@@ -212,12 +280,21 @@ def save_final(policy: Policy, engine: AnyEngine, folder: Path) -> None:
                 save_adapter(policy, temporary, weights)
             else:
                 save_model(policy, temporary, weights)
+            if write_card is not None:
+                write_card(temporary)
 
     engine.ranks.agree(lambda: write() if engine.ranks.is_first else None)
 
 
 def save_start(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it."""
+    """Write the policy as training began, with an adapter merged into it: the base of the adapters trained on it.
+
+    Of a quantised policy the unquantised weights are written, which are read and merged again for that.
+    """
+    if policy.quantized is not None:
+        base, _ = load_base(policy.family, policy.source, str(policy.folder), policy.dtype)
+        policy = dataclasses.replace(policy, base=base, adapters=None, quantized=None)
+        weights = base.state_dict()
     with new_folder(folder) as temporary:
         save_model(policy, temporary, weights)
 
@@ -227,6 +304,7 @@ def save_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | Non
 
     ``weights`` are the policy's by their names, where it does not hold them itself.
     """
+    assert policy.quantized is None
     weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in (policy.base.state_dict() if weights is None else weights).items()

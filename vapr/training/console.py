@@ -10,7 +10,7 @@ from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
 from vapr.training.engine_deepspeed import AnyEngine
-from vapr.training.ranks import Ranks
+from vapr.training.ledger import compare_with_order
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import list_skipped
 
@@ -26,6 +26,10 @@ def print_setup(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
+    if policy.quantized is not None:
+        print(f"frozen     {policy.quantized}")
+    if policy.tower.rests:
+        print("tower      waits in host memory, and comes to the GPU for images without cached features")
     if engine.ranks.size > 1 or engine.is_sharded:
         print(f"processes  {engine.ranks.size}, {engine.in_words}")
     steps = f"{engine.num_steps:,} steps of {loader.pairs_per_step} pairs"
@@ -33,15 +37,20 @@ def print_setup(
     if policy.merged is not None:
         print(f"merged     {policy.merged}")
     names = {"sigmoid": "sigmoid (DPO)"}
+    if config.second_image is not None:
+        names["image"] = f"image (second image: {config.second_image.make}; one for each image of a row)"
     losses = " + ".join(f"{term.weight:g} {names.get(term.kind, term.kind)}" for term in config.loss)
     print(f"loss       {losses}, share {config.packing.share}")
     print(f"run_dir    {config.run_dir}", flush=True)
 
 
 def print_outcome(
-    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, ranks: Ranks
+    config: Config, run: RunDir, loaders: Sequence[PairLoader | None], reference: Reference | None, engine: AnyEngine
 ) -> None:
-    """Print where everything lies, what was skipped, and the command that comes next."""
+    """Print where everything lies, what was skipped, whether the ledger adds up, and the command that comes next."""
+    ranks, trained_on = engine.ranks, loaders[0]
+    if ranks.is_first and trained_on is not None:
+        print(f"ledger     {compare_with_order(run.path, trained_on, engine.num_steps)}")
     if reference is not None:
         hits, misses = ranks.gather([reference.hits, reference.misses]).sum(axis=0).astype(int).tolist()
         counted = f"{hits:,} completions found in the cache, {misses:,} computed"

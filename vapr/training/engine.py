@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from vapr.config import OptimConfig
 from vapr.model.policy import Policy
+from vapr.training.adamw_8bit import KEPT, new_optimizer, restore_state, state_tensors
 from vapr.training.ranks import Ranks
 
 
@@ -49,7 +50,7 @@ class Engine:
         with torch.no_grad():
             self.ranks.copy_from_first(list(self.masters.values()))  # each drew its adapters' first weights itself
             self._copy_masters()
-        self.optimizer = adamw(self.masters.values(), config)
+        self.optimizer = new_optimizer(decay_groups(self.masters.values(), config), config, policy.device)
         self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
 
@@ -123,17 +124,31 @@ class Engine:
             if weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def forget_gradients(self) -> None:
+        """Drop the gradient of the step so far, of which a pass may have added only a part."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self._weights.values():
+            weight.grad = None
+
     def skip_step(self) -> None:
         """Advance the schedule without an update, for a step without pairs."""
         self.num_updates += 1
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Return the size of a checkpoint: master weights and optimizer state, two moments until there is one."""
+        weights = 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        made = sum(value.nbytes for value in state if isinstance(value, Tensor))
+        return weights + (made if made and not self.is_sharded else 2 * weights)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return master weights by name, and optimizer state by ``name.exp_avg`` and the like; all fp32."""
+        """Return master weights in fp32 by name, and optimizer state by ``name.exp_avg`` and the like."""
         names = {id(master): name for name, master in self.masters.items()}
         moments = {
             f"{names[id(master)]}.{key}": value
             for master, state in self.optimizer.state.items()
-            for key, value in state.items()
+            for key, value in state_tensors(state).items()
         }
         return {name: master.detach() for name, master in self.masters.items()}, moments
 
@@ -143,30 +158,24 @@ class Engine:
 
         Raises:
             KeyError: if a trained parameter is not among ``masters``.
+            ValueError: if the moments are those of another kind of AdamW.
         """
         for name, master in self.masters.items():
             master.copy_(masters[name])
-            state = {
-                key: moments[f"{name}.{key}"].to(master.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            if state:
-                self.optimizer.state[master] = state
+            if state := {key: moments[f"{name}.{key}"] for key in KEPT if f"{name}.{key}" in moments}:
+                restore_state(self.optimizer, master, state)
         self._copy_masters()
         self.num_updates = num_updates
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Make AdamW for parameters. As in transformers, norms and biases do not decay."""
+def decay_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Group parameters for AdamW. As in transformers, norms and biases do not decay."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    return [group for group in groups if group["params"]]
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.model.policy import Policy
-from vapr.training.engine import Engine, adamw, schedule
+from vapr.training.adamw_8bit import new_optimizer
+from vapr.training.engine import Engine, decay_groups, schedule
 from vapr.training.ranks import Ranks
 from vapr.training.zero_passes import Root, ZeroPasses
 
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
         """Shapes of what is trained, by name."""
         for weight in policy.base.parameters():
             weight.data = weight.data.contiguous()  # DeepSpeed copies rank 0's to all ranks
-        optimizer = adamw(self._weights.values(), config.optim)
+        optimizer = new_optimizer(decay_groups(self._weights.values(), config.optim), config.optim, policy.device)
         self._lr_factor, self._peak_lr = schedule(optimizer, config.optim, num_steps), config.optim.lr
         with _quiet():
             deepspeed = _open(ranks, timedelta(seconds=config.parallel.timeout))
@@ -101,6 +102,11 @@ class DeepSpeedEngine:
             **({"data_types": {"grad_accum_dtype": "fp32"}} if half else {}),
             "zero_optimization": zero,
         }
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Return the size of a checkpoint, all ranks' shares: master weights and two moments, in fp32."""
+        return 3 * 4 * sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     @property
     def in_words(self) -> str:

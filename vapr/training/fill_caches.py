@@ -83,6 +83,8 @@ def open_features(
     if images:
         tokens = float(np.mean([image.num_tokens for image in images.values()]))
         num_images = loader.pairs.num_images if isinstance(loader.pairs, Pairs) else len(images)
+        if config.second_image is not None and config.second_image.make not in ("retrieved", "given"):
+            num_images += len(loader.pairs)  # every row has a second one of its own
         say(f"features   {features.describe_size(num_images, tokens)}")
     return features
 
@@ -159,6 +161,7 @@ def _fill(
                     display.advance(_counts(reference, features))
                     for cache in caches:
                         _say_messages(name, cache, display.say)
+                    _say_messages(name, loader, display.say)
                     if number == stop or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                         saved = time.monotonic()
                         _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
@@ -205,8 +208,11 @@ def _steps_done_before(caches: list[ShardedCache], name: str, loader: PairLoader
     """Return how many steps all caches are filled for, by their own notes, and the hash of these steps' images.
 
     Rows that were skipped in them are added to ``loader.skipped``. Where a file or a value was lost since, or an image
-    changed, no step counts, and everything is looked up again.
+    changed, no step counts, and everything is looked up again; so it is where rows are shown images of other rows,
+    which may be rows of a later step.
     """
+    if loader.retrieves_images:
+        return 0, hashlib.sha256()
     notes = [note for cache in caches if (note := _read_note(cache, name, stop)) is not None]
     if len(notes) == len(caches) and all(note["steps"] == notes[0]["steps"] for note in notes):
         images = hashlib.sha256()
@@ -241,8 +247,8 @@ def _counts(reference: Reference | None, features: ImageFeatures | None) -> str:
     return "; ".join(counts)
 
 
-def _say_messages(label: str, cache: ShardedCache, say: Callable[[str], None]) -> None:
-    """Show what a cache has to say, once."""
+def _say_messages(label: str, cache: ShardedCache | PairLoader, say: Callable[[str], None]) -> None:
+    """Show what a cache or a loader has to say, once."""
     for line in cache.messages:
         say(f"{label:<10} {line}")
     cache.messages.clear()

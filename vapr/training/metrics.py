@@ -11,17 +11,25 @@ import torch
 from torch import Tensor
 
 from vapr.batches.steps import Step
-from vapr.config import Config
+from vapr.config import Config, LossConfig
 from vapr.model.policy import Policy
+from vapr.model.quantized import QuantizedLinear
 from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
+from vapr_kernels.image_losses import IMAGE_KINDS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bf16 peak by device name (vendor datasheets); mfu is null for others."""
 
 
 class Totals:
-    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for."""
+    """Sums over the pairs of a step (or of an evaluation), kept on the device until they are asked for.
+
+    Figures of a loss that compares images are means over the pairs that it applies to, whose number is its ``_pairs``.
+
+    Args:
+        terms: the losses.
+    """
 
     NAMES = (
         "loss",
@@ -33,23 +41,53 @@ class Totals:
         "logps/rejected",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Sequence[LossConfig] = ()) -> None:
+        self._image_kinds = [kind for kind in IMAGE_KINDS if any(term.kind == kind for term in terms)]
+        sums = [f"{kind} {name}" for kind in self._image_kinds for name in ("pairs", "margins", "accuracies")]
+        self._names = (*self.NAMES, *sums)
         self._sums: Tensor | None = None  # fp64, so that the order of adding does not show
         self.num_pairs = 0
 
     def add(self, losses: Tensor, rewards: Tensor, logps: Tensor) -> None:
-        """Add a micro-batch: ``losses`` (P,), ``rewards`` and ``logps`` (P, 2), chosen first."""
-        margins = rewards[:, 0] - rewards[:, 1]
-        rows = (losses, *rewards.unbind(1), margins, (margins > 0).float(), *logps.unbind(1))
+        """Add a micro-batch: ``losses`` (P,), ``rewards`` (P, 2 or 5) and ``logps`` (P, 2), chosen first."""
+        sides = rewards[:, :2]
+        margins = sides[:, 0] - sides[:, 1]
+        rows = [losses, *sides.unbind(1), margins, (margins > 0).float(), *logps.unbind(1)]
+        for kind in self._image_kinds:
+            rows += _image_sums(kind, *rewards.unbind(1))
         sums = torch.stack([row.detach().double().sum() for row in rows])
         self._sums = sums if self._sums is None else self._sums + sums
         self.num_pairs += len(losses)
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean of every figure over the pairs that all ranks added; waits for the device."""
-        sums = [0.0] * len(self.NAMES) if self._sums is None else self._sums.tolist()
-        *sums, num_pairs = ranks.gather([*sums, self.num_pairs]).sum(axis=0).tolist()
-        return dict(zip(self.NAMES, (value / num_pairs for value in sums), strict=True))
+        own = [0.0] * len(self._names) if self._sums is None else self._sums.tolist()
+        *all_sums, num_pairs = ranks.gather([*own, self.num_pairs]).sum(axis=0).tolist()
+        sums = dict(zip(self._names, all_sums, strict=True))
+        means = {name: sums[name] / num_pairs for name in self.NAMES}
+        for kind in self._image_kinds:
+            means[f"{kind}_pairs"] = count = int(sums[f"{kind} pairs"])
+            if count:
+                means |= {
+                    f"rewards/{kind}_{name}": sums[f"{kind} {name}"] / count for name in ("margins", "accuracies")
+                }
+        return means
+
+
+def _image_sums(kind: str, chosen: Tensor, rejected: Tensor, second: Tensor, *swapped: Tensor) -> list[Tensor]:
+    """Return of a loss that compares images whether it applies to each pair, the margin and whether it is right, (P,).
+
+    ``image``: the chosen completion under its own image against the second one. ``symmetric``: the mean of both images'
+    margins; right is a pair whose images both prefer their own answer.
+    """
+    if kind == "image":
+        margins = [chosen - second]
+    else:
+        chosen_swapped, rejected_swapped = swapped
+        margins = [chosen - rejected_swapped, rejected - chosen_swapped]
+    both = torch.stack(margins)
+    applies = ~both.isnan().any(0)
+    return [applies.float(), torch.where(applies, both.mean(0), 0.0), (both > 0).all(0).float()]
 
 
 class MetricsLog:
@@ -169,6 +207,9 @@ def in_words(values: dict[str, Any]) -> str:
     return (
         f"{values['pairs_per_second']:.1f} pairs/s loss {values['loss']:.4f} acc {values['rewards/accuracies']:.2f} "
         f"margin {values['rewards/margins']:+.3f} logps {values['logps/chosen']:.1f}/{values['logps/rejected']:.1f}"
+        + "".join(
+            f" {kind} margin {values[key]:+.3f}" for kind in IMAGE_KINDS if (key := f"rewards/{kind}_margins") in values
+        )
     )
 
 
@@ -183,6 +224,7 @@ def useful_flops(policy: Policy, step: Step) -> float:
     layers = policy.base.model.language_model.layers
     shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
     weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
+    weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
     adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
     passes = 2 if policy.adapters is not None else 3
     flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)

@@ -12,7 +12,8 @@ from vapr.training import checkpoint
 
 FIGURES = (
     "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
-    "logps/rejected",
+    "logps/rejected", "rewards/image_margins", "rewards/image_accuracies", "rewards/symmetric_margins",
+    "rewards/symmetric_accuracies",
 )  # fmt: skip
 
 LOAD_MERGED = """```python
@@ -47,7 +48,21 @@ vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules aligned=.
 ```"""
 
 
-def write_model_card(folder: Path, config: Config, run_dir: Path, step: int | None, *, adapter: bool) -> None:
+ON_QUANTIZED = {
+    "adapter": "The adapter was trained on a base stored as {kind}. It loads on the unquantised base, too, where its "
+    "log-probs are not those that it was trained to: every weight of the base differs from the trained one by what "
+    "{kind} rounded.",
+    "trained": "The adapter was merged into the base as it was trained on: stored as {kind}, and turned back. So these "
+    "weights carry what {kind} rounded.",
+    "original": "The adapter was trained on a base stored as {kind} and merged into the unquantised weights, whose "
+    "log-probs are not those that it was trained to.",
+}
+"""What a card says of an adapter, or of where one was merged, that was trained on a quantised base."""
+
+
+def write_model_card(
+    folder: Path, config: Config, run_dir: Path, step: int | None, *, adapter: bool, into: str = "trained"
+) -> None:
     """Write ``folder/README.md``. Local folders are named without the path to them.
 
     Args:
@@ -56,17 +71,21 @@ def write_model_card(folder: Path, config: Config, run_dir: Path, step: int | No
         run_dir: folder of the run, whose held-out figures are shown.
         step: number of optimizer steps of the exported weights; None for the run's end.
         adapter: whether a PEFT adapter was exported.
+        into: the base that an adapter was merged into, ``trained`` or ``original``, see :func:`vapr.training.export`.
     """
     evaluations = checkpoint.evaluations(run_dir)
     step = max(evaluations, default=None) if step is None else step
     header = yaml.safe_dump(_header(config, adapter=adapter), sort_keys=False)
     lines = [f"| {name} | {what} |" for name, what in _training(config, step).items()]
     rank = config.policy.lora.rank if config.policy.lora is not None else 0
+    kind = config.policy.base_weights
+    on_quantized = ON_QUANTIZED["adapter" if adapter else into].format(kind=kind)
     parts = [
         f"# {_name(config.policy.model)}, aligned with preference pairs",
         f"{'A PEFT adapter' if adapter else 'Weights'}, trained with vapr ({_losses(config)}) on pairs of a better "
         "(chosen) and a worse (rejected) answer about images.",
         "\n".join(["| training | |", "| --- | --- |", *lines]),
+        *([on_quantized] if kind != "bfloat16" else []),
         *_held_out(evaluations.get(step or 0, {})),
         "## Loading",
         LOAD_ADAPTER.format(rank=rank) if adapter else LOAD_MERGED,
@@ -99,6 +118,7 @@ def _training(config: Config, step: int | None) -> dict[str, str]:
         **({"steps": f"{step:,} of {optim.pairs_per_step:,} pairs each"} if step is not None else {}),
         "learning rate": f"{optim.lr:g}, {optim.schedule}",
         "computed in": policy.dtype,
+        **({"base stored as": policy.base_weights} if policy.base_weights != "bfloat16" else {}),
     }  # fmt: skip
 
 

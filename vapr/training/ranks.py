@@ -162,11 +162,11 @@ class Ranks:
         return int(self._store.get(key)) if self._store.check([key]) else 0
 
     def _first_of(self, problem: Problem | None) -> Problem:
-        """Return the first rank's problem; its number is in front unless all have the same."""
+        """Return the first rank's problem; where it is not rank 0's and not everybody's, the number is in front."""
         problems = self.gather_objects(None if problem is None else (_code(problem), str(problem)))
         self.agreed = True
         rank, (code, line) = next((rank, found) for rank, found in enumerate(problems) if found is not None)
-        if any(found != (code, line) for found in problems):
+        if rank > 0 and any(found != (code, line) for found in problems):
             line = f"rank {rank}: {line}"
         if code == NO_MEMORY:
             return torch.OutOfMemoryError(line)

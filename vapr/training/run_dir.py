@@ -193,6 +193,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "adapter": str(policy.source.adapter) if policy.source.adapter is not None else None,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
+        "quantized": str(policy.quantized) if policy.quantized is not None else None,
         "left_unfused": policy.left_unfused,
     }
 

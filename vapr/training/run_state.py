@@ -34,13 +34,17 @@ def resume(run: RunDir, engine: AnyEngine, loader: PairLoader) -> RunState:
     """Restore the newest whole checkpoint; without one the run starts from the beginning, and says so.
 
     Raises:
-        UserError: if the pairs changed since the run was started, or the checkpoint is damaged.
+        UserError: if the pairs changed since the run was started, or the checkpoint is of another model.
     """
-    folders = checkpoint.list_checkpoints(run.path)
-    if not folders:
-        print(f"{run.path}: no checkpoint yet; starting from the beginning")
+    ranks = engine.ranks
+    folder = ranks.in_turn(
+        lambda: checkpoint.newest_whole(run.path, lambda line: print(line, flush=True), writes=ranks.is_first)
+    )
+    if folder is None:
+        damaged = any((run.path / "checkpoints").glob("*.damaged"))
+        print(f"{run.path}: no {'whole checkpoint' if damaged else 'checkpoint yet'}; starting from the beginning")
         return RunState()
-    saved = checkpoint.load(folders[-1], engine)
+    saved = ranks.agree(lambda: checkpoint.load(folder, engine))
     if saved["data"] != loader.digest:
         raise UserError(
             f"data.train: the pairs changed since {run.path} was started, or data.verdicts did; restore them, or give "
@@ -49,7 +53,7 @@ def resume(run: RunDir, engine: AnyEngine, loader: PairLoader) -> RunState:
     loader.skipped.update(saved["skipped"])
     state = RunState(saved["num_pairs"], saved["step"])
     state.extremes.restore(saved["extremes"])
-    print(f"{run.path}: resuming after step {state.saved_step} ({folders[-1].name})")
+    print(f"{run.path}: resuming after step {state.saved_step} (step-{state.saved_step:06d})")
     return state
 
 
@@ -90,8 +94,9 @@ def save(
         "extremes": state.extremes.state(),
         "num_steps": engine.num_steps,
     }
+    folder = checkpoint.save(run.path, engine.num_updates, engine, written, keep)
     state.saved_step = engine.num_updates
-    return checkpoint.save(run.path, engine.num_updates, engine, written, keep)
+    return folder
 
 
 def list_skipped(run: RunDir, loaders: Sequence[PairLoader | None]) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from vapr.model.image_features import ImageFeatures, shared_image_features
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
+from vapr.training.engine import Engine
 from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.metrics import Totals
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks
 from vapr_kernels import naive, preference_loss
 
 
 def train_step(
     policy: Policy, engine: AnyEngine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
-    features: ImageFeatures | None = None,
+    features: ImageFeatures | None = None, fitting: FittingPacks | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
     """Run forward and backward of every pack of a step; the update is the caller's.
 
@@ -44,35 +47,71 @@ def train_step(
         step: at least one pair.
         loss: terms whose weighted sum is taken.
         features: cache of image features, where the tower is frozen.
+        fitting: the run's limit on packs that do not fit the GPU; None: one of this step's own.
 
     Returns:
         The values to log (means over the step's pairs), and (row number, margin) of every pair; of all ranks' pairs.
     """
-    totals = Totals()
-    margins = []
 
-    def run_packs() -> None:
-        for pack in step.batches:
-            batch = pack.to(policy.device)
-            logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-            margins.append(rewards[:, 0] - rewards[:, 1])
-            if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
-                engine.backward(losses.sum() / step.num_pairs)
-            totals.add(losses, rewards, logps)
+    def use(pack: PackedBatch) -> Scored:
+        scored, losses = _score_pack(policy, reference, pack, step, loss, features)
+        if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
+            engine.backward(losses.sum() / step.num_pairs)
+        return scored
 
-    policy.passes.together(run_packs, engine.ranks.agree, len(step.batches))
+    counts = _Counts(reference, features)
+
+    def again() -> None:
+        if isinstance(engine, Engine):  # DeepSpeed's passes are not run again
+            engine.forget_gradients()
+        counts.restore()
+
+    def run_packs() -> list[Scored]:
+        return (fitting or FittingPacks(halves=not engine.is_sharded)).each(step.batches, use, again)
+
+    scored = policy.passes.together(run_packs, engine.ranks.agree, len(step.batches))
     values = {
-        **totals.means(engine.ranks),
+        **_totals(scored, loss).means(engine.ranks),
         "grad_norm": float(engine.gradient_norm()),  # waits for the device
         "lr": engine.lr,
         "pairs": step.num_pairs,
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
+    margins = [one.rewards[:, 0] - one.rewards[:, 1] for one in scored]
     rows = np.empty((len(step.pairs), 2))
-    rows[:, 0] = [pair.number for pair in step.pairs]
+    rows[:, 0] = [number for one in scored for number in one.numbers]
     rows[:, 1] = torch.cat(margins).tolist() if margins else []
     return values, [(int(number), float(margin)) for number, margin in engine.ranks.gather_rows(rows)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A pack of P pairs as it was scored."""
+
+    numbers: list[int]  # of its rows
+    losses: Tensor  # (P,)
+    rewards: Tensor  # (P, 2), chosen first, or (P, 5) where a loss compares images
+    logps: Tensor  # (P, 2)
+
+
+def _totals(scored: Sequence[Scored], loss: Sequence[LossConfig]) -> Totals:
+    totals = Totals(loss)
+    for one in scored:
+        totals.add(one.losses, one.rewards, one.logps)
+    return totals
+
+
+class _Counts:
+    """What caches have counted so far, so that pairs used again are not counted twice."""
+
+    def __init__(self, *caches: Reference | ImageFeatures | None) -> None:
+        self._before = [(cache, cache.hits + cache.misses) for cache in caches if cache is not None]
+
+    def restore(self) -> None:
+        """Take back what was counted since; what was computed stays so."""
+        for cache, before in self._before:
+            cache.hits -= cache.hits + cache.misses - before
 
 
 def steps_of_all(ranks: Ranks, steps: Iterator[Step]) -> Iterator[Step]:
@@ -97,7 +136,8 @@ def score(
     """Compute log-probs, losses and rewards of a pack on the policy's device.
 
     Returns:
-        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta.
+        Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta;
+        (P, 5) where a loss compares images.
     """
     shared = shared_image_features(policy, batch, features)
     reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
@@ -110,29 +150,41 @@ def score(
     return completion_logps, losses, rewards
 
 
+def _score_pack(
+    policy: Policy, reference: Reference | None, pack: PackedBatch, step: Step, loss: Sequence[LossConfig],
+    features: ImageFeatures | None,
+) -> tuple[Scored, Tensor]:  # fmt: skip
+    """Score a pack that is on the CPU; return its figures, and its losses (P,) with their graph."""
+    logps, losses, rewards = score(policy, reference, pack.to(policy.device), step, loss, features)
+    return Scored([pair.number for pair in pack.pairs], losses.detach(), rewards, logps.detach()), losses
+
+
 def evaluate(
     policy: Policy, reference: Reference | None, held_out: PairLoader, loss: Sequence[LossConfig],
-    features: ImageFeatures | None, ranks: Ranks, note: Callable[[str], None],
+    features: ImageFeatures | None, ranks: Ranks, note: Callable[[str], None], fitting: FittingPacks | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Compute the training metrics on held-out pairs, which the ranks divide among them, without gradients.
 
-    ``note`` is shown how far it is after every pack.
+    ``note`` is shown how far it is before every pack; ``fitting`` is as in :func:`train_step`.
 
     Returns:
         ``eval/...`` -> mean over the pairs; empty if none could be used.
     """
-    totals = Totals()
+    totals = Totals(loss)
+    fitting = fitting or FittingPacks()
 
     def run_packs(step: Step) -> None:
-        for pack in step.batches:
-            batch = pack.to(policy.device)
-            logps, losses, rewards = score(policy, reference, batch, step, loss, features)
-            totals.add(losses, rewards, logps)
+        def use(pack: PackedBatch) -> Scored:
             note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
+            return _score_pack(policy, reference, pack, step, loss, features)[0]
+
+        for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
+            totals.add(one.losses, one.rewards, one.logps)
 
     with frozen(policy):
         for step in steps_of_all(ranks, held_out.steps(0, held_out.steps_per_epoch)):
             policy.passes.together(functools.partial(run_packs, step), ranks.agree)
+            note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
     if not ranks.gather([totals.num_pairs]).any():  # no reason to lose a trained model
         print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
         return {}

@@ -21,12 +21,16 @@ from vapr.pages.run_report import write_run_report
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
+from vapr.training.disk_room import check_room
 from vapr.training.engine import Engine
 from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.ledger import Ledger
 from vapr.training.make_engine import make_engine
 from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.model_card import write_model_card
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
@@ -45,25 +49,27 @@ def train(config: Config, *, resume: bool = False) -> Path:
     with open_ranks(config.parallel) as ranks, contextlib.ExitStack() as opened:
         check_same_everywhere(config, ranks)
         run = opened.enter_context(ranks.in_turn(lambda: RunDir(config, resume=resume, writes=ranks.is_first)))
-        opened.enter_context(_full_disk_as_mistake(run.path))
+        opened.enter_context(_disk_faults_as_mistakes(run.path))
         if run.finished:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
         parts = _set_up(config, run, opened, ranks)
         policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
-        state = ranks.agree(lambda: run_state.resume(run, engine, loader)) if resume else RunState()
+        state = run_state.resume(run, engine, loader) if resume else RunState()
         whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
         ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
         resumed = engine.num_updates if resume else None
         with (
+            Ledger(run.path, resumed, ranks) as ledger,
             ranks.in_turn(lambda: MetricsLog.open(config, run.path, resumed, writes=ranks.is_first)) as log,
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
+            parts.fitting.say = display.say
 
             def save() -> Path:
-                caches = [reference, parts.features]
-                return run_state.save(run, state, engine, [loader, parts.held_out], caches, config.checkpoint)
+                ledger.sync()
+                return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
@@ -78,14 +84,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     else:
                         if state.num_pairs == 0 and reference is not None:
                             check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, parts.features)
+                        values, margins = train_step(
+                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
+                        )
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
                         values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((reference, parts.features), display.say)
+                        _show_messages((*parts.caches, loader), display.say)
+                    ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
@@ -96,8 +105,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        checkpoint.save_final(policy, engine, run.final)
-        print_outcome(config, run, [loader, parts.held_out], reference, ranks)
+        adapter = policy.adapters is not None
+        checkpoint.save_final(
+            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
+        )
+        print_outcome(config, run, [loader, parts.held_out], reference, engine)
         return run.final
 
 
@@ -112,6 +124,11 @@ class _Parts:
     loader: PairLoader
     held_out: PairLoader | None
     probe: Any  # a vapr.training.probe.Probe, or None
+    fitting: FittingPacks
+
+    @property
+    def caches(self) -> tuple[Reference | ImageFeatures | None, ...]:
+        return self.reference, self.features
 
 
 def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ranks) -> _Parts:
@@ -132,10 +149,12 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     policy, engine = make_engine(config, policy, num_steps, ranks)
     features = ranks.in_turn(lambda: open_features(config, policy, loader))
     ranks.in_turn(lambda: run.describe(config, policy))
+    ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
     reference = open_reference(config, policy, features, loaders, ranks)
-    return _Parts(policy, engine, reference, features, loader, held_out, probe)
+    fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
+    return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
@@ -171,7 +190,10 @@ def _evaluate(
     if parts.held_out is not None and step not in log.evaluated:
         note = _note_until_interrupted(run, display, interrupts)
         ranks = parts.engine.ranks
-        values = evaluate(parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note)
+        values = evaluate(
+            parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
+        )
+        _show_messages((parts.held_out,), display.say)
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
@@ -201,12 +223,14 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(caches: Sequence[Reference | ImageFeatures | None], say: Callable[[str], None]) -> None:
-    """Show once what the caches have to say about damaged files."""
-    for cache in caches:
-        if cache is not None and cache.messages:
-            say("; ".join(cache.messages))
-            cache.messages.clear()
+def _show_messages(
+    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
+) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+    for source in sources:
+        if source is not None and source.messages:
+            say("; ".join(source.messages))
+            source.messages.clear()
 
 
 @contextlib.contextmanager
@@ -222,30 +246,31 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
         _write_report(run, state, parts, f"Stopped: {stopped}")
         raise
     except (UserError, torch.OutOfMemoryError) as error:
-        way_out = ""
         can_save = engine.ranks.size == 1 or engine.ranks.agreed
-        if can_save and engine.num_updates > state.saved_step and state.num_pairs:
-            save()
-        if state.saved_step:
-            way_out = f"; the {state.saved_step} steps before it are saved, continue with --resume"
-            _write_report(run, state, parts, f"Stopped: {error}")
+        with contextlib.suppress(UserError, OSError):  # a full disk as well must not hide what stopped the run
+            if can_save and engine.num_updates > state.saved_step and state.num_pairs:
+                save()
+            if state.saved_step:
+                _write_report(run, state, parts, f"Stopped: {error}")
+        saved = f"; the {state.saved_step} steps before it are saved, continue with --resume"
+        way_out = saved if state.saved_step else ""
         if isinstance(error, UserError):
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
-            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens or set "
-            f"policy.gradient_checkpointing: true{way_out}"
+            f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens, set "
+            f"policy.gradient_checkpointing: true or policy.base_weights: nf4 (docs/memory.md){way_out}"
         ) from None
 
 
 @contextlib.contextmanager
-def _full_disk_as_mistake(folder: Path) -> Iterator[None]:
-    """Raise UserError with the way out for a disk that is full."""
+def _disk_faults_as_mistakes(folder: Path) -> Iterator[None]:
+    """Raise UserError with the way out for a disk that is full or may not be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror}; make room and continue from the newest checkpoint "
-            "with --resume"
-        ) from None
+        place, goes_on = error.filename or folder, "and continue from the newest checkpoint with --resume"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{place}: {error.strerror}; make room {goes_on}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{place}: {error.strerror}; let this user read and write it {goes_on}") from None
+        raise

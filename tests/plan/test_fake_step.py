@@ -1,0 +1,114 @@
+"""Bytes predicted on fake tensors against bytes of the same step on real ones, and short models against whole ones."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vapr.batches.families import load_model_config
+from vapr.batches.loader import open_loaders
+from vapr.config import LoraConfig
+from vapr.model.logps import token_logps
+from vapr.model.policy import image_features, load_policy
+from vapr.plan import fake_step
+from vapr.plan.fake_step import Choices, profile
+from vapr.plan.live_bytes import LiveBytes
+from vapr_kernels import naive
+
+LORA = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "down_proj"])
+
+
+def one_pack(config):
+    with open_loaders(config, say=lambda line: None) as loaders:
+        return next(loaders["train"].steps(0, 1)).batches[0]
+
+
+def choices_of(config, **changed):
+    base = Choices(config.policy, tuple(config.loss), kernels=False, gpu=False, keep_logits=True, cached_features=False)
+    return dataclasses.replace(base, **changed)
+
+
+def tensors_of(value):
+    """Every tensor in a batch or a part of one."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return [t for field in dataclasses.fields(value) for t in tensors_of(getattr(value, field.name))]
+    return [t for one in value for t in tensors_of(one)] if isinstance(value, tuple) else []
+
+
+def real_step(config, batch):
+    """Run a step on real tensors.
+
+    Returns LiveBytes of it, what it counted until the loss, the bytes that autograd saved until then by PyTorch's own
+    hook (which shares nothing with LiveBytes), and the bytes of the gradients.
+    """
+    policy = load_policy(config.policy, torch.device("cpu"), kernels="off")
+    reference = torch.zeros(len(batch.sum_prediction.rows))
+    live = LiveBytes()
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with live:
+        live.enter("image tower")
+        features = image_features(policy, batch.images)
+        live.enter("forward")
+        before = live.alive
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logps = token_logps(policy, batch, features, reference)
+            losses = naive.preference_loss(
+                logps, reference, batch.completions, tuple(config.loss), mean_chosen_length=100.0
+            )[0]
+        kept = live.alive - before
+        live.enter("backward")
+        losses.sum().backward()
+    given = [*policy.base.parameters(), *policy.base.buffers(), features, reference, *tensors_of(batch)]
+    for tensor in given:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    gradients = sum(p.grad.numel() * 4 for p in policy.base.parameters() if p.grad is not None)
+    return live, kept, sum(saved.values()), gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
+    config = make_config(family="llava")
+    policy = dataclasses.replace(config.policy, dtype=dtype, lora=lora, gradient_checkpointing=checkpointing)
+    config = dataclasses.replace(config, policy=policy)
+    batch = one_pack(config)
+    predicted = profile(load_model_config(policy.model), choices_of(config), batch)
+    live, kept, saved, gradients = real_step(config, batch)
+    assert predicted.activations + predicted.head == kept
+    if not checkpointing:  # where a layer's input is kept by a closure, which the hook does not see
+        assert 0 <= kept - saved < 10_000  # log-probs, losses and a few indices are alive, and saved by nobody
+    assert max(peak.gradients for peak in predicted.peaks.values()) == gradients
+    peaks = predicted.peaks
+    assert peaks["image tower"].alive == live.peaks["image tower"].alive
+    assert max(peaks[phase].alive for phase in ("forward", "head", "loss")) == live.peaks["forward"].alive
+    if dtype == "float32":  # else the engine would move gradients to fp32, and here nobody does
+        backward = max(peak.with_gradients for phase, peak in peaks.items() if phase.startswith("backward"))
+        assert backward == live.peaks["backward"].alive
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "lora"), [("qwen2_5_vl", LORA), ("qwen2_vl", None), ("llava", LORA)])
+def test_short_models_say_what_whole_ones_do(make_config, monkeypatch, family, lora, checkpointing):
+    config = make_config(family=family)
+    policy = dataclasses.replace(config.policy, dtype="bfloat16", lora=lora, gradient_checkpointing=checkpointing)
+    batch = one_pack(config)
+    model = load_model_config(policy.model)
+    model.get_text_config().num_hidden_layers = 9
+    if getattr(model.get_text_config(), "layer_types", None):
+        model.get_text_config().layer_types = ["full_attention"] * 9
+    choices = choices_of(config, policy=policy, kernels=True, gpu=True)
+    short = profile(model, choices, batch)
+    whole = fake_step._run(model, choices, batch)
+    assert (short.features, short.activations, short.head) == (whole.features, whole.activations, whole.head)
+    assert short.head_calls == whole.head_calls
+    between = whole.peaks.pop("backward, between layer")
+    assert between.alive <= short.peaks["backward, last but one layer"].alive
+    assert short.peaks == whole.peaks

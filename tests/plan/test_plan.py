@@ -1,0 +1,237 @@
+"""vapr plan: what it says of tiny runs against those runs, its arithmetic, and its mistakes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.runs import metrics
+from vapr.cli import main
+from vapr.config import Config, FeaturesConfig
+from vapr.data.pairs import write_pairs
+from vapr.errors import UserError
+from vapr.model.policy import load_policy
+from vapr.plan import checkpointing, rates
+from vapr.plan.gpus import GIB, GPUS, Gpu, find_gpu
+from vapr.plan.memory import Storage, base_bytes, moments_bytes, weight_bytes
+from vapr.plan.needs import Needs
+from vapr.plan.packs import read_packs
+from vapr.plan.plan import plan, variant_of
+from vapr.plan.shapes import read_shapes
+from vapr.training import trainer
+
+
+@pytest.fixture
+def bf16(make_config, tiny, tmp_path):
+    """A config for a GPU, of a model folder without weights."""
+    config = make_config(packing={"max_tokens": 600})
+    folder = shutil.copytree(
+        config.policy.model, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=str(folder), dtype="bfloat16"))
+
+
+def needs_of(config):
+    return Needs(config, read_shapes(config.policy), read_packs(config), kernels=True)
+
+
+def test_tokens_are_those_of_the_run(make_config):
+    config = make_config(packing={"max_tokens": 500})
+    trainer.train(config)
+    entries = [entry for entry in metrics(config) if "loss" in entry]
+    data = plan(config, gpu_memory=24)["data"]
+    assert data["whole"] and data["rows_read"] == data["rows"] == 24 and data["steps"] == len(entries) == 6
+    assert data["tokens_by_step"] == [entry["tokens"] for entry in entries[:3]]
+    assert data["tokens_saved_by_step"] == [entry["tokens_saved"] for entry in entries[:3]]
+    assert data["tokens"] + data["tokens_saved"] == data["tokens_unshared"]
+
+
+def test_names_the_longest_rows_and_those_that_fit_no_pack(bf16, photo_rows):
+    rows = [dict(row) for row in photo_rows[:8]]
+    rows[5]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "a long story " * 60}]}]
+    rows[2]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "an endless story " * 900}]}]
+    write_pairs(Path(bf16.data.train), rows)
+    data = plan(bf16, gpu_memory=24)["data"]
+    assert data["longest"][0]["id"] == rows[5]["id"] and ":6" in data["longest"][0]["where"]
+    assert data["longest"][0]["tokens"] <= data["largest_pack"]
+    (line,) = data["too_long"]
+    assert rows[2]["id"] in line and "packing.max_tokens is 600" in line and data["pairs"] == 7
+
+
+def test_a_limit_is_said(bf16):
+    data = plan(bf16, gpu_memory=24, limit=8)["data"]
+    assert data["rows"] == 24 and data["rows_read"] == 8 and not data["whole"] and data["steps"] == 6
+
+
+def test_weights_are_what_loading_allocates(make_config, family):
+    config = make_config(family=family)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, dtype="bfloat16"))
+    needs = needs_of(config)
+    need = dataclasses.replace(needs.need(variant_of(config, needs, 1), 24 * GIB), kernels=False)
+    policy = load_policy(config.policy, torch.device("cpu"), kernels="off")
+    own = [weight for name, weight in policy.base.named_parameters() if "lora_" not in name]
+    assert sum(base_bytes(need, "bfloat16").values()) == sum(weight.nbytes for weight in own)
+    linear = sum(
+        w.numel() for n, w in policy.base.named_parameters() if ".base_layer.weight" in n and "lm_head" not in n
+    )
+    halves = base_bytes(need, "int8")["language model"]
+    assert linear < halves < linear + need.shapes.count("language model") / 8
+    (weight,) = (w for w in need.shapes.weights if w.name.endswith("layers.0.mlp.up_proj.weight"))
+    assert weight_bytes(weight, "nf4", need) == weight.numel // 2 + -(-weight.numel // (64 * 256)) * 260
+    assert moments_bytes(need, "adamw") == 8 * need.shapes.num_trained
+
+
+def test_what_is_spread_over_gpus(bf16):
+    needs = needs_of(bf16)
+    variant = variant_of(bf16, needs, 1)
+
+    def parts(world_size, **storage):
+        base = Storage("bfloat16", "adamw", "deepspeed", 1, "none", world_size)
+        changed = dataclasses.replace(variant, storage=dataclasses.replace(base, **storage))
+        return needs.peak(changed, 24 * GIB)
+
+    alone = needs.peak(variant, 24 * GIB)
+    weights = sum(size for name, size in alone.items() if name.startswith("weights"))
+    state = alone["master weights"] + alone["moments"]
+    assert state == 12 * needs.shapes.num_trained
+    for world_size in (2, 4):
+        one, two, three = (parts(world_size, zero=zero) for zero in (1, 2, 3))
+        for spread in (one, two, three):
+            assert spread["master weights"] + spread["moments"] == pytest.approx(state / world_size, abs=2)
+        assert 0 < one["gradients"] <= 4 * needs.shapes.num_trained  # one pack: the peak is before the last gradient
+        assert two["gradients"] == three["gradients"] == 4 * needs.shapes.num_trained // world_size
+        left = sum(size for name, size in three.items() if name.startswith("weights"))
+        assert left == pytest.approx(weights / world_size, abs=4)
+    off = parts(2, zero=2, offload="optimizer")
+    assert off["master weights"] == off["moments"] == off["gradients"] == 0
+    cached = dataclasses.replace(variant, cached_features=True)
+    assert needs.peak(cached, 24 * GIB)["weights: image tower"] == 0 < alone["weights: image tower"]
+
+
+def test_the_largest_pack_that_fits_is_the_largest(bf16):
+    found = plan(bf16, gpu_memory=1.2)["gpus"][0]
+    most = found["max_tokens_that_fits"]
+    needs = needs_of(bf16)
+    variant = variant_of(bf16, needs, 1)
+    peaks = [
+        sum(needs.peak(dataclasses.replace(variant, tokens=tokens), int(1.2 * GIB)).values()) / GIB
+        for tokens in (most, most + 1)
+    ]
+    assert found["fits"] and peaks[0] <= found["usable_gib"] < peaks[1]
+
+
+def test_says_what_to_change(bf16):
+    tight = plan(bf16, gpu_memory=24)["gpus"][0]["peak_gib"]
+    found = plan(bf16, gpu_memory=(tight * 0.9 + 1) / 0.98)
+    (gpu,) = found["gpus"]
+    assert not found["fits"] and not gpu["fits"] and gpu["changes"]
+    assert [change["fits"] for change in gpu["changes"]] == [False] * (len(gpu["changes"]) - 1) + [True]
+    assert gpu["changes"][0]["set"] == ["policy.gradient_checkpointing=true"]
+    overrides = [one for given in gpu["changes"][-1]["set"] for one in given.split()]
+    raw = json.loads(json.dumps(dataclasses.asdict(bf16)))
+    for override in overrides:
+        key, value = override.split("=")
+        section, name = key.split(".")
+        raw[section][name] = {"true": True}.get(value, value)
+    again = plan(Config.parse(raw), gpu_memory=(tight * 0.9 + 1) / 0.98)["gpus"][0]
+    assert again["fits"] and again["peak_gib"] == pytest.approx(gpu["changes"][-1]["peak_gib"])
+    nothing = plan(bf16, gpu_memory=1.021)["gpus"][0]
+    assert nothing["max_tokens_that_fits"] is None and not any(change["fits"] for change in nothing["changes"])
+
+
+def test_time_comes_from_a_measured_row_or_not_at_all(bf16, tmp_path, monkeypatch):
+    row = {
+        "run": "r1", "time": "2026-01-02T03:04", "commit": "abc", "device": "NVIDIA H200", "model": "qwen2.5-vl-7b",
+        "workload": "answers", "tuning": "lora r=128", "dtype": "bfloat16", "arm": rates.CACHED, "tokens": 500,
+        "useful_tflops": 200.0,
+    }  # fmt: skip
+    file = tmp_path / "train_step.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(rates, "RESULTS", file)
+    found = plan(bf16, gpu="h200")
+    time = found["gpus"][0]["time"]
+    assert time["seconds_per_step"] == pytest.approx(found["flops"]["useful_per_step"] / 200e12)
+    assert time["seconds"] == pytest.approx(time["seconds_per_step"] * 6)
+    assert "commit abc" in time["rate"] and "NVIDIA H200" in time["rate"] and "run r1" in time["rate"]
+    assert plan(bf16, gpu="L4")["gpus"][0]["time"] is None
+    monkeypatch.setattr(rates, "RESULTS", tmp_path / "absent")
+    assert plan(bf16, gpu="h200")["gpus"][0]["time"] is None
+
+
+def test_checkpointing_auto(bf16, monkeypatch):
+    auto = dataclasses.replace(bf16, policy=dataclasses.replace(bf16.policy, gradient_checkpointing="auto"))
+    config, line = checkpointing.resolve(auto, torch.device("cpu"))
+    assert config == bf16 and "false on a CPU" in line
+    assert checkpointing.resolve(bf16, torch.device("cpu")) == (bf16, None)
+    peak = plan(bf16, gpu_memory=24)["gpus"][0]["peak_gib"]
+    for gib, wanted in ((24, False), ((peak * 0.9 + 1) / 0.98, True)):
+        monkeypatch.setattr(checkpointing, "gpu_here", lambda gib=gib: Gpu("a card", gib))
+        config, line = checkpointing.resolve(auto, torch.device("cuda"))
+        assert config.policy.gradient_checkpointing is wanted and f"auto is {str(wanted).lower()}" in line
+    assert plan(auto, gpu_memory=24)["gpus"][0]["checkpointing"] is False
+
+
+def test_names_of_gpus():
+    for gpu in GPUS:
+        assert find_gpu(gpu.name) == gpu and find_gpu(f"NVIDIA {gpu.name.lower()}") == gpu
+    for given, meant in {
+        "NVIDIA H100 80GB HBM3": "H100", "a100": "A100 80GB", "A100-SXM4-40GB": "A100 40GB", "4090": "RTX 4090",
+        "NVIDIA GeForce RTX 3090": "RTX 3090", "A6000": "RTX A6000", "Tesla T4": "T4", "V100-32GB": "V100 32GB",
+        "NVIDIA A100 80GB PCIe": "A100 80GB", "L40S 48GB": "L40S",
+    }.items():  # fmt: skip
+        assert find_gpu(given).name == meant
+    with pytest.raises(UserError, match="did you mean RTX 4090"):
+        find_gpu("RTX 4099")
+
+
+def command(tmp_path, config, *arguments):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    return CliRunner().invoke(main, ["plan", str(file), *arguments])
+
+
+def test_the_command(bf16, tmp_path):
+    result = command(tmp_path, bf16, "--gpu", "rtx 4090")
+    assert result.exit_code == 0, result.output
+    assert "peak memory" in result.output and "longest pairs" in result.output and "vapr train" in result.output
+    result = command(tmp_path, bf16, "--json", "--gpu-memory", "1.01")
+    assert result.exit_code == 0 and json.loads(result.stdout)["fits"] is False
+    result = command(tmp_path, bf16)
+    assert result.exit_code == 0 and "141 GiB" in result.output and "no measured rate" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ("--gpu", "H1000"), "did you mean H100"),
+        ({}, ("--gpu", "abacus"), "known are V100 16GB"),
+        ({}, ("--gpu-memory", "0"), "--gpu-memory 0: give the GPU's memory in GiB"),
+        ({}, ("--gpu-memory", "-3"), "--gpu-memory -3"),
+        ({}, ("--gpu-memory", "nan"), "--gpu-memory nan"),
+        ({}, ("--set", "packing.max_token=3"), "max_tokens"),
+        ({"policy": {"model": "/nowhere"}}, (), "/nowhere: no such folder"),
+        ({"data": {"train": "/nowhere.jsonl"}}, (), "/nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(bf16, tmp_path, changes, arguments, message):
+    for section, values in changes.items():
+        bf16 = dataclasses.replace(bf16, **{section: dataclasses.replace(getattr(bf16, section), **values)})
+    result = command(tmp_path, bf16, *arguments)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_without_config(bf16, tmp_path):
+    (tmp_path / "no-weights" / "config.json").unlink()
+    result = command(tmp_path, bf16, "--gpu", "H100")
+    assert result.exit_code == 2 and "without config.json" in result.stderr
+
+
+def test_features_from_the_cache_need_no_tower(bf16):
+    cached = dataclasses.replace(bf16, features=FeaturesConfig(cache=True))
+    with_tower, without = (plan(config, gpu_memory=24) for config in (bf16, cached))
+    assert without["flops"]["parts_per_pair"]["tower"] == 0 < with_tower["flops"]["parts_per_pair"]["tower"]
+    assert without["gpus"][0]["peak_gib"] < with_tower["gpus"][0]["peak_gib"]

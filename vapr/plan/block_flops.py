@@ -1,0 +1,68 @@
+"""FLOPs of linear layers and of blocks of attention and MLP, in the decoder and in the tower."""
+
+from collections.abc import Mapping
+
+from vapr.plan.shapes import Linear
+
+INTO_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv")
+OUT_OF_ATTENTION = ("o_proj", "out_proj", "proj")
+INTO_MLP = ("gate_proj", "up_proj", "fc1")
+OUT_OF_MLP = ("down_proj", "fc2")
+
+
+def forward_flops(linear: Linear, rows: int) -> float:
+    """Count a linear layer and its adapter."""
+    return 2.0 * rows * (linear.outputs * linear.inputs + linear.adapter)
+
+
+def backward_flops(linear: Linear, rows: int, *, x_learns: bool) -> float:
+    """Count a linear layer's backward pass, where its output has a gradient and its input may have one."""
+    flops = 2.0 * rows * linear.outputs * linear.inputs * (int(x_learns) + int(linear.trained))
+    if linear.rank:  # through B, then the gradients of A and B, and through A
+        flops += 2.0 * rows * linear.rank * (2 * linear.outputs + linear.inputs + (linear.inputs if x_learns else 0))
+    return flops
+
+
+def learns(linear: Linear) -> bool:
+    """Tell whether a linear layer is trained, itself or by an adapter."""
+    return bool(linear.rank) or linear.trained
+
+
+def block_backward(
+    block: Mapping[str, Linear], rows: Mapping[str, int], attention: float, x_learns: bool, *, norms_learn: bool
+) -> tuple[float, bool]:
+    """Count a block's backward pass: autograd skips what leads to nothing that learns.
+
+    Args:
+        block: its linear layers by the end of their names.
+        rows: that each of them runs on.
+        attention: FLOPs of one of attention's products.
+        x_learns: whether its input has a gradient.
+        norms_learn: whether its norms are trained.
+
+    Returns:
+        FLOPs, and whether its output has a gradient.
+    """
+    flops = 0.0
+    for into, out_of, between in (
+        (INTO_ATTENTION, OUT_OF_ATTENTION, 5 * attention),
+        (INTO_MLP, OUT_OF_MLP, 0.0),
+    ):
+        normed = x_learns or norms_learn
+        first = [name for name in block if name in into and (normed or learns(block[name]))]
+        flops += sum(backward_flops(block[name], rows[name], x_learns=normed) for name in first)
+        flops += between if first else 0.0
+        (last,) = (name for name in block if name in out_of)
+        if first or learns(block[last]):
+            flops += backward_flops(block[last], rows[last], x_learns=bool(first))
+            x_learns = True
+    return flops, x_learns
+
+
+def recomputed_flops(block: Mapping[str, Linear], rows: Mapping[str, int], ahead: float) -> float:
+    """Return what of a block's forward pass, ``ahead``, checkpointing computes again.
+
+    It stops where all that the backward pass wants is there, which is before a last layer without an adapter.
+    """
+    (last,) = (name for name in block if name in OUT_OF_MLP)
+    return ahead - (0.0 if block[last].rank else forward_flops(block[last], rows[last]))

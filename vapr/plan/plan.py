@@ -1,0 +1,256 @@
+"""plan(config): what a run will take, as plain data, before anything is loaded."""
+
+import dataclasses
+from typing import Any
+
+from vapr.config import Config
+from vapr.plan.changes import what_to_change
+from vapr.plan.flops import Flops, pack_flops, useful_flops
+from vapr.plan.gpus import GIB, SIZES, Gpu, find_gpu, gpu_here, gpu_of_size
+from vapr.plan.memory import BaseWeights, OptimKind, Storage
+from vapr.plan.needs import Needs, Variant, largest_tokens
+from vapr.plan.packs import LIMIT, Reading, read_packs
+from vapr.plan.rates import CACHED, ONLINE, find_rate
+from vapr.plan.shapes import Shapes, read_shapes
+
+WORLD_SIZES = (1, 2, 4, 8)
+
+
+def plan(
+    config: Config, gpu_memory: float | None = None, gpu: str | None = None, world_size: int = 1, limit: int = LIMIT
+) -> dict[str, Any]:
+    """Predict tokens, FLOPs, memory and time of a run. Reads data, config.json and processor files; no weights.
+
+    Args:
+        config: the run's.
+        gpu_memory: of each GPU, in GiB as vendors name it.
+        gpu: name of the GPU; without both, the one that is here, else common sizes side by side.
+        world_size: GPUs that the answer (``fits``, ``time``) is for.
+        limit: rows that are read at most, about.
+
+    Returns:
+        Plain data; docs/plan.md explains it.
+
+    Raises:
+        UserError: for a mistake in config, data or model, or an unknown GPU.
+    """
+    cards = _cards(gpu, gpu_memory)
+    shapes = read_shapes(config.policy)
+    reading = read_packs(config, limit)
+    kernels = config.kernels == "auto"
+    needs = Needs(config, shapes, reading, kernels)
+    flops = _flops(config, shapes, reading)
+    gpus = [_on(card, config, needs, flops, world_size) for card in cards]
+    return {
+        "fits": any(found["fits"] for found in gpus),
+        "model": _model(config, shapes),
+        "data": _data(config, reading),
+        "flops": flops,
+        "gpus": gpus,
+    }
+
+
+def _cards(gpu: str | None, gpu_memory: float | None) -> list[Gpu]:
+    if gpu is not None:
+        named = find_gpu(gpu)
+        return [named if gpu_memory is None else dataclasses.replace(named, gib=gpu_of_size(gpu_memory).gib)]
+    if gpu_memory is not None:
+        return [gpu_of_size(gpu_memory)]
+    here = gpu_here()
+    return [here] if here is not None else [gpu_of_size(size) for size in SIZES]
+
+
+def _model(config: Config, shapes: Shapes) -> dict[str, Any]:
+    return {
+        "name": config.policy.model,
+        "family": shapes.family,
+        "parameters": shapes.count(),
+        "trained": shapes.num_trained,
+        "tuning": f"lora r={config.policy.lora.rank}" if config.policy.lora else "full",
+        "dtype": config.policy.dtype,
+        "base_weights": config.policy.base_weights,
+        "optimizer": config.optim.kind,
+    }
+
+
+def _data(config: Config, reading: Reading) -> dict[str, Any]:
+    packed = sum(step.tokens for step in reading.steps)
+    unshared = packed + sum(step.tokens_saved for step in reading.steps)
+    fills = [pack.tokens for pack in reading.packs]
+    return {
+        "sets": reading.sets,
+        "notes": reading.notes,
+        "rows": reading.rows,
+        "rows_read": reading.rows_read,
+        "pairs": reading.num_pairs,
+        "whole": reading.whole,
+        "pairs_per_epoch": reading.pairs_per_epoch,
+        "steps": num_steps(config, reading),
+        "steps_read": len(reading.steps),
+        "tokens_unshared": unshared,
+        "tokens": packed,
+        "tokens_saved": unshared - packed,
+        "tokens_by_step": [step.tokens for step in reading.steps],
+        "tokens_saved_by_step": [step.tokens_saved for step in reading.steps],
+        "share": config.packing.share,
+        "max_tokens": config.packing.max_tokens,
+        "packs": len(fills),
+        "largest_pack": max(fills),
+        "longest": [{"tokens": tokens, "where": where, "id": id} for tokens, where, id in reading.longest],
+        "too_long": list(reading.too_long.values()),
+        "unusable": reading.unusable(),
+    }
+
+
+def num_steps(config: Config, reading: Reading) -> int:
+    """Return the number of updates of the run."""
+    return config.optim.max_steps or config.optim.epochs * reading.steps_per_epoch
+
+
+def _flops(config: Config, shapes: Shapes, reading: Reading) -> dict[str, Any]:
+    """Count what the steps that were read take, and the mean of a pair and of a step."""
+    checkpointing = config.policy.gradient_checkpointing is True
+    references = any(term.needs_reference for term in config.loss)
+    by_step, useful = [], []
+    for step in reading.steps:
+        total = Flops()
+        for pack in step.packs:
+            total += pack_flops(
+                shapes, pack, checkpointing=checkpointing, reference=False, cached_features=config.features.cache
+            )
+        by_step.append(total)
+        useful.append(useful_flops(shapes, step.packs))
+    whole = sum(by_step, Flops())
+    reference = sum(
+        pack_flops(shapes, pack, checkpointing=False, reference=True, cached_features=True).reference
+        for pack in reading.packs
+    )
+    pairs, steps = reading.num_pairs, max(len(by_step), 1)
+    return {
+        "useful_per_pair": sum(useful) / pairs,
+        "useful_per_step": sum(useful) / steps,
+        "useful_by_step": useful,
+        "total_by_step": [step.total for step in by_step],
+        "total_per_pair": whole.total / pairs,
+        "parts_per_pair": {
+            name: getattr(whole, name) / pairs for name in ("tower", "forward", "backward", "recomputed", "head")
+        },
+        "reference_per_pair": reference / pairs if references else 0.0,
+        "checkpointing": checkpointing,
+    }
+
+
+def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Say what a run takes on one kind of GPU."""
+    gpu_bytes, usable = int(card.gib * GIB), card.usable_gib * GIB
+    checkpointing = config.policy.gradient_checkpointing
+    own = variant_of(config, needs, world_size)
+
+    def row(storage: Storage, recompute: bool) -> dict[str, Any]:
+        variant = dataclasses.replace(own, storage=storage, checkpointing=recompute)
+        peak = sum(needs.peak(variant, gpu_bytes).values())
+        return {
+            "gpus": storage.world_size,
+            "storage": storage.name,
+            "base_weights": storage.base_weights,
+            "optimizer": storage.optim,
+            "checkpointing": recompute,
+            "peak_gib": peak / GIB,
+            "fits": peak <= usable,
+        }
+
+    both = (False, True)
+    table = [row(storage, recompute) for n in WORLD_SIZES for storage in _storages(config, n) for recompute in both]
+    kept = [row(storage, recompute) for storage in _kept(config, own.storage) for recompute in both]
+    parts = needs.peak(own, gpu_bytes)
+    if checkpointing == "auto" and sum(parts.values()) > usable:
+        own = dataclasses.replace(own, checkpointing=True)
+        parts = needs.peak(own, gpu_bytes)
+    peak = sum(parts.values())
+    fits = peak <= usable
+    full = dataclasses.replace(own, tokens=config.packing.max_tokens)
+    return {
+        "gpu": card.name,
+        "memory_gib": card.gib,
+        "usable_gib": card.usable_gib,
+        "gpus": world_size,
+        "storage": own.storage.name,
+        "checkpointing": own.checkpointing,
+        "tokens_of_pack": own.tokens,
+        "parts_gib": {name: num_bytes / GIB for name, num_bytes in parts.items()},
+        "peak_gib": peak / GIB,
+        "peak_of_full_pack_gib": sum(needs.peak(full, gpu_bytes).values()) / GIB,
+        "fits": fits,
+        "max_tokens_that_fits": largest_tokens(needs, own, gpu_bytes, usable),
+        "changes": what_to_change(config, needs, own, gpu_bytes, usable),
+        "table": table,
+        "kept": kept,
+        "time": _time(card, config, needs, flops, world_size),
+    }
+
+
+def variant_of(config: Config, needs: Needs, world_size: int) -> Variant:
+    """Return the variant that the config itself asks for; checkpointing: auto counts as false."""
+    engine = config.parallel.engine
+    storage = Storage(
+        base_weights=config.policy.base_weights,
+        optim=config.optim.kind,
+        engine="deepspeed"
+        if engine == "deepspeed" or (engine == "auto" and _spreads(config, world_size))
+        else "all-reduce",
+        zero=config.parallel.zero,
+        offload=config.parallel.offload,
+        world_size=world_size,
+    )
+    return Variant(
+        storage=storage,
+        checkpointing=config.policy.gradient_checkpointing is True,
+        cached_features=config.features.cache,
+        tokens=needs.tokens,
+    )
+
+
+def _spreads(config: Config, world_size: int) -> bool:
+    """Tell whether ``engine: auto`` takes deepspeed on several GPUs: in full fine-tuning."""
+    return world_size > 1 and config.policy.lora is None
+
+
+def _kept(config: Config, own: Storage) -> list[Storage]:
+    """Return the ways of keeping a frozen base and AdamW's moments, everything else as the config has it."""
+    bases: tuple[BaseWeights, ...] = ("bfloat16", "fp8", "int8", "nf4") if config.policy.lora else ("bfloat16",)
+    optims: tuple[OptimKind, ...] = ("adamw", "adamw-8bit")
+    return [dataclasses.replace(own, base_weights=base, optim=optim) for base in bases for optim in optims]
+
+
+def _storages(config: Config, world_size: int) -> list[Storage]:
+    """Return the ways of spreading a run over so many GPUs."""
+    base = Storage(config.policy.base_weights, config.optim.kind, "all-reduce", 0, "none", world_size)
+    spread = dataclasses.replace(base, engine="deepspeed")
+    zeros = (1, 2) if config.policy.base_weights != "bfloat16" else (1, 2, 3)  # ZeRO-3 spreads no quantised weights
+    ways = [base]
+    if world_size > 1:
+        ways += [dataclasses.replace(spread, zero=zero) for zero in zeros]
+    ways.append(dataclasses.replace(spread, zero=2, offload="optimizer"))
+    if 3 in zeros:
+        ways.append(dataclasses.replace(spread, zero=3, offload="all"))
+    return ways
+
+
+def _time(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_size: int) -> dict[str, Any] | None:
+    """Predict seconds from a measured rate; None: nothing was measured on such a GPU."""
+    tokens = sum(step.tokens for step in needs.reading.steps) / len(needs.reading.steps)
+    rate = find_rate(card, needs.shapes.family, CACHED, tokens)
+    if rate is None or config.policy.dtype != "bfloat16" or world_size > 1:
+        return None
+    steps = num_steps(config, needs.reading)
+    per_step = flops["useful_per_step"] / rate.flops_per_second
+    result = {"seconds_per_step": per_step, "steps": steps, "seconds": per_step * steps, "rate": rate.describe()}
+    online = find_rate(card, needs.shapes.family, ONLINE, tokens)
+    if online is not None and flops["reference_per_pair"]:
+        first = min(steps, needs.reading.steps_per_epoch)
+        slower = flops["useful_per_step"] / online.flops_per_second
+        result |= {
+            "seconds_with_reference": per_step * (steps - first) + slower * first,
+            "rate_with_reference": online.describe(),
+        }
+    return result
