@@ -40,14 +40,14 @@ def _steps(config: Config, needs: Needs, own: Variant) -> list[tuple[str, Any]]:
 
     kept = own.storage
     longest = needs.reading.longest[0][0]
-    offloaded = storage(engine="deepspeed", zero=2, offload="optimizer")
-    spread = storage(engine="deepspeed", zero=3, offload="none")
-    everything = storage(engine="deepspeed", zero=3, offload="all")
-    lora, deepspeed = config.policy.lora is not None, "parallel.engine=deepspeed parallel.zero="
+    offloaded = storage(engine="deepspeed", optim="adamw", zero=2, offload="optimizer")
+    spread = storage(engine="deepspeed", optim="adamw", zero=3, offload="none")
+    everything = storage(engine="deepspeed", optim="adamw", zero=3, offload="all")
+    lora, deepspeed = config.policy.lora is not None, "optim.kind=adamw parallel.engine=deepspeed parallel.zero="
     steps = [
         (not own.checkpointing, "policy.gradient_checkpointing=true", lambda variant: {"checkpointing": True}),
         (lora and kept.base_weights != "nf4", "policy.base_weights=nf4", storage(base_weights="nf4")),
-        (kept.optim == "adamw", "optim.kind=adamw-8bit", storage(optim="adamw-8bit")),
+        (kept.optim == "adamw" and kept.engine == "all-reduce", "optim.kind=adamw-8bit", storage(optim="adamw-8bit")),
         (own.tokens > longest, f"packing.max_tokens={longest}", lambda variant: {"tokens": longest}),
         (
             not needs.shapes.trains_tower and not own.cached_features,

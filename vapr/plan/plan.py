@@ -228,7 +228,7 @@ def _kept(config: Config, own: Storage) -> list[Storage]:
 def _storages(config: Config, world_size: int) -> list[Storage]:
     """Return the ways of spreading a run over so many GPUs."""
     base = Storage(config.policy.base_weights, config.optim.kind, "all-reduce", 0, "none", world_size)
-    spread = dataclasses.replace(base, engine="deepspeed")
+    spread = dataclasses.replace(base, engine="deepspeed", optim="adamw")  # whose moments are in fp32
     zeros = (1, 2) if config.policy.base_weights != "bfloat16" else (1, 2, 3)  # ZeRO-3 spreads no quantised weights
     ways = [base]
     if world_size > 1:
