@@ -3,6 +3,7 @@
     python -m bench.ranks
 
 A small Qwen2.5-VL on a CPU over gloo. Bytes follow from shapes; seconds are those of this CPU, whose cores are shared.
+Every weight is spread under ZeRO 3, however small. How to read the rows: bench/README.md.
 """
 
 import argparse

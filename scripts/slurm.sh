@@ -30,7 +30,8 @@ vapr=$(command -v vapr) || {
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ " $* " != *" --resume "* ]]; then
     set -- "$@" --resume
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 gpus=${SLURM_GPUS_ON_NODE:-1}
 cores=${SLURM_CPUS_PER_TASK:-$gpus}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > gpus ? cores / gpus : 1))}

@@ -12,6 +12,7 @@ STAND_INS = {
     "scontrol": '#!/bin/bash\n[ "$*" = "show hostnames node[1-2]" ] && printf "localhost\\nlocalhost\\n"\n',
     # Both nodes at once, as SLURM does; with the first that fails the step has failed.
     "srun": '#!/bin/bash\necho "$@" >> "$LOG"\nwhile [[ $1 == --* ]]; do shift; done\n"$@" & "$@" & wait -n && wait -n\n',
+    "torchrun": f'#!/bin/bash\nexec "{sys.executable}" -m torch.distributed.run "$@"\n',
     "vapr": f"#!{sys.executable}\nimport os, sys\nsaid = [os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS')]\nos.write(1, ' '.join([*said, *sys.argv[1:], chr(10)]).encode())\n",
 }
 
@@ -31,7 +32,7 @@ def submit(tmp_path):
             "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "6", **variables,
         }  # fmt: skip
         kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{tmp_path}:{os.environ['PATH']}"
         environment = {**kept, **of_slurm, "PATH": path, "LOG": str(log)}
         command = ["bash", str(ROOT / "scripts" / "slurm.sh"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)

@@ -346,3 +346,20 @@ def test_a_written_config_is_read_again(tmp_path):
     ):
         config = config_of(tmp_path, loss=loss)
         assert Config.parse(config.as_dict()) == config
+
+
+def test_paths_of_a_symmetric_pair(folder, processor):
+    """Each answer under each image, as tokenising a plain pair of that answer and image gives them."""
+    write_pairs(folder / "pairs.jsonl", [OWN])
+    pairs = read_pairs(folder / "pairs.jsonl")
+    others = OtherViews(config_of(folder, loss=SYMMETRIC), processor, pairs)
+    tokenized = processor.tokenize_pair(pairs[0], None, others)
+    assert tokenized.roles == ("chosen swapped", "rejected swapped")
+    first, second = (
+        processor.tokenize_pair(dataclasses.replace(pairs[0], images=(folder / name,), rejected_images=None)).paths
+        for name in ("0.png", "1.png")
+    )
+    for path, plain in zip(tokenized.paths, (first[0], second[1], second[0], first[1]), strict=True):
+        assert path.images[0].content_hash == plain.images[0].content_hash
+        assert np.array_equal(path.input_ids, plain.input_ids)
+        assert np.array_equal(path.position_ids, plain.position_ids)

@@ -195,7 +195,7 @@ def test_number_of_workers():
 
 
 def test_a_fault_of_the_code_itself_is_raised_with_its_row_and_traceback(new_loader, photo_pairs, monkeypatch):
-    monkeypatch.setattr(Processor, "tokenize_pair", lambda self, pair, weights: 1 / 0)
+    monkeypatch.setattr(Processor, "tokenize_pair", lambda self, *arguments: 1 / 0)
     for count in (0, 1):
         with pytest.raises(RuntimeError, match="at .*photos.jsonl:1: ZeroDivisionError") as told:
             next(new_loader(photo_pairs[:1], count).steps(0, 1))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 import sys
+import types
 
 import peft
 import pytest
@@ -305,6 +306,13 @@ class TestWithoutBitsandbytes:
         text = str(caught.value)
         assert text.startswith("policy.base_weights: nf4 needs bitsandbytes, which does not import (")
         assert text.endswith("pip install 'vapr[quant]', or take int8 or fp8, which need no library")
+
+    def test_too_old_a_version_is_refused(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(__version__="0.48.2"))
+        with pytest.raises(
+            UserError, match="nf4 needs bitsandbytes 0.50.2 or newer, and 0.48.2 is installed; pip inst"
+        ):
+            quantized.check_available("nf4")
 
     @pytest.mark.parametrize("kind", ["fp8", "int8"])
     def test_the_others_need_no_library(self, kind, tiny):

@@ -52,8 +52,10 @@ def test_tokens_are_those_of_the_run(make_config):
 
 def test_names_the_longest_rows_and_those_that_fit_no_pack(bf16, photo_rows):
     rows = [dict(row) for row in photo_rows[:8]]
-    rows[5]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "a long story " * 60}]}]
-    rows[2]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "an endless story " * 900}]}]
+    for number in (2, 5):
+        rows[number].pop("edits")
+    rows[5]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "a long story " * 20}]}]
+    rows[2]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "an endless story " * 300}]}]
     write_pairs(Path(bf16.data.train), rows)
     data = plan(bf16, gpu_memory=24)["data"]
     assert data["longest"][0]["id"] == rows[5]["id"] and ":6" in data["longest"][0]["where"]

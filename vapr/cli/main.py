@@ -76,6 +76,8 @@ def _quiet_libraries() -> None:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
+# DeepSpeed's launcher says twice which process of a machine this is; LOCAL_RANK is what counts.
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)
 def main() -> None:
     """Align vision-language models with preference pairs: packed, exact, fast."""
     _quiet_libraries()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +32,9 @@ GROUP = 256
 """Blocks whose scales share an fp32 number."""
 
 LARGEST_FP8 = 448.0
+
+BITSANDBYTES = "0.50.2"
+"""The oldest version that was tested. 0.46 and 0.48 make NaN of blocks of zeros, and AdamW in 8 bits on a GPU alone."""
 
 
 class QuantizedLinear(nn.Module):
@@ -145,7 +149,7 @@ def import_bitsandbytes(key: str, else_do: str) -> Any:
     """Import bitsandbytes.
 
     Raises:
-        UserError: naming what asked for it and what to do, if it is not installed or does not import.
+        UserError: naming what asked for it and what to do, if it is not installed, does not import or is too old.
     """
     try:
         import bitsandbytes
@@ -154,6 +158,11 @@ def import_bitsandbytes(key: str, else_do: str) -> Any:
             f"{key} needs bitsandbytes, which does not import ({one_line(error)}); pip install 'vapr[quant]', or "
             f"{else_do}"
         ) from None
+    if Version(bitsandbytes.__version__) < Version(BITSANDBYTES):
+        raise UserError(
+            f"{key} needs bitsandbytes {BITSANDBYTES} or newer, and {bitsandbytes.__version__} is installed; "
+            f"pip install 'vapr[quant]', or {else_do}"
+        )
     return bitsandbytes
 
 

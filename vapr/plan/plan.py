@@ -182,10 +182,13 @@ def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_si
         "peak_of_full_pack_gib": sum(needs.peak(full, gpu_bytes).values()) / GIB,
         "fits": fits,
         "max_tokens_that_fits": largest_tokens(needs, own, gpu_bytes, usable),
+        "max_tokens_with_checkpointing": largest_tokens(
+            needs, dataclasses.replace(own, checkpointing=True), gpu_bytes, usable
+        ),
         "changes": what_to_change(config, needs, own, gpu_bytes, usable),
         "table": table,
         "kept": kept,
-        "time": _time(card, config, needs, flops, world_size),
+        "time": _time(card, config, needs, flops, own),
     }
 
 
@@ -236,21 +239,45 @@ def _storages(config: Config, world_size: int) -> list[Storage]:
     return ways
 
 
-def _time(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_size: int) -> dict[str, Any] | None:
-    """Predict seconds from a measured rate; None: nothing was measured on such a GPU."""
+def _time(
+    card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], own: Variant
+) -> dict[str, Any] | None:  # fmt: skip
+    """Predict seconds from a measured rate; None: nothing like this was measured on such a GPU."""
+    storage = own.storage
+    if config.policy.dtype != "bfloat16" or storage.world_size > 1 or storage.base_weights != "bfloat16":
+        return None
     tokens = sum(step.tokens for step in needs.reading.steps) / len(needs.reading.steps)
-    rate = find_rate(card, needs.shapes.family, CACHED, tokens)
-    if rate is None or config.policy.dtype != "bfloat16" or world_size > 1:
+    tuning = "lora" if config.policy.lora else "full"
+    rate = find_rate(card, needs.shapes.family, tuning, CACHED, tokens)
+    if rate is None:
         return None
     steps = num_steps(config, needs.reading)
-    per_step = flops["useful_per_step"] / rate.flops_per_second
-    result = {"seconds_per_step": per_step, "steps": steps, "seconds": per_step * steps, "rate": rate.describe()}
-    online = find_rate(card, needs.shapes.family, ONLINE, tokens)
-    if online is not None and flops["reference_per_pair"]:
+    slower = _recomputed(needs, own)
+    per_step = flops["useful_per_step"] / rate.flops_per_second * slower
+    result = {
+        "seconds_per_step": per_step,
+        "steps": steps,
+        "seconds": per_step * steps,
+        "rate": rate.describe(),
+        "times_for_checkpointing": slower,
+    }
+    online = find_rate(card, needs.shapes.family, tuning, ONLINE, tokens)
+    if online is not None and flops["reference_per_pair"] and config.policy.lora is not None:
         first = min(steps, needs.reading.steps_per_epoch)
-        slower = flops["useful_per_step"] / online.flops_per_second
+        computed = flops["useful_per_step"] / online.flops_per_second + per_step * (1 - 1 / slower)
         result |= {
-            "seconds_with_reference": per_step * (steps - first) + slower * first,
+            "seconds_with_reference": per_step * (steps - first) + computed * first,
             "rate_with_reference": online.describe(),
         }
     return result
+
+
+def _recomputed(needs: Needs, own: Variant) -> float:
+    """Return how many times the FLOPs are what they would be without checkpointing."""
+    if not own.checkpointing:
+        return 1.0
+    pack = max(needs.reading.packs, key=lambda pack: pack.tokens)
+    all_of_it = pack_flops(
+        needs.shapes, pack, checkpointing=True, reference=False, cached_features=own.cached_features
+    )  # fmt: skip
+    return all_of_it.total / (all_of_it.total - all_of_it.recomputed)

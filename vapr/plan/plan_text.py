@@ -82,13 +82,18 @@ def _gpu(gpu: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     if abs(gpu["peak_of_full_pack_gib"] - gpu["peak_gib"]) > 0.02 * gpu["peak_gib"]:
         lines.append(_line("", f"{gpu['peak_of_full_pack_gib']:8.2f}  a full pack (packing.max_tokens) would take"))
-    most = gpu["max_tokens_that_fits"]
-    told = f"{most:,} tokens" if most is not None else "none: not even the longest pair fits"
+    told = _most(gpu["max_tokens_that_fits"])
+    if not gpu["checkpointing"]:
+        told += f"; with checkpointing {_most(gpu['max_tokens_with_checkpointing'])}"
     lines.append(_line("largest max_tokens", told))
     lines += _changes(gpu)
     lines += _table(gpu["table"])
     lines += _kept(gpu["kept"])
     return lines + _time(gpu)
+
+
+def _most(tokens: int | None) -> str:
+    return f"{tokens:,}" if tokens is not None else "none (not even the longest pair fits)"
 
 
 def _changes(gpu: dict[str, Any]) -> list[str]:
@@ -115,7 +120,7 @@ def _table(table: list[dict[str, Any]]) -> list[str]:
     for way in dict.fromkeys(_way(row) for row in table):
         cells = [(peaks.get((way, count, False)), peaks.get((way, count, True))) for count in counts]
         lines.append(_line(f"  {way}", "".join(f"{_cell(pair):>18}" for pair in cells)))
-    return [*lines, _line("", "without / with checkpointing; * does not fit")]
+    return [*lines, _line("", "without / with checkpointing; host: kept in host memory; * does not fit")]
 
 
 def _kept(rows: list[dict[str, Any]]) -> list[str]:
@@ -130,7 +135,7 @@ def _kept(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _way(row: dict[str, Any]) -> str:
-    return "all-reduce" if row["storage"] == "one GPU" else row["storage"].replace("offload ", "")
+    return "all-reduce" if row["storage"] == "one GPU" else row["storage"].replace("offload", "host")
 
 
 def _cell(pair: tuple[dict[str, Any] | None, dict[str, Any] | None]) -> str:
@@ -163,9 +168,11 @@ def _time(gpu: dict[str, Any]) -> list[str]:
         return [_line("time", f"no measured rate for {gpu['gpus']} x {gpu['gpu']} with these settings")]
     lines = [
         _line("time", f"{_duration(time['seconds_per_step'])} a step, {_duration(time['seconds'])} for "
-              f"{time['steps']:,} steps, the reference in the cache"),
+              f"{time['steps']:,} step{'s' * (time['steps'] > 1)}, the reference in the cache"),
         _line("", f"from {time['rate']}"),
     ]  # fmt: skip
+    if time["times_for_checkpointing"] > 1:
+        lines.append(_line("", f"times {time['times_for_checkpointing']:.2f} for what checkpointing computes again"))
     if "seconds_with_reference" in time:
         lines.append(_line("", f"{_duration(time['seconds_with_reference'])} where it is computed in the first epoch"))
         lines.append(_line("", f"from {time['rate_with_reference']}"))

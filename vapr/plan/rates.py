@@ -30,8 +30,9 @@ class Rate:
         )
 
 
-def find_rate(gpu: Gpu | None, family: str, arm: str, tokens: float) -> Rate | None:
-    """Return the measured rate that is nearest to a run: of this GPU, the newest, of a step of about so many tokens.
+def find_rate(gpu: Gpu | None, family: str, tuning: str, arm: str, tokens: float) -> Rate | None:
+    """Return the measured rate that is nearest to a run: of this GPU and tuning (``lora``, ``full``), the newest, of a
+    step of about so many tokens.
 
     Rows of another model serve, because the rate is in FLOP/s; those of its family come first. None: nothing was
     measured on such a GPU, or there are no results here.
@@ -39,7 +40,7 @@ def find_rate(gpu: Gpu | None, family: str, arm: str, tokens: float) -> Rate | N
     if gpu is None:
         return None
     rows = [row for row in _rows() if row.get("arm") == arm and _is(gpu, row["device"]) and row.get("useful_tflops")]
-    rows = [row for row in rows if row.get("dtype") == "bfloat16"]
+    rows = [row for row in rows if row.get("dtype") == "bfloat16" and row["tuning"].startswith(tuning)]
     if not rows:
         return None
     newest = max(row["time"][:10] for row in rows)

@@ -18,6 +18,7 @@ from vapr.model.image_features import ImageFeatures
 from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
 from vapr.pages.run_report import write_run_report
+from vapr.plan import checkpointing
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
@@ -144,7 +145,7 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
         print(warning)
     probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
-    policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
+    policy = ranks.agree(lambda: _load_policy(config, ranks))
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     policy, engine = make_engine(config, policy, num_steps, ranks)
     features = ranks.in_turn(lambda: open_features(config, policy, loader))
@@ -155,6 +156,15 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     reference = open_reference(config, policy, features, loaders, ranks)
     fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
+
+
+def _load_policy(config: Config, ranks: Ranks) -> Policy:
+    """Load the policy, and decide first whether activations are computed again, if that is left to vapr."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved, line = checkpointing.resolve(config, device, ranks.size)
+    if line is not None:
+        print(line)
+    return load_policy(resolved.policy, kernels=config.kernels)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
