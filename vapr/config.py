@@ -58,9 +58,8 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
     base_weights: Literal["bfloat16", "nf4", "fp8", "int8"] = "bfloat16"
-    """Storage of a frozen base under LoRA (docs/memory.md): its linear layers, but for the LM head. nf4 takes a quarter
-    of the memory and needs bitsandbytes; fp8 and int8 take half, and run anywhere. bfloat16 is the weights as they are:
-    with ``dtype: float32`` the base is float32 as well."""
+    """Storage of a frozen base under LoRA (docs/memory.md): nf4 (bitsandbytes) takes a quarter of the memory, fp8 and
+    int8 half. bfloat16 is the weights as they are: with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     gradient_checkpointing: bool | Literal["auto"] = False
@@ -204,8 +203,7 @@ class FeaturesConfig:
     """The cache of image features, for a frozen tower and projector. It needs much disk; its size is announced."""
 
     cache: bool = False
-    """Keep features on disk and find them again. Tower and projector then wait in host memory, and come to the GPU for
-    images that are missing."""
+    """Keep features on disk and find them again; tower and projector are on the GPU only for those that are missing."""
     cache_dir: str | None = None
     """Where image features are kept; null: the user's cache folder."""
 
