@@ -278,9 +278,10 @@ def _disk_faults_as_mistakes(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place, goes_on = error.filename or folder, "and continue from the newest checkpoint with --resume"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{place}: {error.strerror}; make room {goes_on}") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{place}: {error.strerror}; let this user read and write it {goes_on}") from None
-        raise
+            way_out = "; make room and continue from the newest checkpoint with --resume"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            way_out = "; let this user read and write it, and continue from the newest checkpoint with --resume"
+        else:
+            raise
+        raise UserError(f"{error.filename or folder}: {error.strerror}{way_out}") from None
