@@ -179,7 +179,7 @@ def test_every_kind_of_lora_is_merged_as_peft_applies_it(tiny, tied, tmp_path, k
         expected = peft.PeftModel.from_pretrained(model, str(adapter))(input_ids=ids).logits
         assert (expected - plain).abs().max() > 0.1
         policy = load_policy(PolicyConfig(model=str(adapter), dtype="float32"), CPU)
-        save_start(policy, tmp_path / "merged")
+        save_start(policy, policy.base.state_dict(), tmp_path / "merged")
         merged = oracles.load_model(tmp_path / "merged", FAMILY)
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -392,6 +392,6 @@ def test_adapters_of_every_family_and_age(family, tiny, tmp_path, names):
             weights = {n.replace("model.language_model.", OLD_NAMES[family]): w for n, w in weights.items()}
             save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
         policy = load_policy(PolicyConfig(model=str(adapter), dtype="float32"), CPU)
-        save_start(policy, tmp_path / "merged")
+        save_start(policy, policy.base.state_dict(), tmp_path / "merged")
         merged = oracles.load_model(tmp_path / "merged", family)(input_ids=ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

@@ -80,6 +80,7 @@ def subject(request, tmp_path_factory):
 
 def step_of(subject, *, lora, tower):
     """The run config, and one step of four pairs that fills two packs."""
+    vars(subject).pop("policy_config", None)  # of the test before
     subject.dtype, subject.lora = torch.bfloat16, lora
     config = vapr_config(subject, "pair", 4)
     config = dataclasses.replace(config, packing=dataclasses.replace(config.packing, max_tokens=2_000))
@@ -120,7 +121,7 @@ def test_a_whole_step(subject, trained):
 def test_a_quantised_base(subject, kind):
     """Quantising and restoring have shapes, too; what is stored takes the bits that it shall take."""
     config, step = step_of(subject, lora=True, tower=False)
-    quantised = dataclasses.replace(config.policy, base_weights=kind)
+    quantised = dataclasses.replace(config.policy, base_weights=kind, train=TrainConfig())
     subject.policy_config = lambda dtype=None: quantised
     with as_on_a_gpu():
         policy = subject.policy()
