@@ -1,4 +1,4 @@
-"""How whatever reads a policy's weights is called: at once, or together with the passes of other processes."""
+"""Run whatever reads a policy's weights: at once, or together with the passes of other processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar

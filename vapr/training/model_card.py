@@ -57,7 +57,7 @@ ON_QUANTIZED = {
     "original": "The adapter was trained on a base stored as {kind} and merged into the unquantised weights, whose "
     "log-probs are not those that it was trained to.",
 }
-"""What a card says of an adapter, or of where one was merged, that was trained on a quantised base."""
+"""A card's warning about an adapter trained on a quantised base, and about weights that it was merged into."""
 
 
 def write_model_card(

@@ -27,13 +27,13 @@ Result = TypeVar("Result")
 Problem = UserError | Stopped | torch.OutOfMemoryError
 
 MISTAKE, NO_MEMORY = 2, -1
-"""What the ranks call a UserError and a GPU without memory; the others are exit codes."""
+"""Codes by which ranks name a UserError and a GPU out of memory; other codes are exit codes."""
 
 BUCKET_BYTES = 64 * 2**20
 """Tensors that are summed over ranks travel in buckets of about this size."""
 
 BROKEN_TALK = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
-"""What the errors of broken collectives have in common; PyTorch has no class of its own for those of gloo."""
+"""Words in the errors of broken collectives; PyTorch has no class of its own for those of gloo."""
 
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
@@ -57,7 +57,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Tell whether this is the rank that writes what people read."""
+        """Tell whether this is rank 0, which writes the run's files and prints."""
         return self.rank == 0
 
     def agree(self, work: Callable[[], Result]) -> Result:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
+from vapr.batches.steps import Step
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
@@ -55,10 +56,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
         parts = _set_up(config, run, opened, ranks)
-        policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
+        policy, engine, loader = parts.policy, parts.engine, parts.loader
         state = run_state.resume(run, engine, loader) if resume else RunState()
-        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
-        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
+        _keep_merged_policy(run, parts)
         resumed = engine.num_updates if resume else None
         with (
             Ledger(run.path, resumed, ranks) as ledger,
@@ -73,8 +73,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
-            if engine.num_updates and _is_due(engine, config):
-                # The run may have ended between the checkpoint and its evaluation.
+            if engine.num_updates and _is_due(engine, config):  # the run may have ended before this evaluation
                 _evaluate(config, parts, run, log, display, interrupts)
             with _saved_on_mistakes(run, state, parts, save):
                 began = time.monotonic()
@@ -83,12 +82,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         engine.skip_step()
                         display.advance("every pair of this step was skipped")
                     else:
-                        if state.num_pairs == 0 and reference is not None:
-                            check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
-                        values, margins = train_step(
-                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
-                        )
-                        stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
+                        if state.num_pairs == 0:
+                            _check_first_margin(config, parts, step, display.say)
+                        values, margins = _accumulate_gradients(config, parts, run, step)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
                         values |= speed(policy, step, time.monotonic() - began, ranks)
@@ -100,23 +96,16 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
                         saved = save()
-                        if interrupts.received and engine.num_updates < engine.num_steps:
-                            ranks.agreed = True
-                            raise interrupts.stopped(saved)
+                        _stop_after_signal(interrupts, engine, saved)
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        adapter = policy.adapters is not None
-        checkpoint.save_final(
-            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
-        )
-        print_outcome(config, run, [loader, parts.held_out], reference, engine)
-        return run.final
+        return _save_final(config, run, parts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a run is made of, opened."""
+    """The opened parts of a run."""
 
     policy: Policy
     engine: Engine | DeepSpeedEngine
@@ -156,6 +145,48 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     reference = open_reference(config, policy, features, loaders, ranks)
     fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
+
+
+def _keep_merged_policy(run: RunDir, parts: _Parts) -> None:
+    """Keep the policy as it was before the first update, if an adapter was merged into it."""
+    policy, engine = parts.policy, parts.engine
+    weights = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+    engine.ranks.in_turn(lambda: run.keep_merged_policy(policy, weights, begins=engine.num_updates == 0))
+
+
+def _check_first_margin(config: Config, parts: _Parts, step: Step, say: Callable[[str], None]) -> None:
+    """Compare the policy with its reference, if the losses have one, before the first update."""
+    if parts.reference is not None:
+        ranks = parts.engine.ranks
+        check_first_margin(parts.policy, parts.reference, step, config.reference.tolerance, ranks, say)
+
+
+def _accumulate_gradients(
+    config: Config, parts: _Parts, run: RunDir, step: Step
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """Run forward and backward of a step, and stop the run unless loss and gradient are finite.
+
+    Returns:
+        The values and margins of :func:`vapr.training.step.train_step`.
+    """
+    engine = parts.engine
+    reference, features = parts.reference, parts.features
+    values, margins = train_step(parts.policy, engine, reference, step, config.loss, features, parts.fitting)
+    stop_unless_finite(values, step, engine.num_updates + 1, run.path, engine.ranks)
+    return values, margins
+
+
+def _save_final(config: Config, run: RunDir, parts: _Parts) -> Path:
+    """Write the final model and its card, print what the run did, and return the model's folder."""
+    adapter = parts.policy.adapters is not None
+    checkpoint.save_final(
+        parts.policy,
+        parts.engine,
+        run.final,
+        lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter),
+    )
+    print_outcome(config, run, [parts.loader, parts.held_out], parts.reference, parts.engine)
+    return run.final
 
 
 def _load_policy(config: Config, ranks: Ranks) -> Policy:
@@ -207,6 +238,13 @@ def _evaluate(
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
+
+
+def _stop_after_signal(interrupts: Interrupts, engine: Engine | DeepSpeedEngine, saved: Path) -> None:
+    """End all ranks after a signal, unless it was the last step."""
+    if interrupts.received and engine.num_updates < engine.num_steps:
+        engine.ranks.agreed = True
+        raise interrupts.stopped(saved)
 
 
 def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:

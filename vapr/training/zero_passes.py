@@ -1,4 +1,4 @@
-"""Passes of several ranks that need one another: what one computes, all take part in.
+"""Run passes that need all ranks: what one computes, the others take part in.
 
 Under ZeRO 3 every pass gathers weights from all ranks, and under ZeRO 1 and 2 every backward pass sums gradients. Ranks
 have different numbers of packs, though; one shows an image where another has text, one finds the reference in the cache
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Kind(IntEnum):
-    """What a rank wants to compute next. Of several the smallest comes first."""
+    """The kinds of work that a rank may want next. Of several the smallest comes first."""
 
     FAILED = 0
     FEATURES = 1
