@@ -93,7 +93,7 @@ def url_of(path: Path) -> str:
     return f"{scheme}://{'/'.join('' if part == '%' else urllib.parse.unquote(part) for part in parts)}"
 
 
-def shown(path: Path) -> str:
+def display_name(path: Path) -> str:
     """Return the name by which a user knows a file: its URL, or its path."""
     return url_of(path) if is_remote(path) else str(path)
 
@@ -124,7 +124,7 @@ def fetch_source(source: str, chosen: Callable[[list[str]], list[str]]) -> str:
     if source.split("://")[0].lower() in ("file", "local"):
         return str(place)
     try:
-        with _told(source):
+        with _as_user_error(source):
             found = _list(source)
     except _Transient as error:
         if not place.exists():
@@ -217,7 +217,7 @@ def _transfer(url: str, place: Path, size: int | None, count: Callable[[int], No
     """Copy a URL's file to its place, whole or not at all; a transfer that breaks off is tried again."""
     for attempt in range(TRIES):
         try:
-            with written_whole(place) as file, _told(url), _opened(url) as stream:
+            with written_whole(place) as file, _as_user_error(url), _open(url) as stream:
                 while chunk := stream.read(CHUNK):
                     _write(file, chunk, place)
                     count(len(chunk))
@@ -244,7 +244,7 @@ class _Transient(UserError):
 
 
 @contextlib.contextmanager
-def _told(url: str) -> Iterator[None]:
+def _as_user_error(url: str) -> Iterator[None]:
     """Raise UserError in place of whatever a storage library raises, with the way out."""
     scheme = url.split("://")[0].lower()
     log_in = f"; credentials: {CREDENTIALS[scheme]}" if scheme in CREDENTIALS else ""
@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def _open(url: str) -> Iterator[IO[bytes]]:
     if url.startswith(("http://", "https://")):
         with urllib.request.urlopen(_requestable(url), timeout=60) as stream:
             yield stream

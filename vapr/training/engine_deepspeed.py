@@ -133,7 +133,7 @@ class DeepSpeedEngine:
         for group in self._zero.param_groups:
             group["lr"] = self.lr
         self._engine.set_gradient_accumulation_boundary(True)
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(float("inf") if norm is None else float(norm))
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
         moments: dict[str, Tensor] = {}
         loads = [0] * self.ranks.size
         steps = next(float(state["step"]) for state in self._zero.optimizer.state.values())
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             for name, weight in self._weights.items():
                 owner = loads.index(min(loads))
                 loads[owner] += torch.Size(self.shapes[name]).numel()
@@ -187,7 +187,7 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 found = moments.get(f"{name}.{key}")  # nothing where no pass has reached the parameter yet
                 self._put(weight, torch.zeros(self.shapes[name]) if found is None else found, key)
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             self._copy_masters()
         self.num_updates = num_updates
 
@@ -266,7 +266,7 @@ class DeepSpeedEngine:
                 whole[name] = value
                 continue
             if id(weight) not in copies:
-                with self.ranks.missed(), GatheredParameters([weight]):
+                with self.ranks.naming_lost_rank(), GatheredParameters([weight]):
                     copies[id(weight)] = weight.detach().cpu().clone() if self.ranks.is_first else torch.empty(0)
             whole[name] = copies[id(weight)]
         return whole if self.ranks.is_first else {}

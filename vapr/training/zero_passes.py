@@ -118,7 +118,7 @@ class ZeroPasses:
         self._say(Kind.TRAINED, shows=False)  # what failed since the forward pass is heard here
         self._inside = True
         self._engine.set_gradient_accumulation_boundary(self._is_last)
-        with self._ranks.missed():
+        with self._ranks.naming_lost_rank():
             # DeepSpeed divides the sum over ranks by their number, at stage 3 always.
             self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         self._inside = False
@@ -141,7 +141,7 @@ class ZeroPasses:
 
     def _forward(self, compute: Compute, shows: bool, anyone_shows: bool) -> Tensor:
         spare = (self._image,) if anyone_shows and not shows else ()
-        with self._ranks.missed():
+        with self._ranks.naming_lost_rank():
             return self._engine(compute, spare)
 
     def _agree_on(self, kind: Kind, shows: bool = False) -> tuple[Kind, bool]:
