@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state, gradients or weights spread over the ranks. The one door to deepspeed.
 
-DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32. Of a
-norm that is not finite DeepSpeed makes a skipped update and goes on; the caller sees the norm and stops.
+DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32. Where
+the norm is not finite, DeepSpeed skips the update and goes on; the caller sees the norm and stops.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
 
     @property
     def in_words(self) -> str:
-        """Say how the processes work together."""
+        """Describe how the processes work together."""
         spread = {1: "optimizer state", 2: "optimizer state and gradients", 3: "weights, gradients and optimizer state"}
         offloaded = {"none": "", "optimizer": "; optimizer state in host memory", "all": "; all of it in host memory"}
         line = f"DeepSpeed ZeRO {self.stage} spreads {spread[self._stage]}{offloaded[self._offload]}"
@@ -284,7 +284,7 @@ def _open(ranks: Ranks, timeout: timedelta) -> Any:
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # shared memory of CPU ranks, which a compiler would have to be run for
+    if not torch.cuda.is_available():  # shared memory for CPU ranks would have to be compiled first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.comm.cdb = None  # that of an earlier run in this process
     groups._release_process_group_references()
@@ -295,7 +295,7 @@ def _open(ranks: Ranks, timeout: timedelta) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what DeepSpeed prints, and the compilers that it tries out, off the user's screen; its errors are raised."""
+    """Hide what DeepSpeed and the compilers that it tries print; errors are still raised."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(number) for number in (1, 2)]
