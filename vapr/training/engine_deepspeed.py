@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state, gradients or weights spread over the ranks. The one door to deepspeed.
 
-DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32. Where
-the norm is not finite, DeepSpeed skips the update and goes on; the caller sees the norm and stops.
+DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32.
+Where the norm is not finite, DeepSpeed skips the update and goes on; the caller sees the norm and stops.
 """
 
 import contextlib
