@@ -57,6 +57,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             return run.final
         parts = _set_up(config, run, opened, ranks)
         policy, engine, loader = parts.policy, parts.engine, parts.loader
+        reference, features, fitting = parts.reference, parts.features, parts.fitting
         state = run_state.resume(run, engine, loader) if resume else RunState()
         _keep_merged_policy(run, parts)
         resumed = engine.num_updates if resume else None
@@ -66,7 +67,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
-            parts.fitting.say = display.say
+            fitting.say = display.say
 
             def save() -> Path:
                 ledger.sync()
@@ -82,9 +83,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         engine.skip_step()
                         display.advance("every pair of this step was skipped")
                     else:
-                        if state.num_pairs == 0:
-                            _check_first_margin(config, parts, step, display.say)
-                        values, margins = _accumulate_gradients(config, parts, run, step)
+                        _check_first_margin(config, parts, state, step, display.say)
+                        values, margins = train_step(policy, engine, reference, step, config.loss, features, fitting)
+                        stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
                         values |= speed(policy, step, time.monotonic() - began, ranks)
@@ -95,8 +96,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
-                        saved = save()
-                        _stop_after_signal(interrupts, engine, saved)
+                        _stop_after_signal(interrupts, engine, save())
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
@@ -154,26 +154,13 @@ def _keep_merged_policy(run: RunDir, parts: _Parts) -> None:
     engine.ranks.in_turn(lambda: run.keep_merged_policy(policy, weights, begins=engine.num_updates == 0))
 
 
-def _check_first_margin(config: Config, parts: _Parts, step: Step, say: Callable[[str], None]) -> None:
+def _check_first_margin(
+    config: Config, parts: _Parts, state: RunState, step: Step, say: Callable[[str], None]
+) -> None:  # fmt: skip
     """Compare the policy with its reference, if the losses have one, before the first update."""
-    if parts.reference is not None:
+    if state.num_pairs == 0 and parts.reference is not None:
         ranks = parts.engine.ranks
         check_first_margin(parts.policy, parts.reference, step, config.reference.tolerance, ranks, say)
-
-
-def _accumulate_gradients(
-    config: Config, parts: _Parts, run: RunDir, step: Step
-) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Run forward and backward of a step, and stop the run unless loss and gradient are finite.
-
-    Returns:
-        The values and margins of :func:`vapr.training.step.train_step`.
-    """
-    engine = parts.engine
-    reference, features = parts.reference, parts.features
-    values, margins = train_step(parts.policy, engine, reference, step, config.loss, features, parts.fitting)
-    stop_unless_finite(values, step, engine.num_updates + 1, run.path, engine.ranks)
-    return values, margins
 
 
 def _save_final(config: Config, run: RunDir, parts: _Parts) -> Path:
