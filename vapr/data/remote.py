@@ -99,7 +99,7 @@ def display_name(path: Path) -> str:
 
 
 def fetched(path: Path) -> Path:
-    """Return a path whose file is there: a URL's is fetched unless it was before, whatever became of it since.
+    """Return a path whose file is there; a URL's file is fetched once and never looked for again.
 
     Raises:
         UserError: if it cannot be fetched.
@@ -111,14 +111,14 @@ def fetched(path: Path) -> Path:
 
 
 def fetch_source(source: str, chosen: Callable[[list[str]], list[str]]) -> str:
-    """Fetch the data files of a URL, unless they were and have not changed; return the local file, folder or glob.
+    """Fetch those data files of a URL that are new or changed; return the local file, folder or glob.
 
     Args:
         source: URL of a file, a folder or a glob.
-        chosen: gives those names of a folder's or a glob's files that are wanted.
+        chosen: picks the wanted names from those of a folder's or a glob's files.
 
     Raises:
-        UserError: naming the URL, if there is nothing, or it cannot be had; with the way out.
+        UserError: if nothing is there or it cannot be read, naming the URL and the way out.
     """
     place = local_place(source)
     if source.split("://")[0].lower() in ("file", "local"):
@@ -173,7 +173,7 @@ def _list(source: str) -> dict[str, dict[str, Any]]:
 
 
 def _fetch_changed(source: str, found: dict[str, dict[str, Any]]) -> None:
-    """Fetch those of the files that are not here, or changed; say how large they are."""
+    """Fetch the files that are missing here or changed, and print how large they are."""
     wanted = {url: info for url, info in found.items() if not _is_current(url, info)}
     if not wanted:
         return
@@ -281,7 +281,7 @@ def _open(url: str) -> Iterator[IO[bytes]]:
 
 
 def _http_info(url: str) -> dict[str, Any]:
-    """Return what a server says of a file; some answer no HEAD, and then it is fetched every time."""
+    """Return what a server says of a file; where it answers no HEAD the file is fetched every time."""
     request = urllib.request.Request(_requestable(url), method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

@@ -96,7 +96,7 @@ class Ranks:
         return everyone.view(self.size, -1).numpy()
 
     def wait(self) -> None:
-        """Wait until every rank has come as far."""
+        """Wait until every rank has come to this call."""
         self.gather([0.0])
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray:
