@@ -1,6 +1,6 @@
-"""Whether a run's start and its host memory grow with the data or with the number of processes.
+"""Measure whether a run's start and its host memory grow with the data or with the number of processes.
 
-    python -m bench.large_data                # files of 1,000 and 1,000,000 rows; about 10 minutes on two cores
+    python -m bench.large_data                # files of 1,000 and 1,000,000 rows
     python -m bench.large_data --quick        # small files; nothing is recorded
 
 ``vapr train`` of a tiny policy, started as a user starts it, with caches that know nothing and again with warm ones.

@@ -30,7 +30,7 @@ mistake() {
     exit 2
 }
 
-# --- what is wanted
+# Read the arguments.
 
 model="" data="" images="" out=reproduction editor=rules pairs=30000 tuning=lora gib="" recipe="" dry=""
 benches=() settings=() asking=()
@@ -69,7 +69,7 @@ done
 [ -n "$model" ] || mistake "which model? See --help"
 [ -n "$data" ] || mistake "--data is missing: a file of questions with true answers about images, as docs/edit.md describes"
 
-# --- which recipe
+# Choose the recipe.
 
 card_of() { # card_of GIB: the largest card of the recipes that so much memory stands for; cards hold a little less than sold
     awk -v gib="$1" 'BEGIN { for (n = split("141 80 24", card); c = card[++i];) if (gib >= 0.9 * c) { print c; exit } }'
@@ -134,7 +134,7 @@ else
     base=$(sed -n 's/^  model: *\([^ #]*\).*/\1/p' "$recipe")
 fi
 
-# --- the stages
+# Run the stages.
 
 work=$out/$name
 run=$work/aligned

@@ -1,4 +1,4 @@
-"""What scripts/reproduce.sh does beside calling vapr: look for mistakes before its first stage, and write its page.
+"""Look for mistakes before the first stage of scripts/reproduce.sh, and write its page.
 
 python scripts/reproduction.py check RECIPE [--set KEY=VALUE]... [--bench NAME=PATH]...
 python scripts/reproduction.py page OUT NAME               # writes OUT/NAME/reproduction.html

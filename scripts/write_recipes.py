@@ -51,7 +51,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model's recipe sets so that it fits a card, and the peak in GiB that vapr plan then predicts."""
+    """The settings with which a model fits a card, and the peak in GiB that vapr plan then predicts."""
 
     model: str
     tuning: Literal["lora", "full"]
@@ -189,11 +189,9 @@ def table(links_from: Path) -> str:
 
 
 def _words(recipe: Recipe) -> str:
-    return (
-        "full"
-        if recipe.tuning == "full"
-        else "LoRA" + ("" if recipe.base_weights == "bfloat16" else f" ({recipe.base_weights})")
-    )
+    if recipe.tuning == "full":
+        return "full"
+    return "LoRA" if recipe.base_weights == "bfloat16" else f"LoRA ({recipe.base_weights})"
 
 
 def files() -> dict[Path, str]:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
+from vapr.model.policy import Policy
 
 CLASSES = {
     "llava": transformers.LlavaForConditionalGeneration,
@@ -35,6 +37,19 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
 
 def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     return CLASSES[family].from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def with_adapters_of(
+    policy: Policy, model: transformers.PreTrainedModel
+) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+    """Give a model peft's adapters where the policy has its own, with the same values; return it and what is trained."""
+    wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
+    adapted = peft.get_peft_model(model, settings)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in policy.trained_parameters().items():
+        parameters[name].data.copy_(parameter.data)
+    return adapted, parameters
 
 
 def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Tensor:

@@ -13,27 +13,9 @@ import transformers
 from vapr.demo.tiny_policy import build_tiny_policy
 
 VOCABULARY = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "dog",
-    "on",
-    "red",
-    "mat",
-    "what",
-    "is",
-    "doing",
-    "it",
-    "sleeps",
-    "blue",
-    "how",
-    "many",
-    "colour",
-    "where",
-    "yes",
-    "no",
-]
+    "a", "photo", "of", "the", "dog", "on", "red", "mat", "what", "is", "doing", "it", "sleeps",
+    "blue", "how", "many", "colour", "where", "yes", "no",
+]  # fmt: skip
 
 
 def _text(hidden: int, inter: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.workloads import SHAPES
-from tests.published_models import MODELS, write_model
+from tests.published_models import MODELS, VOCABULARY, write_model
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.plan import plan as plan_module
@@ -98,28 +98,7 @@ def test_benchmarks_measure_the_same_shapes(shape, name):
 def photo_rows_of_640(tmp_path_factory) -> Path:
     """36 pairs about nine photographs of 640 x 480 pixels, as in COCO: more than one pack of every recipe."""
     folder = tmp_path_factory.mktemp("planned")
-    words = [
-        "a",
-        "photo",
-        "of",
-        "the",
-        "dog",
-        "on",
-        "red",
-        "mat",
-        "what",
-        "is",
-        "doing",
-        "it",
-        "sleeps",
-        "blue",
-        "how",
-        "many",
-        "colour",
-        "where",
-        "yes",
-        "no",
-    ]
+    words = VOCABULARY
     for n in range(9):
         Image.new("RGB", (640, 480), (25 * n, 90, 40)).save(folder / f"{n}.jpg")
     rows = [

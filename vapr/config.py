@@ -59,7 +59,7 @@ class PolicyConfig:
     """Compute dtype. Trained weights keep an fp32 master copy whatever this says."""
     base_weights: Literal["bfloat16", "nf4", "fp8", "int8"] = "bfloat16"
     """Storage of a frozen base under LoRA (docs/memory.md): nf4 (bitsandbytes) takes a quarter of the memory, fp8 and
-    int8 half. bfloat16 is the weights as they are: with ``dtype: float32`` the base is float32 as well."""
+    int8 half. bfloat16 leaves weights as they are: with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     gradient_checkpointing: bool | Literal["auto"] = False

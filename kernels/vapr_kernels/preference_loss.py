@@ -27,8 +27,8 @@ KINDS = (
 )  # fmt: skip
 """The kernel knows a kind by its place here."""
 PARAMETERS = 10
-"""Of each term: kind, weight, beta, gamma, label smoothing, lambda of DPO-positive, weight of the added SFT, delta of
-the anchors, weight of the symmetric loss's consistency, weight of a pair's margin."""
+"""Parameters of a term: kind, weight, beta, gamma, label smoothing, lambda of DPO-positive, weight of the added SFT,
+delta of the anchors, weight of the symmetric loss's consistency, weight of a pair's margin."""
 BLOCK_M = 128
 
 

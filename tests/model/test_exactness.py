@@ -11,7 +11,6 @@ import random
 import shutil
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -133,15 +132,9 @@ def test_lora_on_the_language_model(family, gradient_checkpointing, tiny, photo_
     policy = policy_of(folder, lora=True, gradient_checkpointing=gradient_checkpointing)
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     model = oracles.load_model(folder, family)
-    wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
-    assert all(".language_model." in name for name in wanted)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
-    )
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    adapted, parameters = oracles.with_adapters_of(policy, model)
+    assert all(".language_model." in name for name in parameters)
     assert set(parameters) == set(policy.trained_parameters())
-    for name, parameter in policy.trained_parameters().items():
-        parameters[name].data.copy_(parameter.data)
     truth = oracle_loss_and_grads(adapted, family, parameters, pairs)
     for share in ("pair", "image"):
         assert_same(packed_loss_and_grads(policy, [pairs], share), truth, 1e-5)
@@ -190,12 +183,7 @@ def test_with_fused_kernels(family, tuning, tiny, photo_pairs, device):
     pairs = [pairs[2], pairs[-1]]  # text alone, and another image on the rejected side
     model = oracles.load_model(folder, family)
     if tuning == "lora":
-        wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
-        settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
-        adapted = peft.get_peft_model(model, settings)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, parameter in policy.trained_parameters().items():
-            parameters[name].data.copy_(parameter.data)
+        adapted, parameters = oracles.with_adapters_of(policy, model)
         truth = oracle_loss_and_grads(adapted, family, parameters, pairs)
     else:
         truth = oracle_loss_and_grads(model, family, dict(model.named_parameters()), pairs)

@@ -6,7 +6,6 @@ Log-probs, loss and the gradient of every trained parameter, where a pair has th
 import dataclasses
 
 import numpy as np
-import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -125,12 +124,7 @@ def test_lora(family, tiny, photo_pairs):
     policy, config = policy_of(folder, lora=True), config_of(folder, LISTS["everything"])
     pairs = tokenize(folder, policy.base.config, rows_of(photo_pairs), config)
     model = oracles.load_model(folder, family)
-    wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
-    adapted = peft.get_peft_model(model, settings)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in policy.trained_parameters().items():
-        parameters[name].data.copy_(parameter.data)
+    adapted, parameters = oracles.with_adapters_of(policy, model)
     truth = oracle(adapted, family, parameters, pairs, config.loss)
     for share in ("none", "pair", "image"):
         assert_same(packed(policy, [pairs], share, config.loss), truth, 1e-5)

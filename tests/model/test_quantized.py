@@ -6,7 +6,6 @@ import shutil
 import sys
 import types
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -158,12 +157,7 @@ def oracle(policy: Policy, folder, family: str, pairs):
         moved = max(moved, float((plain.weight.detach() - layer.weight).norm() / plain.weight.detach().norm()))
         plain.weight.data.copy_(layer.weight)
     assert moved > 1e-3  # else there is nothing to tell apart
-    wanted = {name.rsplit(".lora_A", 1)[0] for name in policy.trained_parameters() if ".lora_A" in name}
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(wanted), lora_dropout=0.0)
-    adapted = peft.get_peft_model(model, settings)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in policy.trained_parameters().items():
-        parameters[name].data.copy_(parameter.data)
+    adapted, parameters = oracles.with_adapters_of(policy, model)
     return oracle_loss_and_grads(adapted, family, parameters, pairs)
 
 

@@ -1,4 +1,4 @@
-"""What image-conditioned losses show a pair's answers besides its own images: a second image, or those of the other.
+"""Make the views that image losses compare: a completion with a second image, or with the other completion's images.
 
 A second image is a pure function of seed, row id and image, so a row has the same one in any order, pack, worker, rank
 and resumed run, and its reference log-probs are found in the cache. Of several images of a row every one is changed.
@@ -111,7 +111,7 @@ class OtherViews:
             try:
                 other = self._pairs[number]
                 image = self._processor.process_image(other.images[0]) if other.images else own
-            except UserError:  # told when that row's turn comes
+            except UserError:  # reported when that row is read itself
                 continue
             if other.id != pair.id and image.content_hash != own.content_hash:
                 return image

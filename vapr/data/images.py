@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from vapr.data.remote import fetched, shown
+from vapr.data.remote import display_name, fetched
 from vapr.errors import UserError, one_line
 
 MAXIMUM_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
@@ -76,4 +76,4 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def image_name(source: Path | bytes) -> str:
     """Return how messages name an image."""
-    return "in the row" if isinstance(source, bytes) else f"'{shown(source)}'"
+    return "in the row" if isinstance(source, bytes) else f"'{display_name(source)}'"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vapr.data.remote import is_remote, is_url, join, local_place, shown
+from vapr.data.remote import display_name, is_remote, is_url, join, local_place
 from vapr.data.row_values import PLACEHOLDER, OneOf, are_missing, image_list, num_shared, refuse_near_misses
 from vapr.errors import BadRow
 
@@ -294,7 +294,7 @@ def image_source(image: Any, root: Path, confined: bool, needed: bool = True, *,
     except (OSError, ValueError):  # too long, or with a NUL: base64 or a data URL instead of a path
         raise BadRow(f"image {image!r:.60} is no path; save it to a file, or give its bytes in parquet") from None
     if outside:
-        raise BadRow(f"image '{image}' lies outside data.image_root ({shown(root)})")
+        raise BadRow(f"image '{image}' lies outside data.image_root ({display_name(root)})")
     if not found and needed:
         raise BadRow(f"image '{image}' not found (looked for {path})")
     return path

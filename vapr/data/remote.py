@@ -93,13 +93,13 @@ def url_of(path: Path) -> str:
     return f"{scheme}://{'/'.join('' if part == '%' else urllib.parse.unquote(part) for part in parts)}"
 
 
-def shown(path: Path) -> str:
+def display_name(path: Path) -> str:
     """Return the name by which a user knows a file: its URL, or its path."""
     return url_of(path) if is_remote(path) else str(path)
 
 
 def fetched(path: Path) -> Path:
-    """Return a path whose file is there: a URL's is fetched unless it was before, whatever became of it since.
+    """Return a path whose file is there; a URL's file is fetched once and never looked for again.
 
     Raises:
         UserError: if it cannot be fetched.
@@ -111,20 +111,20 @@ def fetched(path: Path) -> Path:
 
 
 def fetch_source(source: str, chosen: Callable[[list[str]], list[str]]) -> str:
-    """Fetch the data files of a URL, unless they were and have not changed; return the local file, folder or glob.
+    """Fetch those data files of a URL that are new or changed; return the local file, folder or glob.
 
     Args:
         source: URL of a file, a folder or a glob.
-        chosen: gives those names of a folder's or a glob's files that are wanted.
+        chosen: picks the wanted names from those of a folder's or a glob's files.
 
     Raises:
-        UserError: naming the URL, if there is nothing, or it cannot be had; with the way out.
+        UserError: if nothing is there or it cannot be read, naming the URL and the way out.
     """
     place = local_place(source)
     if source.split("://")[0].lower() in ("file", "local"):
         return str(place)
     try:
-        with _told(source):
+        with _as_user_error(source):
             found = _list(source)
     except _Transient as error:
         if not place.exists():
@@ -173,7 +173,7 @@ def _list(source: str) -> dict[str, dict[str, Any]]:
 
 
 def _fetch_changed(source: str, found: dict[str, dict[str, Any]]) -> None:
-    """Fetch those of the files that are not here, or changed; say how large they are."""
+    """Fetch the files that are missing here or changed, and print how large they are."""
     wanted = {url: info for url, info in found.items() if not _is_current(url, info)}
     if not wanted:
         return
@@ -217,7 +217,7 @@ def _transfer(url: str, place: Path, size: int | None, count: Callable[[int], No
     """Copy a URL's file to its place, whole or not at all; a transfer that breaks off is tried again."""
     for attempt in range(TRIES):
         try:
-            with written_whole(place) as file, _told(url), _opened(url) as stream:
+            with written_whole(place) as file, _as_user_error(url), _open(url) as stream:
                 while chunk := stream.read(CHUNK):
                     _write(file, chunk, place)
                     count(len(chunk))
@@ -244,7 +244,7 @@ class _Transient(UserError):
 
 
 @contextlib.contextmanager
-def _told(url: str) -> Iterator[None]:
+def _as_user_error(url: str) -> Iterator[None]:
     """Raise UserError in place of whatever a storage library raises, with the way out."""
     scheme = url.split("://")[0].lower()
     log_in = f"; credentials: {CREDENTIALS[scheme]}" if scheme in CREDENTIALS else ""
@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def _open(url: str) -> Iterator[IO[bytes]]:
     if url.startswith(("http://", "https://")):
         with urllib.request.urlopen(_requestable(url), timeout=60) as stream:
             yield stream
@@ -281,7 +281,7 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
 
 
 def _http_info(url: str) -> dict[str, Any]:
-    """Return what a server says of a file; some answer no HEAD, and then it is fetched every time."""
+    """Return what a server says of a file; where it answers no HEAD the file is fetched every time."""
     request = urllib.request.Request(_requestable(url), method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

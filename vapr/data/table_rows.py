@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from vapr.cache import files_hash, user_cache
-from vapr.data.remote import shown
+from vapr.data.remote import display_name
 from vapr.errors import BadRow, UserError, one_line
 
 if not sys.stderr.isatty():
@@ -153,7 +153,7 @@ def open_table(files: list[Path]) -> Table:
     except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{_first_damaged(files)}: cannot be read as a table ({one_line(cause)})") from None
-    return Table(dataset, digest, [(shown(Path(name)), size) for name, size in sizes], unreadable)
+    return Table(dataset, digest, [(display_name(Path(name)), size) for name, size in sizes], unreadable)
 
 
 def _unreadable_columns(file: Path) -> tuple[dict[str, Unreadable], dict[str, Any]]:

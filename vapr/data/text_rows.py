@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from vapr.cache import file_identity, one_at_a_time, user_cache, written_whole
-from vapr.data.remote import shown
+from vapr.data.remote import display_name
 from vapr.errors import BadRow, UserError, one_line
 
 SUFFIXES = (".jsonl", ".json", ".tar")
@@ -81,7 +81,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        self._name = name or shown(path)
+        self._name = name or display_name(path)
         self._by_row = name is not None
         self._file = path.open("rb")
         self._index, self.digest = _line_index(path)
@@ -179,7 +179,7 @@ def _as_lines(file: Path, kind: str, rows: Callable[[Path], Iterator[Any]]) -> J
 def _known_lines(file: Path, place: Path, kind: str) -> JsonLines | None:
     """Find a file's rows as lines in the cache; a damaged copy is deleted."""
     for known in place.parent.glob(f"{place.name}.{kind}.*.jsonl"):
-        lines = JsonLines(known, name=shown(file))
+        lines = JsonLines(known, name=display_name(file))
         if lines.digest == known.name.split(".")[2]:
             return lines
         known.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def _new_lines(file: Path, place: Path, kind: str, rows: Callable[[Path], Iterat
             sha.update(text)
             out.write(text)
     path = new.replace(place.with_name(f"{place.name}.{kind}.{sha.hexdigest()}.jsonl"))
-    return JsonLines(path, name=shown(file))
+    return JsonLines(path, name=display_name(file))
 
 
 def _json_rows(path: Path) -> Iterator[Any]:

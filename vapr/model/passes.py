@@ -1,4 +1,4 @@
-"""How whatever reads a policy's weights is called: at once, or together with the passes of other processes."""
+"""Run whatever reads a policy's weights: at once, or together with the passes of other processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -24,7 +24,7 @@ class Passes(Protocol):
     def together(
         self, work: Callable[[], Result], agree: Callable[[Callable[[], Result]], Result], passes: int = 0
     ) -> Result:
-        """Do work that has passes in it, on every rank; at its end all are as far.
+        """Do work that has passes in it on every rank, and wait at its end until all ranks have done theirs.
 
         Args:
             work: its number of passes, and what they are of, may differ between ranks.
@@ -34,7 +34,7 @@ class Passes(Protocol):
 
 
 class AtOnce:
-    """Call what computes; no other process has to do with it."""
+    """Computes at once, because no other process takes part."""
 
     def logps(self, compute: Compute, images: Sequence[ProcessedImage]) -> Tensor:
         return compute(())

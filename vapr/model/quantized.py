@@ -120,7 +120,7 @@ class _Restored(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What was quantised of a model, and what was not."""
+    """A count of a model's layers that were quantised and of those that were not."""
 
     kind: str
     layers: int

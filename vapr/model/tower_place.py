@@ -1,4 +1,4 @@
-"""Where a frozen tower and projector are: in host memory while cached features serve, on the GPU while it is needed."""
+"""Keep a frozen tower and projector in host memory while cached features serve, and on the GPU while needed."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -12,12 +12,12 @@ from vapr.pages.figures import setting
 from vapr.pages.page import write_page
 
 GAINS = {"llava": ("LLaVA-1.5", 6.5), "qwen2_vl": ("Qwen2-VL", 4.0), "qwen2_5_vl": ("Qwen2.5-VL", 1.5)}
-"""What each family gains on average, in percent, by the paper's abstract; relative or in points it does not say."""
+"""Average gain of each family in percent, by the paper's abstract, which does not say whether relative or in points."""
 PILLS = {"pass": "pass", "warn": "warn", "fail": "fail"}
 
 
 class Reproduction(NamedTuple):
-    """What the stages left, as read from their files."""
+    """The results of all stages, as read from their files."""
 
     name: str
     model: str

@@ -1,1 +1,1 @@
-"""What a run will take before anything is loaded: tokens, FLOPs, memory, time."""
+"""Predict tokens, FLOPs, memory and time of a run before anything is loaded."""

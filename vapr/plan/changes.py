@@ -1,4 +1,4 @@
-"""What to change so that a run fits: settings in the order in which they cost least, and what each would take."""
+"""Find the settings with which a run fits, those that cost least first, and predict the peak with each."""
 
 import dataclasses
 from typing import Any

@@ -1,6 +1,6 @@
-"""Runs forward and backward of one pack on FakeTensors, which have shapes and dtypes but no memory, and counts bytes.
+"""Run forward and backward of one pack on FakeTensors, which have shapes and dtypes but no memory, and count bytes.
 
-What a GPU would run is taken everywhere: kernels, varlen attention, the tower's own operations. The tensors are of the
+Everything runs as a GPU would run it: kernels, varlen attention, the tower's own operations. The tensors are of the
 CPU all the same: a build of PyTorch without CUDA refuses to index fake tensors of a GPU, and autograd asks a GPU's
 driver for streams.
 """
@@ -50,7 +50,7 @@ FEW_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What decides how a pack is computed, beside its own shape."""
+    """The settings that decide how a pack is computed."""
 
     policy: PolicyConfig
     loss: tuple[LossConfig, ...]

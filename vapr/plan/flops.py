@@ -22,7 +22,7 @@ from vapr.plan.tower_flops import tower_flops, tower_forward_flops
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """What one pack takes, by what it is for."""
+    """FLOPs of one pack, by part of the step."""
 
     tower: float = 0.0  # tower and projector, their backward pass included where they are trained
     reference: float = 0.0  # the reference's forward pass, where it is not in the cache

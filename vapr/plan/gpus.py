@@ -41,7 +41,7 @@ GPUS = (
 """Memory in GiB as vendors name it (GB on their pages)."""
 
 SHORT = {"V100": "V100 16GB", "A100": "A100 80GB", "A6000": "RTX A6000"}
-"""What a name without a size means."""
+"""The GPU that a name without a size means."""
 
 SIZES = (16, 24, 32, 40, 48, 80, 141)
 """Memory sizes shown side by side where no GPU is named and none is here."""

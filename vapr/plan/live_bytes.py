@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors by storage, operation by operation, on real tensors and on fake ones."""
+"""Count the bytes of live tensors by storage, operation by operation, on real tensors and on fake ones."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence

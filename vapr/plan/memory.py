@@ -1,4 +1,4 @@
-"""Peak memory of a rank, part by part: what is stored, by formula; what a pack needs, from its run on fake tensors."""
+"""Predict the peak memory of a rank by part: stored tensors by formula, a pack from its run on fake tensors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -43,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a run needs besides its storage."""
+    """Everything that decides a run's peak besides its storage."""
 
     shapes: Shapes
     itemsize: int  # bytes of a value in the compute dtype
@@ -160,7 +160,7 @@ def _at_the_peak(profile: Profile, budget: int, gradients: int) -> tuple[int, in
 
 
 def _pack_parts(profile: Profile, peak: int) -> dict[str, int]:
-    """Say what of a pack's peak is kept for the backward pass, and what comes and goes."""
+    """Divide a pack's peak into what is kept for the backward pass and what comes and goes."""
     features = min(profile.features, peak)
     activations = min(max(profile.activations, 0), peak - features)
     head = min(max(profile.head, 0), peak - features - activations)

@@ -1,7 +1,7 @@
-"""What a run's packs need, for any size of a pack and any way of storing the model.
+"""Predict the memory of a run's packs, for any size of a pack and any way of storing the model.
 
-Packs of two sizes are run on fake tensors; what grows with tokens is drawn through both. Both runs are remembered for
-the process.
+Packs of two sizes are run on fake tensors, and a straight line through both gives every other size. The process
+remembers both runs.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What single operations allocate and free inside themselves, by formula: no dispatch mode sees into them.
+"""Formulas for the bytes that single operations allocate and free inside themselves, which no dispatch mode sees.
 
 L = predictions, D = hidden, V = vocabulary.
 """

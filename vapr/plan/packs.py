@@ -1,4 +1,4 @@
-"""What the data's rows and packs are: read once, as training reads them. Loads no weights.
+"""Read the data's rows and packs once, as training reads them. Loads no weights.
 
 T = packed tokens, L = predictions, P = pairs.
 """
@@ -61,7 +61,7 @@ class StepSizes:
 
 @dataclass(slots=True)
 class Reading:
-    """What was read."""
+    """The rows, steps and packs that were read."""
 
     rows: int = 0  # of the data
     pairs_per_epoch: int = 0
@@ -154,7 +154,7 @@ def _finish(reading: Reading, loader: PairLoader) -> None:
 
 
 def two_sizes(reading: Reading, share: str) -> tuple[PackedBatch, PackedBatch]:
-    """Return two packs of the data of different sizes, the largest one second: what grows with tokens is in between."""
+    """Return two packs of different sizes, to predict the memory of any size from; the larger one comes second."""
     largest = reading.largest
     assert largest is not None
     pairs = list(largest.pairs)

@@ -1,4 +1,4 @@
-"""plan(config): what a run will take, as plain data, before anything is loaded."""
+"""plan(config): predict what a run will take, before anything is loaded, as plain data."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ def plan(
     kernels = config.kernels == "auto"
     needs = Needs(config, shapes, reading, kernels)
     flops = _flops(config, shapes, reading)
-    gpus = [_on(card, config, needs, flops, world_size) for card in cards]
+    gpus = [_predict_for(card, config, needs, flops, world_size) for card in cards]
     return {
         "fits": any(found["fits"] for found in gpus),
         "model": _model(config, shapes),
@@ -140,35 +140,20 @@ def _flops(config: Config, shapes: Shapes, reading: Reading) -> dict[str, Any]:
     }
 
 
-def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Say what a run takes on one kind of GPU."""
+def _predict_for(
+    card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_size: int
+) -> dict[str, Any]:  # fmt: skip
+    """Predict memory and time of a run on one kind of GPU."""
     gpu_bytes, usable = int(card.gib * GIB), card.usable_gib * GIB
-    checkpointing = config.policy.gradient_checkpointing
     own = variant_of(config, needs, world_size)
-
-    def row(storage: Storage, recompute: bool) -> dict[str, Any]:
-        variant = dataclasses.replace(own, storage=storage, checkpointing=recompute)
-        peak = sum(needs.peak(variant, gpu_bytes).values())
-        return {
-            "gpus": storage.world_size,
-            "storage": storage.name,
-            "base_weights": storage.base_weights,
-            "optimizer": storage.optim,
-            "checkpointing": recompute,
-            "peak_gib": peak / GIB,
-            "fits": peak <= usable,
-        }
-
-    both = (False, True)
-    table = [row(storage, recompute) for n in WORLD_SIZES for storage in _storages(config, n) for recompute in both]
-    kept = [row(storage, recompute) for storage in _kept(config, own.storage) for recompute in both]
     parts = needs.peak(own, gpu_bytes)
-    if checkpointing == "auto" and sum(parts.values()) > usable:
+    if config.policy.gradient_checkpointing == "auto" and sum(parts.values()) > usable:
         own = dataclasses.replace(own, checkpointing=True)
         parts = needs.peak(own, gpu_bytes)
     peak = sum(parts.values())
-    fits = peak <= usable
     full = dataclasses.replace(own, tokens=config.packing.max_tokens)
+    recomputing = dataclasses.replace(own, checkpointing=True)
+    spread = [storage for number in WORLD_SIZES for storage in _ways_to_spread(config, number)]
     return {
         "gpu": card.name,
         "memory_gib": card.gib,
@@ -180,27 +165,45 @@ def _on(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], world_si
         "parts_gib": {name: num_bytes / GIB for name, num_bytes in parts.items()},
         "peak_gib": peak / GIB,
         "peak_of_full_pack_gib": sum(needs.peak(full, gpu_bytes).values()) / GIB,
-        "fits": fits,
+        "fits": peak <= usable,
         "max_tokens_that_fits": largest_tokens(needs, own, gpu_bytes, usable),
-        "max_tokens_with_checkpointing": largest_tokens(
-            needs, dataclasses.replace(own, checkpointing=True), gpu_bytes, usable
-        ),
+        "max_tokens_with_checkpointing": largest_tokens(needs, recomputing, gpu_bytes, usable),
         "changes": what_to_change(config, needs, own, gpu_bytes, usable),
-        "table": table,
-        "kept": kept,
+        "table": _peaks(spread, needs, own, card),
+        "kept": _peaks(_ways_to_store(config, own.storage), needs, own, card),
         "time": _time(card, config, needs, flops, own),
     }
+
+
+def _peaks(storages: list[Storage], needs: Needs, own: Variant, card: Gpu) -> list[dict[str, Any]]:
+    """Predict the peak with each storage, without and with checkpointing, everything else as in ``own``."""
+    rows = []
+    for storage in storages:
+        for checkpointing in (False, True):
+            variant = dataclasses.replace(own, storage=storage, checkpointing=checkpointing)
+            peak = sum(needs.peak(variant, int(card.gib * GIB)).values())
+            rows.append(
+                {
+                    "gpus": storage.world_size,
+                    "storage": storage.name,
+                    "base_weights": storage.base_weights,
+                    "optimizer": storage.optim,
+                    "checkpointing": checkpointing,
+                    "peak_gib": peak / GIB,
+                    "fits": peak <= card.usable_gib * GIB,
+                }
+            )
+    return rows
 
 
 def variant_of(config: Config, needs: Needs, world_size: int) -> Variant:
     """Return the variant that the config itself asks for; checkpointing: auto counts as false."""
     engine = config.parallel.engine
+    spreads = engine == "deepspeed" or (engine == "auto" and _spreads(config, world_size))
     storage = Storage(
         base_weights=config.policy.base_weights,
         optim=config.optim.kind,
-        engine="deepspeed"
-        if engine == "deepspeed" or (engine == "auto" and _spreads(config, world_size))
-        else "all-reduce",
+        engine="deepspeed" if spreads else "all-reduce",
         zero=config.parallel.zero,
         offload=config.parallel.offload,
         world_size=world_size,
@@ -218,14 +221,14 @@ def _spreads(config: Config, world_size: int) -> bool:
     return world_size > 1 and config.policy.lora is None
 
 
-def _kept(config: Config, own: Storage) -> list[Storage]:
+def _ways_to_store(config: Config, own: Storage) -> list[Storage]:
     """Return the ways of keeping a frozen base and AdamW's moments, everything else as the config has it."""
     bases: tuple[BaseWeights, ...] = ("bfloat16", "fp8", "int8", "nf4") if config.policy.lora else ("bfloat16",)
     optims: tuple[OptimKind, ...] = ("adamw", "adamw-8bit")
     return [dataclasses.replace(own, base_weights=base, optim=optim) for base in bases for optim in optims]
 
 
-def _storages(config: Config, world_size: int) -> list[Storage]:
+def _ways_to_spread(config: Config, world_size: int) -> list[Storage]:
     """Return the ways of spreading a run over so many GPUs."""
     base = Storage(config.policy.base_weights, config.optim.kind, "all-reduce", 0, "none", world_size)
     spread = dataclasses.replace(base, engine="deepspeed", optim="adamw")  # whose moments are in fp32
@@ -239,9 +242,7 @@ def _storages(config: Config, world_size: int) -> list[Storage]:
     return ways
 
 
-def _time(
-    card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], own: Variant
-) -> dict[str, Any] | None:  # fmt: skip
+def _time(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], own: Variant) -> dict[str, Any] | None:
     """Predict seconds from a measured rate; None: nothing like this was measured on such a GPU."""
     storage = own.storage
     if config.policy.dtype != "bfloat16" or storage.world_size > 1 or storage.base_weights != "bfloat16":
@@ -277,7 +278,6 @@ def _recomputed(needs: Needs, own: Variant) -> float:
     if not own.checkpointing:
         return 1.0
     pack = max(needs.reading.packs, key=lambda pack: pack.tokens)
-    all_of_it = pack_flops(
-        needs.shapes, pack, checkpointing=True, reference=False, cached_features=own.cached_features
-    )  # fmt: skip
-    return all_of_it.total / (all_of_it.total - all_of_it.recomputed)
+    cached = own.cached_features
+    flops = pack_flops(needs.shapes, pack, checkpointing=True, reference=False, cached_features=cached)
+    return flops.total / (flops.total - flops.recomputed)

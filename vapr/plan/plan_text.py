@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Lay a plan out as text."""
 
 import shlex
 from typing import Any
@@ -14,7 +14,7 @@ def show(plan: dict[str, Any], config: str) -> str:
         lines += _gpu(gpus[0])
     else:
         lines += _side_by_side(gpus)
-    if all(gpu["fits"] for gpu in gpus[:1]) and len(gpus) == 1:
+    if len(gpus) == 1 and gpus[0]["fits"]:
         lines.append(_line("next", f"vapr train {shlex.quote(config)}"))
     return "\n".join(lines)
 
@@ -82,17 +82,17 @@ def _gpu(gpu: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     if abs(gpu["peak_of_full_pack_gib"] - gpu["peak_gib"]) > 0.02 * gpu["peak_gib"]:
         lines.append(_line("", f"{gpu['peak_of_full_pack_gib']:8.2f}  a full pack (packing.max_tokens) would take"))
-    told = _most(gpu["max_tokens_that_fits"])
+    largest = _tokens_or_none(gpu["max_tokens_that_fits"])
     if not gpu["checkpointing"]:
-        told += f"; with checkpointing {_most(gpu['max_tokens_with_checkpointing'])}"
-    lines.append(_line("largest max_tokens", told))
+        largest += f"; with checkpointing {_tokens_or_none(gpu['max_tokens_with_checkpointing'])}"
+    lines.append(_line("largest max_tokens", largest))
     lines += _changes(gpu)
-    lines += _table(gpu["table"])
-    lines += _kept(gpu["kept"])
+    lines += _table_of_gpus(gpu["table"])
+    lines += _table_of_storage(gpu["kept"])
     return lines + _time(gpu)
 
 
-def _most(tokens: int | None) -> str:
+def _tokens_or_none(tokens: int | None) -> str:
     return f"{tokens:,}" if tokens is not None else "none (not even the longest pair fits)"
 
 
@@ -112,7 +112,7 @@ def _changes(gpu: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(table: list[dict[str, Any]]) -> list[str]:
+def _table_of_gpus(table: list[dict[str, Any]]) -> list[str]:
     """Lay out peaks by way of storing (rows) and number of GPUs (columns), without and with checkpointing."""
     counts = sorted({row["gpus"] for row in table})
     lines = [_line("GiB a GPU", "".join(f"{f'{count} GPU' + 's' * (count > 1):>18}" for count in counts))]
@@ -123,7 +123,7 @@ def _table(table: list[dict[str, Any]]) -> list[str]:
     return [*lines, _line("", "without / with checkpointing; host: kept in host memory; * does not fit")]
 
 
-def _kept(rows: list[dict[str, Any]]) -> list[str]:
+def _table_of_storage(rows: list[dict[str, Any]]) -> list[str]:
     """Lay out peaks by how the base (rows) and AdamW's moments (columns) are kept."""
     found = {(row["base_weights"], row["optimizer"], row["checkpointing"]): row for row in rows}
     optims = list(dict.fromkeys(row["optimizer"] for row in rows))

@@ -14,9 +14,9 @@ from vapr.config import OptimConfig
 from vapr.model.quantized import import_bitsandbytes
 
 FULL_BELOW, BLOCK = 4096, 256
-"""Numbers of a tensor from which on its moments are in 8 bits, and of a block with a scale of its own."""
+"""Tensors of fewer numbers keep moments in fp32; so many numbers of the others share a scale."""
 KEPT = ("step", "exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
-"""What is saved of a parameter's state; the library's tables (qmap1, qmap2) are always the same."""
+"""Entries of a parameter's state that are saved; the library's tables (qmap1, qmap2) are always the same."""
 
 
 def new_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -64,7 +64,7 @@ def restore_state(optimizer: Any, parameter: torch.nn.Parameter, saved: dict[str
         ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer.init_state(group, parameter, number, place)  # in paged memory, where it shall be
+            optimizer.init_state(group, parameter, number, place)  # in paged memory, if it is to be there
         state = optimizer.state[parameter]
         if saved.keys() != state_tensors(state).keys():
             raise ValueError(f"its optimizer state is {', '.join(saved)}, which is no 8-bit AdamW's")

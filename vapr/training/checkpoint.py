@@ -194,7 +194,7 @@ def newest_whole(run_dir: Path, say: Callable[[str], None], *, writes: bool) -> 
     """Return the folder of the newest whole checkpoint; None if there is none.
 
     Damaged ones are set aside where ``writes`` (on rank 0, which comes first), so that none of them counts among the
-    newest that are kept, and ``say`` is told.
+    newest that are kept; ``say`` is called with a line for each.
 
     Raises:
         UserError: if one cannot be read for lack of permissions.

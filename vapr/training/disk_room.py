@@ -13,7 +13,7 @@ from vapr.training.engine_deepspeed import AnyEngine
 def check_room(run_dir: Path, engine: AnyEngine, policy: Policy, keep: CheckpointConfig) -> None:
     """Refuse to start a run whose checkpoints and final model do not fit its disk.
 
-    While one is written those that are kept are still there. What the folder holds already is not asked for again.
+    While a checkpoint is written, those that are kept are still there. Checkpoints in the folder already need no room.
 
     Raises:
         UserError: with the sizes.

@@ -67,12 +67,12 @@ class Engine:
         return move
 
     def whole_weights(self, policy: Policy) -> Mapping[str, Tensor]:
-        """Return all weights of the policy by their names, those that are not trained, too."""
+        """Return all weights of the policy by name, trained or not."""
         return policy.base.state_dict()
 
     @property
     def in_words(self) -> str:
-        """Say how the processes work together."""
+        """Describe how the processes work together."""
         return "each holds the whole model; gradients are added up in fp32"
 
     @property

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state, gradients or weights spread over the ranks. The one door to deepspeed.
 
-DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32. Of a
-norm that is not finite DeepSpeed makes a skipped update and goes on; the caller sees the norm and stops.
+DeepSpeed averages gradients over ranks, so losses are scaled by their number. Gradients travel and add up in fp32.
+Where the norm is not finite, DeepSpeed skips the update and goes on; the caller sees the norm and stops.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
 
     @property
     def in_words(self) -> str:
-        """Say how the processes work together."""
+        """Describe how the processes work together."""
         spread = {1: "optimizer state", 2: "optimizer state and gradients", 3: "weights, gradients and optimizer state"}
         offloaded = {"none": "", "optimizer": "; optimizer state in host memory", "all": "; all of it in host memory"}
         line = f"DeepSpeed ZeRO {self.stage} spreads {spread[self._stage]}{offloaded[self._offload]}"
@@ -133,7 +133,7 @@ class DeepSpeedEngine:
         for group in self._zero.param_groups:
             group["lr"] = self.lr
         self._engine.set_gradient_accumulation_boundary(True)
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(float("inf") if norm is None else float(norm))
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
         moments: dict[str, Tensor] = {}
         loads = [0] * self.ranks.size
         steps = next(float(state["step"]) for state in self._zero.optimizer.state.values())
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             for name, weight in self._weights.items():
                 owner = loads.index(min(loads))
                 loads[owner] += torch.Size(self.shapes[name]).numel()
@@ -187,7 +187,7 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 found = moments.get(f"{name}.{key}")  # nothing where no pass has reached the parameter yet
                 self._put(weight, torch.zeros(self.shapes[name]) if found is None else found, key)
-        with self.ranks.missed():
+        with self.ranks.naming_lost_rank():
             self._copy_masters()
         self.num_updates = num_updates
 
@@ -266,7 +266,7 @@ class DeepSpeedEngine:
                 whole[name] = value
                 continue
             if id(weight) not in copies:
-                with self.ranks.missed(), GatheredParameters([weight]):
+                with self.ranks.naming_lost_rank(), GatheredParameters([weight]):
                     copies[id(weight)] = weight.detach().cpu().clone() if self.ranks.is_first else torch.empty(0)
             whole[name] = copies[id(weight)]
         return whole if self.ranks.is_first else {}
@@ -284,7 +284,7 @@ def _open(ranks: Ranks, timeout: timedelta) -> Any:
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # shared memory of CPU ranks, which a compiler would have to be run for
+    if not torch.cuda.is_available():  # shared memory for CPU ranks would have to be compiled first
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.comm.cdb = None  # that of an earlier run in this process
     groups._release_process_group_references()
@@ -295,7 +295,7 @@ def _open(ranks: Ranks, timeout: timedelta) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what DeepSpeed prints, and the compilers that it tries out, off the user's screen; its errors are raised."""
+    """Hide what DeepSpeed and the compilers that it tries print; errors are still raised."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(number) for number in (1, 2)]

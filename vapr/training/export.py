@@ -38,7 +38,7 @@ def export(
         which: ``last``, ``best`` (by the held-out figure ``checkpoint.best_metric``), or a checkpoint's name.
         dtype: dtype of the written weights; None for ``policy.dtype``.
         into: which base adapters are merged into, where it was quantised for training (``policy.base_weights``):
-            ``trained`` is what was trained on, turned back; ``original`` the unquantised weights.
+            ``trained`` is the base as trained on, restored; ``original`` the unquantised weights.
         say: called with lines on which weights are exported and how much merging rounded.
 
     Raises:
@@ -130,7 +130,7 @@ def _on_plain_base(
         return policy
     kind = policy.quantized.kind
     if into == "trained":
-        say(f"merging into the base as trained on, turned back from {kind} (--into original: the unquantised one)")
+        say(f"merging into the base as trained on, restored from {kind} (--into original: the unquantised one)")
         dequantize(policy.base)
         return _converted(dataclasses.replace(policy, quantized=None), policy.dtype, adapter=False)
     say(f"merging into the unquantised weights, which are not what was trained on ({kind})")

@@ -51,7 +51,7 @@ class Ledger:
         self._file.flush()
 
     def sync(self) -> None:
-        """Make the lines last, before the checkpoint of their step does."""
+        """Write the lines through to the disk, before the checkpoint of their step is."""
         if self._ranks.is_first:
             os.fsync(self._file.fileno())
 

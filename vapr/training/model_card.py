@@ -52,12 +52,12 @@ ON_QUANTIZED = {
     "adapter": "The adapter was trained on a base stored as {kind}. It loads on the unquantised base, too, where its "
     "log-probs are not those that it was trained to: every weight of the base differs from the trained one by what "
     "{kind} rounded.",
-    "trained": "The adapter was merged into the base as it was trained on: stored as {kind}, and turned back. So these "
+    "trained": "The adapter was merged into the base as it was trained on: stored as {kind}, and restored. So these "
     "weights carry what {kind} rounded.",
     "original": "The adapter was trained on a base stored as {kind} and merged into the unquantised weights, whose "
     "log-probs are not those that it was trained to.",
 }
-"""What a card says of an adapter, or of where one was merged, that was trained on a quantised base."""
+"""A card's warning about an adapter trained on a quantised base, and about weights that it was merged into."""
 
 
 def write_model_card(

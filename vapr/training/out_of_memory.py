@@ -1,8 +1,8 @@
-"""Packs that do not fit the GPU's memory are halved, and what they were part of is done again.
+"""Halve packs that do not fit the GPU's memory, and do the step that they were part of again.
 
-What a failed backward pass leaves is a gradient with some of its parts added and others not. To undo that would need a
-copy of the gradients before every pack. Done again from its first pack, a step has exactly the gradient of its packs,
-and it costs at most one step each time that packs get smaller.
+A failed backward pass leaves a gradient to which only some parts were added. Undoing that would need a copy of the
+gradients before every pack. A step that begins again with its first pack has exactly the gradient of its packs, and
+costs at most one step each time that packs get smaller.
 """
 
 import gc

@@ -27,13 +27,13 @@ Result = TypeVar("Result")
 Problem = UserError | Stopped | torch.OutOfMemoryError
 
 MISTAKE, NO_MEMORY = 2, -1
-"""What the ranks call a UserError and a GPU without memory; the others are exit codes."""
+"""Codes by which ranks name a UserError and a GPU out of memory; other codes are exit codes."""
 
 BUCKET_BYTES = 64 * 2**20
 """Tensors that are summed over ranks travel in buckets of about this size."""
 
-BROKEN_TALK = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
-"""What the errors of broken collectives have in common; PyTorch has no class of its own for those of gloo."""
+BROKEN_COLLECTIVE = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
+"""Words in the errors of broken collectives; PyTorch has no class of its own for those of gloo."""
 
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
@@ -57,7 +57,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Tell whether this is the rank that writes what people read."""
+        """Tell whether this is rank 0, which writes the run's files and prints."""
         return self.rank == 0
 
     def agree(self, work: Callable[[], Result]) -> Result:
@@ -75,7 +75,7 @@ class Ranks:
         except (UserError, Stopped, torch.OutOfMemoryError) as error:
             problem = error
         if self.gather([float(problem is not None)]).any():
-            raise self._first_of(problem) from None
+            raise self._first_problem(problem) from None
         return result
 
     def in_turn(self, work: Callable[[], Result]) -> Result:
@@ -96,7 +96,7 @@ class Ranks:
         return everyone.view(self.size, -1).numpy()
 
     def wait(self) -> None:
-        """Wait until every rank has come as far."""
+        """Wait until every rank has come to this call."""
         self.gather([0.0])
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray:
@@ -133,18 +133,18 @@ class Ranks:
             for tensor in tensors:
                 self._collective(lambda tensor=tensor: dist.broadcast(tensor, 0))  # type: ignore[misc]
 
-    def _collective(self, talk: Callable[[], Any]) -> None:
-        """Talk to all ranks; if one does not answer, raise what ended it."""
+    def _collective(self, collective: Callable[[], Any]) -> None:
+        """Run a collective; if a rank does not answer, raise what ended it."""
         self._calls += 1
         try:
             self._store.set(f"calls/{self.rank}", str(self._calls))
-            talk()
+            collective()
         except RuntimeError as error:
             self.lost = True
-            raise self._what_ended_it(error) from None
+            raise self._cause_of(error) from None
 
-    def _what_ended_it(self, error: Exception) -> UserError | Stopped:
-        """Find what another rank wrote before it ended, or which one did not come."""
+    def _cause_of(self, error: Exception) -> UserError | Stopped:
+        """Return the line that another rank left before it ended, or name the ranks that did not come."""
         try:
             if self._store.check([FAILURE]):
                 code, _, line = self._store.get(FAILURE).decode().partition(" ")
@@ -161,9 +161,9 @@ class Ranks:
         key = f"calls/{rank}"
         return int(self._store.get(key)) if self._store.check([key]) else 0
 
-    def _first_of(self, problem: Problem | None) -> Problem:
+    def _first_problem(self, problem: Problem | None) -> Problem:
         """Return the first rank's problem; where it is not rank 0's and not everybody's, the number is in front."""
-        problems = self.gather_objects(None if problem is None else (_code(problem), str(problem)))
+        problems = self.gather_objects(None if problem is None else (_code_of(problem), str(problem)))
         self.agreed = True
         rank, (code, line) = next((rank, found) for rank, found in enumerate(problems) if found is not None)
         if rank > 0 and any(found != (code, line) for found in problems):
@@ -174,29 +174,29 @@ class Ranks:
 
     def raise_first_of(self, problem: Problem | None) -> None:
         """End all ranks, which have agreed that one has failed, with the first rank's problem; None: not this one."""
-        raise self._first_of(problem) from None
+        raise self._first_problem(problem) from None
 
     @contextlib.contextmanager
-    def missed(self) -> Iterator[None]:
-        """Let a library talk to the other ranks; where one is missed in that, raise what ended it."""
+    def naming_lost_rank(self) -> Iterator[None]:
+        """Let a library talk to the other ranks; if one does not answer it, raise an error that names that rank."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not BROKEN_TALK.search(str(error)):
+            if not BROKEN_COLLECTIVE.search(str(error)):
                 raise
-            self.wait()  # who does not come to this is named
+            self.wait()  # a rank that does not come to this is named
             raise TrainingStopped(f"the ranks lost each other ({one_line(error)}); continue with --resume") from None
 
     def tell(self, code: int, line: str) -> None:
-        """Leave a line for the ranks that will miss this one."""
+        """Leave a line for the ranks that will wait for this one in vain."""
         with contextlib.suppress(RuntimeError):
             if not self._store.check([FAILURE]):
                 self._store.set(FAILURE, f"{code} {line}")
 
 
-def _code(problem: Problem) -> int:
+def _code_of(problem: Problem) -> int:
     if isinstance(problem, Stopped):
         return problem.exit_code
     return MISTAKE if isinstance(problem, UserError) else NO_MEMORY
@@ -237,7 +237,7 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
             yield ranks
             ranks.wait()  # nobody leaves while another still has something to say
         except (UserError, Stopped) as error:
-            code = _code(error)
+            code = _code_of(error)
             ranks.tell(code, str(error) if ranks.is_first else f"rank {ranks.rank}: {error}")
             if ranks.is_first:
                 raise

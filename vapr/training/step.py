@@ -103,7 +103,7 @@ def _totals(scored: Sequence[Scored], loss: Sequence[LossConfig]) -> Totals:
 
 
 class _Counts:
-    """What caches have counted so far, so that pairs used again are not counted twice."""
+    """Remember what caches have counted, so that pairs used again are not counted twice."""
 
     def __init__(self, *caches: Reference | ImageFeatures | None) -> None:
         self._before = [(cache, cache.hits + cache.misses) for cache in caches if cache is not None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
+from vapr.batches.steps import Step
 from vapr.config import Config
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
@@ -55,10 +56,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
             print(f"{run.path}: this run is finished; its model is in {run.final}")
             return run.final
         parts = _set_up(config, run, opened, ranks)
-        policy, engine, reference, loader = parts.policy, parts.engine, parts.reference, parts.loader
+        policy, engine, loader = parts.policy, parts.engine, parts.loader
+        reference, features, fitting = parts.reference, parts.features, parts.fitting
         state = run_state.resume(run, engine, loader) if resume else RunState()
-        whole = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
-        ranks.in_turn(lambda: run.keep_merged_policy(policy, whole, begins=engine.num_updates == 0))
+        _keep_merged_policy(run, parts)
         resumed = engine.num_updates if resume else None
         with (
             Ledger(run.path, resumed, ranks) as ledger,
@@ -66,15 +67,14 @@ def train(config: Config, *, resume: bool = False) -> Path:
             Display("train", engine.num_steps, engine.num_updates) as display,
             Interrupts(display.say) as interrupts,
         ):
-            parts.fitting.say = display.say
+            fitting.say = display.say
 
             def save() -> Path:
                 ledger.sync()
                 return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
             _take_probe(parts, run, log, display)
-            if engine.num_updates and _is_due(engine, config):
-                # The run may have ended between the checkpoint and its evaluation.
+            if engine.num_updates and _is_due(engine, config):  # the run may have ended before this evaluation
                 _evaluate(config, parts, run, log, display, interrupts)
             with _saved_on_mistakes(run, state, parts, save):
                 began = time.monotonic()
@@ -83,11 +83,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         engine.skip_step()
                         display.advance("every pair of this step was skipped")
                     else:
-                        if state.num_pairs == 0 and reference is not None:
-                            check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
-                        values, margins = train_step(
-                            policy, engine, reference, step, config.loss, parts.features, parts.fitting
-                        )
+                        _check_first_margin(config, parts, state, step, display.say)
+                        values, margins = train_step(policy, engine, reference, step, config.loss, features, fitting)
                         stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
                         engine.step()
                         state.add(margins, engine.num_updates, loader.steps_per_epoch)
@@ -99,24 +96,16 @@ def train(config: Config, *, resume: bool = False) -> Path:
                     _take_probe(parts, run, log, display)
                     interrupts.share(ranks.gather([interrupts.received or 0]).max())
                     if _is_due(engine, config) or interrupts.received:
-                        saved = save()
-                        if interrupts.received and engine.num_updates < engine.num_steps:
-                            ranks.agreed = True
-                            raise interrupts.stopped(saved)
+                        _stop_after_signal(interrupts, engine, save())
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
-        adapter = policy.adapters is not None
-        checkpoint.save_final(
-            policy, engine, run.final, lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter)
-        )
-        print_outcome(config, run, [loader, parts.held_out], reference, engine)
-        return run.final
+        return _save_final(config, run, parts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a run is made of, opened."""
+    """The opened parts of a run."""
 
     policy: Policy
     engine: Engine | DeepSpeedEngine
@@ -156,6 +145,35 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     reference = open_reference(config, policy, features, loaders, ranks)
     fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
+
+
+def _keep_merged_policy(run: RunDir, parts: _Parts) -> None:
+    """Keep the policy as it was before the first update, if an adapter was merged into it."""
+    policy, engine = parts.policy, parts.engine
+    weights = engine.whole_weights(policy) if run.keeps_merged_policy(policy) else {}
+    engine.ranks.in_turn(lambda: run.keep_merged_policy(policy, weights, begins=engine.num_updates == 0))
+
+
+def _check_first_margin(
+    config: Config, parts: _Parts, state: RunState, step: Step, say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Compare the policy with its reference, if the losses have one, before the first update."""
+    if state.num_pairs == 0 and parts.reference is not None:
+        ranks = parts.engine.ranks
+        check_first_margin(parts.policy, parts.reference, step, config.reference.tolerance, ranks, say)
+
+
+def _save_final(config: Config, run: RunDir, parts: _Parts) -> Path:
+    """Write the final model and its card, print what the run did, and return the model's folder."""
+    adapter = parts.policy.adapters is not None
+    checkpoint.save_final(
+        parts.policy,
+        parts.engine,
+        run.final,
+        lambda folder: write_model_card(folder, config, run.path, None, adapter=adapter),
+    )
+    print_outcome(config, run, [parts.loader, parts.held_out], parts.reference, parts.engine)
+    return run.final
 
 
 def _load_policy(config: Config, ranks: Ranks) -> Policy:
@@ -207,6 +225,13 @@ def _evaluate(
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
+
+
+def _stop_after_signal(interrupts: Interrupts, engine: Engine | DeepSpeedEngine, saved: Path) -> None:
+    """End all ranks after a signal, unless it was the last step."""
+    if interrupts.received and engine.num_updates < engine.num_steps:
+        engine.ranks.agreed = True
+        raise interrupts.stopped(saved)
 
 
 def _is_due(engine: Engine | DeepSpeedEngine, config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Passes of several ranks that need one another: what one computes, all take part in.
+"""Run passes that need all ranks: what one computes, the others take part in.
 
 Under ZeRO 3 every pass gathers weights from all ranks, and under ZeRO 1 and 2 every backward pass sums gradients. Ranks
 have different numbers of packs, though; one shows an image where another has text, one finds the reference in the cache
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Kind(IntEnum):
-    """What a rank wants to compute next. Of several the smallest comes first."""
+    """The kinds of work that a rank may want next. Of several the smallest comes first."""
 
     FAILED = 0
     FEATURES = 1
@@ -118,7 +118,7 @@ class ZeroPasses:
         self._say(Kind.TRAINED, shows=False)  # what failed since the forward pass is heard here
         self._inside = True
         self._engine.set_gradient_accumulation_boundary(self._is_last)
-        with self._ranks.missed():
+        with self._ranks.naming_lost_rank():
             # DeepSpeed divides the sum over ranks by their number, at stage 3 always.
             self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         self._inside = False
@@ -141,7 +141,7 @@ class ZeroPasses:
 
     def _forward(self, compute: Compute, shows: bool, anyone_shows: bool) -> Tensor:
         spare = (self._image,) if anyone_shows and not shows else ()
-        with self._ranks.missed():
+        with self._ranks.naming_lost_rank():
             return self._engine(compute, spare)
 
     def _agree_on(self, kind: Kind, shows: bool = False) -> tuple[Kind, bool]:
