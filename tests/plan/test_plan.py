@@ -161,7 +161,7 @@ def test_several_gpus_take_the_engine_that_the_run_takes(bf16):
     assert variant_of(auto, needs, 1, small).storage.engine == "all-reduce"
     stored = dataclasses.replace(auto, policy=dataclasses.replace(auto.policy, base_weights="nf4"))
     needs = needs_of(stored)
-    assert needs.frozen_bytes / GIB < frozen / 2
+    assert needs.frozen_bytes / GIB < frozen * 0.6  # the embeddings stay
     small = Gpu("a card", needs.frozen_bytes / GIB / 0.61 / 0.98)
     assert variant_of(stored, needs, 2, small).storage.engine == "all-reduce"  # ZeRO 3 cannot spread nf4
 

@@ -84,7 +84,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         display.advance("every pair of this step was skipped")
                     else:
                         if state.num_pairs == 0 and reference is not None:
-                            check_first_margin(policy, reference, step, config.reference.tolerance, ranks, display.say)
+                            check_first_margin(
+                                policy, reference, step, config.reference.tolerance, ranks, display.say, parts.fitting
+                            )
                         values, margins = train_step(
                             policy, engine, reference, step, config.loss, parts.features, parts.fitting
                         )
@@ -153,8 +155,8 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
-    reference = open_reference(config, policy, features, loaders, ranks)
     fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
+    reference = open_reference(config, policy, features, loaders, ranks, fitting)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
