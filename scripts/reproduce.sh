@@ -44,6 +44,11 @@ while [ $# -gt 0 ]; do
         --dry-run) dry=yes ;;
         --data | --images | --bench | --out | --editor | --pairs | --gpu-memory | --recipe | --set | --limit | --max-new-tokens)
             [ $# -ge 2 ] || mistake "$1 needs a value; see --help"
+            case $1 in # here, because the stage that takes it may begin hours from now
+                --pairs | --limit | --max-new-tokens)
+                    [[ $2 =~ ^0*[1-9][0-9]*$ ]] || mistake "$1 $2: give a whole number of at least 1"
+                    ;;
+            esac
             case $1 in
                 --data) data=$2 ;;
                 --images) images=$2 ;;

@@ -15,6 +15,7 @@ from vapr.plan.shapes import read_shapes
 from vapr.training import metrics
 from vapr.training.engine import Engine
 from vapr.training.fill_caches import open_reference
+from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks
 from vapr.training.step import train_step
 
@@ -47,7 +48,7 @@ def test_a_step_takes_what_is_predicted(make_config, family, tuning, checkpointi
     shapes = read_shapes(config.policy)
     with open_loaders(config, say=lambda line: None) as loaders:
         policy = load_policy(config.policy, torch.device("cpu"))
-        reference = open_reference(config, policy, None, [loaders["train"]], Ranks())
+        reference = open_reference(config, policy, None, [loaders["train"]], Ranks(), FittingPacks())
         engine = Engine(policy, config.optim, 3)
         (step,) = loaders["train"].steps(0, 1)
         packs = [PackSizes.of(batch) for batch in step.batches]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.runs import metrics
 from vapr.cli import main
-from vapr.config import Config, FeaturesConfig
+from vapr.config import Config, FeaturesConfig, PackingConfig, ParallelConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.model.policy import load_policy
@@ -33,6 +33,9 @@ def bf16(make_config, tiny, tmp_path):
         config.policy.model, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors")
     )
     return dataclasses.replace(config, policy=dataclasses.replace(config.policy, model=str(folder), dtype="bfloat16"))
+
+
+CARD = find_gpu("RTX 4090")
 
 
 def needs_of(config):
@@ -73,7 +76,7 @@ def test_weights_are_what_loading_allocates(make_config, family):
     config = make_config(family=family)
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, dtype="bfloat16"))
     needs = needs_of(config)
-    need = dataclasses.replace(needs.need(variant_of(config, needs, 1), 24 * GIB), kernels=False)
+    need = dataclasses.replace(needs.need(variant_of(config, needs, 1, CARD), 24 * GIB), kernels=False)
     policy = load_policy(config.policy, torch.device("cpu"), kernels="off")
     own = [weight for name, weight in policy.base.named_parameters() if "lora_" not in name]
     assert sum(base_bytes(need, "bfloat16").values()) == sum(weight.nbytes for weight in own)
@@ -89,7 +92,7 @@ def test_weights_are_what_loading_allocates(make_config, family):
 
 def test_what_is_spread_over_gpus(bf16):
     needs = needs_of(bf16)
-    variant = variant_of(bf16, needs, 1)
+    variant = variant_of(bf16, needs, 1, CARD)
 
     def parts(world_size, **storage):
         base = Storage("bfloat16", "adamw", "deepspeed", 1, "none", world_size)
@@ -118,12 +121,71 @@ def test_the_largest_pack_that_fits_is_the_largest(bf16):
     found = plan(bf16, gpu_memory=1.2)["gpus"][0]
     most = found["max_tokens_that_fits"]
     needs = needs_of(bf16)
-    variant = variant_of(bf16, needs, 1)
+    variant = variant_of(bf16, needs, 1, CARD)
     peaks = [
         sum(needs.peak(dataclasses.replace(variant, tokens=tokens), int(1.2 * GIB)).values()) / GIB
         for tokens in (most, most + 1)
     ]
     assert found["fits"] and peaks[0] <= found["usable_gib"] < peaks[1]
+
+
+def test_a_smaller_pack_that_fits_fits_when_it_is_set(bf16):
+    """A step of one pack frees its activations before the last gradient is there; in a step of several both are."""
+    policy = dataclasses.replace(bf16.policy, lora=None)
+    one_pack = dataclasses.replace(bf16, policy=policy, packing=PackingConfig(max_tokens=8192))
+    full = plan(one_pack, gpu_memory=24)
+    (gpu,), data = full["gpus"], full["data"]
+    assert data["packs"] == data["steps_read"]
+    tight = (gpu["peak_gib"] * 0.98 + 1) / 0.98
+    (gpu,) = plan(one_pack, gpu_memory=tight)["gpus"]
+    most = gpu["max_tokens_that_fits"]
+    if most is not None:
+        smaller = dataclasses.replace(one_pack, packing=PackingConfig(max_tokens=most))
+        assert plan(smaller, gpu_memory=tight)["fits"]
+    needs = needs_of(one_pack)
+    alone = variant_of(one_pack, needs, 1, CARD)
+    halved = dataclasses.replace(alone, tokens=needs.tokens // 2)
+    gradients = [needs.peak(variant, 24 * GIB)["gradients"] for variant in (alone, halved)]
+    assert gradients[0] < gradients[1] == 4 * needs.shapes.num_trained
+
+
+def test_several_gpus_take_the_engine_that_the_run_takes(bf16):
+    """Under LoRA by the share of the smallest GPU that frozen weights take, as training chooses (docs/scale.md)."""
+    auto = dataclasses.replace(bf16, parallel=ParallelConfig())
+    needs = needs_of(auto)
+    frozen = needs.frozen_bytes / GIB
+    large, small = (Gpu("a card", gib / 0.98) for gib in (frozen / 0.59, frozen / 0.61))
+    assert variant_of(auto, needs, 2, large).storage.engine == "all-reduce"
+    storage = variant_of(auto, needs, 2, small).storage
+    assert (storage.engine, storage.zero) == ("deepspeed", 3)
+    assert variant_of(auto, needs, 1, small).storage.engine == "all-reduce"
+    stored = dataclasses.replace(auto, policy=dataclasses.replace(auto.policy, base_weights="nf4"))
+    needs = needs_of(stored)
+    assert needs.frozen_bytes / GIB < frozen * 0.6  # the embeddings stay
+    small = Gpu("a card", needs.frozen_bytes / GIB / 0.61 / 0.98)
+    assert variant_of(stored, needs, 2, small).storage.engine == "all-reduce"  # ZeRO 3 cannot spread nf4
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("optim", {"kind": "adamw-8bit"}, "optim.kind: adamw-8bit does not go with parallel.engine: deepspeed"),
+        ("policy", {"base_weights": "nf4"}, "policy.base_weights: nf4 cannot be spread"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_no_plan(bf16, section, values, message):
+    zero = ParallelConfig(engine="deepspeed", zero=3)
+    changed = dataclasses.replace(getattr(bf16, section), **values)
+    with pytest.raises(UserError, match=message):
+        plan(dataclasses.replace(bf16, parallel=zero, **{section: changed}), gpu_memory=24, world_size=2)
+
+
+def test_zero_3_is_not_told_to_store_in_fewer_bits(bf16):
+    zero = dataclasses.replace(bf16, parallel=ParallelConfig(engine="deepspeed", zero=3))
+    (gpu,) = plan(zero, gpu_memory=1.021, world_size=2)["gpus"]
+    assert gpu["changes"] and not any("nf4" in setting for change in gpu["changes"] for setting in change["set"])
+    assert {row["base_weights"] for row in gpu["kept"]} == {"bfloat16"}
+    assert {row["optimizer"] for row in gpu["kept"]} == {"adamw"}
 
 
 def test_says_what_to_change(bf16):
@@ -183,7 +245,7 @@ def test_names_of_gpus():
     for given, meant in {
         "NVIDIA H100 80GB HBM3": "H100", "a100": "A100 80GB", "A100-SXM4-40GB": "A100 40GB", "4090": "RTX 4090",
         "NVIDIA GeForce RTX 3090": "RTX 3090", "A6000": "RTX A6000", "Tesla T4": "T4", "V100-32GB": "V100 32GB",
-        "NVIDIA A100 80GB PCIe": "A100 80GB", "L40S 48GB": "L40S",
+        "NVIDIA A100 80GB PCIe": "A100 80GB", "L40S 48GB": "L40S", "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada",
     }.items():  # fmt: skip
         assert find_gpu(given).name == meant
     with pytest.raises(UserError, match="did you mean RTX 4090"):

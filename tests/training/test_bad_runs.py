@@ -1,5 +1,6 @@
 """Mistakes that users make: one line on stderr that says where, what and the way out; exit code 2; no traceback."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -15,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vapr.cli import main
+from vapr.config import LossConfig
 from vapr.data.pairs import write_pairs
+from vapr.training import run_dir
 
 ROW = {"images": ["cat.png"], "prompt": "What animal is this?", "chosen": "A cat.", "rejected": "A dog."}
 
@@ -369,3 +372,18 @@ def test_convert(work):
         "x",
     )
     assert_refused("/proc/o.jsonl: cannot be written", "convert", source, "--to", "trl", "--out", "/proc/o.jsonl")
+
+
+def test_a_run_of_an_older_version_lacks_keys_and_goes_on(make_config, tmp_path):
+    terms = [LossConfig(), LossConfig(kind="dpop", weight=0.5)]
+    config = dataclasses.replace(make_config(), loss=terms)
+    values = config.as_dict()
+    for section, key in (("policy", "base_weights"), ("optim", "kind")):
+        del values[section][key]
+    for term in values["loss"]:
+        for key in ("margin_weight", "delta", "consistency", "second_image"):
+            del term[key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert run_dir._difference(tmp_path / "config.yaml", config) is None
+    now = dataclasses.replace(config, loss=[terms[0], dataclasses.replace(terms[1], margin_weight=0.5)])
+    assert run_dir._difference(tmp_path / "config.yaml", now) == "loss.1.margin_weight: 0.0 (now 0.5)"

@@ -21,9 +21,10 @@ from tests.training.test_ranks import only_line, weights_of
 from vapr.config import CheckpointConfig, FeaturesConfig, LoraConfig, PackingConfig, ParallelConfig, TrainConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
+from vapr.plan.engines import check_deepspeed
 from vapr.training import engine_deepspeed, trainer
 from vapr.training.engine import Engine
-from vapr.training.make_engine import check_deepspeed, choose_engine
+from vapr.training.make_engine import choose_engine
 
 several_ranks.SERVER.set_forkserver_preload([*several_ranks.PRELOADED, "deepspeed"])
 
@@ -315,28 +316,32 @@ def test_what_deepspeed_cannot_do_is_refused(configure, changes, told):
     config = configure("run", {"zero": 3})
     changed = {name: dataclasses.replace(getattr(config, name), **value) for name, value in changes.items()}
     with pytest.raises(UserError, match=told):
-        check_deepspeed(dataclasses.replace(config, **changed))
+        check_deepspeed(dataclasses.replace(config, **changed), 3)
 
 
 @pytest.mark.parametrize(
-    ("engine", "size", "device", "adapters", "gib", "chosen"),
+    ("engine", "size", "device", "lora", "gib", "stored", "chosen"),
     [
-        ("auto", 1, "cuda", None, 0, ("all-reduce", 2)),
-        ("auto", 2, "cpu", None, 0, ("all-reduce", 2)),
-        ("auto", 2, "cuda", None, 0, ("deepspeed", 2)),
-        ("auto", 2, "cuda", True, 14, ("all-reduce", 2)),
-        ("auto", 2, "cuda", True, 26, ("deepspeed", 3)),
-        ("deepspeed", 1, "cpu", True, 1, ("deepspeed", 2)),
-        ("all-reduce", 2, "cuda", True, 26, ("all-reduce", 2)),
+        ("auto", 1, "cuda", False, 0, "bfloat16", ("all-reduce", 2)),
+        ("auto", 2, "cpu", False, 0, "bfloat16", ("all-reduce", 2)),
+        ("auto", 2, "cuda", False, 0, "bfloat16", ("deepspeed", 2)),
+        ("auto", 2, "cuda", True, 14, "bfloat16", ("all-reduce", 2)),
+        ("auto", 2, "cuda", True, 26, "bfloat16", ("deepspeed", 3)),
+        ("auto", 2, "cuda", True, 26, "nf4", ("all-reduce", 2)),  # ZeRO 3 spreads no nf4
+        ("deepspeed", 1, "cpu", True, 1, "bfloat16", ("deepspeed", 2)),
+        ("all-reduce", 2, "cuda", True, 26, "bfloat16", ("all-reduce", 2)),
     ],
 )
-def test_the_engine_is_chosen_by_what_fits(configure, monkeypatch, engine, size, device, adapters, gib, chosen):
+def test_the_engine_is_chosen_by_what_fits(configure, monkeypatch, engine, size, device, lora, gib, stored, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * 2**30))
-    weights = [SimpleNamespace(requires_grad=False, nbytes=gib * 2**30)]
-    base = SimpleNamespace(parameters=lambda: weights)
-    policy = SimpleNamespace(device=torch.device(device), adapters=adapters, base=base)
+    held = [SimpleNamespace(requires_grad=False, nbytes=gib * 2**30)]
+    parameters, codes = (held, []) if stored == "bfloat16" else ([], held)
+    base = SimpleNamespace(parameters=lambda: parameters, buffers=lambda: codes)
+    policy = SimpleNamespace(device=torch.device(device), base=base)
     ranks = SimpleNamespace(size=size, gather=lambda values: np.array([values] * size))
-    config = dataclasses.replace(configure("run"), parallel=ParallelConfig(engine=engine))
+    config = configure("run", **({"base_weights": stored} if lora else {"lora": None}))
+    config = dataclasses.replace(config, parallel=ParallelConfig(engine=engine))
     name, zero, why = choose_engine(config, policy, ranks)
     assert (name, zero) == chosen
     assert bool(why) == (engine == "auto" and size > 1)
+    assert stored == "bfloat16" or "26.0 GiB" in why

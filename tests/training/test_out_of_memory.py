@@ -11,7 +11,9 @@ from tests.runs import losses, metrics
 from vapr.batches.loader import open_loaders
 from vapr.batches.packing import pack
 from vapr.batches.steps import Step
+from vapr.config import ReferenceConfig
 from vapr.interrupts import TrainingStopped
+from vapr.model import reference as reference_module
 from vapr.model.policy import load_policy
 from vapr.model.reference import Reference
 from vapr.training import step as step_module
@@ -169,6 +171,33 @@ def test_a_run_goes_on_and_keeps_to_the_smaller_packs(make_config, photo_rows, t
     assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
     assert [entry["pairs"] for entry in metrics(config)] == [8, 8, 8, 8]
     assert sum(size for size in memory.sizes if size <= 5) == 32  # two epochs of 16 pairs, none lost or twice
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["first margin", "reference before the run"])
+def test_what_comes_before_the_first_step_is_halved_too(lora, make_config, photo_rows, monkeypatch, capsys):
+    rows = [row for row in photo_rows if row.get("images") or row.get("image")][:8]
+    changes = {"lora": lora, "optim": {"lr": 1e-3, "pairs_per_step": 8}}
+    unbroken = make_config("unbroken", rows=rows, **changes)
+    trainer.train(unbroken)
+    real = reference_module.token_logps
+    sizes: list[int] = []
+
+    def token_logps(policy, batch, *rest):
+        sizes.append(batch.num_pairs)
+        if batch.num_pairs > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(policy, batch, *rest)
+
+    monkeypatch.setattr(reference_module, "token_logps", token_logps)
+    cold = ReferenceConfig(cache_dir=str(Path(unbroken.run_dir).parent / "cold"))
+    config = dataclasses.replace(make_config("halved", **changes), reference=cold)
+    capsys.readouterr()
+    trainer.train(config)
+    said = "".join(capsys.readouterr())
+    failures = sum(size > 3 for size in sizes)
+    assert failures > 0 and said.count("does not fit the GPU's memory") == failures
+    assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert f"reference  0 completions found in the cache, {2 * len(rows)} computed" in said
 
 
 def test_a_run_ends_as_ever_where_one_pair_does_not_fit(make_config, photo_rows, monkeypatch):

@@ -5,6 +5,8 @@ shares one cache. A changed row misses alone and a changed model misses everythi
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from vapr.model.policy_id import open_cache_folder
 from vapr.model.sharded_cache import KEY_BYTES, ShardedCache
 
 VERSION = 3
+_T = TypeVar("_T")
 
 
 class Reference(ShardedCache):
@@ -123,28 +126,40 @@ class Reference(ShardedCache):
         return computed
 
 
-def first_margin(policy: Policy, reference: Reference, batches: tuple[PackedBatch, ...]) -> tuple[float, float]:
+def _each(batches: Sequence[PackedBatch], use: Callable[[PackedBatch], _T], again: Callable[[], None]) -> list[_T]:
+    return [use(batch) for batch in batches]
+
+
+def first_margin(
+    policy: Policy, reference: Reference, batches: Sequence[PackedBatch], each: Callable[..., list[Any]] = _each
+) -> tuple[float, float]:  # fmt: skip
     """Return the largest |log-ratio| of a completion before the first update, and the largest that rounding explains.
 
     The tolerance is ``1e-4 + 1e-6 |logp|`` in fp32. In bf16 the factor of ``|logp|`` is what another layout changes,
     measured on the first pack: four times the largest relative change, and at least a quarter of bf16's resolution.
+    ``each`` calls a function with every pack, as vapr.training.out_of_memory does with halves of those that do not fit.
 
     Returns:
         ``(largest, tolerance)`` of the completion that uses most of its tolerance.
     """
-    relative = 1e-6
-    largest, allowed = 0.0, 1e-4
+    noise: list[float] = []
+
+    def compare(cpu_batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        batch = cpu_batch.to(policy.device)
+        logps = completion_sums(per_completion(token_logps(policy, batch), batch), batch)
+        if not noise and policy.dtype != torch.float32:
+            noise.append(_layout_noise(policy, batch, logps))
+        return (logps - completion_sums(reference.logps(batch), batch)).abs(), logps.abs()
+
     with frozen(policy):
-        for number, cpu_batch in enumerate(batches):
-            batch = cpu_batch.to(policy.device)
-            logps = completion_sums(per_completion(token_logps(policy, batch), batch), batch)
-            if number == 0 and policy.dtype != torch.float32:
-                relative = max(torch.finfo(policy.dtype).eps / 4, 4 * _layout_noise(policy, batch, logps))
-            margins = (logps - completion_sums(reference.logps(batch), batch)).abs()
-            tolerances = 1e-4 + relative * logps.abs()
-            worst = int((margins / tolerances).nan_to_num(nan=torch.inf).argmax())
-            if not float(margins[worst]) / float(tolerances[worst]) <= largest / allowed:
-                largest, allowed = float(margins[worst]), float(tolerances[worst])
+        compared = each(batches, compare, noise.clear)
+    relative = max(torch.finfo(policy.dtype).eps / 4, 4 * noise[0]) if noise else 1e-6
+    largest, allowed = 0.0, 1e-4
+    for margins, sizes in compared:
+        tolerances = 1e-4 + relative * sizes
+        worst = int((margins / tolerances).nan_to_num(nan=torch.inf).argmax())
+        if not float(margins[worst]) / float(tolerances[worst]) <= largest / allowed:
+            largest, allowed = float(margins[worst]), float(tolerances[worst])
     return largest, allowed
 
 

@@ -44,9 +44,11 @@ def _steps(config: Config, needs: Needs, own: Variant) -> list[tuple[str, Any]]:
     spread = storage(engine="deepspeed", optim="adamw", zero=3, offload="none")
     everything = storage(engine="deepspeed", optim="adamw", zero=3, offload="all")
     lora, deepspeed = config.policy.lora is not None, "optim.kind=adamw parallel.engine=deepspeed parallel.zero="
+    zero_3 = kept.engine == "deepspeed" and kept.zero == 3  # which spreads no quantised weights
+    few_bits = lora and kept.base_weights != "nf4" and not zero_3
     steps = [
         (not own.checkpointing, "policy.gradient_checkpointing=true", lambda variant: {"checkpointing": True}),
-        (lora and kept.base_weights != "nf4", "policy.base_weights=nf4", storage(base_weights="nf4")),
+        (few_bits, "policy.base_weights=nf4", storage(base_weights="nf4")),
         (kept.optim == "adamw" and kept.engine == "all-reduce", "optim.kind=adamw-8bit", storage(optim="adamw-8bit")),
         (own.tokens > longest, f"packing.max_tokens={longest}", lambda variant: {"tokens": longest}),
         (

@@ -35,7 +35,7 @@ def resolve(config: Config, device: torch.device, world_size: int = 1) -> tuple[
     if card is None:
         return _with(config, False), f"{'memory':<10} gradient_checkpointing: auto is false on a CPU"
     needs = Needs(config, read_shapes(config.policy), read_packs(config, FEW_ROWS), config.kernels == "auto")
-    variant = variant_of(config, needs, world_size)
+    variant = variant_of(config, needs, world_size, card)
     peak = sum(needs.peak(variant, int(card.gib * GIB)).values()) / GIB
     fits = peak <= card.usable_gib
     return _with(config, not fits), (

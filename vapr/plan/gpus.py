@@ -22,8 +22,12 @@ class Gpu:
     @property
     def usable_gib(self) -> float:
         """Return what PyTorch can hand out: without check bits, the driver's part, and the run's own libraries."""
-        shown = self.gib * (15 / 16 if self.keeps_check_bits else 1) * (1 - DRIVER)
-        return shown - LIBRARIES_GIB
+        return self.shown_gib - LIBRARIES_GIB
+
+    @property
+    def shown_gib(self) -> float:
+        """Return what PyTorch shows as the GPU's memory."""
+        return self.gib * (15 / 16 if self.keeps_check_bits else 1) * (1 - DRIVER)
 
 
 DRIVER = 0.02
@@ -66,7 +70,7 @@ def find_gpu(name: str) -> Gpu:
 
 def _plain(name: str) -> str:
     name = name.lower()
-    for word in ("nvidia", "tesla", "geforce", "sxm5", "sxm4", "sxm2", "sxm", "pcie", "hbm3e", "hbm3"):
+    for word in ("nvidia", "tesla", "geforce", "sxm5", "sxm4", "sxm2", "sxm", "pcie", "hbm3e", "hbm3", "generation"):
         name = name.replace(word, "")
     plain = "".join(letter for letter in name if letter.isalnum())
     return plain.removeprefix("rtx") if plain.startswith("rtxa") else plain

@@ -13,7 +13,7 @@ from vapr.batches.packing import PackedBatch
 from vapr.config import Config
 from vapr.plan.fake_step import Choices, Profile, profile
 from vapr.plan.live_bytes import Peak
-from vapr.plan.memory import Need, Storage, peak_by_part
+from vapr.plan.memory import Need, Storage, peak_by_part, weight_bytes
 from vapr.plan.opaque import HeadCall, head_budget
 from vapr.plan.packs import Reading, two_sizes
 from vapr.plan.shapes import Shapes
@@ -60,12 +60,28 @@ class Needs:
         """Return what a variant needs besides its storage."""
         return Need(
             shapes=self.shapes,
-            itemsize=4 if self.config.policy.dtype == "float32" else 2,
+            itemsize=self._itemsize,
             kernels=self.kernels,
             cached_features=variant.cached_features,
             profile=self.profile(variant, gpu_bytes),
-            several_packs=max(len(step.packs) for step in self.reading.steps) > variant.storage.world_size,
+            several_packs=self._packs_of_a_step(variant.tokens) > variant.storage.world_size,
         )
+
+    def _packs_of_a_step(self, tokens: int) -> int:
+        """Return the most packs that a step has; where packs are smaller than those of the data, it has more."""
+        steps = self.reading.steps
+        return max(max(len(step.packs), -(-step.tokens // tokens) if tokens < self.tokens else 0) for step in steps)
+
+    @property
+    def _itemsize(self) -> int:
+        return 4 if self.config.policy.dtype == "float32" else 2
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Return the bytes of the weights that are not trained, as the config stores them."""
+        need = Need(self.shapes, self._itemsize, self.kernels, False, Profile({}, 0, 0, 0, ()), False)
+        frozen = (weight for weight in self.shapes.weights if not weight.trained)
+        return sum(weight_bytes(weight, self.config.policy.base_weights, need) for weight in frozen)
 
     def profile(self, variant: Variant, gpu_bytes: int) -> Profile:
         """Return what a pack of ``variant.tokens`` needs."""

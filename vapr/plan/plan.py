@@ -5,6 +5,7 @@ from typing import Any
 
 from vapr.config import Config
 from vapr.plan.changes import what_to_change
+from vapr.plan.engines import check_deepspeed, engine_of
 from vapr.plan.flops import Flops, pack_flops, useful_flops
 from vapr.plan.gpus import GIB, SIZES, Gpu, find_gpu, gpu_here, gpu_of_size
 from vapr.plan.memory import BaseWeights, OptimKind, Storage
@@ -145,7 +146,7 @@ def _predict_for(
 ) -> dict[str, Any]:  # fmt: skip
     """Predict memory and time of a run on one kind of GPU."""
     gpu_bytes, usable = int(card.gib * GIB), card.usable_gib * GIB
-    own = variant_of(config, needs, world_size)
+    own = variant_of(config, needs, world_size, card)
     parts = needs.peak(own, gpu_bytes)
     if config.policy.gradient_checkpointing == "auto" and sum(parts.values()) > usable:
         own = dataclasses.replace(own, checkpointing=True)
@@ -196,15 +197,20 @@ def _peaks(storages: list[Storage], needs: Needs, own: Variant, card: Gpu) -> li
     return rows
 
 
-def variant_of(config: Config, needs: Needs, world_size: int) -> Variant:
-    """Return the variant that the config itself asks for; checkpointing: auto counts as false."""
-    engine = config.parallel.engine
-    spreads = engine == "deepspeed" or (engine == "auto" and _spreads(config, world_size))
+def variant_of(config: Config, needs: Needs, world_size: int, card: Gpu) -> Variant:
+    """Return the variant that the config itself asks for; checkpointing: auto counts as false.
+
+    Raises:
+        UserError: for what its engine cannot do.
+    """
+    engine, zero, _ = engine_of(config, world_size, needs.frozen_bytes / GIB, card.shown_gib)
+    if engine == "deepspeed":
+        check_deepspeed(config, zero)
     storage = Storage(
         base_weights=config.policy.base_weights,
         optim=config.optim.kind,
-        engine="deepspeed" if spreads else "all-reduce",
-        zero=config.parallel.zero,
+        engine=engine,
+        zero=zero,
         offload=config.parallel.offload,
         world_size=world_size,
     )
@@ -216,15 +222,12 @@ def variant_of(config: Config, needs: Needs, world_size: int) -> Variant:
     )
 
 
-def _spreads(config: Config, world_size: int) -> bool:
-    """Tell whether ``engine: auto`` takes deepspeed on several GPUs: in full fine-tuning."""
-    return world_size > 1 and config.policy.lora is None
-
-
 def _ways_to_store(config: Config, own: Storage) -> list[Storage]:
     """Return the ways of keeping a frozen base and AdamW's moments, everything else as the config has it."""
-    bases: tuple[BaseWeights, ...] = ("bfloat16", "fp8", "int8", "nf4") if config.policy.lora else ("bfloat16",)
-    optims: tuple[OptimKind, ...] = ("adamw", "adamw-8bit")
+    spread = own.engine == "deepspeed"  # whose moments are in fp32, and whose ZeRO-3 spreads no quantised weights
+    few_bits = config.policy.lora and not (spread and own.zero == 3)
+    bases: tuple[BaseWeights, ...] = ("bfloat16", "fp8", "int8", "nf4") if few_bits else ("bfloat16",)
+    optims: tuple[OptimKind, ...] = ("adamw",) if spread else ("adamw", "adamw-8bit")
     return [dataclasses.replace(own, base_weights=base, optim=optim) for base in bases for optim in optims]
 
 

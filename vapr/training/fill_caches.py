@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vapr.model.policy import Policy, load_policy
 from vapr.model.reference import Reference
 from vapr.model.sharded_cache import ShardedCache
 from vapr.progress import Display
+from vapr.training.out_of_memory import CacheCounts, FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.same_everywhere import check_same_everywhere
 
@@ -56,10 +58,11 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
             say(f"merged     {policy.merged}")
         reference = ranks.in_turn(lambda: _new_reference(config, policy, say))
         features = ranks.in_turn(lambda: open_features(config, policy, loaders["train"], say))
+        fitting = FittingPacks(config.packing.share, say)
         result: dict[str, Any] = {"skipped": {}}
         for name, loader in loaders.items():
             rows, stop = _rows_to_fill(config, loader, is_trained_on=name == "train")
-            _fill(policy, reference, features, rows, stop, name, ranks)
+            _fill(policy, reference, features, rows, stop, name, ranks, fitting)
             for skipped in ranks.gather_objects(rows.skipped):
                 result["skipped"] |= skipped
         for kind, cache in (("reference", reference), ("features", features)):
@@ -90,19 +93,20 @@ def open_features(
 
 
 def open_reference(
-    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader], ranks: Ranks
-) -> Reference | None:
+    config: Config, policy: Policy, features: ImageFeatures | None, loaders: list[PairLoader], ranks: Ranks,
+    fitting: FittingPacks,
+) -> Reference | None:  # fmt: skip
     """Open the reference, if a loss needs one; the first of ``loaders`` is trained on.
 
     With adapters it can be computed whenever they are switched off. In full fine-tuning the policy is its own reference
-    only until its first update, so everything the run will see is scored now.
+    only until its first update, so everything the run will see is scored now. ``fitting`` is the run's limit on packs.
     """
     reference = ranks.in_turn(lambda: _new_reference(config, policy, print))
     if reference is None or policy.adapters is not None:
         return reference
     for number, loader in enumerate(loaders):
         rows, stop = _rows_to_fill(config, loader, is_trained_on=number == 0)
-        _fill(policy, reference, features, rows, stop, "reference", ranks)
+        _fill(policy, reference, features, rows, stop, "reference", ranks, fitting)
     reference.stop_computing()
     return reference
 
@@ -132,6 +136,7 @@ def _fill(
     stop: int,
     name: str,
     ranks: Ranks,
+    fitting: FittingPacks,
 ) -> None:
     """Compute what is missing for this rank's part of steps 0 to ``stop`` of a loader, saving every half minute.
 
@@ -149,14 +154,15 @@ def _fill(
             stopped_at_once(lambda: "what was computed so far is kept; the same command goes on"),
             Display(f"prepare {name}", stop, done=done) as display,
         ):
+            fitting.say = display.say
             if done:
                 display.say(f"{done:,} of {stop:,} steps were prepared before")
 
             def look_up_all() -> None:
                 nonlocal saved
                 for number, step in enumerate(loader.steps(done, stop), start=done + 1):
-                    for batch in step.batches:
-                        _look_up(policy, reference, features, batch.to(policy.device))
+                    look_up = partial(_look_up, policy, reference, features)
+                    fitting.each(step.batches, look_up, CacheCounts(*caches).restore)
                     loader.hash_images(number - 1, images)
                     display.advance(_counts(reference, features))
                     for cache in caches:
@@ -167,10 +173,15 @@ def _fill(
                         _save(caches, note, {"steps": number, "images": images.hexdigest(), "skipped": loader.skipped})
 
             policy.passes.together(look_up_all, ranks.agree)
-    except Stopped:
+    except (Stopped, torch.OutOfMemoryError) as error:
         for cache in caches:
             cache.flush()
-        raise
+        if isinstance(error, Stopped):
+            raise
+        raise UserError(
+            "the reference of a pack does not fit the GPU's memory; lower packing.max_tokens, or set "
+            "policy.base_weights: nf4 (docs/memory.md)"
+        ) from None
     ranks.wait()
     if ranks.size > 1:
         for cache in caches:
@@ -178,13 +189,11 @@ def _fill(
 
 
 def _look_up(policy: Policy, reference: Reference | None, features: ImageFeatures | None, batch: PackedBatch) -> None:
-    """Have the caches compute what they lack of a batch."""
-    try:
-        shared = shared_image_features(policy, batch, features)
-        if reference is not None:
-            reference.logps(batch, shared)
-    except torch.OutOfMemoryError:
-        raise UserError("packing.max_tokens: a pack does not fit the GPU's memory; lower it") from None
+    """Have the caches compute what they lack of a batch, which is on the CPU."""
+    batch = batch.to(policy.device)
+    shared = shared_image_features(policy, batch, features)
+    if reference is not None:
+        reference.logps(batch, shared)
 
 
 def _save(caches: list[ShardedCache], name: str, note: dict[str, Any]) -> None:

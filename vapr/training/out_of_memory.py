@@ -13,8 +13,21 @@ import torch
 
 from vapr.batches.packing import PackedBatch, fill_packs, pack
 from vapr.config import PackingConfig
+from vapr.model.sharded_cache import ShardedCache
 
 T = TypeVar("T")
+
+
+class CacheCounts:
+    """What caches have counted so far, so that pairs used again are not counted twice."""
+
+    def __init__(self, *caches: ShardedCache | None) -> None:
+        self._before = [(cache, cache.hits + cache.misses) for cache in caches if cache is not None]
+
+    def restore(self) -> None:
+        """Take back what was counted since; what was computed stays so."""
+        for cache, before in self._before:
+            cache.hits -= cache.hits + cache.misses - before
 
 
 class FittingPacks:

@@ -30,7 +30,11 @@ MAY_CHANGE = (
 """Keys (and what lies below them) that a resumed run may set differently."""
 
 NEW_KEYS = {"policy": {"base_weights": "bfloat16"}, "optim": {"kind": "adamw"}}
-"""What keys mean that the config.yaml of an older run lacks."""
+NEW_LOSS_KEYS = {
+    "margin_weight": 0.0, "delta": 0.0, "consistency": 1e-4,
+    "second_image": {"make": "crop", "area": None, "steps": 500},
+}  # fmt: skip
+"""What keys, and those of each loss, mean that the config.yaml of an older run lacks."""
 
 START = "policy"
 """Folder of the merged policy, in a run with LoRA that began from an adapter."""
@@ -210,8 +214,10 @@ def _runs_beside(path: Path) -> str:
 def _difference(saved: Path, config: Config) -> str | None:
     """The first key whose value is not the saved run's, as ``key: value (now value)``."""
     try:
-        before = _flat(NEW_KEYS) | _flat(yaml.safe_load(saved.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        values = yaml.safe_load(saved.read_text())
+        losses = [NEW_LOSS_KEYS | term for term in values.get("loss", ())]
+        before = _flat(NEW_KEYS) | _flat(values | {"loss": losses})
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
     now = _flat(config.as_dict())
     for key in {**before, **now}:

@@ -29,7 +29,7 @@ from vapr.model.reference import Reference, first_margin
 from vapr.training.engine import Engine
 from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.metrics import Totals
-from vapr.training.out_of_memory import FittingPacks
+from vapr.training.out_of_memory import CacheCounts, FittingPacks
 from vapr.training.ranks import Ranks
 from vapr_kernels import naive, preference_loss
 
@@ -59,7 +59,7 @@ def train_step(
             engine.backward(losses.sum() / step.num_pairs)
         return scored
 
-    counts = _Counts(reference, features)
+    counts = CacheCounts(reference, features)
 
     def again() -> None:
         if isinstance(engine, Engine):  # DeepSpeed's passes are not run again
@@ -100,18 +100,6 @@ def _totals(scored: Sequence[Scored], loss: Sequence[LossConfig]) -> Totals:
     for one in scored:
         totals.add(one.losses, one.rewards, one.logps)
     return totals
-
-
-class _Counts:
-    """Remember what caches have counted, so that pairs used again are not counted twice."""
-
-    def __init__(self, *caches: Reference | ImageFeatures | None) -> None:
-        self._before = [(cache, cache.hits + cache.misses) for cache in caches if cache is not None]
-
-    def restore(self) -> None:
-        """Take back what was counted since; what was computed stays so."""
-        for cache, before in self._before:
-            cache.hits -= cache.hits + cache.misses - before
 
 
 def steps_of_all(ranks: Ranks, steps: Iterator[Step]) -> Iterator[Step]:
@@ -178,7 +166,7 @@ def evaluate(
             note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
             return _score_pack(policy, reference, pack, step, loss, features)[0]
 
-        for one in fitting.each(step.batches, use, _Counts(reference, features).restore):
+        for one in fitting.each(step.batches, use, CacheCounts(reference, features).restore):
             totals.add(one.losses, one.rewards, one.logps)
 
     with frozen(policy):
@@ -193,17 +181,18 @@ def evaluate(
 
 def check_first_margin(
     policy: Policy, reference: Reference, step: Step, tolerance: float | None, ranks: Ranks,
-    say: Callable[[str], None],
+    say: Callable[[str], None], fitting: FittingPacks | None = None,
 ) -> None:  # fmt: skip
     """Raise UserError if the policy differs from its reference before the first update by more than rounding.
 
-    ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures.
+    ``tolerance`` bounds the |log-ratio| of a completion; None takes what :func:`first_margin` measures. ``fitting`` is
+    as in :func:`train_step`.
     """
-    before = reference.hits + reference.misses
-    found = policy.passes.together(lambda: first_margin(policy, reference, step.batches), ranks.agree)
+    counts, fitting = CacheCounts(reference), fitting or FittingPacks()
+    found = policy.passes.together(lambda: first_margin(policy, reference, step.batches, fitting.each), ranks.agree)
     margins = ranks.gather(found)
     largest, allowed = margins[(margins[:, 0] / margins[:, 1]).argmax()].tolist()
-    reference.hits -= reference.hits + reference.misses - before  # the step itself looks the same values up again
+    counts.restore()  # the step itself looks the same values up again
     allowed = tolerance or allowed
     say(f"first step: largest |log-ratio| to the reference {largest:.2e} (tolerance {allowed:.2e})")
     if not largest <= allowed:

@@ -142,8 +142,8 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
     ranks.agree(lambda: check_room(run.path, engine, policy, config.checkpoint))
     print_setup(config, policy, loader, held_out, engine)
     loaders = [loader] if held_out is None else [loader, held_out]
-    reference = open_reference(config, policy, features, loaders, ranks)
     fitting = FittingPacks(config.packing.share, halves=not engine.is_sharded)
+    reference = open_reference(config, policy, features, loaders, ranks, fitting)
     return _Parts(policy, engine, reference, features, loader, held_out, probe, fitting)
 
 
@@ -160,7 +160,7 @@ def _check_first_margin(
     """Compare the policy with its reference, if the losses have one, before the first update."""
     if state.num_pairs == 0 and parts.reference is not None:
         ranks = parts.engine.ranks
-        check_first_margin(parts.policy, parts.reference, step, config.reference.tolerance, ranks, say)
+        check_first_margin(parts.policy, parts.reference, step, config.reference.tolerance, ranks, say, parts.fitting)
 
 
 def _save_final(config: Config, run: RunDir, parts: _Parts) -> Path:
