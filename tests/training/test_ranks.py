@@ -174,6 +174,34 @@ def lose_memory(engine):
     engine.backward = backward
 
 
+def told_late(rank, place, file):
+    """Train; a signal comes to one rank in its third step, when the ranks have just asked each other for one."""
+    where = {"after asking": (trainer, "_is_due"), "while saving": (trainer.run_state, "save")}
+    module, name = where[place]
+    before = getattr(module, name)
+
+    def told(first, *rest):
+        engine = rest[1] if place == "while saving" else first
+        if engine.ranks.rank == rank and engine.num_updates == 3:
+            terminate(engine)
+        return before(first, *rest)
+
+    setattr(module, name, told)
+    several_ranks.vapr("train", file)
+
+
+@pytest.mark.parametrize(("place", "saved"), [("after asking", 4), ("while saving", 3)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(make_config, tmp_path, place, saved):
+    optim = {"lr": 1e-3, "pairs_per_step": 4, "epochs": 1}
+    config = dataclasses.replace(make_config(optim=optim), checkpoint=CheckpointConfig(every=3))
+    if place == "after asking":
+        config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=100))
+    file = several_ranks.config_file(config, tmp_path / "run.yaml")
+    line = only_line(several_ranks.run(2, tmp_path / "out", told_late, 1, place, file), 128 + signal.SIGTERM)
+    assert line.startswith(f"Stopped: SIGTERM: stopped after writing {config.run_dir}/checkpoints/step-00000{saved};")
+    assert len(losses(config)) == saved
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named(make_config, tmp_path, rank):
     file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")

@@ -72,6 +72,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 ledger.sync()
                 return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
+            def is_asked_to_stop() -> bool:
+                return interrupts.share(ranks.gather([interrupts.received or 0]).max())
+
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):
                 # The run may have ended between the checkpoint and its evaluation.
@@ -97,10 +100,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _show_messages((*parts.caches, loader), display.say)
                     ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
-                    interrupts.share(ranks.gather([interrupts.received or 0]).max())
-                    if _is_due(engine, config) or interrupts.received:
+                    if is_asked_to_stop() or _is_due(engine, config):
                         saved = save()
-                        if interrupts.received and engine.num_updates < engine.num_steps:
+                        if is_asked_to_stop() and engine.num_updates < engine.num_steps:
                             ranks.agreed = True
                             raise interrupts.stopped(saved)
                         _evaluate(config, parts, run, log, display, interrupts)
