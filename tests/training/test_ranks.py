@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vapr.config import CheckpointConfig, FeaturesConfig, PackingConfig, Paralle
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.training import checkpoint, trainer
+from vapr.training.ranks import Ranks
 
 
 def weights_of(config):
@@ -295,6 +297,39 @@ def test_other_versions_on_a_rank_are_refused(make_config, tmp_path):
     file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
     line = only_line(several_ranks.run(2, tmp_path / "out", train_with_other_torch, file))
     assert line.startswith("Error: rank 1 has torch 2.9.9, rank 0 2.")
+
+
+def train_with_other_seed(file):
+    several_ranks.vapr("train", file, *(("--set", "seed=5") if os.environ["RANK"] == "1" else ()))
+
+
+def test_another_config_on_a_rank_is_refused_by_the_key_that_differs(make_config, tmp_path):
+    file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
+    line = only_line(several_ranks.run(2, tmp_path / "out", train_with_other_seed, file))
+    assert line.startswith("Error: rank 1 has seed: 5, rank 0 0; start every process from the same")
+
+
+def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_path, photo_rows):
+    """One pair, too long: one of two ranks has skipped nothing."""
+    config = make_config()
+    answer = [{"role": "assistant", "content": "A helmet. " * 700}]
+    write_pairs(tmp_path / "held_out.jsonl", [photo_rows[30] | {"chosen": answer, "edits": []}])
+    data = dataclasses.replace(config.data, eval=str(tmp_path / "held_out.jsonl"), too_long="skip")
+    ranks = vapr_on(2, dataclasses.replace(config, data=data), tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], [rank.err for rank in ranks]
+    assert ranks[0].out.count("data.eval: no pair could be used; the first: ") == 1
+    assert (Path(config.run_dir) / "final").exists()
+
+
+def test_a_rank_that_failed_stays_until_rank_0_ends():
+    """Launchers kill all processes as soon as one has failed, and rank 0 has something to show."""
+    store = torch.distributed.HashStore()
+    other = threading.Thread(target=Ranks(1, 2, store).let_first_end)
+    other.start()
+    other.join(0.1)
+    assert other.is_alive()
+    Ranks(0, 2, store).let_first_end()
+    other.join()
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ BROKEN_TALK = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ock
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
 
+ENDED = "ended"
+"""Key in the store that says that rank 0 has nothing left to do but to show that line."""
+
+GRACE = timedelta(seconds=20)
+"""Longest that a rank which failed waits for rank 0 to notice."""
+
 
 class Ranks:
     """One process of a run, and its ways to talk to the others.
@@ -195,6 +201,14 @@ class Ranks:
             if not self._store.check([FAILURE]):
                 self._store.set(FAILURE, f"{code} {line}")
 
+    def let_first_end(self) -> None:
+        """On rank 0 say that it ends; on the others wait for that, because launchers kill all once one has failed."""
+        with contextlib.suppress(RuntimeError):
+            if self.is_first:
+                self._store.set(ENDED, "")
+            else:
+                self._store.wait([ENDED], GRACE)
+
 
 def _code(problem: Problem) -> int:
     if isinstance(problem, Stopped):
@@ -227,6 +241,7 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = _join(size, timedelta(seconds=parallel.timeout))
+    failed = False
     with contextlib.ExitStack() as stack:
         if not ranks.is_first:
             nothing = stack.enter_context(Path(os.devnull).open("w"))
@@ -237,17 +252,21 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
             yield ranks
             ranks.wait()  # nobody leaves while another still has something to say
         except (UserError, Stopped) as error:
+            failed = True
             code = _code(error)
             ranks.tell(code, str(error) if ranks.is_first else f"rank {ranks.rank}: {error}")
             if ranks.is_first:
                 raise
             raise SystemExit(code) from None
         except BaseException as error:
+            failed = isinstance(error, Exception)  # a second Ctrl-C waits for nobody
             ranks.tell(1, f"rank {ranks.rank} failed ({type(error).__name__}: {one_line(error)})")
             raise
         finally:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+            if failed or ranks.is_first:
+                ranks.let_first_end()
 
 
 def _join(size: int, timeout: timedelta) -> Ranks:

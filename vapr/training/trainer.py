@@ -187,11 +187,14 @@ def _take_probe(parts: _Parts, run: RunDir, log: MetricsLog, display: Display) -
     step, ranks = parts.engine.num_updates, parts.engine.ranks
     if parts.probe is None or not parts.probe.is_due(step, parts.engine.num_steps):
         return
-    if ranks.is_first and step not in log.probed:  # the others wait
-        values, line = parts.probe.take(parts.policy, step, run.path, display.note)
-        log.write(step, values)
-        display.say(f"step {step:,} {line}")
-    ranks.wait()
+
+    def take() -> None:
+        if ranks.is_first and step not in log.probed:  # the others wait
+            values, line = parts.probe.take(parts.policy, step, run.path, display.note)
+            log.write(step, values)
+            display.say(f"step {step:,} {line}")
+
+    ranks.agree(take)
 
 
 def _evaluate(
