@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.runs import losses, metrics
 from vapr.config import CheckpointConfig, FeaturesConfig, PackingConfig, ParallelConfig, ProbeConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
+from vapr.interrupts import TrainingStopped
 from vapr.training import checkpoint, trainer
 from vapr.training.ranks import Ranks
 
@@ -209,10 +212,13 @@ def test_a_rank_that_is_killed_is_named(make_config, tmp_path, rank):
     file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
     ranks = several_ranks.run(2, tmp_path / "out", after_three_updates, rank, kill, file)
     assert ranks[rank].code == -signal.SIGKILL and ranks[1 - rank].code == 1
-    assert ranks[1].err == "" and ranks[1].out == ""
-    if rank == 1:
-        assert ranks[0].err.splitlines()[-1].startswith(f"Stopped: rank 1 (process {ranks[1].process.pid} of ")
-        assert ranks[0].err.splitlines()[-1].endswith(") was killed, or hangs; continue with --resume")
+    assert ranks[1].out == ""
+    told = ranks[1 - rank].err.splitlines()
+    # Without a launcher rank 0 keeps the processes' numbers, and nobody knows them any more.
+    who = f"rank 1 (process {ranks[1].process.pid} of " if rank == 1 else "rank 0, which holds the processes together,"
+    assert told[-1].startswith(f"Stopped: {who}")
+    assert told[-1].endswith(" was killed, or hangs; continue with --resume")
+    assert rank == 1 or len(told) == 1
 
 
 def test_a_rank_that_hangs_is_named(make_config, tmp_path):
@@ -311,7 +317,7 @@ def test_another_config_on_a_rank_is_refused_by_the_key_that_differs(make_config
 
 def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_path, photo_rows):
     """One pair, too long: one of two ranks has skipped nothing."""
-    config = make_config()
+    config = make_config(packing={"max_tokens": 1200})
     answer = [{"role": "assistant", "content": "A helmet. " * 700}]
     write_pairs(tmp_path / "held_out.jsonl", [photo_rows[30] | {"chosen": answer, "edits": []}])
     data = dataclasses.replace(config.data, eval=str(tmp_path / "held_out.jsonl"), too_long="skip")
@@ -319,6 +325,26 @@ def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_p
     assert [rank.code for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     assert ranks[0].out.count("data.eval: no pair could be used; the first: ") == 1
     assert (Path(config.run_dir) / "final").exists()
+
+
+def test_a_rank_that_is_only_slower_is_not_blamed():
+    """Rank 1 is gone; rank 0 lives, and has not come as far as rank 2, which notices."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    store = torch.distributed.HashStore()
+    for rank, (pid, calls) in enumerate([(os.getpid(), 4), (gone.pid, 4), (os.getpid(), 4)]):
+        store.set(f"is/{rank}", f"process {pid} of {socket.gethostname()}")
+        store.set(f"calls/{rank}", str(calls))
+    ranks = Ranks(2, 3, store)
+    ranks._calls = 4
+
+    def talk():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(TrainingStopped) as stopped:
+        ranks._collective(talk)
+    assert str(stopped.value).startswith(f"rank 1 (process {gone.pid} of ")
+    assert "rank 0" not in str(stopped.value) and not ranks.shows
 
 
 def test_a_rank_that_failed_stays_until_rank_0_ends():

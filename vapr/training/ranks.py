@@ -53,11 +53,13 @@ class Ranks:
         size: number of processes.
         agreed: whether all ranks end now, for the same reason.
         lost: whether a rank did not answer, so that nothing more can be said to the others.
+        shows: whether this rank shows why all end: the first one, or the next where the first is lost.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size = rank, size
         self.agreed = self.lost = False
+        self.shows = self.is_first
         self._store = store
         self._calls = 0
 
@@ -155,10 +157,15 @@ class Ranks:
             if self._store.check([FAILURE]):
                 code, _, line = self._store.get(FAILURE).decode().partition(" ")
                 return UserError(line) if int(code) == MISTAKE else TrainingStopped(line, int(code))
-            absent = [rank for rank in range(self.size) if self._calls_of(rank) < self._calls]
-            names = " and ".join(f"rank {rank} ({self._store.get(f'is/{rank}').decode()})" for rank in absent)
+            behind = [rank for rank in range(self.size) if self._calls_of(rank) < self._calls]
+            processes = {rank: self._store.get(f"is/{rank}").decode() for rank in behind}
+            # One that is only slower than this one is behind as well.
+            absent = [rank for rank in behind if not _still_runs(processes[rank])] or behind
+            self.shows = self.rank == min(set(range(self.size)) - set(absent))
+            names = " and ".join(f"rank {rank} ({processes[rank]})" for rank in absent)
         except RuntimeError:  # the store was rank 0's, or the launcher's
             names = "rank 0, which holds the processes together,"
+            self.shows = self.rank == 1
         if not names:
             return TrainingStopped(f"the ranks lost each other ({one_line(error)}); continue with --resume")
         return TrainingStopped(f"{names} was killed, or hangs; continue with --resume")
@@ -206,8 +213,24 @@ class Ranks:
         with contextlib.suppress(RuntimeError):
             if self.is_first:
                 self._store.set(ENDED, "")
-            else:
+            elif not self.shows:
                 self._store.wait([ENDED], GRACE)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} of {socket.gethostname()}"
+
+
+def _still_runs(process: str) -> bool:
+    """Tell whether a process, as :func:`_this_process` names it, runs on this machine and is not stopped."""
+    _, pid, host = process.replace(" of ", " ").split(" ", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZXTt"
 
 
 def _code(problem: Problem) -> int:
@@ -231,7 +254,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Join the processes that were started together; without a launcher this is the only one.
 
-    Ranks other than 0 are silent inside, and end with an exit code alone.
+    Ranks other than 0 are silent inside, and end with an exit code alone, unless rank 0 is the one that was lost.
 
     Raises:
         UserError: if the launcher's settings make no sense here.
@@ -255,7 +278,7 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
             failed = True
             code = _code(error)
             ranks.tell(code, str(error) if ranks.is_first else f"rank {ranks.rank}: {error}")
-            if ranks.is_first:
+            if ranks.shows:
                 raise
             raise SystemExit(code) from None
         except BaseException as error:
@@ -284,7 +307,7 @@ def _join(size: int, timeout: timedelta) -> Ranks:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         store = dist.PrefixStore("vapr", store)
-        store.set(f"is/{rank}", f"process {os.getpid()} of {socket.gethostname()}")
+        store.set(f"is/{rank}", _this_process())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
