@@ -327,12 +327,13 @@ def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_p
     assert (Path(config.run_dir) / "final").exists()
 
 
-def test_a_rank_that_is_only_slower_is_not_blamed():
-    """Rank 1 is gone; rank 0 lives, and has not come as far as rank 2, which notices."""
+@pytest.mark.parametrize("calls_of_1", [4, 5], ids=["before", "while waiting"])
+def test_a_rank_that_is_only_slower_is_not_blamed(calls_of_1):
+    """Rank 1 is gone; rank 0 lives, and may not have come as far as rank 2, which notices."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     store = torch.distributed.HashStore()
-    for rank, (pid, calls) in enumerate([(os.getpid(), 4), (gone.pid, 4), (os.getpid(), 4)]):
+    for rank, (pid, calls) in enumerate([(os.getpid(), calls_of_1), (gone.pid, calls_of_1), (os.getpid(), 4)]):
         store.set(f"is/{rank}", f"process {pid} of {socket.gethostname()}")
         store.set(f"calls/{rank}", str(calls))
     ranks = Ranks(2, 3, store)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,9 @@ BUCKET_BYTES = 64 * 2**20
 
 BROKEN_TALK = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
 """What the errors of broken collectives have in common; PyTorch has no class of its own for those of gloo."""
+
+SECONDS_TO_END = 2.0
+"""A killed process's connections close before it has ended; so long it is waited for, to be named."""
 
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
@@ -157,10 +161,11 @@ class Ranks:
             if self._store.check([FAILURE]):
                 code, _, line = self._store.get(FAILURE).decode().partition(" ")
                 return UserError(line) if int(code) == MISTAKE else TrainingStopped(line, int(code))
+            processes = [self._store.get(f"is/{rank}").decode() for rank in range(self.size)]
             behind = [rank for rank in range(self.size) if self._calls_of(rank) < self._calls]
-            processes = {rank: self._store.get(f"is/{rank}").decode() for rank in behind}
-            # One that is only slower than this one is behind as well.
-            absent = [rank for rank in behind if not _still_runs(processes[rank])] or behind
+            # One that is only slower than this one is behind as well, and one that was killed need not be.
+            gone = _wait_for_gone(processes, 0.0 if behind else SECONDS_TO_END)
+            absent = gone or behind
             self.shows = self.rank == min(set(range(self.size)) - set(absent))
             names = " and ".join(f"rank {rank} ({processes[rank]})" for rank in absent)
         except RuntimeError:  # the store was rank 0's, or the launcher's
@@ -221,16 +226,25 @@ def _this_process() -> str:
     return f"process {os.getpid()} of {socket.gethostname()}"
 
 
-def _still_runs(process: str) -> bool:
-    """Tell whether a process, as :func:`_this_process` names it, runs on this machine and is not stopped."""
+def _wait_for_gone(processes: Sequence[str], seconds: float) -> list[int]:
+    """Return which processes, as :func:`_this_process` names them, have ended on this machine, or are stopped."""
+    end = time.monotonic() + seconds
+    while not (gone := [number for number, process in enumerate(processes) if _is_gone(process)]):
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.05)
+    return gone
+
+
+def _is_gone(process: str) -> bool:
     _, pid, host = process.replace(" of ", " ").split(" ", 2)
-    if host != socket.gethostname():
+    if host != socket.gethostname() or not Path("/proc/self/stat").exists():
         return False
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return state not in "ZXTt"
+        return True
+    return state in "ZXTt"
 
 
 def _code(problem: Problem) -> int:
