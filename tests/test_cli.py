@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_train_resume_export(run_yaml, tmp_path):
     assert full.returncode == 0 and "rounded once to float32" in full.stdout, full.stderr
     lost = vapr("train", str(run_yaml), "--resume", "--set", f"run_dir={tmp_path}/rum")
     assert_one_line_error(lost, f"rum does not exist, so there is nothing to resume; runs beside it: {tmp_path}/run")
+
+
+def test_a_mistake_that_every_process_of_a_machine_finds_is_shown_by_the_first(tmp_path, monkeypatch):
+    """The others wait, because a launcher ends all as soon as one has."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    shown = []
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        result = CliRunner().invoke(main, ["train", str(tmp_path / "absent.yaml")])
+        assert result.exit_code == 2
+        shown.append((result.stdout + result.stderr).count("absent.yaml"))
+    assert shown == [1, 0] and len(waited) == 1
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,16 @@ class Interrupts:
 
     Args:
         say: shows a line; called from that thread.
+
+    Attributes:
+        received: the signal that this process has received.
+        shared: the one that all ranks know of, and act on at the same place.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self.received: signal.Signals | None = None
+        self.shared: signal.Signals | None = None
 
     def __enter__(self) -> "Interrupts":
         self._before: dict[signal.Signals, Any] = {}
@@ -73,16 +78,21 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def share(self, number: float) -> None:
-        """Take note of the signal that another rank has received; 0 is none."""
-        if number and self.received is None:
-            self.received = signal.Signals(int(number))
+    def share(self, number: float) -> bool:
+        """Take note of what all ranks have heard of when they said so together; tell whether that is a signal.
+
+        ``number`` is the largest of their ``received``, 0 for none. A signal that comes to one rank later waits for the
+        next time: it must not decide alone what all of them do.
+        """
+        self.shared = signal.Signals(int(number)) if number else None
+        return self.shared is not None
 
     def stopped(self, saved: Path) -> TrainingStopped:
         """Return the exception that ends the run after its checkpoint ``saved``."""
-        assert self.received is not None
-        message = f"{self.received.name}: stopped after writing {saved}; continue with --resume"
-        return TrainingStopped(message, 128 + self.received)
+        received = self.shared or self.received
+        assert received is not None
+        message = f"{received.name}: stopped after writing {saved}; continue with --resume"
+        return TrainingStopped(message, 128 + received)
 
 
 @contextlib.contextmanager

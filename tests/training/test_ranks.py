@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from tests.runs import losses, metrics
 from vapr.config import CheckpointConfig, FeaturesConfig, PackingConfig, ParallelConfig, ProbeConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
+from vapr.interrupts import TrainingStopped
 from vapr.training import checkpoint, trainer
+from vapr.training.ranks import Ranks
 
 
 def weights_of(config):
@@ -174,15 +179,46 @@ def lose_memory(engine):
     engine.backward = backward
 
 
+def told_late(rank, place, file):
+    """Train; a signal comes to one rank in its third step, when the ranks have just asked each other for one."""
+    where = {"after asking": (trainer, "_is_due"), "while saving": (trainer.run_state, "save")}
+    module, name = where[place]
+    before = getattr(module, name)
+
+    def told(first, *rest):
+        engine = rest[1] if place == "while saving" else first
+        if engine.ranks.rank == rank and engine.num_updates == 3:
+            terminate(engine)
+        return before(first, *rest)
+
+    setattr(module, name, told)
+    several_ranks.vapr("train", file)
+
+
+@pytest.mark.parametrize(("place", "saved"), [("after asking", 4), ("while saving", 3)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(make_config, tmp_path, place, saved):
+    optim = {"lr": 1e-3, "pairs_per_step": 4, "epochs": 1}
+    config = dataclasses.replace(make_config(optim=optim), checkpoint=CheckpointConfig(every=3))
+    if place == "after asking":
+        config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=100))
+    file = several_ranks.config_file(config, tmp_path / "run.yaml")
+    line = only_line(several_ranks.run(2, tmp_path / "out", told_late, 1, place, file), 128 + signal.SIGTERM)
+    assert line.startswith(f"Stopped: SIGTERM: stopped after writing {config.run_dir}/checkpoints/step-00000{saved};")
+    assert len(losses(config)) == saved
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named(make_config, tmp_path, rank):
     file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
     ranks = several_ranks.run(2, tmp_path / "out", after_three_updates, rank, kill, file)
     assert ranks[rank].code == -signal.SIGKILL and ranks[1 - rank].code == 1
-    assert ranks[1].err == "" and ranks[1].out == ""
-    if rank == 1:
-        assert ranks[0].err.splitlines()[-1].startswith(f"Stopped: rank 1 (process {ranks[1].process.pid} of ")
-        assert ranks[0].err.splitlines()[-1].endswith(") was killed, or hangs; continue with --resume")
+    assert ranks[1].out == ""
+    told = ranks[1 - rank].err.splitlines()
+    # Without a launcher rank 0 keeps the processes' numbers, and nobody knows them any more.
+    who = f"rank 1 (process {ranks[1].process.pid} of " if rank == 1 else "rank 0, which holds the processes together,"
+    assert told[-1].startswith(f"Stopped: {who}")
+    assert told[-1].endswith(" was killed, or hangs; continue with --resume")
+    assert rank == 1 or len(told) == 1
 
 
 def test_a_rank_that_hangs_is_named(make_config, tmp_path):
@@ -267,6 +303,60 @@ def test_other_versions_on_a_rank_are_refused(make_config, tmp_path):
     file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
     line = only_line(several_ranks.run(2, tmp_path / "out", train_with_other_torch, file))
     assert line.startswith("Error: rank 1 has torch 2.9.9, rank 0 2.")
+
+
+def train_with_other_seed(file):
+    several_ranks.vapr("train", file, *(("--set", "seed=5") if os.environ["RANK"] == "1" else ()))
+
+
+def test_another_config_on_a_rank_is_refused_by_the_key_that_differs(make_config, tmp_path):
+    file = several_ranks.config_file(make_config(), tmp_path / "run.yaml")
+    line = only_line(several_ranks.run(2, tmp_path / "out", train_with_other_seed, file))
+    assert line.startswith("Error: rank 1 has seed: 5, rank 0 0; start every process from the same")
+
+
+def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_path, photo_rows):
+    """One pair, too long: one of two ranks has skipped nothing."""
+    config = make_config(packing={"max_tokens": 1200})
+    answer = [{"role": "assistant", "content": "A helmet. " * 700}]
+    write_pairs(tmp_path / "held_out.jsonl", [photo_rows[30] | {"chosen": answer, "edits": []}])
+    data = dataclasses.replace(config.data, eval=str(tmp_path / "held_out.jsonl"), too_long="skip")
+    ranks = vapr_on(2, dataclasses.replace(config, data=data), tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], [rank.err for rank in ranks]
+    assert ranks[0].out.count("data.eval: no pair could be used; the first: ") == 1
+    assert (Path(config.run_dir) / "final").exists()
+
+
+@pytest.mark.parametrize("calls_of_1", [4, 5], ids=["before", "while waiting"])
+def test_a_rank_that_is_only_slower_is_not_blamed(calls_of_1):
+    """Rank 1 is gone; rank 0 lives, and may not have come as far as rank 2, which notices."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    store = torch.distributed.HashStore()
+    for rank, (pid, calls) in enumerate([(os.getpid(), calls_of_1), (gone.pid, calls_of_1), (os.getpid(), 4)]):
+        store.set(f"is/{rank}", f"process {pid} of {socket.gethostname()}")
+        store.set(f"calls/{rank}", str(calls))
+    ranks = Ranks(2, 3, store)
+    ranks._calls = 4
+
+    def talk():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(TrainingStopped) as stopped:
+        ranks._collective(talk)
+    assert str(stopped.value).startswith(f"rank 1 (process {gone.pid} of ")
+    assert "rank 0" not in str(stopped.value) and not ranks.shows
+
+
+def test_a_rank_that_failed_stays_until_rank_0_ends():
+    """Launchers kill all processes as soon as one has failed, and rank 0 has something to show."""
+    store = torch.distributed.HashStore()
+    other = threading.Thread(target=Ranks(1, 2, store).let_first_end)
+    other.start()
+    other.join(0.1)
+    assert other.is_alive()
+    Ranks(0, 2, store).let_first_end()
+    other.join()
 
 
 @pytest.mark.parametrize(

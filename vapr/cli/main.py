@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,13 +17,22 @@ from vapr.cli import evaluation_commands, pair_commands, training_commands
 from vapr.errors import UserError
 from vapr.interrupts import Stopped
 
+GRACE = 10.0
+"""Seconds that the other processes wait for the first to show a mistake: launchers kill all when the first one ends."""
+
 
 class _Mistake(click.ClickException):
-    """A user's mistake: one line on stderr, never wrapped, exit code 2."""
+    """A user's mistake: one line on stderr, never wrapped, exit code 2.
+
+    Of several processes on a machine, all of which find it before they know of each other, the first shows it.
+    """
 
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(GRACE)
+            return
         click.echo(f"Error: {' '.join(self.message.split())}", err=True)
 
 

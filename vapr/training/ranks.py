@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -35,8 +36,17 @@ BUCKET_BYTES = 64 * 2**20
 BROKEN_COLLECTIVE = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe|[Ss]ocket")
 """Words in the errors of broken collectives; PyTorch has no class of its own for those of gloo."""
 
+SECONDS_TO_END = 2.0
+"""A killed process's connections close before it has ended; so long it is waited for, to be named."""
+
 FAILURE = "failure"
 """Key in the store of what ended a rank: exit code, a space, and the line for the user."""
+
+ENDED = "ended"
+"""Key in the store that says that rank 0 has nothing left to do but to show that line."""
+
+GRACE = timedelta(seconds=20)
+"""Longest that a rank which failed waits for rank 0 to notice."""
 
 
 class Ranks:
@@ -47,11 +57,13 @@ class Ranks:
         size: number of processes.
         agreed: whether all ranks end now, for the same reason.
         lost: whether a rank did not answer, so that nothing more can be said to the others.
+        shows: whether this rank shows why all end: the first one, or the next where the first is lost.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size = rank, size
         self.agreed = self.lost = False
+        self.shows = self.is_first
         self._store = store
         self._calls = 0
 
@@ -149,10 +161,16 @@ class Ranks:
             if self._store.check([FAILURE]):
                 code, _, line = self._store.get(FAILURE).decode().partition(" ")
                 return UserError(line) if int(code) == MISTAKE else TrainingStopped(line, int(code))
-            absent = [rank for rank in range(self.size) if self._calls_of(rank) < self._calls]
-            names = " and ".join(f"rank {rank} ({self._store.get(f'is/{rank}').decode()})" for rank in absent)
+            processes = [self._store.get(f"is/{rank}").decode() for rank in range(self.size)]
+            behind = [rank for rank in range(self.size) if self._calls_of(rank) < self._calls]
+            # One that is only slower than this one is behind as well, and one that was killed need not be.
+            gone = _wait_for_gone(processes, 0.0 if behind else SECONDS_TO_END)
+            absent = gone or behind
+            self.shows = self.rank == min(set(range(self.size)) - set(absent))
+            names = " and ".join(f"rank {rank} ({processes[rank]})" for rank in absent)
         except RuntimeError:  # the store was rank 0's, or the launcher's
             names = "rank 0, which holds the processes together,"
+            self.shows = self.rank == 1
         if not names:
             return TrainingStopped(f"the ranks lost each other ({one_line(error)}); continue with --resume")
         return TrainingStopped(f"{names} was killed, or hangs; continue with --resume")
@@ -195,6 +213,39 @@ class Ranks:
             if not self._store.check([FAILURE]):
                 self._store.set(FAILURE, f"{code} {line}")
 
+    def let_first_end(self) -> None:
+        """On rank 0 say that it ends; on the others wait for that, because launchers kill all once one has failed."""
+        with contextlib.suppress(RuntimeError):
+            if self.is_first:
+                self._store.set(ENDED, "")
+            elif not self.shows:
+                self._store.wait([ENDED], GRACE)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} of {socket.gethostname()}"
+
+
+def _wait_for_gone(processes: Sequence[str], seconds: float) -> list[int]:
+    """Return which processes, as :func:`_this_process` names them, have ended on this machine, or are stopped."""
+    end = time.monotonic() + seconds
+    while not (gone := [number for number, process in enumerate(processes) if _is_gone(process)]):
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.05)
+    return gone
+
+
+def _is_gone(process: str) -> bool:
+    _, pid, host = process.replace(" of ", " ").split(" ", 2)
+    if host != socket.gethostname() or not Path("/proc/self/stat").exists():
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZXTt"
+
 
 def _code_of(problem: Problem) -> int:
     if isinstance(problem, Stopped):
@@ -217,7 +268,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
     """Join the processes that were started together; without a launcher this is the only one.
 
-    Ranks other than 0 are silent inside, and end with an exit code alone.
+    Ranks other than 0 are silent inside, and end with an exit code alone, unless rank 0 is the one that was lost.
 
     Raises:
         UserError: if the launcher's settings make no sense here.
@@ -227,6 +278,7 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = _join(size, timedelta(seconds=parallel.timeout))
+    failed = False
     with contextlib.ExitStack() as stack:
         if not ranks.is_first:
             nothing = stack.enter_context(Path(os.devnull).open("w"))
@@ -237,17 +289,21 @@ def open_ranks(parallel: ParallelConfig) -> Iterator[Ranks]:
             yield ranks
             ranks.wait()  # nobody leaves while another still has something to say
         except (UserError, Stopped) as error:
+            failed = True
             code = _code_of(error)
             ranks.tell(code, str(error) if ranks.is_first else f"rank {ranks.rank}: {error}")
-            if ranks.is_first:
+            if ranks.shows:
                 raise
             raise SystemExit(code) from None
         except BaseException as error:
+            failed = isinstance(error, Exception)  # a second Ctrl-C waits for nobody
             ranks.tell(1, f"rank {ranks.rank} failed ({type(error).__name__}: {one_line(error)})")
             raise
         finally:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+            if failed or ranks.is_first:
+                ranks.let_first_end()
 
 
 def _join(size: int, timeout: timedelta) -> Ranks:
@@ -265,7 +321,7 @@ def _join(size: int, timeout: timedelta) -> Ranks:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         store = dist.PrefixStore("vapr", store)
-        store.set(f"is/{rank}", f"process {os.getpid()} of {socket.gethostname()}")
+        store.set(f"is/{rank}", _this_process())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:

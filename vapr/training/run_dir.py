@@ -216,10 +216,10 @@ def _difference(saved: Path, config: Config) -> str | None:
     try:
         values = yaml.safe_load(saved.read_text())
         losses = [NEW_LOSS_KEYS | term for term in values.get("loss", ())]
-        before = _flat(NEW_KEYS) | _flat(values | {"loss": losses})
+        before = flat(NEW_KEYS) | flat(values | {"loss": losses})
     except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{saved}: cannot be read ({' '.join(str(error).split())})") from None
-    now = _flat(config.as_dict())
+    now = flat(config.as_dict())
     for key in {**before, **now}:
         if any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
             continue
@@ -228,9 +228,10 @@ def _difference(saved: Path, config: Config) -> str | None:
     return None
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values below nested keys by ``a.b.c``."""
     if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return _flat({str(n): item for n, item in enumerate(value)}, prefix)
+        return flat({str(n): item for n, item in enumerate(value)}, prefix)
     return {prefix.rstrip("."): value}

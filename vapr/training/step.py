@@ -174,7 +174,8 @@ def evaluate(
             policy.passes.together(functools.partial(run_packs, step), ranks.agree)
             note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
     if not ranks.gather([totals.num_pairs]).any():  # no reason to lose a trained model
-        print(f"data.eval: no pair could be used; the first: {next(iter(held_out.skipped.values()))}")
+        reasons = [reason for part in ranks.gather_objects(list(held_out.skipped.values())) for reason in part]
+        print(f"data.eval: no pair could be used; the first: {reasons[0]}")
         return {}
     return {f"eval/{name}": value for name, value in totals.means(ranks).items()}
 

@@ -73,6 +73,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 ledger.sync()
                 return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
 
+            def is_asked_to_stop() -> bool:
+                return interrupts.share(ranks.gather([interrupts.received or 0]).max())
+
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):  # the run may have ended before this evaluation
                 _evaluate(config, parts, run, log, display, interrupts)
@@ -94,9 +97,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         _show_messages((*parts.caches, loader), display.say)
                     ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
-                    interrupts.share(ranks.gather([interrupts.received or 0]).max())
-                    if _is_due(engine, config) or interrupts.received:
-                        _stop_after_signal(interrupts, engine, save())
+                    if is_asked_to_stop() or _is_due(engine, config):
+                        saved = save()
+                        if is_asked_to_stop():
+                            _stop_after_signal(interrupts, engine, saved)
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
                     began = time.monotonic()
@@ -203,11 +207,14 @@ def _take_probe(parts: _Parts, run: RunDir, log: MetricsLog, display: Display) -
     step, ranks = parts.engine.num_updates, parts.engine.ranks
     if parts.probe is None or not parts.probe.is_due(step, parts.engine.num_steps):
         return
-    if ranks.is_first and step not in log.probed:  # the others wait
-        values, line = parts.probe.take(parts.policy, step, run.path, display.note)
-        log.write(step, values)
-        display.say(f"step {step:,} {line}")
-    ranks.wait()
+
+    def take() -> None:
+        if ranks.is_first and step not in log.probed:  # the others wait
+            values, line = parts.probe.take(parts.policy, step, run.path, display.note)
+            log.write(step, values)
+            display.say(f"step {step:,} {line}")
+
+    ranks.agree(take)
 
 
 def _evaluate(
@@ -229,7 +236,7 @@ def _evaluate(
 
 def _stop_after_signal(interrupts: Interrupts, engine: Engine | DeepSpeedEngine, saved: Path) -> None:
     """End all ranks after a signal, unless it was the last step."""
-    if interrupts.received and engine.num_updates < engine.num_steps:
+    if engine.num_updates < engine.num_steps:
         engine.ranks.agreed = True
         raise interrupts.stopped(saved)
 
