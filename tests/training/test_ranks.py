@@ -323,7 +323,7 @@ def test_held_out_pairs_of_which_none_can_be_used_lose_no_run(make_config, tmp_p
     data = dataclasses.replace(config.data, eval=str(tmp_path / "held_out.jsonl"), too_long="skip")
     ranks = vapr_on(2, dataclasses.replace(config, data=data), tmp_path)
     assert [rank.code for rank in ranks] == [0, 0], [rank.err for rank in ranks]
-    assert ranks[0].out.count("data.eval: no pair could be used; the first: ") == 1
+    assert "data.eval: no pair could be used; the first: " in ranks[0].out
     assert (Path(config.run_dir) / "final").exists()
 
 
