@@ -168,7 +168,8 @@ def test_what_is_no_whole_number_is_refused(value):
 
 def test_what_asks_for_nothing_possible_is_refused():
     for changes, told in (
-        ({"parallel": {"zero": 2, "offload": "all"}}, "parallel.offload: all needs parallel.zero: 3"),
+        ({"parallel": {"engine": "deepspeed", "offload": "all"}}, "parallel.offload: all needs parallel.zero: 3"),
+        ({"parallel": {"offload": "optimizer"}}, "parallel.offload: optimizer is DeepSpeed's"),
         ({"policy": {"model": "m", "base_weights": "nf4"}}, "policy.base_weights: nf4 is for a frozen base under LoRA"),
     ):
         with pytest.raises(UserError, match=told):

@@ -225,6 +225,8 @@ class ParallelConfig:
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.offload != "none" and self.engine != "deepspeed":
+            raise ValueError(f"parallel.offload: {self.offload} is DeepSpeed's; set parallel.engine: deepspeed as well")
         if self.offload == "all" and self.zero != 3:
             raise ValueError(f"parallel.offload: all needs parallel.zero: 3, where weights are spread, not {self.zero}")
         return self
