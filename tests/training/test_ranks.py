@@ -106,6 +106,21 @@ def test_what_people_read_is_written_once_and_tells_of_all_pairs(make_config, tm
     assert "134 completions found in the cache, 0 computed" in ranks[0].out  # 23 pairs twice, 7 held out three times
 
 
+def test_what_another_rank_finds_is_said(make_config, tmp_path, photo_rows):
+    """Rows in the file's order: the second half of each step, text alone, is rank 1's."""
+    text = [row for row in photo_rows if not row.get("images")][:4]
+    shown = [row for row in photo_rows if row.get("images")][:4]
+    config = make_config(
+        rows=[*shown, *text], loss=[{"kind": "sigmoid"}, {"kind": "image"}], optim={"pairs_per_step": 8, "max_steps": 2}
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle=False))
+    ranks = vapr_on(2, config, tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].err
+    assert ranks[0].err.count("rank 1: ") == 1
+    [line] = [line for line in ranks[0].err.splitlines() if line.startswith("rank 1: ")]
+    assert "the row has no image" in line
+
+
 def test_the_reference_cache_is_built_by_all_and_read_by_each(make_config, tmp_path):
     config = make_config(lora=False)
     ranks = vapr_on(2, config, tmp_path, "--json", command="prepare")

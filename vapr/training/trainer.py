@@ -94,10 +94,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
                         values |= speed(policy, step, time.monotonic() - began, ranks)
                         log.write(engine.num_updates, values)
                         display.advance(in_words(values))
-                        _show_messages((*parts.caches, loader), display.say)
+                        _show_messages((*parts.caches, loader), ranks, display.say)
                     ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
                     _take_probe(parts, run, log, display)
                     if is_asked_to_stop() or _is_due(engine, config):
+                        _show_messages_of_others((*parts.caches, loader, parts.held_out), ranks, display.say)
                         saved = save()
                         if is_asked_to_stop():
                             _stop_after_signal(interrupts, engine, saved)
@@ -228,7 +229,7 @@ def _evaluate(
         values = evaluate(
             parts.policy, parts.reference, parts.held_out, config.loss, parts.features, ranks, note, parts.fitting
         )
-        _show_messages((parts.held_out,), display.say)
+        _show_messages((parts.held_out,), ranks, display.say)
         log.write_evaluation(step, values, display.say)
         if ranks.is_first:
             checkpoint.delete_old(run.path, config.checkpoint)
@@ -265,14 +266,27 @@ def _note_until_interrupted(run: RunDir, display: Display, interrupts: Interrupt
     return note
 
 
-def _show_messages(
-    sources: Sequence[Reference | ImageFeatures | PairLoader | None], say: Callable[[str], None]
-) -> None:
-    """Show once what caches have to say about damaged files, and loaders about losses that do not apply."""
+Talking = Sequence[Reference | ImageFeatures | PairLoader | None]
+
+
+def _show_messages(sources: Talking, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Show once what caches have to say about damaged files, and loaders about losses that do not apply; on rank 0."""
     for source in sources:
-        if source is not None and source.messages:
+        if ranks.is_first and source is not None and source.messages:
             say("; ".join(source.messages))
             source.messages.clear()
+
+
+def _show_messages_of_others(sources: Talking, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Show on rank 0 what the others have kept to say; every rank calls it."""
+    kept: list[str] = []
+    for source in sources:
+        if not ranks.is_first and source is not None:
+            kept += source.messages
+            source.messages.clear()
+    for rank, lines in enumerate(ranks.gather_objects(kept)):
+        for line in lines:
+            say(f"rank {rank}: {line}")
 
 
 @contextlib.contextmanager
