@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from vapr.cli import main
 from vapr.config import LossConfig
 from vapr.data.pairs import write_pairs
-from vapr.training import run_dir
+from vapr.training import run_dir, trainer
 
 ROW = {"images": ["cat.png"], "prompt": "What animal is this?", "chosen": "A cat.", "rejected": "A dog."}
 
@@ -387,3 +387,14 @@ def test_a_run_of_an_older_version_lacks_keys_and_goes_on(make_config, tmp_path)
     assert run_dir._difference(tmp_path / "config.yaml", config) is None
     now = dataclasses.replace(config, loss=[terms[0], dataclasses.replace(terms[1], margin_weight=0.5)])
     assert run_dir._difference(tmp_path / "config.yaml", now) == "loss.1.margin_weight: 0.0 (now 0.5)"
+
+
+def test_what_a_killed_process_left_half_written_goes(make_config):
+    config = make_config()
+    run = Path(config.run_dir)
+    trainer.train(config)
+    shutil.rmtree(run / "final")
+    (run / "report.html.0123abcd.tmp").write_text("half a page")
+    trainer.train(config, resume=True)
+    assert not list(run.glob("*.tmp"))
+    assert "</html>" in (run / "report.html").read_text()

@@ -78,6 +78,9 @@ class RunDir:
         except UserError:
             self._lock.close()
             raise
+        for left in self.path.glob("*.tmp"):
+            if left.is_file():  # half a page or list of a process that was killed
+                left.unlink()
 
     def _check(self, config: Config, resume: bool) -> None:
         if not self.holds_run:
