@@ -37,7 +37,8 @@ def weight_error(kind: str) -> float:
     layer = nn.Linear(3584, 3584, bias=False)
     nn.init.normal_(layer.weight)
     restored = QuantizedLinear(layer, kind, torch.device("cpu")).weight
-    return float((restored - layer.weight).norm() / layer.weight.norm())
+    weight = layer.weight.detach()
+    return float((restored - weight).norm() / weight.norm())
 
 
 def config_of(folder: Path, family: str) -> Config:
