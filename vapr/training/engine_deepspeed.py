@@ -28,6 +28,10 @@ from vapr.training.zero_passes import Root, ZeroPasses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+BUCKET = 5 * 10**7
+"""Gradients, in numbers, that travel together. ZeRO 3 keeps a buffer of so many in fp32; DeepSpeed's own size of it is
+ten times that."""
+
 KEPT_WHOLE = 10**5
 """ZeRO 3 leaves weights of fewer elements on every rank: norms and biases are not worth a message each."""
 
@@ -85,6 +89,7 @@ class DeepSpeedEngine:
         zero: dict[str, Any] = {
             "stage": self._stage,
             "overlap_comm": False,
+            "reduce_bucket_size": min(BUCKET, sum(torch.Size(shape).numel() for shape in self.shapes.values())),
             "stage3_param_persistence_threshold": KEPT_WHOLE,
         }
         if config.parallel.offload != "none":
