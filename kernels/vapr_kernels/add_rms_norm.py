@@ -20,7 +20,7 @@ T = packed tokens, D = hidden.
 import torch
 from torch import Tensor
 
-from vapr_kernels import launch, naive
+from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.launch import rounded, tl, triton
 
@@ -143,27 +143,37 @@ def rms_norm_bwd(
     return dx, None if partial is None else partial.sum(0).to(weight.dtype)
 
 
-def _naive_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(-1) + eps).rsqrt()
-    return naive.rms_norm(x, weight, eps).contiguous(), rstd
+# On a CPU, in as few passes as PyTorch's operations allow.
 
 
-def _naive_bwd(
+def _torch_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide, dim=-1)
+    rstd = norms.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return _torch_normed(x, rstd, weight), rstd
+
+
+def _torch_normed(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return (x.to(rstd.dtype) * rstd[:, None]).mul_(weight).to(x.dtype)
+
+
+def _torch_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, *, with_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dy = dy.to(rstd.dtype)
-    n, g = total.to(rstd.dtype) * rstd[:, None], dy * weight.to(rstd.dtype)
-    dx = rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
+    dy, wide = dy.to(rstd.dtype), total.to(rstd.dtype)
+    dweight = (dy * wide).mul_(rstd[:, None]).sum(0).to(weight.dtype) if with_dweight else None
+    g = dy * weight
+    shared = torch.linalg.vecdot(g, wide).mul_(rstd**3).div_(total.shape[1])
+    dx = g.mul_(rstd[:, None]).addcmul_(wide, shared[:, None], value=-1)
     if dtotal is not None:
         dx += dtotal
-    dx = dx.to(total.dtype).contiguous()
-    return dx, (dy * n).sum(0).to(weight.dtype) if with_dweight else None
+    return dx.to(total.dtype), dweight
 
 
 @torch.library.custom_op("vapr::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not launch.runs_triton(x):
-        return _naive_fwd(x, weight, eps)
+        return _torch_fwd(x, weight, eps)
     y, _, rstd = rms_norm_fwd(x, None, weight, eps)
     return y, rstd
 
@@ -177,8 +187,8 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if launch.runs_triton(x):
         return rms_norm_fwd(x, residual, weight, eps)
-    total = (x + residual).contiguous()
-    y, rstd = _naive_fwd(total, weight, eps)
+    total = x + residual
+    y, rstd = _torch_fwd(total, weight, eps)
     return y, total, rstd
 
 
@@ -192,7 +202,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 def _rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, with_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    bwd = rms_norm_bwd if launch.runs_triton(total) else _naive_bwd
+    bwd = rms_norm_bwd if launch.runs_triton(total) else _torch_bwd
     dx, dweight = bwd(dy, dtotal, total, weight, rstd, with_dweight=with_dweight)
     return dx, weight.new_empty(0) if dweight is None else dweight
 
@@ -202,6 +212,42 @@ def _(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, with_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     return total.new_empty(total.shape), weight.new_empty(weight.shape if with_dweight else 0)
+
+
+@torch.library.custom_op("vapr::rms_normed", mutates_args=())
+def _normed(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (
+        rms_norm_fwd(total, None, weight, eps)[0] if launch.runs_triton(total) else _torch_normed(total, rstd, weight)
+    )
+
+
+@_normed.register_fake
+def _(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return total.new_empty(total.shape)
+
+
+# For functions that are differentiated by hand.
+
+
+def norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised rows (T, D), the sum with the residual (``x`` without one), and its rstd (T,)."""
+    if residual is not None:
+        return _add_rms_norm(x, residual, weight, eps)
+    y, rstd = _rms_norm(x, weight, eps)
+    return y, x, rstd
+
+
+def normed_again(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the normalised rows (T, D) once more, the same to the bit."""
+    return _normed(total, rstd, weight, eps)
+
+
+def norm_bwd(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, *, with_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient that x and residual share, (T, D), and that of the weight, (D,), where it is wanted."""
+    dx, dweight = _rms_norm_bwd(dy, dtotal, total, weight, rstd, with_dweight)
+    return dx, dweight if with_dweight else None
 
 
 def _setup_context(ctx, inputs, output) -> None:

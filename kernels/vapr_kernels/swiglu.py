@@ -12,10 +12,13 @@ one rounding.
 T = packed tokens, I = intermediate size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from vapr_kernels import launch, naive
+from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.launch import rounded, tl, triton
 
@@ -56,12 +59,14 @@ def _swiglu_bwd_kernel(
     dout_ptr,  # (T, I), rows dout_stride apart
     gate_ptr,  # (T, I), rows gate_stride apart
     up_ptr,  # (T, I), rows up_stride apart
-    dgate_ptr,  # (T, I)
-    dup_ptr,  # (T, I)
+    dgate_ptr,  # (T, I), rows dstride apart
+    dup_ptr,  # (T, I), rows dstride apart
+    out_ptr,  # (T, I) or None
     I,  # noqa: E741
     dout_stride,
     gate_stride,
     up_stride,
+    dstride,
     BLOCK_I: tl.constexpr,
 ):
     row, cols = _place(I, BLOCK_I)
@@ -72,8 +77,10 @@ def _swiglu_bwd_kernel(
     s = tl.sigmoid(gate)
     dgate = dout * up * (s * (1 + gate * (1 - s)))
     dup = dout * (gate * s)
-    tl.store(dgate_ptr + row * I + cols, rounded(dgate, dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dup_ptr + row * I + cols, rounded(dup, dup_ptr.dtype.element_ty), mask=inside)
+    tl.store(dgate_ptr + row * dstride + cols, rounded(dgate, dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + row * dstride + cols, rounded(dup, dup_ptr.dtype.element_ty), mask=inside)
+    if out_ptr is not None:
+        tl.store(out_ptr + row * I + cols, rounded(gate * s * up, out_ptr.dtype.element_ty), mask=inside)
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
@@ -86,30 +93,36 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; return dgate and dup, shape (T, I) each."""
+def swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out: Tensor | None = None) -> None:
+    """Launch the backward kernel: write dgate and dup, (T, I) and strided alike, and the output again, (T, I)."""
     dout, gate, up = (launch.unit_stride(x) for x in (dout, gate, up))
     num_rows, width = gate.shape
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grid = (num_rows * triton.cdiv(width, BLOCK_I),)
-    strides = (dout.stride(0), gate.stride(0), up.stride(0))
-    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, width, *strides, BLOCK_I=BLOCK_I, num_warps=NUM_WARPS)
-    return dgate, dup
+    strides = (dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0))
+    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, out, width, *strides, BLOCK_I=BLOCK_I, num_warps=NUM_WARPS)
 
 
-def _naive_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, accumulate = gate.dtype, torch.promote_types(gate.dtype, torch.float32)
+def _torch_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out: Tensor | None = None) -> None:
+    """Do what the kernel does, on a CPU in as few passes as PyTorch's operations allow."""
+    accumulate = torch.promote_types(gate.dtype, torch.float32)
     dout, gate, up = (x.to(accumulate) for x in (dout, gate, up))
-    s = gate.sigmoid()
-    dgate, dup = dout * up * (s * (1 + gate * (1 - s))), dout * (gate * s)
-    return dgate.to(dtype).contiguous(), dup.to(dtype).contiguous()
+    act = F.silu(gate)
+    if gate.dtype == dgate.dtype:
+        torch.mul(dout, act, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
+    else:
+        dup.copy_(dout * act)
+        dgate.copy_(torch.ops.aten.silu_backward(dout * up, gate))
+    if out is not None:
+        out.copy_(act.mul_(up))
 
 
 @torch.library.custom_op("vapr::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if launch.runs_triton(gate):
         return swiglu_fwd(gate, up)
-    return naive.swiglu(gate, up).contiguous()
+    accumulate = torch.promote_types(gate.dtype, torch.float32)
+    return F.silu(gate.to(accumulate)).mul_(up).to(gate.dtype)
 
 
 @_swiglu.register_fake
@@ -119,12 +132,47 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("vapr::swiglu_bwd", mutates_args=())
 def _swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return swiglu_bwd(dout, gate, up) if launch.runs_triton(gate) else _naive_bwd(dout, gate, up)
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _bwd(gate)(dout, gate, up, dgate, dup)
+    return dgate, dup
 
 
 @_swiglu_bwd.register_fake
 def _(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@torch.library.custom_op("vapr::swiglu_bwd_joint", mutates_args=())
+def _swiglu_bwd_joint(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    width = gate.shape[1]
+    both, out = gate.new_empty(len(gate), num_columns), gate.new_empty(gate.shape)
+    _bwd(gate)(dout, gate, up, both[:, :width], both[:, width : 2 * width], out)
+    return both, out
+
+
+@_swiglu_bwd_joint.register_fake
+def _(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(len(gate), num_columns), gate.new_empty(gate.shape)
+
+
+def _bwd(gate: Tensor) -> Callable[..., None]:
+    return swiglu_bwd if launch.runs_triton(gate) else _torch_bwd
+
+
+# For functions that are differentiated by hand.
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up``, (T, I)."""
+    return _swiglu(gate, up)
+
+
+def gated_bwd(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up beside one another, and the output again, (T, I).
+
+    The gradients are the first columns of (T, num_columns); the others are the caller's to write.
+    """
+    return _swiglu_bwd_joint(dout, gate, up, num_columns)
 
 
 def _setup_context(ctx, inputs, output) -> None:

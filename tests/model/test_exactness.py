@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 
 from tests import oracles
-from vapr.batches.packing import fill_packs, pack
+from vapr.batches.packing import fill_packs, last_queries, pack
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.data.pair import PreferencePair
@@ -263,7 +263,9 @@ def test_the_two_classic_bugs_would_show(tiny, full_oracle):
     for start in starts.tolist():  # the second child of a branch goes on counting after the first
         not_restarted[:, start:] += 5
     for broken in (
-        dataclasses.replace(batch, attention=sees_chosen),
+        dataclasses.replace(
+            batch, attention=sees_chosen, last_queries=last_queries(batch.predicting.numpy(), sees_chosen.lengths_q)
+        ),
         dataclasses.replace(batch, position_ids=not_restarted),
     ):
         logps = completion_logps(per_completion(token_logps(policy, broken), broken), broken)

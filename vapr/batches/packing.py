@@ -53,6 +53,24 @@ class SegmentAttention:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LastQueries:
+    """The queries of the last layer: of each attention sequence the end, from its first token that predicts something.
+
+    What stands before them is attended to, and nobody asks for what it would attend to itself.
+    """
+
+    tokens: Tensor  # (Q,) into T
+    cu_seqlens: Tensor  # (S + 1,) int32; bounds of each sequence's queries
+    lengths: tuple[int, ...]  # the same on the host
+    predicting: Tensor  # (predicting tokens,) into Q
+
+    def to(self, device: torch.device | str) -> "LastQueries":
+        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.cu_seqlens, self.predicting))
+        tokens, cu_seqlens, predicting = moved
+        return LastQueries(tokens, cu_seqlens, self.lengths, predicting)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
     """P pairs laid end to end as a forest of segments, without padding; shared tokens appear once."""
 
@@ -68,9 +86,10 @@ class PackedBatch:
 
     # One packed token can be followed by several next tokens (where a pair branches), so one label per packed token
     # cannot say what to predict. Predictions are listed instead.
-    predict_from: RowIndex  # (L,) into T: the hidden state that predicts each label
-    labels: Tensor  # (L,)
     predicting: Tensor  # (predicting tokens,) into T, ascending: those that predict something
+    predict_from: RowIndex  # (L,) into predicting: the token whose hidden state predicts each label
+    labels: Tensor  # (L,)
+    last_queries: LastQueries
 
     # A prediction shared by several completions is made once and counted in each of their sums.
     sum_prediction: RowIndex  # (M,) into L
@@ -121,7 +140,7 @@ class PackedBatch:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
-            elif isinstance(value, RowIndex | SegmentAttention):
+            elif isinstance(value, RowIndex | SegmentAttention | LastQueries):
                 moved[name] = value.to(device)
         return dataclasses.replace(self, **moved)
 
@@ -321,14 +340,17 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
         position_ids[:, where] = token_path.position_ids
 
     first_path = np.cumsum([0, *(len(pair.paths) for pair in pairs)])[:-1]
+    attention = _attention(starts, parents)
+    predictions = _predictions(paths, packed_index, input_ids)
     return PackedBatch(
         pairs=tuple(pairs),
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=_cumulative(lengths),
         parents=torch.tensor(parents, dtype=torch.int32),
-        attention=_attention(starts, parents),
-        **_predictions(paths, packed_index, input_ids),
+        attention=attention,
+        **predictions,
+        last_queries=last_queries(predictions["predicting"].numpy(), attention.lengths_q),
         chosen=torch.from_numpy(first_path),
         rejected=torch.from_numpy(first_path + 1),
         pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
@@ -365,16 +387,37 @@ def _predictions(paths: list[TokenPath], packed_index: list[np.ndarray], input_i
     # A packed token has one parent, so it identifies the prediction of itself.
     targets, first, inverse = np.unique(np.concatenate(predicted), return_index=True, return_inverse=True)
     lengths = torch.tensor([len(tokens) for tokens in predicted])
-    predict_from = torch.from_numpy(np.concatenate(previous)[first])
+    predicting, row = np.unique(np.concatenate(previous)[first], return_inverse=True)
     return {
-        "predict_from": RowIndex.build(predict_from, len(input_ids)),
-        "predicting": predict_from.unique(),
+        "predicting": torch.from_numpy(predicting),
+        "predict_from": RowIndex.build(torch.from_numpy(row), len(predicting)),
         "labels": torch.from_numpy(input_ids[targets]),
         "sum_prediction": RowIndex.build(torch.from_numpy(inverse), len(targets)),
         "sum_completion": torch.arange(len(paths)).repeat_interleave(lengths),
         "token_weights": torch.from_numpy(np.concatenate([path.token_weights for path in paths])),
         "completion_ends": lengths.cumsum(0),
     }
+
+
+def last_queries(predicting: np.ndarray, lengths: Sequence[int]) -> LastQueries:
+    """Find the end of every attention sequence that holds its predictions; at least its last token.
+
+    Args:
+        predicting: tokens that predict something, ascending.
+        lengths: of the sequences, end to end.
+    """
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    first = np.searchsorted(predicting, begins)  # the first prediction from each beginning on
+    starts = np.minimum(np.append(predicting, ends[-1])[first], ends - 1)
+    tokens = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+    counts = (ends - starts).tolist()
+    return LastQueries(
+        tokens=torch.from_numpy(tokens),
+        cu_seqlens=_cumulative(counts),
+        lengths=tuple(counts),
+        predicting=torch.from_numpy(np.searchsorted(tokens, predicting)),
+    )
 
 
 def _image_layout(paths: list[TokenPath], packed_index: list[np.ndarray], num_tokens: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from vapr.batches.packing import SegmentAttention
+from vapr.batches.packing import LastQueries, SegmentAttention
 from vapr.errors import UserError
 from vapr_kernels import gather_keys_values, gather_rows
 from vapr_kernels.rotary import rotary as rotate
@@ -59,22 +59,27 @@ def _varlen_options() -> frozenset[str]:
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
-    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None, only: LastQueries | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over a forest of segments.
 
     Args:
-        q: queries, shape (T, H, E). k, v: keys and values, shape (T, G, E), with H a multiple of G.
+        q: queries, shape (T, H, E), or (Q, H, E) for ``only`` some. k, v: keys and values, shape (T, G, E), with H a
+            multiple of G.
         segments: the forest's sequences and gathered keys.
         scale: factor of the scores.
         backend: ``flash-attn``, ``varlen`` or ``sdpa``.
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
+        only: which queries there are; None: all.
 
     Returns:
-        Shape (T, H, E), what each token would get within its own path.
+        The shape of ``q``: what each token would get within its own path.
     """
+    lengths_q, cu_seqlens_q = segments.lengths_q, segments.cu_seqlens_q
+    if only is not None:
+        lengths_q, cu_seqlens_q = only.lengths, only.cu_seqlens
     if rotary is not None:
-        q = rotate(q, *rotary)
+        q = rotate(q, *(rotary if only is None else (table.index_select(0, only.tokens) for table in rotary)))
         k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
     else:
         k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
@@ -82,8 +87,8 @@ def segment_attention(
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _sdpa(q, k, v, segments.lengths_q, segments.lengths_k, scale=scale)
-    bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.lengths_q), max(segments.lengths_k))
+        return _sdpa(q, k, v, lengths_q, segments.lengths_k, scale=scale)
+    bounds = (cu_seqlens_q, segments.cu_seqlens_k, max(lengths_q), max(segments.lengths_k))
     return _varlen(q, k, v, bounds, scale=scale, causal=True, backend=backend)
 
 

@@ -28,6 +28,7 @@ size of a linear layer.
 import functools
 import types
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,9 +39,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vapr.batches.packing import LastQueries, PackedBatch
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
+from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
+from vapr_kernels.gated_mlp import gated_mlp
+from vapr_kernels.normed_linears import normed_linears
 from vapr_kernels.rotary import rotary as rotate
 
 Forward = Callable[..., Any]
@@ -60,13 +65,16 @@ def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def patch(base: Any, family: str, backend: str, *, kernels: bool) -> tuple[frozenset[int], tuple[str, ...]]:
+def patch(
+    base: Any, family: str, backend: str, *, kernels: bool, joint: bool = True
+) -> tuple[frozenset[int], tuple[str, ...]]:
     """Change the modules of a model as the table above says.
 
     Args:
         base: a model of one of the families, on the device where it will run, its adapters included.
         backend: of attention, see :func:`vapr.model.attention.choose_backend`.
         kernels: whether norms, gated MLPs, rotations and additions run fused.
+        joint: whether layers that read the same rows are joined, and differentiated by hand.
 
     Returns:
         The numbers of the decoder layers that compute what :func:`decoder_layer` does, and the classes of which some
@@ -94,11 +102,30 @@ def patch(base: Any, family: str, backend: str, *, kernels: bool) -> tuple[froze
         left += _replace_where_same(mlps, fused_mlp, _try_mlp)
     positions = torch.arange(ROWS, device=decoder.norm.weight.device).expand(3, -1)
     tables = rotary_tables(decoder, family, positions)
-    written_out = functools.partial(decoder_layer, kernels=kernels)
     try_layer = functools.partial(_try_layer, tables=tables)
+    written_out = functools.partial(_written_out, kernels=kernels)
+    for layer in decoder.layers:
+        layer.joint = None
     same, different = same_with(written_out, decoder.layers, try_layer, transformers_layer)
+    if joint:
+        _join(decoder.layers, same, written_out, try_layer)
     numbers = frozenset(number for number, layer in enumerate(decoder.layers) if layer in same)
     return numbers, tuple(dict.fromkeys([*left, *different]))
+
+
+def _join(
+    layers: Iterable[Any], written_out: Iterable[Any], run: Forward, attempt: Callable[..., list[Tensor]]
+) -> None:
+    """Join what reads the same rows in the layers that are written out, where that computes the same."""
+    *others, last = layers
+    for number, alike in enumerate((others, [last])):
+        candidates = [layer for layer in alike if layer in written_out]
+        for layer in candidates:
+            layer.joint = JointDecoderLayer.of(layer, is_last=number == 1)
+        candidates = [layer for layer in candidates if layer.joint is not None]
+        same, _ = same_with(run, candidates, attempt, transformers_layer)
+        for layer in candidates:
+            layer.joint = layer.joint if layer in same else None
 
 
 # The decoder of Llama and Qwen2.
@@ -112,8 +139,8 @@ def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tens
 
 
 def run_decoder(
-    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, predicting: Tensor, *,
-    written_out: frozenset[int], kernels: bool,
+    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, batch: PackedBatch, *,
+    written_out: frozenset[int], kernels: bool, checkpointing: str = "none",
 ) -> Tensor:  # fmt: skip
     """Run the layers and the last norm of a language model over packed tokens.
 
@@ -122,67 +149,143 @@ def run_decoder(
         x: embeddings, shape (T, D).
         tables: what :func:`rotary_tables` returns for the tokens' positions.
         attend: ``segment_attention`` over the batch's forest.
-        predicting: the tokens whose hidden states are wanted, int64, one-dimensional.
+        batch: which tokens predict something.
         written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
         kernels: as :func:`patch` was given.
+        checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
+            are not written out have no parts: they are computed again as a whole, at any level but none.
 
     Returns:
-        Hidden states, shape (T, D), in the rows ``predicting``; the others may be zero.
+        Hidden states of ``batch.predicting``, (predicting tokens, D).
     """
-    num_tokens, last = len(x), len(decoder.layers) - 1
+    last = len(decoder.layers) - 1
+    level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
+    stream = Stream(x)
     for number, layer in enumerate(decoder.layers):
         if number not in written_out:
-            x = transformers_layer(layer, x, tables, attend)
+            stream = Stream(_run(transformers_layer, layer, stream.total(), tables, attend, again=level != "none"))
             continue
-        rows = predicting if number == last else None
-        run = functools.partial(decoder_layer, layer, tables=tables, attend=attend, kernels=kernels, rows=rows)
-        recomputed = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
-        x = checkpoint(run, x, use_reentrant=False) if recomputed else run(x)
-    x = decoder.norm(x)
-    return _spread(x, predicting, num_tokens) if last in written_out else x
+        only = batch.last_queries if number == last else None
+        run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
+        stream = _run(run, layer, stream, tables, attend, again=level == "full")
+    if last not in written_out:
+        return decoder.norm(stream.total().index_select(0, batch.predicting))
+    if kernels and stream.update is not None:
+        return decoder.norm(stream.update, residual=stream.x)[0]
+    return decoder.norm(stream.total())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """The residual stream between layers, (T, D): its value, and what is to be added to it.
+
+    The next norm adds both in its own pass.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the sum."""
+        return self.x if self.update is None else self.x + self.update
 
 
 def decoder_layer(
-    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *,
-    kernels: bool, rows: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D), or (rows, D) if only some ``rows`` (int64) are wanted.
+    layer: Any, stream: Stream, tables: tuple[Tensor, Tensor], attend: Attend, *,
+    kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
+) -> Stream:  # fmt: skip
+    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D); of the last layer the tokens that predict something.
 
     Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
     no query, no output projection and no MLP.
+
+    At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
+    products.
     """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(x)
-    q = attention.q_proj(normed if rows is None else normed.index_select(0, rows))
-    k, v = attention.k_proj(normed), attention.v_proj(normed)
-    if rows is not None:
-        q = _spread(q, rows, len(x))
+    joint = layer.joint is not None
+    attend_part, mlp_part = (joint_attention, joint_mlp) if joint else (plain_attention, plain_mlp)
+    again = checkpointing == "attention"
+    attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
+    update = layer.self_attn.o_proj(attended)
+    if only is not None:
+        x = x.index_select(0, only.tokens.index_select(0, only.predicting))
+    return Stream(*mlp_part(layer, update, x, kernels, again=checkpointing == "mlp"))
+
+
+def joint_attention(
+    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    only: LastQueries | None, kernels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add, norm and project in one function, and attend: (T, D) -> (T, H E), and the sum.
+
+    The output projection is not in it: it keeps what attention returns, and would be computed again for nothing.
+    """
+    attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
+    first, residual = (x, None) if update is None else (update, x)
+    run = functools.partial(normed_linears, weight=norm.weight, eps=norm.variance_epsilon)
+    if only is None:
+        total, (q, k, v) = run(first, residual, linears=joint.qkv.now(), adapted=joint.qkv.adapted)
+    else:
+        total, (k, v) = run(first, residual, linears=joint.kv.now(), adapted=joint.kv.adapted)
+        _, (q,) = run(total.index_select(0, only.tokens), None, linears=joint.q.now(), adapted=joint.q.adapted)
     q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
+    attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
+    return attended if only is None else attended.index_select(0, only.predicting), total
+
+
+def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+    """Add, norm and run the gated MLP in one function: the sum, and what the MLP adds to it, (T, D) each."""
+    norm, joint = layer.post_attention_layernorm, layer.joint
+    out, total = gated_mlp(
+        update, x, norm.weight, norm.variance_epsilon, joint.gate_up.now(), joint.down.now(),
+        adapted=joint.gate_up.adapted, recompute=again,
+    )  # fmt: skip
+    return total, out
+
+
+def plain_attention(
+    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    only: LastQueries | None, kernels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what :func:`joint_attention` does, module by module."""
+    attention = layer.self_attn
+    x = x if update is None else x + update
+    normed = layer.input_layernorm(x)
+    q = attention.q_proj(normed if only is None else normed.index_select(0, only.tokens))
+    k, v = attention.k_proj(normed), attention.v_proj(normed)
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
     if kernels:
-        attended = attend(q, k, v, scale=attention.scaling, rotary=tables).flatten(1)
+        attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
     else:
-        q, k = apply_rotary_pos_emb(q, k, *tables)
-        attended = attend(q, k, v, scale=attention.scaling).flatten(1)
-    if rows is not None:
-        attended, x = attended.index_select(0, rows), x.index_select(0, rows)
-    update = attention.o_proj(attended)
-    if kernels:
-        normed, x = layer.post_attention_layernorm(update, residual=x)
-    else:
-        x = x + update
-        normed = layer.post_attention_layernorm(x)
-    return x + layer.mlp(normed)
+        of_queries = tables if only is None else tuple(table.index_select(0, only.tokens) for table in tables)
+        q, k = apply_rotary_pos_emb(q, q, *of_queries)[0], apply_rotary_pos_emb(k, k, *tables)[0]
+        attended = attend(q, k, v, scale=attention.scaling, only=only).flatten(1)
+    return attended if only is None else attended.index_select(0, only.predicting), x
+
+
+def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+    """Do what :func:`joint_mlp` does, module by module."""
+
+    def run(update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if kernels:
+            normed, x = layer.post_attention_layernorm(update, residual=x)
+        else:
+            x = x + update
+            normed = layer.post_attention_layernorm(x)
+        return x, layer.mlp(normed)
+
+    return checkpoint(run, update, x, use_reentrant=False) if again else run(update, x)
+
+
+def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
+    """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
+    return checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
 
 
 def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
     """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D)."""
     cos, sin = tables
     return layer(x[None], attention_mask=None, position_embeddings=(cos[None], sin[None]), attend=attend)[0]
-
-
-def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Put the rows of ``x`` at ``rows`` among zeros, (num_rows, ...)."""
-    return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
 
 
 # What forwards are replaced by.
@@ -371,11 +474,21 @@ def _try_tower_attention(attention: Any, forward: Forward) -> list[Tensor]:
     return [forward(attention, x, cu_seqlens=cu_seqlens, position_embeddings=tables, max_seqlen=len(x) - 5)]
 
 
+def _written_out(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *, kernels: bool) -> Tensor:
+    only = None
+    if layer.joint is not None and layer.joint.qkv is None:  # the last one, which runs on some rows
+        every = torch.arange(len(x), device=x.device)
+        only = LastQueries(every, every, (len(x),), every)
+    return decoder_layer(layer, Stream(x), tables, attend, only=only, kernels=kernels).total()
+
+
 def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Return queries, keys and values as attention gets them, and what the layer makes of what attention returns."""
     seen: list[Tensor] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, rotary: tuple[Tensor, Tensor] | None = None, only: None = None
+    ) -> Tensor:
         if rotary is not None:
             q, k = (rotate(x, *rotary) for x in (q, k))
         seen.extend((q * scale, k, v))

@@ -159,7 +159,7 @@ def load_policy(
     base, family = modules.base, modules.family
     nn.Module.to(base, device)
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
-    written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run)
+    written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run, joint=kernels == "auto")
     if config.gradient_checkpointing:
         newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
         (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -245,7 +245,7 @@ def _add_lora(base: transformers.PreTrainedModel, config: PolicyConfig, trained:
 def hidden_states(
     policy: Policy, batch: PackedBatch, features: Tensor | None = None, spare: Sequence[ProcessedImage] = ()
 ) -> Tensor:
-    """Return the last hidden states, after the final norm, of every packed token that predicts something.
+    """Return the last hidden states, after the final norm, of the packed tokens that predict something.
 
     Args:
         batch: on the policy's device.
@@ -253,7 +253,7 @@ def hidden_states(
         spare: images that run through the tower with weight 0, where other processes have some in this pass.
 
     Returns:
-        Shape (T, D), in the policy's dtype. Rows of other tokens hold nothing of use: the last layer skips them.
+        Shape (predicting tokens, D), in the policy's dtype, in the order of ``batch.predicting``.
     """
     model = policy.base.model
     embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
@@ -267,7 +267,7 @@ def hidden_states(
         embeds,
         patches.rotary_tables(model.language_model, policy.family, batch.position_ids),
         functools.partial(segment_attention, segments=batch.attention, backend=policy.attention_backend),
-        batch.predicting,
+        batch,
         written_out=policy.written_out,
         kernels=policy.kernels,
     )

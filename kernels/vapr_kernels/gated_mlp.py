@@ -1,0 +1,85 @@
+"""gated_mlp: a residual added, an RMSNorm, and a gated MLP with its adapters, in one function.
+
+    total = x + residual
+    n     = rms_norm(total)
+    out   = down(silu(gate(n)) * up(n))
+
+Kept for the backward pass are total, one number a row, and the outputs of gate and up; n and the input of ``down``, as
+wide as both, are computed again in passes over the memory. With ``recompute`` gate and up are computed again, too: two
+thirds of the MLP's products.
+
+T = packed tokens, D = hidden, I = intermediate size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vapr_kernels.adapted_linears import Linears, gradients, input_gradient, project
+from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
+from vapr_kernels.swiglu import gated, gated_bwd
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate_up: Linears, down: Linears,
+        adapted: bool, recompute: bool, *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        normed, total, rstd = norm_fwd(x, residual, weight, eps)
+        both = project(normed, gate_up, adapted=adapted)
+        gate, up = gate_up.outputs
+        y = project(gated(both[:, gate], both[:, up]), down, adapted=adapted)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        ctx.gate_up, ctx.down, ctx.adapted = gate_up, down, adapted
+        inner = y[:, down.num_outputs :].clone()  # not a view, which would keep all of y
+        ctx.save_for_backward(total, rstd, weight, inner, None if recompute else both)
+        return y[:, : down.num_outputs], total
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Any, ...]:
+        total, rstd, weight, inner, both = ctx.saved_tensors
+        gate_up, down, adapted = ctx.gate_up, ctx.down, ctx.adapted
+        needs_x, needs_residual, needs_weight, *_ = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[8:]
+        if dout is None:
+            return (dtotal if needs_x else None, dtotal if needs_residual else None, *[None] * (6 + len(needed)))
+        normed = normed_again(total, rstd, weight, ctx.eps)
+        both = project(normed, gate_up, adapted=adapted) if both is None else both
+        dy = dout.new_empty(len(dout), down.num_columns)
+        dy[:, : down.num_outputs] = dout
+        dgated = input_gradient(dy, down, adapted=adapted, with_dx=True)
+        assert dgated is not None
+        gate, up = gate_up.outputs
+        dboth, act = gated_bwd(dgated, both[:, gate], both[:, up], gate_up.num_columns)
+        split = len(gate_up.parameters)
+        of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
+        del dgated, act, dy
+        dnormed = input_gradient(dboth, gate_up, adapted=adapted, with_dx=needs_x or needs_residual or needs_weight)
+        of_gate_up = gradients(dboth, normed, both[:, gate_up.num_outputs :], gate_up, needed[:split], adapted=adapted)
+        dx, dweight = dtotal, None
+        if dnormed is not None:
+            dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
+        return (dx if needs_x else None, dx if needs_residual else None, dweight, *[None] * 5, *of_gate_up, *of_down)
+
+
+def gated_mlp(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate_up: Linears, down: Linears, *, adapted: bool = True,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add a residual, norm, and run a gated MLP.
+
+    Args:
+        x, residual: shape (T, D), any float dtype.
+        weight: of the norm, shape (D,). eps: added to the mean square.
+        gate_up: two layers (I, D), gate first. down: one layer (D, I).
+        adapted: whether adapters run.
+        recompute: keep neither gate nor up; the backward pass computes them again.
+
+    Returns:
+        The MLP's output and ``x + residual``, (T, D) each, differentiable in all that was given.
+    """
+    parameters = (*gate_up.parameters, *down.parameters)
+    return _GatedMlp.apply(x, residual, weight, eps, gate_up, down, adapted, recompute, *parameters)
