@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vapr_kernels.losses import Completions, PairLogps, Term, preference_losses
 
 if TYPE_CHECKING:
+    from vapr_kernels.adapted_linears import Linears
     from vapr_kernels.gather_rows import RowIndex
 
 
@@ -95,6 +96,39 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """Return the norm of ``x + residual``, and that sum, shape (T, D) each."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def linears(x: Tensor, layers: "Linears", *, adapted: bool = True) -> list[Tensor]:
+    """Run linear layers with their adapters on x (T, D), one by one as peft does; (T, O_i) each."""
+    outs = []
+    for weight, bias, a, b, scale in zip(
+        layers.weights, layers.biases, layers.downs, layers.ups, layers.scales, strict=True
+    ):
+        assert weight is not None
+        if adapted and a is not None and b is not None:
+            outs.append(lora_linear(x, weight, bias, a, b, scale))
+        else:
+            outs.append(F.linear(x, weight, bias))
+    return outs
+
+
+def normed_linears(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, layers: "Linears", *, adapted: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the sum with the residual, and linear layers of its norm."""
+    total = x if residual is None else x + residual
+    return total, tuple(linears(rms_norm(total, weight, eps), layers, adapted=adapted))
+
+
+def gated_mlp(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate_up: "Linears", down: "Linears", *,
+    adapted: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``down(silu(gate(n)) * up(n))`` of the norm of a sum, and the sum."""
+    total = x + residual
+    gate, up = linears(rms_norm(total, weight, eps), gate_up, adapted=adapted)
+    (out,) = linears(swiglu(gate, up), down, adapted=adapted)
+    return out, total
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

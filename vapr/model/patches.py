@@ -43,9 +43,7 @@ from vapr.batches.packing import LastQueries, PackedBatch
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
-from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
-from vapr_kernels.gated_mlp import gated_mlp
-from vapr_kernels.normed_linears import normed_linears
+from vapr_kernels import add_rms_norm, gated_mlp, launch, lora_linear, normed_linears, rms_norm, swiglu
 from vapr_kernels.rotary import rotary as rotate
 
 Forward = Callable[..., Any]

@@ -1,0 +1,147 @@
+"""Norms, linear layers and adapters in one function: against the naive twins in fp64, and what they keep."""
+
+import itertools
+
+import pytest
+import torch
+
+from vapr_kernels import gated_mlp, naive, normed_linears
+from vapr_kernels.adapted_linears import Linears, Piece
+
+EPS = 1e-5
+
+
+def linears(inputs: int, widths, ranks, *, joint: bool, bias: bool = False, trained: bool = False, dtype=torch.float64):
+    """Layers of random weights, in one joint matrix or apart; a rank of 0 is a layer without an adapter."""
+
+    def new(*size):
+        return (torch.randn(*size, dtype=torch.float64) / size[-1] ** 0.5).to(dtype)
+
+    weights = [new(width, inputs).requires_grad_(trained) for width in widths]
+    biases = [new(width).requires_grad_(trained) if bias else None for width in widths]
+    downs = [new(rank, inputs).requires_grad_() if rank else None for rank in ranks]
+    ups = [new(width, rank).requires_grad_() if rank else None for width, rank in zip(widths, ranks, strict=True)]
+    parts = [*weights, *(down for down in downs if down is not None)]
+    ends = list(itertools.accumulate(map(len, parts)))
+    beside = [*biases, *(None for down in downs if down is not None)]
+    pieces = tuple(
+        Piece(lambda part=part: part.detach(), None if own is None else own.detach(), slice(end - len(part), end))
+        for part, own, end in zip(parts, beside, ends, strict=True)
+    )
+    if joint:
+        matrix = torch.cat([part.detach() for part in parts])
+        row = torch.cat([torch.zeros(len(part), dtype=dtype) if own is None else own.detach() for part, own in zip(parts, beside, strict=True)])  # fmt: skip
+        pieces = (Piece(lambda: matrix, row if bias else None, slice(0, ends[-1])),)
+    scales = tuple(0.5 + number for number in range(len(widths)))
+    return Linears(pieces, tuple(weights), tuple(biases), tuple(downs), tuple(ups), scales, tuple(widths))
+
+
+def rows(num: int, width: int, dtype=torch.float64):
+    return torch.randn(num, width, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def compare(outs, expected, inputs, **tolerance):
+    """Outputs, and the gradients of a random sum of them in all that is trained."""
+    dout = [torch.randn_like(out) for out in outs]
+    learn = [x for x in inputs if x is not None and x.requires_grad]
+    got = torch.autograd.grad(sum((o * d).sum() for o, d in zip(outs, dout, strict=True)), learn, allow_unused=True)
+    truth = torch.autograd.grad(
+        sum((o * d).sum() for o, d in zip(expected, dout, strict=True)), learn, allow_unused=True
+    )
+    assert learn
+    for mine, right in zip((*outs, *got), (*expected, *truth), strict=True):
+        assert (mine is None) == (right is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, right, **tolerance)
+
+
+CASES = pytest.mark.parametrize(
+    ("ranks", "bias", "trained"),
+    [((3, 3, 3), True, False), ((3, 0, 5), False, False), ((0, 0, 0), True, True)],
+    ids=["adapters", "some adapters", "trained itself"],
+)
+
+
+@CASES
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "first"])
+def test_normed_linears(ranks, bias, trained, joint, with_residual):
+    torch.manual_seed(0)
+    x, weight = rows(7, 6), torch.randn(6, dtype=torch.float64).requires_grad_(trained)
+    residual = rows(7, 6) if with_residual else None
+    layers = linears(6, (5, 4, 4), ranks, joint=joint, bias=bias, trained=trained)
+    total, outs = normed_linears(x, residual, weight, EPS, layers)
+    right_total, right = naive.normed_linears(x, residual, weight, EPS, layers)
+    compare((*outs, total), (*right, right_total), (x, residual, weight, *layers.parameters))
+
+
+@CASES
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+def test_gated_mlp(ranks, bias, trained, joint, recompute):
+    torch.manual_seed(0)
+    x, residual, weight = rows(7, 6), rows(7, 6), torch.randn(6, dtype=torch.float64).requires_grad_(trained)
+    gate_up = linears(6, (9, 9), ranks[:2], joint=joint, bias=bias, trained=trained)
+    down = linears(9, (6,), ranks[2:], joint=joint, trained=trained)
+    got = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
+    right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
+    compare(got, right, (x, residual, weight, *gate_up.parameters, *down.parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_kernels_and_in_half_precision(device, dtype):
+    """To a few roundings of the dtype; kernels run where the fixture lets them."""
+    torch.manual_seed(0)
+    to = lambda t: t.detach().to(device).requires_grad_(t.requires_grad)
+    x, residual = (to(rows(9, 16, dtype)) for _ in range(2))
+    weight = torch.randn(16).to(device, dtype)
+    gate_up, down = (
+        linears(16, (24, 24), (4, 4), joint=True, dtype=dtype),
+        linears(24, (16,), (4,), joint=True, dtype=dtype),
+    )
+    got = gated_mlp(x, residual, weight, EPS, gate_up, down)
+    right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
+    tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.25}
+    compare(got, right, (x, residual, *gate_up.parameters, *down.parameters), **tolerance)
+
+
+def test_adapters_that_are_off_change_no_bit_and_learn_nothing():
+    torch.manual_seed(0)
+    x, weight = rows(7, 6, torch.float32), torch.randn(6)
+    layers = linears(6, (5, 4), (3, 2), joint=True, dtype=torch.float32)
+    for up in layers.ups:
+        up.data.zero_()
+    _, on = normed_linears(x, None, weight, EPS, layers)
+    _, off = normed_linears(x, None, weight, EPS, layers, adapted=False)
+    assert all(torch.equal(a, b) for a, b in zip(on, off, strict=True))
+    grads = torch.autograd.grad(sum(out.sum() for out in off), [x, *layers.downs, *layers.ups], allow_unused=True)
+    assert grads[0].abs().sum() > 0 and grads[1:] == (None,) * 4
+
+
+def saved_bytes(run) -> int:
+    """Bytes of all memory that is kept for a backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def test_what_is_kept():
+    """Of T = 64 rows: the sum (D), one number a row, gate and up (2 I), and the rank of each adapter; nothing else."""
+    T, D, I, R = 64, 32, 128, 2  # noqa: E741
+    torch.manual_seed(0)
+    x, residual, weight = rows(T, D, torch.float32), rows(T, D, torch.float32), torch.randn(D)
+    gate_up = linears(D, (I, I), (R, R), joint=True, dtype=torch.float32)
+    down = linears(I, (D,), (R,), joint=True, dtype=torch.float32)
+    keep = lambda recompute: saved_bytes(
+        lambda: gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
+    )
+    assert keep(False) == 4 * (T * (D + 1 + 2 * I + 3 * R) + D)
+    assert keep(True) == 4 * (T * (D + 1 + R) + D)
+    qkv = linears(D, (D, D, D), (R, R, R), joint=True, dtype=torch.float32)
+    assert saved_bytes(lambda: normed_linears(x, residual, weight, EPS, qkv)) == 4 * (T * (D + 1 + 3 * R) + D)
