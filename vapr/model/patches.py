@@ -113,7 +113,7 @@ def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tens
 
 def run_decoder(
     decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, predicting: Tensor, *,
-    written_out: frozenset[int], kernels: bool,
+    written_out: frozenset[int], kernels: bool, checkpointing: str = "none",
 ) -> Tensor:  # fmt: skip
     """Run the layers and the last norm of a language model over packed tokens.
 
@@ -125,32 +125,48 @@ def run_decoder(
         predicting: the tokens whose hidden states are wanted, int64, one-dimensional.
         written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
         kernels: as :func:`patch` was given.
+        checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
+            are not written out have no parts: they are computed again as a whole, at any level but none.
 
     Returns:
         Hidden states, shape (T, D), in the rows ``predicting``; the others may be zero.
     """
     num_tokens, last = len(x), len(decoder.layers) - 1
+    level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
     for number, layer in enumerate(decoder.layers):
         if number not in written_out:
-            x = transformers_layer(layer, x, tables, attend)
+            x = _run(transformers_layer, layer, x, tables, attend, again=level != "none")
             continue
         rows = predicting if number == last else None
-        run = functools.partial(decoder_layer, layer, tables=tables, attend=attend, kernels=kernels, rows=rows)
-        recomputed = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
-        x = checkpoint(run, x, use_reentrant=False) if recomputed else run(x)
+        run = functools.partial(decoder_layer, kernels=kernels, rows=rows, checkpointing=level)
+        x = _run(run, layer, x, tables, attend, again=level == "full")
     x = decoder.norm(x)
     return _spread(x, predicting, num_tokens) if last in written_out else x
 
 
 def decoder_layer(
     layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *,
-    kernels: bool, rows: Tensor | None = None,
+    kernels: bool, rows: Tensor | None = None, checkpointing: str = "none",
 ) -> Tensor:  # fmt: skip
     """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D), or (rows, D) if only some ``rows`` (int64) are wanted.
 
     Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
     no query, no output projection and no MLP.
+
+    At level ``attention`` the backward pass computes :func:`attention_part` again, and at level ``mlp``
+    :func:`mlp_part`; at the other levels everything is kept here.
     """
+    attended = _run(attention_part, layer, x, tables, attend, kernels, rows, again=checkpointing == "attention")
+    update = layer.self_attn.o_proj(attended)
+    x = x if rows is None else x.index_select(0, rows)
+    return _run(mlp_part, layer, update, x, kernels, again=checkpointing == "mlp")
+
+
+def attention_part(
+    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, kernels: bool, rows: Tensor | None
+) -> Tensor:
+    """Norm, project and attend: (T, D) -> (T, H E), or (rows, H E). The output projection is not in it: it keeps what
+    attention returns, and would be computed again for nothing."""
     attention = layer.self_attn
     normed = layer.input_layernorm(x)
     q = attention.q_proj(normed if rows is None else normed.index_select(0, rows))
@@ -163,15 +179,22 @@ def decoder_layer(
     else:
         q, k = apply_rotary_pos_emb(q, k, *tables)
         attended = attend(q, k, v, scale=attention.scaling).flatten(1)
-    if rows is not None:
-        attended, x = attended.index_select(0, rows), x.index_select(0, rows)
-    update = attention.o_proj(attended)
+    return attended if rows is None else attended.index_select(0, rows)
+
+
+def mlp_part(layer: Any, update: Tensor, x: Tensor, kernels: bool) -> Tensor:
+    """Add what attention made, ``update``, to ``x``, both (T, D), then norm, run the gated MLP and add it."""
     if kernels:
         normed, x = layer.post_attention_layernorm(update, residual=x)
     else:
         x = x + update
         normed = layer.post_attention_layernorm(x)
     return x + layer.mlp(normed)
+
+
+def _run(part: Callable[..., Tensor], *arguments: Any, again: bool) -> Tensor:
+    """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
+    return checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
 
 
 def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
