@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vapr.config import Checkpointing
 from vapr.plan.block_flops import block_backward, forward_flops, recomputed_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
@@ -58,14 +59,14 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
 
 
 def pack_flops(
-    shapes: Shapes, pack: PackSizes, *, checkpointing: bool, reference: bool, cached_features: bool
+    shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing, reference: bool, cached_features: bool
 ) -> Flops:
     """Count all FLOPs of a pack in one step.
 
     Args:
         shapes: of the model.
         pack: its sizes.
-        checkpointing: whether layers are computed again in the backward pass.
+        checkpointing: what of each layer is computed again in the backward pass.
         reference: whether the reference's log-probs are computed in the step, with adapters off.
         cached_features: whether image features come from the cache.
     """
@@ -84,9 +85,11 @@ def pack_flops(
         ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
         plain += sum(2.0 * rows[name] * x.outputs * x.inputs for name, x in layer.items()) + 2 * attention
+        recomputed += recomputed_flops(
+            layer, rows, attention, checkpointing, x_learns=x_learns, norms_learn=full
+        )  # fmt: skip
         back, x_learns = block_backward(layer, rows, attention, x_learns, norms_learn=full)
         backward += back
-        recomputed += recomputed_flops(layer, rows, ahead) if checkpointing else 0.0
     vocabulary, width = shapes.head
     product = 2.0 * pack.predictions * vocabulary * width
     head = product * ((3 if shapes.head_trained else 2) if x_learns or shapes.head_trained else 1)
