@@ -23,7 +23,7 @@ policy:
   dtype: bfloat16
   base_weights: bfloat16
   attention: auto
-  gradient_checkpointing: false
+  checkpointing: none
   train: {language_model: true, projector: false, vision_tower: false}
   lora: {rank: 128, alpha: 256, targets: all-linear}
 data:

@@ -4,7 +4,7 @@ The strings below the fields are the documentation of the keys; docs/config.md i
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -14,6 +14,9 @@ from vapr.config_mistakes import check_columns
 from vapr.format_names import MAPPED_KEYS, FormatName
 from vapr.loss_config import LossConfig, SecondImageConfig, TokenWeights
 
+Checkpointing = Literal["none", "attention", "mlp", "full"]
+LEVELS: tuple[Checkpointing, ...] = get_args(Checkpointing)
+"""Of ``policy.checkpointing``, in the order in which ``auto`` tries them."""
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -62,9 +65,11 @@ class PolicyConfig:
     int8 half. bfloat16 leaves weights as they are: with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
-    gradient_checkpointing: bool | Literal["auto"] = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time. ``auto``: where
-    ``vapr plan`` finds that a step does not fit the GPU without it."""
+    checkpointing: Checkpointing | Literal["auto"] = "none"
+    """What the backward pass computes again instead of keeping it, in each decoder layer: less memory, more time
+    (docs/memory.md). ``attention``: norm, q, k, v and attention; ``mlp``: the gated MLP; ``full``: the whole layer, and
+    the blocks of a trained tower. ``auto``: the first of none, attention, mlp and full with which ``vapr plan`` finds
+    that a step fits the GPU."""
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
     """Left out: full fine-tuning of what ``train`` names."""
@@ -282,6 +287,9 @@ class Config(ConfigFile):
     OTHER_THING: ClassVar = (
         "{path}: {found}, but a run config (YAML) is wanted here; write this line into run.yaml and give that: {line}"
     )
+    NOT_KEYS: ClassVar = {
+        "policy.gradient_checkpointing": "it is now policy.checkpointing: true -> full, false -> none, auto -> auto"
+    }
     run_dir: str = Field(min_length=1)
     """Folder of the run: config, metrics, checkpoints, final model."""
     policy: PolicyConfig

@@ -43,7 +43,7 @@ class ConfigFile:
     OTHER_THING: ClassVar[str]
     """What to say of data, a model or a folder in place of a config; ``{line}`` is a whole run config in one line."""
     NOT_KEYS: ClassVar[Mapping[str, str]] = {}
-    """Why some names are no keys."""
+    """Why some names are no keys, by the name with those of its sections, ``a.b``."""
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: Iterable[str] = ()) -> Self:

@@ -22,6 +22,7 @@ NAMES_ELSEWHERE = {
     "lora_target": "targets", "lora_target_modules": "targets", "learning_rate": "lr", "lr_scheduler_type": "schedule",
     "num_train_epochs": "epochs", "max_grad_norm": "clip", "adam_epsilon": "eps", "output_dir": "run_dir",
     "model_name_or_path": "model", "torch_dtype": "dtype", "attn_implementation": "attention", "loss_type": "kind",
+    "gradient_checkpointing": "checkpointing",
     "train_dataset": "train", "eval_dataset": "eval", "save_steps": "every", "save_total_limit": "keep",
 }  # fmt: skip
 """What peft, TRL and LLaMA-Factory call our keys."""
@@ -95,8 +96,8 @@ def _wanted_shape(key: str, problem: Any, given: Any) -> str:
 def _nearest_key(config: Any, keys: list[Any]) -> str:
     section, _ = _field_at(config, keys[:-1])
     known, name = list(fields_of(section)), str(keys[-1])
-    if len(keys) == 1 and name in getattr(config, "NOT_KEYS", ()):
-        return config.NOT_KEYS[name]
+    if why := getattr(config, "NOT_KEYS", {}).get(".".join(map(str, keys))):
+        return why
     meant = NAMES_ELSEWHERE.get(name, name)
     if meant in known:
         return f"did you mean '{meant}'?"

@@ -50,14 +50,18 @@ class _GatedMlp(torch.autograd.Function):
         both = project(normed, gate_up, adapted=adapted) if both is None else both
         dy = dout.new_empty(len(dout), down.num_columns)
         dy[:, : down.num_outputs] = dout
-        dgated = input_gradient(dy, down, adapted=adapted, with_dx=True)
-        assert dgated is not None
-        gate, up = gate_up.outputs
-        dboth, act = gated_bwd(dgated, both[:, gate], both[:, up], gate_up.num_columns)
         split = len(gate_up.parameters)
+        with_dnormed = needs_x or needs_residual or needs_weight
+        dgated = input_gradient(dy, down, adapted=adapted, with_dx=with_dnormed or any(needed[:split]))
+        gate, up = gate_up.outputs
+        if dgated is None:  # nothing learns but the last layer
+            act = gated(both[:, gate], both[:, up])
+            of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
+            return (*[None] * (8 + split), *of_down)
+        dboth, act = gated_bwd(dgated, both[:, gate], both[:, up], gate_up.num_columns)
         of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
         del dgated, act, dy
-        dnormed = input_gradient(dboth, gate_up, adapted=adapted, with_dx=needs_x or needs_residual or needs_weight)
+        dnormed = input_gradient(dboth, gate_up, adapted=adapted, with_dx=with_dnormed)
         of_gate_up = gradients(dboth, normed, both[:, gate_up.num_outputs :], gate_up, needed[:split], adapted=adapted)
         dx, dweight = dtotal, None
         if dnormed is not None:

@@ -19,7 +19,7 @@ from PIL import Image
 from tests import oracles
 from vapr.batches.packing import fill_packs, last_queries, pack
 from vapr.batches.tokenize import Processor, TokenizedPair
-from vapr.config import LoraConfig, PackingConfig, PolicyConfig, TrainConfig
+from vapr.config import LEVELS, LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.data.pair import PreferencePair
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import Policy, load_policy
@@ -126,10 +126,10 @@ def test_full_fine_tuning(family, share, full_oracle):
     assert_same(packed_loss_and_grads(policy, [pairs], share), truth, 1e-5)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_lora_on_the_language_model(family, gradient_checkpointing, tiny, photo_pairs):
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_lora_on_the_language_model(family, checkpointing, tiny, photo_pairs):
     folder = tiny(family)
-    policy = policy_of(folder, lora=True, gradient_checkpointing=gradient_checkpointing)
+    policy = policy_of(folder, lora=True, checkpointing=checkpointing)
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     model = oracles.load_model(folder, family)
     adapted, parameters = oracles.with_adapters_of(policy, model)
@@ -151,9 +151,10 @@ def test_in_double_precision(family, tiny, photo_pairs):
     assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 2e-7)
 
 
-def test_gradient_checkpointing_changes_nothing(family, tiny, full_oracle):
+@pytest.mark.parametrize("checkpointing", LEVELS[1:])
+def test_checkpointing_changes_nothing(family, checkpointing, tiny, full_oracle):
     _, pairs, truth = full_oracle(family)
-    policy = policy_of(tiny(family), train=EVERYTHING, gradient_checkpointing=True)
+    policy = policy_of(tiny(family), train=EVERYTHING, checkpointing=checkpointing)
     assert_same(packed_loss_and_grads(policy, [pairs], "pair"), truth, 1e-5)
 
 
@@ -169,15 +170,16 @@ def test_order_pack_size_and_accumulation(family, share, full_oracle):
 
 
 @pytest.mark.parametrize(
-    ("family", "tuning"),
-    [(family, "everything") for family in oracles.CLASSES]
-    + [("qwen2_5_vl", "everything, recomputed"), ("qwen2_5_vl", "lora")],
+    ("family", "tuning", "checkpointing"),
+    [(family, "everything", "none") for family in oracles.CLASSES]
+    + [("qwen2_5_vl", "everything", level) for level in LEVELS[1:]]
+    + [("qwen2_5_vl", "lora", "none"), ("qwen2_5_vl", "lora", "mlp")],
 )
-def test_with_fused_kernels(family, tuning, tiny, photo_pairs, device):
+def test_with_fused_kernels(family, tuning, checkpointing, tiny, photo_pairs, device):
     """Head, norms, MLPs, rotary embeddings and gathers through Triton."""
     folder = tiny(family)
     options = {"lora": True} if tuning == "lora" else {"train": EVERYTHING}
-    policy = policy_of(folder, gradient_checkpointing="recomputed" in tuning, **options)
+    policy = policy_of(folder, checkpointing=checkpointing, **options)
     assert policy.kernels
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     pairs = [pairs[2], pairs[-1]]  # text alone, and another image on the rejected side

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import textwrap
+from collections import Counter
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from tests import oracles
+from vapr.batches.families import FAMILIES
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
-from vapr.config import LoraConfig, PolicyConfig, TrainConfig
+from vapr.config import LEVELS, LoraConfig, PolicyConfig, TrainConfig
 from vapr.model import attention, patches
 from vapr.model.attention import segment_attention
 from vapr.model.logps import completion_logps, per_completion, token_logps
@@ -220,26 +222,82 @@ def test_adapters_run_without_pefts_passes(tiny, photo_pairs, monkeypatch):
     assert len(rows) == 7 * len(policy.written_out)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_are_recomputed_only_where_checkpointing_asks_for_it(checkpointing, tiny, photo_pairs, monkeypatch):
-    policy = policy_of(tiny("qwen2_vl"), gradient_checkpointing=checkpointing)
+PARTS = {
+    "none": (),
+    "attention": ("input_layernorm", "q_proj", "k_proj", "v_proj"),
+    "mlp": ("post_attention_layernorm", "gate_proj", "up_proj"),
+    "full": (
+        "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "post_attention_layernorm", "gate_proj", "up_proj",
+    ),
+}  # fmt: skip
+"""What each level computes again where everything is trained: ``down_proj`` never, whose output nobody keeps."""
+
+
+def count_calls(policy: Policy) -> Counter[str]:
+    """Return a counter, to be filled, of how often linear layers and norms of the decoder run, by the end of names."""
+    calls: Counter[str] = Counter()
+    for name, module in policy.base.model.language_model.layers.named_modules():
+        if not list(module.children()):
+            end = name.rsplit(".", 1)[-1]
+            module.register_forward_hook(lambda *_, end=end: calls.update([end]))
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_layers_are_recomputed_only_where_checkpointing_asks_for_it(checkpointing, tiny, photo_pairs):
+    policy = policy_of(tiny("qwen2_vl"), checkpointing=checkpointing)
     processor = Processor(str(tiny("qwen2_vl")), policy.base.config, "pil")
     batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if not pair.images))])
-    calls: list[int] = []
-    hook = lambda *_: calls.append(1)
-    for layer in policy.base.model.language_model.layers:
-        layer.self_attn.q_proj.register_forward_hook(hook)
-    token_logps(policy, batch).sum().backward()
-    assert len(calls) == (1 + checkpointing) * len(policy.written_out)
+    calls, num_layers = count_calls(policy), len(policy.written_out)
     with frozen(policy):
         token_logps(policy, batch)
-    assert len(calls) == (2 + checkpointing) * len(policy.written_out)
+    assert calls.pop("act_fn") == num_layers and len(calls) == 9 and set(calls.values()) == {num_layers}
+    calls.clear()
+    with torch.no_grad():
+        token_logps(policy, batch)
+    assert calls.pop("act_fn") == num_layers and len(calls) == 9 and set(calls.values()) == {num_layers}
+    calls.clear()
+    token_logps(policy, batch).sum().backward()
+    calls.pop("act_fn")
+    assert calls == {name: num_layers * (2 if name in PARTS[checkpointing] else 1) for name in calls}
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_layers_left_without_kernels_attend_over_the_forest(recomputed, tiny, photo_pairs, monkeypatch):
+@pytest.mark.parametrize("checkpointing", ["attention", "full"])
+def test_layers_left_are_recomputed_whole_at_any_level(checkpointing, tiny, photo_pairs, monkeypatch):
+    monkeypatch.setattr(qwen.Qwen2_5_VLDecoderLayer, "forward", scaled_residual)
+    gradients = []
+    for level in ("none", checkpointing):
+        policy = policy_of(tiny("qwen2_5_vl"), checkpointing=level)
+        assert not policy.written_out
+        processor = Processor(str(tiny("qwen2_5_vl")), policy.base.config, "pil")
+        batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if pair.images))])
+        calls, num_layers = count_calls(policy), len(policy.base.model.language_model.layers)
+        token_logps(policy, batch).sum().backward()
+        assert calls["q_proj"] == calls["gate_proj"] == num_layers * (1 if level == "none" else 2)
+        gradients.append({name: p.grad for name, p in policy.trained_parameters().items() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert oracles.worst_relative_error(gradients[1], gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_blocks_of_a_trained_tower_are_recomputed_at_level_full_alone(family, checkpointing, tiny, photo_pairs):
+    """As transformers' own checkpointing does it, for one pass; and a frozen tower never."""
+    for trained in (TrainConfig(vision_tower=True), TrainConfig()):
+        policy = policy_of(tiny(family), checkpointing=checkpointing, train=trained)
+        processor = Processor(str(tiny(family)), policy.base.config, "pil")
+        batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if pair.images))])
+        tower = policy.base.model.get_submodule(FAMILIES[family][1])
+        calls: list[str] = []
+        for name, module in tower.named_modules():
+            if name.endswith("1.mlp"):  # of the second block
+                module.register_forward_hook(lambda *_: calls.append(""))
+        token_logps(policy, batch).sum().backward()
+        assert len(calls) == (2 if trained.vision_tower and checkpointing == "full" else 1)
+
+
+def test_layers_left_without_kernels_attend_over_the_forest(tiny, photo_pairs, monkeypatch):
     """Also without kernels a layer that computes something else runs its own code, in every row, and is named."""
     monkeypatch.setattr(qwen.Qwen2_5_VLDecoderLayer, "forward", scaled_residual)
-    policy = policy_of(tiny("qwen2_5_vl"), gradient_checkpointing=recomputed)
+    policy = policy_of(tiny("qwen2_5_vl"))
     assert not policy.kernels and policy.left_unfused == (LAYER,) and not policy.written_out
     assert_log_probs_are_those_of_the_untouched_model(policy, tiny("qwen2_5_vl"), photo_pairs)

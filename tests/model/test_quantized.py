@@ -19,7 +19,7 @@ from tests.model.test_exactness import (
     tokenize,
 )
 from vapr.batches.packing import pack
-from vapr.config import LoraConfig, PolicyConfig, TrainConfig
+from vapr.config import LEVELS, LoraConfig, PolicyConfig, TrainConfig
 from vapr.errors import UserError
 from vapr.model import quantized
 from vapr.model.logps import per_completion, token_logps
@@ -137,14 +137,14 @@ def test_a_change_of_dtype_leaves_the_weight_as_it_is(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-def test_gradients_are_those_of_plain_layers(family, kind, recomputed, tiny, photo_pairs):
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_gradients_are_those_of_plain_layers(family, kind, checkpointing, tiny, photo_pairs):
     """Against transformers' own model and peft's own adapters on the dequantised weights, each sequence alone."""
     folder = tiny(family)
-    policy = policy_of(folder, kind, gradient_checkpointing=recomputed)
+    policy = policy_of(folder, kind, checkpointing=checkpointing)
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     truth = oracle(policy, folder, family, pairs)
-    for share in ("none", "pair", "image") if kind == "nf4" and not recomputed else ("pair",):
+    for share in ("none", "pair", "image") if kind == "nf4" and checkpointing == "none" else ("pair",):
         assert_same(packed_loss_and_grads(policy, [pairs], share), truth, 1e-5)
 
 
@@ -194,7 +194,7 @@ def test_the_policy_is_its_reference_before_the_first_update(family, dtype, shar
     for kind in KINDS:
         config = PolicyConfig(
             model=str(folder), dtype=dtype, base_weights=kind, lora=LoraConfig(rank=4, alpha=8),
-            gradient_checkpointing=kind == "fp8",
+            checkpointing={"nf4": "none", "fp8": "full", "int8": "mlp"}[kind],
         )  # fmt: skip
         policy = load_policy(config, CPU)
         batch = pack(tokenize(policy, folder, chosen_pairs(photo_pairs)), share)

@@ -7,7 +7,7 @@ import torch
 
 from vapr.batches.families import load_model_config
 from vapr.batches.loader import open_loaders
-from vapr.config import LoraConfig
+from vapr.config import LEVELS, LoraConfig
 from vapr.model.logps import token_logps
 from vapr.model.policy import image_features, load_policy
 from vapr.plan import fake_step
@@ -73,17 +73,17 @@ def real_step(config, batch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", LEVELS)
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
     config = make_config(family="llava")
-    policy = dataclasses.replace(config.policy, dtype=dtype, lora=lora, gradient_checkpointing=checkpointing)
+    policy = dataclasses.replace(config.policy, dtype=dtype, lora=lora, checkpointing=checkpointing)
     config = dataclasses.replace(config, policy=policy)
     batch = one_pack(config)
     predicted = profile(load_model_config(policy.model), choices_of(config), batch)
     live, kept, saved, gradients = real_step(config, batch)
     assert predicted.activations + predicted.head == kept
-    if not checkpointing:  # where a layer's input is kept by a closure, which the hook does not see
+    if checkpointing == "none":  # where a layer's input is kept by a closure, which the hook does not see
         assert 0 <= kept - saved < 10_000  # log-probs, losses and a few indices are alive, and saved by nobody
     assert max(peak.gradients for peak in predicted.peaks.values()) == gradients
     peaks = predicted.peaks
@@ -94,11 +94,23 @@ def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
         assert backward == live.peaks["backward"].alive
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_each_level_keeps_less_than_the_one_before(make_config, lora):
+    """What is alive after the forward pass, whoever holds it: autograd's hook does not see arguments of checkpoint."""
+    kept = {}
+    for level in LEVELS:
+        config = make_config(family="llava")
+        policy = dataclasses.replace(config.policy, lora=lora, checkpointing=level)
+        config = dataclasses.replace(config, policy=policy)
+        kept[level] = real_step(config, one_pack(config))[1]
+    assert kept["none"] > kept["attention"] > kept["mlp"] > kept["full"]
+
+
+@pytest.mark.parametrize("checkpointing", LEVELS)
 @pytest.mark.parametrize(("family", "lora"), [("qwen2_5_vl", LORA), ("qwen2_vl", None), ("llava", LORA)])
 def test_short_models_say_what_whole_ones_do(make_config, monkeypatch, family, lora, checkpointing):
     config = make_config(family=family)
-    policy = dataclasses.replace(config.policy, dtype="bfloat16", lora=lora, gradient_checkpointing=checkpointing)
+    policy = dataclasses.replace(config.policy, dtype="bfloat16", lora=lora, checkpointing=checkpointing)
     batch = one_pack(config)
     model = load_model_config(policy.model)
     model.get_text_config().num_hidden_layers = 9

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapr.batches.loader import open_loaders
-from vapr.config import LoraConfig, PackingConfig, TrainConfig
+from vapr.config import LEVELS, LoraConfig, PackingConfig, TrainConfig
 from vapr.model.policy import load_policy
 from vapr.plan.flops import COUNTED, Flops, pack_flops, useful_flops
 from vapr.plan.packs import PackSizes
@@ -35,14 +35,14 @@ TUNINGS = {
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", LEVELS)
 def test_a_step_takes_what_is_predicted(make_config, family, tuning, checkpointing):
     if family == "qwen2_vl" and tuning not in ("lora", "full with tower"):
         pytest.skip("two tunings of Qwen2-VL are enough, the others are covered by Qwen2.5-VL")
     lora, train = TUNINGS[tuning]
     config = make_config(family=family, packing={"max_tokens": 400})
     policy_config = dataclasses.replace(
-        config.policy, lora=lora, train=train, gradient_checkpointing=checkpointing
+        config.policy, lora=lora, train=train, checkpointing=checkpointing
     )  # fmt: skip
     config = dataclasses.replace(config, policy=policy_config, packing=PackingConfig(max_tokens=400))
     shapes = read_shapes(config.policy)

@@ -104,17 +104,22 @@ def assert_same_final(several, one, tolerance=5e-6):
 
 ALL = TrainConfig(language_model=True, projector=True, vision_tower=True)
 LORA, FULL = {}, {"train": ALL, "lora": None}
-WIDE = {"train": ALL, "lora": LoraConfig(rank=4, alpha=8), "gradient_checkpointing": True}
+WIDE = {"train": ALL, "lora": LoraConfig(rank=4, alpha=8), "checkpointing": "full"}
+# Inside the backward pass ZeRO 3 gathers the weights of what is computed again.
+ATTENTION, MLP = ({"train": ALL, "lora": None, "checkpointing": level} for level in ("attention", "mlp"))
 
 
 @pytest.mark.parametrize(
     ("size", "zero", "policy"),
     [
         (3, {"zero": 1}, LORA), (2, {"zero": 2}, LORA), (3, {"zero": 3}, LORA), (2, {"zero": 3}, WIDE),
+        (2, {"zero": 3}, ATTENTION), (2, {"zero": 3}, MLP),
         (2, {"zero": 1}, FULL), (3, {"zero": 2}, FULL), (3, {"zero": 3}, FULL),
         (2, {"zero": 2, "offload": "optimizer"}, FULL), (2, {"zero": 3, "offload": "all"}, FULL),
     ],
-    ids=lambda value: {id(LORA): "lora", id(FULL): "full", id(WIDE): "lora-everywhere"}.get(id(value), str(value)),
+    ids=lambda value: {
+        id(LORA): "lora", id(FULL): "full", id(WIDE): "lora-everywhere", id(ATTENTION): "attention", id(MLP): "mlp",
+    }.get(id(value), str(value)),
 )  # fmt: skip
 def test_zero_trains_as_one_process(configure, tmp_path, size, zero, policy):
     one, several = configure("one", **policy), configure("several", zero, **policy)

@@ -236,7 +236,7 @@ def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bo
     norm, joint = layer.post_attention_layernorm, layer.joint
     out, total = gated_mlp(
         update, x, norm.weight, norm.variance_epsilon, joint.gate_up.now(), joint.down.now(),
-        adapted=joint.gate_up.adapted, recompute=again,
+        adapted=joint.gate_up.adapted or joint.down.adapted, recompute=again,
     )  # fmt: skip
     return total, out
 

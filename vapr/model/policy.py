@@ -17,6 +17,8 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
@@ -25,7 +27,7 @@ from vapr.batches.families import FAMILIES, load_model_config
 from vapr.batches.model_folder import ModelSource, find_model
 from vapr.batches.packing import PackedBatch
 from vapr.batches.processed_image import ProcessedImage, joined_pixels
-from vapr.config import PolicyConfig
+from vapr.config import Checkpointing, PolicyConfig
 from vapr.errors import UserError
 from vapr.model import patches
 from vapr.model.adapters import merge_adapter
@@ -54,6 +56,7 @@ class Policy:
     written_out: frozenset[int]  # numbers of the decoder layers that run as patches.py writes them out
     quantized: Quantized | None  # what is stored in 4 or 8 bits; None: nothing
     tower: TowerPlace  # where tower and projector are
+    checkpointing: Checkpointing  # what of the decoder's layers a backward pass computes again
     passes: Passes = AT_ONCE  # through which everything runs that reads weights
 
     @property
@@ -145,7 +148,8 @@ def load_policy(
     """Load a policy, and change its modules as :mod:`vapr.model.patches` says.
 
     Args:
-        config: names the model, what is trained, and how attention runs.
+        config: names the model, what is trained, and how attention runs. ``checkpointing: auto`` counts as none: who
+            trains has it resolved (:mod:`vapr.plan.checkpointing`), and without gradients nothing is computed again.
         device: a GPU if there is one, unless given.
         kernels: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
 
@@ -160,9 +164,8 @@ def load_policy(
     nn.Module.to(base, device)
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
     written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run, joint=kernels == "auto")
-    if config.gradient_checkpointing:
-        newer_name = getattr(base, "activation_checkpointing_enable", None)  # the older one is deprecated
-        (newer_name or base.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.checkpointing == "full" and config.train.vision_tower:
+        _compute_blocks_again(base.get_submodule(f"model.{FAMILIES[family][1]}"))
     base.train()
     return Policy(
         base=base, adapters=modules.adapters, folder=modules.folder, source=modules.source,
@@ -170,7 +173,19 @@ def load_policy(
         vision_trained=config.train.projector or config.train.vision_tower,
         left_unfused=left_unfused, written_out=written_out, quantized=modules.quantized,
         tower=TowerPlace.of(base, family, device),
+        checkpointing="none" if config.checkpointing == "auto" else config.checkpointing,
     )  # fmt: skip
+
+
+def _compute_blocks_again(tower: nn.Module) -> None:
+    """Let the backward pass of a trained tower compute its blocks again, in transformers' own code.
+
+    Its ``gradient_checkpointing_enable`` would also ask for the gradient of what goes into the first block.
+    """
+    for module in tower.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -270,6 +285,7 @@ def hidden_states(
         batch,
         written_out=policy.written_out,
         kernels=policy.kernels,
+        checkpointing=policy.checkpointing,
     )
 
 

@@ -59,10 +59,32 @@ def block_backward(
     return flops, x_learns
 
 
-def recomputed_flops(block: Mapping[str, Linear], rows: Mapping[str, int], ahead: float) -> float:
-    """Return what of a block's forward pass, ``ahead``, checkpointing computes again.
+def recomputed_flops(
+    block: Mapping[str, Linear], rows: Mapping[str, int], attention: float, level: str, *,
+    x_learns: bool, norms_learn: bool, by_hand: bool = False,
+) -> float:  # fmt: skip
+    """Return what of a block's forward pass is computed again at a level of ``policy.checkpointing``.
 
-    It stops where all that the backward pass wants is there, which is before a last layer without an adapter.
+    What leads to nothing that learns is kept by nobody, so it is not computed again. And it stops where all that the
+    backward pass wants is there: before a last layer without an adapter, which wants its input but not its output.
+    An MLP that is one function (``by_hand``) runs to its end; its own level computes its first products again, alone.
+    The other arguments are those of :func:`block_backward`.
     """
-    (last,) = (name for name in block if name in OUT_OF_MLP)
-    return ahead - (0.0 if block[last].rank else forward_flops(block[last], rows[last]))
+
+    def found(names: tuple[str, ...]) -> list[str]:
+        return [name for name in block if name in names]
+
+    def forward(names: list[str]) -> float:
+        return sum(forward_flops(block[name], rows[name]) for name in names)
+
+    attended = x_learns or norms_learn or any(learns(block[name]) for name in found(INTO_ATTENTION))
+    passed_on = attended or any(learns(block[name]) for name in found(OUT_OF_ATTENTION + INTO_MLP + OUT_OF_MLP))
+    into_attention = forward(found(INTO_ATTENTION)) + 2 * attention
+    mlp = forward(found(INTO_MLP)) + forward([name for name in found(OUT_OF_MLP) if block[name].rank or by_hand])
+    if level == "attention":
+        return into_attention if attended else 0.0
+    if level == "mlp":
+        return forward(found(INTO_MLP)) if passed_on else 0.0
+    if level == "full":
+        return into_attention + forward(found(OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
+    return 0.0

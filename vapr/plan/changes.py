@@ -3,13 +3,17 @@
 import dataclasses
 from typing import Any
 
-from vapr.config import Config
+from vapr.config import LEVELS, Config
 from vapr.plan.gpus import GIB
 from vapr.plan.needs import Needs, Variant
+
+LEVEL = "policy.checkpointing="
 
 
 def what_to_change(config: Config, needs: Needs, own: Variant, gpu_bytes: int, usable: float) -> list[dict[str, Any]]:
     """Return settings, each added to those before it, with the predicted peak, until one fits.
+
+    Levels of checkpointing take the place of each other; further settings are added to the last.
 
     Returns:
         ``set`` (arguments of --set), ``peak_gib``, ``fits``; empty if the run fits as it is.
@@ -18,9 +22,11 @@ def what_to_change(config: Config, needs: Needs, own: Variant, gpu_bytes: int, u
     if _peak(needs, variant, gpu_bytes) <= usable:
         return []
     found = []
-    for setting, changed in _steps(config, needs, own):
+    levels = LEVELS[LEVELS.index(own.checkpointing) + 1 :]
+    steps = [(f"{LEVEL}{level}", lambda variant, level=level: {"checkpointing": level}) for level in levels]
+    for setting, changed in [*steps, *_steps(config, needs, own)]:
         variant = dataclasses.replace(variant, **changed(variant))
-        given.append(setting)
+        given = [one for one in given if not (setting.startswith(LEVEL) and one.startswith(LEVEL))] + [setting]
         peak = _peak(needs, variant, gpu_bytes)
         found.append({"set": list(given), "peak_gib": peak / GIB, "fits": peak <= usable})
         if peak <= usable:
@@ -33,7 +39,7 @@ def _peak(needs: Needs, variant: Variant, gpu_bytes: int) -> int:
 
 
 def _steps(config: Config, needs: Needs, own: Variant) -> list[tuple[str, Any]]:
-    """Return settings that save memory and are not set yet, each with what it changes of a variant."""
+    """Return the other settings that save memory and are not set yet, each with what it changes of a variant."""
 
     def storage(**changed: Any) -> Any:
         return lambda variant: {"storage": dataclasses.replace(variant.storage, **changed)}
@@ -47,7 +53,6 @@ def _steps(config: Config, needs: Needs, own: Variant) -> list[tuple[str, Any]]:
     zero_3 = kept.engine == "deepspeed" and kept.zero == 3  # which spreads no quantised weights
     few_bits = lora and kept.base_weights != "nf4" and not zero_3
     steps = [
-        (not own.checkpointing, "policy.gradient_checkpointing=true", lambda variant: {"checkpointing": True}),
         (few_bits, "policy.base_weights=nf4", storage(base_weights="nf4")),
         (kept.optim == "adamw" and kept.engine == "all-reduce", "optim.kind=adamw-8bit", storage(optim="adamw-8bit")),
         (own.tokens > longest, f"packing.max_tokens={longest}", lambda variant: {"tokens": longest}),

@@ -1,12 +1,12 @@
-"""policy.gradient_checkpointing: auto, decided before a run begins."""
+"""policy.checkpointing: auto, decided before a run begins."""
 
 import dataclasses
 
 import torch
 
-from vapr.config import Config
+from vapr.config import LEVELS, Checkpointing, Config
 from vapr.plan.gpus import GIB, gpu_here
-from vapr.plan.needs import Needs
+from vapr.plan.needs import Needs, least_checkpointing
 from vapr.plan.packs import read_packs
 from vapr.plan.plan import variant_of
 from vapr.plan.shapes import read_shapes
@@ -16,7 +16,7 @@ FEW_ROWS = 256
 
 
 def resolve(config: Config, device: torch.device, world_size: int = 1) -> tuple[Config, str | None]:
-    """Put true or false in the place of ``gradient_checkpointing: auto``: true where a step does not fit without it.
+    """Put a level in the place of ``checkpointing: auto``: the first of none, attention, mlp and full that fits.
 
     Args:
         config: the run's.
@@ -29,20 +29,24 @@ def resolve(config: Config, device: torch.device, world_size: int = 1) -> tuple[
     Raises:
         UserError: for a mistake in config, data or model.
     """
-    if config.policy.gradient_checkpointing != "auto":
+    if config.policy.checkpointing != "auto":
         return config, None
     card = gpu_here() if device.type == "cuda" else None
     if card is None:
-        return _with(config, False), f"{'memory':<10} gradient_checkpointing: auto is false on a CPU"
+        return _with(config, "none"), f"{'memory':<10} checkpointing: auto is none on a CPU"
     needs = Needs(config, read_shapes(config.policy), read_packs(config, FEW_ROWS), config.kernels == "auto")
-    variant = variant_of(config, needs, world_size, card)
-    peak = sum(needs.peak(variant, int(card.gib * GIB)).values()) / GIB
-    fits = peak <= card.usable_gib
-    return _with(config, not fits), (
-        f"{'memory':<10} gradient_checkpointing: auto is {str(not fits).lower()}: without it a step is predicted to "
-        f"take {peak:.1f} GiB, and {card.usable_gib:.1f} GiB can be used here"
+    variant, gpu_bytes = variant_of(config, needs, world_size, card), int(card.gib * GIB)
+    chosen = least_checkpointing(needs, variant, gpu_bytes, card.usable_gib * GIB)
+    tried = LEVELS[: LEVELS.index(chosen.checkpointing) + 1]
+    peaks = {
+        level: sum(needs.peak(dataclasses.replace(variant, checkpointing=level), gpu_bytes).values()) for level in tried
+    }
+    predicted = ", ".join(f"{level} {peak / GIB:.1f}" for level, peak in peaks.items())
+    return _with(config, chosen.checkpointing), (
+        f"{'memory':<10} checkpointing: auto is {chosen.checkpointing}: predicted peak in GiB: {predicted}; "
+        f"{card.usable_gib:.1f} can be used here"
     )
 
 
-def _with(config: Config, recompute: bool) -> Config:
-    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, gradient_checkpointing=recompute))
+def _with(config: Config, level: Checkpointing) -> Config:
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, checkpointing=level))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vapr.config import Checkpointing
 from vapr.plan.block_flops import block_backward, forward_flops, recomputed_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
@@ -58,14 +59,14 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
 
 
 def pack_flops(
-    shapes: Shapes, pack: PackSizes, *, checkpointing: bool, reference: bool, cached_features: bool
+    shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing, reference: bool, cached_features: bool
 ) -> Flops:
     """Count all FLOPs of a pack in one step.
 
     Args:
         shapes: of the model.
         pack: its sizes.
-        checkpointing: whether layers are computed again in the backward pass.
+        checkpointing: what of each layer is computed again in the backward pass.
         reference: whether the reference's log-probs are computed in the step, with adapters off.
         cached_features: whether image features come from the cache.
     """
@@ -77,16 +78,18 @@ def pack_flops(
         if reference and shapes.trains_tower:  # else it takes the same features
             tower += tower_forward_flops(shapes, pack)
     layers = _layers(shapes)
-    attention = _attention(shapes, pack)
     forward = backward = recomputed = plain = 0.0
     for number, layer in enumerate(layers):
-        rows = _rows(pack, last=number == len(layers) - 1)
+        last = number == len(layers) - 1
+        rows, attention = _rows(pack, last=last), _attention(shapes, pack, last=last)
         ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
-        plain += sum(2.0 * rows[name] * x.outputs * x.inputs for name, x in layer.items()) + 2 * attention
+        plain += sum(_without_adapter(name, x, rows[name]) for name, x in layer.items()) + 2 * attention
+        recomputed += recomputed_flops(
+            layer, rows, attention, checkpointing, x_learns=x_learns, norms_learn=full, by_hand=True
+        )  # fmt: skip
         back, x_learns = block_backward(layer, rows, attention, x_learns, norms_learn=full)
         backward += back
-        recomputed += recomputed_flops(layer, rows, ahead) if checkpointing else 0.0
     vocabulary, width = shapes.head
     product = 2.0 * pack.predictions * vocabulary * width
     head = product * ((3 if shapes.head_trained else 2) if x_learns or shapes.head_trained else 1)
@@ -110,15 +113,26 @@ def _layers(shapes: Shapes) -> list[dict[str, Linear]]:
 def _rows(pack: PackSizes, *, last: bool) -> dict[str, int]:
     """Return the rows that each linear layer runs on; the last decoder layer skips tokens that predict nothing."""
     some = pack.predicting if last else pack.tokens
-    names = dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), some)
-    return {**names, "k_proj": pack.tokens, "v_proj": pack.tokens}
+    names = dict.fromkeys(("o_proj", "gate_proj", "up_proj", "down_proj"), some)
+    queries = sum(pack.last_lengths_q) if last else pack.tokens
+    return {**names, "q_proj": queries, "k_proj": pack.tokens, "v_proj": pack.tokens}
 
 
-def _attention(shapes: Shapes, pack: PackSizes) -> float:
+def _without_adapter(name: str, linear: Linear, rows: int) -> float:
+    """Count a forward pass with adapters off. An adapter's first product is part of a joint one, which runs all the same.
+
+    The output projection is joined with nothing.
+    """
+    inner = 0 if name == "o_proj" else linear.rank
+    return 2.0 * rows * linear.inputs * (linear.outputs + inner)
+
+
+def _attention(shapes: Shapes, pack: PackSizes, *, last: bool) -> float:
     """Return the FLOPs of one of attention's products in one decoder layer, over all queries and keys handed to it."""
     text = shapes.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    pairs = sum(q * k for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
+    queries = pack.last_lengths_q if last else pack.lengths_q
+    pairs = sum(q * k for q, k in zip(queries, pack.lengths_k, strict=True))
     return 2.0 * text.num_attention_heads * head * pairs
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vapr.batches.packing import PackedBatch
-from vapr.config import Config
+from vapr.config import LEVELS, Checkpointing, Config
 from vapr.plan.fake_step import Choices, Profile, profile
 from vapr.plan.live_bytes import Peak
 from vapr.plan.memory import Need, Storage, peak_by_part, weight_bytes
@@ -26,7 +26,7 @@ class Variant:
     """Settings that change what a run takes, and that a user can change."""
 
     storage: Storage
-    checkpointing: bool
+    checkpointing: Checkpointing
     cached_features: bool
     tokens: int  # of the largest pack
 
@@ -99,9 +99,7 @@ class Needs:
         return predictions * self.shapes.head[0] * 2 <= 2 * head_budget(gpu_bytes)
 
     def _measured(self, batch: PackedBatch, variant: Variant, keep: bool) -> Profile:
-        policy = dataclasses.replace(
-            self.config.policy, gradient_checkpointing=variant.checkpointing, base_weights="bfloat16"
-        )
+        policy = dataclasses.replace(self.config.policy, checkpointing=variant.checkpointing, base_weights="bfloat16")
         choices = Choices(policy, tuple(self.config.loss), self.kernels, True, keep, variant.cached_features)
         key = (
             self._model,
@@ -142,6 +140,18 @@ def _between(small: Profile, large: Profile, share: float) -> Profile:
         at(small.head, large.head),
         tuple(call(a, b) for a, b in zip(small.head_calls, large.head_calls, strict=True)),
     )
+
+
+def least_checkpointing(needs: Needs, variant: Variant, gpu_bytes: int, usable: float) -> Variant:
+    """Return the variant with the first level of checkpointing with which it fits ``usable`` bytes; else with the last.
+
+    This is what ``policy.checkpointing: auto`` means.
+    """
+    for level in LEVELS:
+        variant = dataclasses.replace(variant, checkpointing=level)
+        if sum(needs.peak(variant, gpu_bytes).values()) <= usable:
+            break
+    return variant
 
 
 def largest_tokens(needs: Needs, variant: Variant, gpu_bytes: int, usable: float) -> int | None:

@@ -30,6 +30,7 @@ class PackSizes:
     predictions: int  # L
     lengths_q: tuple[int, ...]  # queries of each attention sequence
     lengths_k: tuple[int, ...]  # its keys
+    last_lengths_q: tuple[int, ...]  # its queries in the last layer
     grids: tuple[tuple[int, int, int] | None, ...]  # of its images, in patches; None: LLaVA's, which are alike
     image_tokens: int  # of its distinct images
 
@@ -41,6 +42,7 @@ class PackSizes:
             predictions=len(batch.labels),
             lengths_q=batch.attention.lengths_q,
             lengths_k=batch.attention.lengths_k,
+            last_lengths_q=batch.last_queries.lengths,
             grids=tuple(image.grid_thw for image in batch.images),
             image_tokens=sum(image.num_tokens for image in batch.images),
         )

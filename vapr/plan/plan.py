@@ -3,18 +3,20 @@
 import dataclasses
 from typing import Any
 
-from vapr.config import Config
+from vapr.config import LEVELS, Checkpointing, Config
 from vapr.plan.changes import what_to_change
 from vapr.plan.engines import check_deepspeed, engine_of
 from vapr.plan.flops import Flops, pack_flops, useful_flops
 from vapr.plan.gpus import GIB, SIZES, Gpu, find_gpu, gpu_here, gpu_of_size
 from vapr.plan.memory import BaseWeights, OptimKind, Storage
-from vapr.plan.needs import Needs, Variant, largest_tokens
+from vapr.plan.needs import Needs, Variant, largest_tokens, least_checkpointing
 from vapr.plan.packs import LIMIT, Reading, read_packs
 from vapr.plan.rates import CACHED, ONLINE, find_rate
 from vapr.plan.shapes import Shapes, read_shapes
 
 WORLD_SIZES = (1, 2, 4, 8)
+ENDS: tuple[Checkpointing, Checkpointing] = ("none", "full")
+"""The two levels of checkpointing that tables with another subject show."""
 
 
 def plan(
@@ -110,7 +112,7 @@ def num_steps(config: Config, reading: Reading) -> int:
 
 def _flops(config: Config, shapes: Shapes, reading: Reading) -> dict[str, Any]:
     """Count what the steps that were read take, and the mean of a pair and of a step."""
-    checkpointing = config.policy.gradient_checkpointing is True
+    checkpointing = _level_of(config)
     references = any(term.needs_reference for term in config.loss)
     by_step, useful = [], []
     for step in reading.steps:
@@ -123,7 +125,7 @@ def _flops(config: Config, shapes: Shapes, reading: Reading) -> dict[str, Any]:
         useful.append(useful_flops(shapes, step.packs))
     whole = sum(by_step, Flops())
     reference = sum(
-        pack_flops(shapes, pack, checkpointing=False, reference=True, cached_features=True).reference
+        pack_flops(shapes, pack, checkpointing="none", reference=True, cached_features=True).reference
         for pack in reading.packs
     )
     pairs, steps = reading.num_pairs, max(len(by_step), 1)
@@ -147,13 +149,11 @@ def _predict_for(
     """Predict memory and time of a run on one kind of GPU."""
     gpu_bytes, usable = int(card.gib * GIB), card.usable_gib * GIB
     own = variant_of(config, needs, world_size, card)
+    if config.policy.checkpointing == "auto":
+        own = least_checkpointing(needs, own, gpu_bytes, usable)
     parts = needs.peak(own, gpu_bytes)
-    if config.policy.gradient_checkpointing == "auto" and sum(parts.values()) > usable:
-        own = dataclasses.replace(own, checkpointing=True)
-        parts = needs.peak(own, gpu_bytes)
     peak = sum(parts.values())
     full = dataclasses.replace(own, tokens=config.packing.max_tokens)
-    recomputing = dataclasses.replace(own, checkpointing=True)
     spread = [storage for number in WORLD_SIZES for storage in _ways_to_spread(config, number)]
     return {
         "gpu": card.name,
@@ -168,7 +168,7 @@ def _predict_for(
         "peak_of_full_pack_gib": sum(needs.peak(full, gpu_bytes).values()) / GIB,
         "fits": peak <= usable,
         "max_tokens_that_fits": largest_tokens(needs, own, gpu_bytes, usable),
-        "max_tokens_with_checkpointing": largest_tokens(needs, recomputing, gpu_bytes, usable),
+        "levels": _levels(needs, own, gpu_bytes, usable),
         "changes": what_to_change(config, needs, own, gpu_bytes, usable),
         "table": _peaks(spread, needs, own, card),
         "kept": _peaks(_ways_to_store(config, own.storage), needs, own, card),
@@ -176,11 +176,29 @@ def _predict_for(
     }
 
 
+def _levels(needs: Needs, own: Variant, gpu_bytes: int, usable: float) -> list[dict[str, Any]]:
+    """Predict what each level of checkpointing saves and costs, everything else as in ``own``."""
+    rows = []
+    for level in LEVELS:
+        variant = dataclasses.replace(own, checkpointing=level)
+        peak = sum(needs.peak(variant, gpu_bytes).values())
+        rows.append(
+            {
+                "checkpointing": level,
+                "peak_gib": peak / GIB,
+                "fits": peak <= usable,
+                "max_tokens_that_fits": largest_tokens(needs, variant, gpu_bytes, usable),
+                "times_flops": _times_flops(needs, variant),
+            }
+        )
+    return rows
+
+
 def _peaks(storages: list[Storage], needs: Needs, own: Variant, card: Gpu) -> list[dict[str, Any]]:
-    """Predict the peak with each storage, without and with checkpointing, everything else as in ``own``."""
+    """Predict the peak with each storage, without checkpointing and with all of it, everything else as in ``own``."""
     rows = []
     for storage in storages:
-        for checkpointing in (False, True):
+        for checkpointing in ENDS:
             variant = dataclasses.replace(own, storage=storage, checkpointing=checkpointing)
             peak = sum(needs.peak(variant, int(card.gib * GIB)).values())
             rows.append(
@@ -198,7 +216,7 @@ def _peaks(storages: list[Storage], needs: Needs, own: Variant, card: Gpu) -> li
 
 
 def variant_of(config: Config, needs: Needs, world_size: int, card: Gpu) -> Variant:
-    """Return the variant that the config itself asks for; checkpointing: auto counts as false.
+    """Return the variant that the config itself asks for; checkpointing: auto counts as none.
 
     Raises:
         UserError: for what its engine cannot do.
@@ -216,10 +234,15 @@ def variant_of(config: Config, needs: Needs, world_size: int, card: Gpu) -> Vari
     )
     return Variant(
         storage=storage,
-        checkpointing=config.policy.gradient_checkpointing is True,
+        checkpointing=_level_of(config),
         cached_features=config.features.cache,
         tokens=needs.tokens,
     )
+
+
+def _level_of(config: Config) -> Checkpointing:
+    """Return the config's level of checkpointing; auto, which depends on the card, counts as none."""
+    return "none" if config.policy.checkpointing == "auto" else config.policy.checkpointing
 
 
 def _ways_to_store(config: Config, own: Storage) -> list[Storage]:
@@ -256,7 +279,7 @@ def _time(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], own: V
     if rate is None:
         return None
     steps = num_steps(config, needs.reading)
-    slower = _recomputed(needs, own)
+    slower = _times_flops(needs, own)
     per_step = flops["useful_per_step"] / rate.flops_per_second * slower
     result = {
         "seconds_per_step": per_step,
@@ -276,11 +299,12 @@ def _time(card: Gpu, config: Config, needs: Needs, flops: dict[str, Any], own: V
     return result
 
 
-def _recomputed(needs: Needs, own: Variant) -> float:
+def _times_flops(needs: Needs, own: Variant) -> float:
     """Return how many times the FLOPs are what they would be without checkpointing."""
-    if not own.checkpointing:
-        return 1.0
     pack = max(needs.reading.packs, key=lambda pack: pack.tokens)
-    cached = own.cached_features
-    flops = pack_flops(needs.shapes, pack, checkpointing=True, reference=False, cached_features=cached)
-    return flops.total / (flops.total - flops.recomputed)
+
+    def total(level: Checkpointing) -> float:
+        cached = own.cached_features
+        return pack_flops(needs.shapes, pack, checkpointing=level, reference=False, cached_features=cached).total
+
+    return total(own.checkpointing) / total("none")

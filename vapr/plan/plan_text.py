@@ -73,20 +73,17 @@ def _tera(value: float) -> str:
 def _gpu(gpu: dict[str, Any]) -> list[str]:
     took = gpu["memory_gib"] - gpu["usable_gib"]
     how = f"{gpu['gpus']} x {gpu['gpu']}, {gpu['storage']}" if gpu["gpus"] > 1 else gpu["gpu"]
-    checkpointing = "with" if gpu["checkpointing"] else "without"
     lines = [
         _line("GPU", f"{how}: {gpu['usable_gib']:.1f} GiB can be used ({took:.1f} go to driver, CUDA and check bits)"),
-        _line("peak memory", f"{gpu['peak_gib']:.2f} GiB a GPU, {checkpointing} checkpointing, a pack of "
+        _line("peak memory", f"{gpu['peak_gib']:.2f} GiB a GPU, checkpointing: {gpu['checkpointing']}, a pack of "
               f"{gpu['tokens_of_pack']:,} tokens: {'fits' if gpu['fits'] else 'DOES NOT FIT'}"),
         *(_line("", f"{gib:8.2f}  {name}") for name, gib in gpu["parts_gib"].items() if gib >= 0.005),
     ]  # fmt: skip
     if abs(gpu["peak_of_full_pack_gib"] - gpu["peak_gib"]) > 0.02 * gpu["peak_gib"]:
         lines.append(_line("", f"{gpu['peak_of_full_pack_gib']:8.2f}  a full pack (packing.max_tokens) would take"))
-    largest = _tokens_or_none(gpu["max_tokens_that_fits"])
-    if not gpu["checkpointing"]:
-        largest += f"; with checkpointing {_tokens_or_none(gpu['max_tokens_with_checkpointing'])}"
-    lines.append(_line("largest max_tokens", largest))
+    lines.append(_line("largest max_tokens", _tokens_or_none(gpu["max_tokens_that_fits"])))
     lines += _changes(gpu)
+    lines += _levels(gpu["levels"])
     lines += _table_of_gpus(gpu["table"])
     lines += _table_of_storage(gpu["kept"])
     return lines + _time(gpu)
@@ -102,7 +99,7 @@ def _changes(gpu: dict[str, Any]) -> list[str]:
     lines = []
     for number, change in enumerate(gpu["changes"]):
         verdict = "fits" if change["fits"] else "does not fit"
-        setting = f"{'+ ' if number else ''}--set {' --set '.join(change['set'][-1].split())}"
+        setting = f"{'+ ' if len(change['set']) > 1 else ''}--set {' --set '.join(change['set'][-1].split())}"
         name = "what to change" if number == 0 else ""
         lines.append(_line(name, f"{change['peak_gib']:8.2f}  {verdict:<13}{setting}"))
     if not any(change["fits"] for change in gpu["changes"]):
@@ -112,15 +109,27 @@ def _changes(gpu: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _levels(rows: list[dict[str, Any]]) -> list[str]:
+    """Lay out what each level of checkpointing (columns) saves and costs."""
+    tokens = [f"{row['max_tokens_that_fits']:,}" if row["max_tokens_that_fits"] else "-" for row in rows]
+    cells = {
+        "policy.checkpointing": [row["checkpointing"] for row in rows],
+        "  GiB a GPU": [f"{row['peak_gib']:.1f}{'' if row['fits'] else '*'}" for row in rows],
+        "  largest max_tokens": tokens,
+        "  FLOPs, times": [f"{row['times_flops']:.2f}" for row in rows],
+    }
+    return [_line(name, "".join(f"{cell:>12}" for cell in row)) for name, row in cells.items()]
+
+
 def _table_of_gpus(table: list[dict[str, Any]]) -> list[str]:
-    """Lay out peaks by way of storing (rows) and number of GPUs (columns), without and with checkpointing."""
+    """Lay out peaks by way of storing (rows) and number of GPUs (columns), without checkpointing and with all of it."""
     counts = sorted({row["gpus"] for row in table})
     lines = [_line("GiB a GPU", "".join(f"{f'{count} GPU' + 's' * (count > 1):>18}" for count in counts))]
     peaks = {(_way(row), row["gpus"], row["checkpointing"]): row for row in table}
     for way in dict.fromkeys(_way(row) for row in table):
-        cells = [(peaks.get((way, count, False)), peaks.get((way, count, True))) for count in counts]
+        cells = [(peaks.get((way, count, "none")), peaks.get((way, count, "full"))) for count in counts]
         lines.append(_line(f"  {way}", "".join(f"{_cell(pair):>18}" for pair in cells)))
-    return [*lines, _line("", "without / with checkpointing; host: kept in host memory; * does not fit")]
+    return [*lines, _line("", "checkpointing: none / full; host: kept in host memory; * does not fit")]
 
 
 def _table_of_storage(rows: list[dict[str, Any]]) -> list[str]:
@@ -129,7 +138,7 @@ def _table_of_storage(rows: list[dict[str, Any]]) -> list[str]:
     optims = list(dict.fromkeys(row["optimizer"] for row in rows))
     lines = [_line("GiB, base kept as", "".join(f"{optim:>18}" for optim in optims))]
     for base in dict.fromkeys(row["base_weights"] for row in rows):
-        cells = (_cell((found[base, optim, False], found[base, optim, True])) for optim in optims)
+        cells = (_cell((found[base, optim, "none"], found[base, optim, "full"])) for optim in optims)
         lines.append(_line(f"  {base}", "".join(f"{cell:>18}" for cell in cells)))
     return lines
 

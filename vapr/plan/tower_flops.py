@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
+from vapr.config import Checkpointing
 from vapr.plan.block_flops import backward_flops, block_backward, forward_flops, learns, recomputed_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
 
 
-def tower_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: bool) -> tuple[float, bool]:
+def tower_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing) -> tuple[float, bool]:
     """Count the tower and projector over a pack's images, their backward pass included where they are trained.
 
     Returns:
@@ -23,8 +24,8 @@ def tower_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: bool) -> tupl
     blocks, projector = _parts(shapes)
     trained = [w.name for w in shapes.weights if w.trained and w.part == "image tower and projector"]
     tower_learns = any(not _in_projector(name) for name in trained)
-    # transformers' checkpointing gives what goes into the first block a gradient, so that every block is run backward.
-    x_learns = tower_learns or (checkpointing and shapes.trains_tower)
+    x_learns = tower_learns
+    level = "full" if checkpointing == "full" else "none"  # the others are the decoder's
     flops = embedded * (2 if tower_learns else 1)
     last_used = _last_used(shapes)
     for number, block in enumerate(blocks):
@@ -33,8 +34,10 @@ def tower_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: bool) -> tupl
         ahead = sum(forward_flops(linear, num_rows) for linear in block.values()) + 2 * attention
         flops += ahead
         if number <= last_used:
+            learning = {"x_learns": x_learns, "norms_learn": tower_learns}
+            flops += recomputed_flops(block, rows, attention, level, **learning)
             back, x_learns = block_backward(block, rows, attention, x_learns, norms_learn=tower_learns)
-            flops += back + (recomputed_flops(block, rows, ahead) if checkpointing and x_learns else 0.0)
+            flops += back
     x_learns |= any("merger.ln_q" in name for name in trained)  # the projector's own norm
     for linear in projector:
         flops += forward_flops(linear, pack.image_tokens)

@@ -25,7 +25,8 @@ from vapr.training import checkpoint
 
 MAY_CHANGE = (
     "run_dir", "checkpoint", "reference", "features", "data.eval", "data.workers", "data.too_long", "data.on_bad_row",
-    "probe", "trackers", "packing.max_tokens", "policy.gradient_checkpointing", "parallel",
+    "probe", "trackers", "packing.max_tokens", "policy.checkpointing", "parallel",
+    "policy.gradient_checkpointing",  # in the config.yaml of an older run
 )  # fmt: skip
 """Keys (and what lies below them) that a resumed run may set differently."""
 

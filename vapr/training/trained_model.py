@@ -86,7 +86,7 @@ def _find(run: Path, run_dir: Path, which: str, config: Config, say: Callable[[s
 
 def start_policy(config: Config, trained: Trained) -> PolicyConfig:
     """Return the config of the policy that training began with: the run's own copy if there is one."""
-    policy = dataclasses.replace(config.policy, attention="sdpa", gradient_checkpointing=False)
+    policy = dataclasses.replace(config.policy, attention="sdpa", checkpointing="none")
     final = trained.run / "final"
     kept = ""
     if (trained.run / START).is_dir():

@@ -314,7 +314,7 @@ def _saved_on_mistakes(run: RunDir, state: RunState, parts: _Parts, save: Callab
             raise UserError(f"{error}{way_out}") from None
         raise TrainingStopped(
             f"step {engine.num_updates + 1} does not fit the GPU's memory; lower packing.max_tokens, set "
-            f"policy.gradient_checkpointing: true or policy.base_weights: nf4 (docs/memory.md){way_out}"
+            f"policy.checkpointing: mlp or full, or policy.base_weights: nf4 (docs/memory.md){way_out}"
         ) from None
 
 
