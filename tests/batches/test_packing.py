@@ -49,7 +49,7 @@ def test_a_pair_is_a_fork_where_the_completions_part():
 
 def test_predictions_are_listed_and_shared_ones_counted_twice():
     batch = pack([pair("a", [1, 2, 3], [7, 8, 9], [7, 5])])
-    predictions = list(zip(batch.predict_from.rows.tolist(), batch.labels.tolist(), strict=True))
+    predictions = list(zip(batch.predicting[batch.predict_from.rows].tolist(), batch.labels.tolist(), strict=True))
     assert predictions == [(2, 7), (3, 8), (4, 9), (3, 5)]  # token 3 is followed by 8 and by 5
     by_completion = [[], []]
     for prediction, completion in zip(batch.sum_prediction.rows.tolist(), batch.sum_completion.tolist(), strict=True):
@@ -134,7 +134,7 @@ def test_random_forests_spell_out_their_paths(share):
         for completion, one in enumerate(paths):
             predictions = batch.sum_prediction.rows[batch.sum_completion == completion]
             assert batch.labels[predictions].tolist() == one.input_ids[one.completion_start :].tolist()
-            token = int(batch.predict_from.rows[predictions[-1]])
+            token = int(batch.predicting[batch.predict_from.rows[predictions[-1]]])
             back = []
             while token != NO_PARENT:
                 back.append((int(batch.input_ids[token]), int(batch.position_ids[0, token])))

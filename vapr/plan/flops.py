@@ -119,7 +119,7 @@ def _rows(pack: PackSizes, *, last: bool) -> dict[str, int]:
 
 
 def _without_adapter(name: str, linear: Linear, rows: int) -> float:
-    """Count a forward pass with adapters off. An adapter's first product is part of a joint one, which runs all the same.
+    """Count a forward pass with adapters off. Their first products are part of joint ones, which run all the same.
 
     The output projection is joined with nothing.
     """
