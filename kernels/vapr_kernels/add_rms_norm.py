@@ -35,13 +35,14 @@ spill to make room for one more, which is never launched."""
 
 @launch.Kernel
 def _rms_norm_fwd_kernel(
-    x_ptr,  # (T, D)
+    x_ptr,  # (T, D), rows x_stride apart
     residual_ptr,  # (T, D) or None
     weight_ptr,  # (D,)
     y_ptr,  # (T, D)
     total_ptr,  # (T, D), None without a residual
     rstd_ptr,  # (T,) fp32
     T,
+    x_stride,
     eps,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -51,7 +52,8 @@ def _rms_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     at = rows.to(tl.int64)[:, None] * D + cols[None, :]
     inside = (rows < T)[:, None] & (cols < D)[None, :]
-    total = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x_at = rows.to(tl.int64)[:, None] * x_stride + cols[None, :]
+    total = tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         stored = rounded(total, total_ptr.dtype.element_ty)
@@ -113,7 +115,8 @@ def _blocks(width: int) -> dict[str, int]:
 
 def rms_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; return y (T, D), total (T, D; ``x`` itself without a residual) and rstd (T,) fp32."""
-    x, weight = launch.contiguous(x), launch.contiguous(weight)
+    x = launch.contiguous(x) if residual is None else launch.unit_stride(x)
+    weight = launch.contiguous(weight)
     num_rows, width = x.shape
     y, rstd = x.new_empty(x.shape), x.new_empty(num_rows, dtype=torch.float32)
     total = None
@@ -121,7 +124,7 @@ def rms_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         residual, total = launch.contiguous(residual), x.new_empty(x.shape)
     blocks = _blocks(width)
     grid = (triton.cdiv(num_rows, blocks["BLOCK_T"]),)
-    _rms_norm_fwd_kernel[grid](x, residual, weight, y, total, rstd, num_rows, eps, **blocks)
+    _rms_norm_fwd_kernel[grid](x, residual, weight, y, total, rstd, num_rows, x.stride(0), eps, **blocks)
     return y, x if total is None else total, rstd
 
 

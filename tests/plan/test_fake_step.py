@@ -24,7 +24,7 @@ def one_pack(config):
 
 
 def choices_of(config, **changed):
-    base = Choices(config.policy, tuple(config.loss), kernels=False, gpu=False, keep_logits=True, cached_features=False)
+    base = Choices(config.policy, tuple(config.loss), kernels=True, gpu=False, keep_logits=True, cached_features=False)
     return dataclasses.replace(base, **changed)
 
 
@@ -43,7 +43,7 @@ def real_step(config, batch):
     Returns LiveBytes of it, what it counted until the loss, the bytes that autograd saved until then by PyTorch's own
     hook (which shares nothing with LiveBytes), and the bytes of the gradients.
     """
-    policy = load_policy(config.policy, torch.device("cpu"), kernels="off")
+    policy = load_policy(config.policy, torch.device("cpu"))
     reference = torch.zeros(len(batch.sum_prediction.rows))
     live = LiveBytes()
     saved: dict[int, int] = {}

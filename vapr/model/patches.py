@@ -8,7 +8,8 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
 | peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
 | patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
-| the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel adds and norms, one rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
+| the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
+| norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
 | RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
 | attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
