@@ -1,6 +1,7 @@
 """Operations of a preference-training step. Each has a naive twin of the same name in ``vapr_kernels.naive``."""
 
 from vapr_kernels.add_rms_norm import add_rms_norm, rms_norm
+from vapr_kernels.causal_attention import causal_attention
 from vapr_kernels.gated_mlp import gated_mlp
 from vapr_kernels.gather_keys_values import gather_keys_values
 from vapr_kernels.gather_rows import gather_rows
@@ -13,6 +14,7 @@ from vapr_kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "causal_attention",
     "gated_mlp",
     "gather_keys_values",
     "gather_rows",

@@ -37,6 +37,20 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows]
 
 
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], *, scale: float
+) -> Tensor:
+    """Attention inside each sequence, (T, H, E): a query sees the keys up to its own, the last query all of them."""
+    outs = []
+    for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        num_q, num_k, group = len(q_n), len(k_n), q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhe,khe->hqk", q_n, k_n.repeat_interleave(group, 1)) * scale
+        hidden = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).triu(num_k - num_q + 1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khe->qhe", weights, v_n.repeat_interleave(group, 1)))
+    return torch.cat(outs)
+
+
 def preference_loss(
     token_logps: Tensor, reference_logps: Tensor | None, completions: Completions, terms: Sequence[Term], *,
     mean_chosen_length: float,

@@ -14,7 +14,8 @@ from vapr_kernels.testing import assert_matches_naive
     [
         [0],  # one row
         [2, 2, 2, 2],  # one row four times, the others never
-        [0, 1, 2, 3, 0, 1, 4],  # a prefix gathered twice
+        [0, 1, 2, 3, 0, 1, 4],  # every row, a prefix twice
+        [0, 1, 3, 0, 1, 4, 0],  # all but one row, a prefix twice or three times
         [],  # nothing
     ],
     ids=str,

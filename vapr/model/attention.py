@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from vapr.batches.packing import LastQueries, SegmentAttention
 from vapr.errors import UserError
-from vapr_kernels import gather_keys_values, gather_rows
+from vapr_kernels import causal_attention, gather_keys_values, gather_rows
 from vapr_kernels.rotary import rotary as rotate
 
 
@@ -68,7 +68,7 @@ def segment_attention(
             multiple of G.
         segments: the forest's sequences and gathered keys.
         scale: factor of the scores.
-        backend: ``flash-attn``, ``varlen`` or ``sdpa``.
+        backend: ``flash-attn``, ``varlen`` or ``sdpa``; that is causal_attention on a CPU in fp32 or fp64.
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
         only: which queries there are; None: all.
 
@@ -84,6 +84,8 @@ def segment_attention(
     else:
         k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
     if backend == "sdpa":
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+            return causal_attention(q, k, v, lengths_q, segments.lengths_k, scale=scale)
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -121,7 +123,7 @@ def _varlen(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], *, scale: float
 ) -> Tensor:
-    """Call PyTorch's causal attention once per sequence, on a CPU and in fp32 on a GPU."""
+    """Call PyTorch's causal attention once per sequence: in half precision on a CPU, in fp32 on a GPU."""
     outs = []
     for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
         num_q, num_k = len(q_n), len(k_n)

@@ -161,11 +161,19 @@ def _head_backward_flops(
     return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, **out: Any) -> int:
+    return 2 * 2 * q[1] * q[2] * sum(num_q * num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
+
+
+def _attention_backward_flops(dout: Any, *forward: Any, **out: Any) -> int:
+    return _attention_flops(*forward) // 2 * 5
+
+
+def _sdpa_flops(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
     return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
-def _attention_backward_flops(dout: Any, q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
+def _sdpa_backward_flops(dout: Any, q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
     return 5 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
@@ -177,7 +185,9 @@ COUNTED = {
     torch.ops.aten.addmm_: _added_product_flops,
     torch.ops.vapr.linear_logps: _head_flops,
     torch.ops.vapr.linear_logps_backward: _head_backward_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.vapr.causal_attention: _attention_flops,
+    torch.ops.vapr.causal_attention_bwd: _attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
 }
 """For FlopCounterMode's ``custom_mapping``."""
