@@ -43,13 +43,13 @@ from vapr.plan.shapes import read_shapes
 CPU = torch.device("cpu")
 T, D, M, E, R = 700, 320, 864, 64, 16  # tokens, hidden, intermediate and head size, rank
 SIZES = Sizes(
-    tokens=frozenset((T, 120)), hidden=D, intermediate=M, head=E, weights=frozenset(((D, D), (E, D), (D, M))),
+    tokens=frozenset((T, 120)), hidden=D, intermediate=M, head=E, weights=frozenset(((D, D), (3 * R, D), (D, M))),
     adapters=3 * R,
 )  # fmt: skip
 
 RECORDED = [
     (Event("aten::mm", 1, ((T, D), (D, D))), PRODUCTS),
-    (Event("aten::addmm", 1, ((E,), (T, D), (D, E), (), ())), PRODUCTS),  # keys: as narrow as a rank, but a weight
+    (Event("aten::addmm", 1, ((3 * R,), (T, D), (D, 3 * R), (), ())), PRODUCTS),  # keys: as narrow as ranks
     (Event("aten::mm", 1, ((T, D), (D, D + 2 * E))), PRODUCTS),  # queries, keys and values in one
     (Event("aten::mm", 1, ((120, M), (M, D))), PRODUCTS),  # the last layer's rows
     (Event("aten::mm", 1, ((D, T), (T, D)), backward=True), PRODUCTS),  # a weight's gradient
