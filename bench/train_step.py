@@ -10,9 +10,7 @@ import argparse
 import gc
 import os
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +27,15 @@ from rich.table import Table
 
 from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.microbench import FAILURES
-from bench.record import Timing, matmul_flops, measure, record, synchronize, version
+from bench.record import Timing, copy_bandwidth, matmul_flops, measure, record, version
+from bench.step_profile import profile_step
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
 from vapr.batches.loader import PairLoader, load_pairs
 from vapr.batches.steps import Step
 from vapr.data.pair import PreferencePair
-from vapr.model.logps import completion_logps, per_completion
-from vapr.model.policy import Policy, hidden_states, image_features
+from vapr.model.policy import Policy
 from vapr.training.engine import Engine
 from vapr.training.metrics import useful_flops
-from vapr_kernels import gather_rows, linear_logps
-from vapr_kernels.losses import sigmoid_loss
 
 WARMUP = 2
 KERNELS_OFF = "vapr shared cached, kernels off"
@@ -55,7 +51,7 @@ class Case:
     workload: Workload
     about: dict[str, Any]  # what its rows say was measured
     pairs: list[PreferencePair]
-    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; "breakdown": timing by parts
+    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; "profile": timing by parts
 
     def close(self) -> None:
         for loader in self.loaders.values():
@@ -76,10 +72,11 @@ def main() -> None:
             for model in options.models
             for name in options.workloads
         ]
-        ceiling = matmul_flops(device)
+        ceiling = matmul_flops(device) | copy_bandwidth(device)
+        run = profile_case if options.profile else run_case
         for case in cases:
             try:
-                problems += run_case(case, ceiling, options)
+                problems += run(case, ceiling, options)
             except FAILURES as error:  # the cases after it count as much
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -97,9 +94,10 @@ def open_case(model: str, workload: str, folder: Path, device: torch.device, opt
     pairs = subject.pairs(WORKLOADS[workload], options.pairs_per_step * (WARMUP + options.rounds))
     arms = vapr_arms(WORKLOADS[workload])
     shares = {name: share for name, share, _ in arms} | {f"packed {share}": share for _, share, _ in arms}
+    others = {} if options.profile else {**shares, KERNELS_OFF: "pair"}
     loaders = {
         name: load_pairs(vapr_config(subject, share, options.pairs_per_step, None), pairs, subject.new_processor())
-        for name, share in {**shares, KERNELS_OFF: "pair", "breakdown": "pair"}.items()
+        for name, share in {**others, "profile": "pair"}.items()
     }
     return Case(subject, WORKLOADS[workload], describe(subject, model, workload), pairs, loaders)
 
@@ -133,6 +131,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads() if on_gpu else 2)
     parser.add_argument("--full", action="store_true", help="full fine-tuning of the language model instead of LoRA")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds; no prebuilt batches")
+    parser.add_argument("--profile", action="store_true", help="only where a step of vapr's goes; times nothing else")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="with --profile: the Chrome trace of one step")
     options = parser.parse_args()
     quick_models = ["qwen2.5-vl-7b", "llava-1.5-7b"] if on_gpu else ["small-qwen2.5-vl"]
     options.models = options.models or (quick_models if options.quick else known)
@@ -141,7 +141,16 @@ def parse_options() -> argparse.Namespace:
         options.rounds
         or {(True, True): 5, (True, False): 12, (False, True): 3, (False, False): 5}[(on_gpu, options.quick)]
     )
+    if options.trace and not (options.profile and len(options.models) == len(options.workloads) == 1):
+        parser.error("--trace is of one step: give --profile, one of --models and one of --workloads")
     return options
+
+
+def profile_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Profile a step of ``vapr shared cached`` and nothing else."""
+    arm = VaprArm(case.subject, case.pairs, options.pairs_per_step, share="pair", cached=True)
+    profile_step(arm, case.loaders["profile"], case.about, ceiling, options.trace)
+    return []
 
 
 def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[str]:
@@ -159,7 +168,7 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
     ]
     rows += time_arms(arms, case, ceiling, options)
     if isinstance(shared := arms.get("vapr shared cached"), VaprArm):
-        breakdown(shared, case)
+        profile_step(shared, case.loaders["profile"], case.about, ceiling)
     if first[0].kernels and KERNELS_OFF in (options.arms or [KERNELS_OFF]):  # what the fused kernels are worth
         del arms, shared, first  # one 7B policy at a time
         free_memory()
@@ -276,56 +285,6 @@ def agreement(arms: dict[str, TrlArm | VaprArm], name: str, case: dict[str, Any]
     comparable = not ("llava" in case["model"] and name.startswith("vapr"))
     comparable &= not (case["tuning"] == "full" and "online" in name)
     return {"loss_gap": gap, "agrees": gap <= AGREEMENT if comparable else None}
-
-
-def breakdown(arm: VaprArm, case: Case, repeats: int = 3) -> None:
-    """Seconds of each part of a step: the median of a few steps, timed one part at a time."""
-    device = arm.policy.device
-    arm.start(prebuilt=False, loader=case.loaders["breakdown"])
-    samples = [_parts_of_a_step(arm, device) for _ in range(min(repeats + 1, arm.num_steps))]
-    medians = {part: sorted(s[part] for s in samples[1:])[len(samples[1:]) // 2] for part in samples[0]}
-    record(
-        "train_step_breakdown",
-        **case.about,
-        arm="vapr shared cached",
-        **{f"seconds_{k}": v for k, v in medians.items()},
-    )
-    about = case.about
-    table = Table(title=f"{about['model']} {about['workload']}: where a step's time goes", title_justify="left")
-    table.add_column("part")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    for part, seconds in medians.items():
-        table.add_row(part.replace("_", " "), f"{1e3 * seconds:.1f}", f"{seconds / sum(medians.values()):.0%}")
-    console().print(table)
-
-
-def _parts_of_a_step(arm: VaprArm, device: torch.device) -> dict[str, float]:
-    parts: dict[str, float] = {}
-
-    def timed(part: str, function: Callable[[], Any]) -> Any:
-        synchronize(device)
-        began = time.perf_counter()
-        out = function()
-        synchronize(device)
-        parts[part] = parts.get(part, 0.0) + time.perf_counter() - began
-        return out
-
-    policy: Policy = arm.policy
-    engine: Engine = arm.engine
-    step = timed("data_wait", lambda: next(arm.steps))
-    for cpu_batch in step.batches:
-        batch = cpu_batch.to(device)
-        reference = timed("reference_lookup", lambda b=batch: completion_logps(arm.reference.logps(b), b))
-        features = timed("tower", lambda b=batch: image_features(policy, b.images))
-        hidden = timed("language_model", lambda b=batch, f=features: hidden_states(policy, b, f))
-        rows = gather_rows(hidden, batch.predict_from)
-        logps = timed("head", lambda r=rows, b=batch: linear_logps(r, policy.head, b.labels))
-        chosen, rejected = completion_logps(per_completion(logps, batch), batch).unbind(1)
-        losses = sigmoid_loss(chosen, rejected, *reference.unbind(1), beta=0.1)
-        timed("backward", lambda x=losses: engine.backward(x.sum() / step.num_pairs))
-    timed("optimizer", lambda: (engine.gradient_norm(), engine.step()))
-    return parts
 
 
 def console() -> Console:
