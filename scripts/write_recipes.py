@@ -58,7 +58,7 @@ class Recipe:
     card: int
     max_tokens: int
     peak: float
-    checkpointing: bool = False
+    checkpointing: str = "none"
     base_weights: str = "bfloat16"
     optimizer: str = "adamw"
 
@@ -68,31 +68,31 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("llava_1_5_7b", "lora", 24, 4096, 20.2, checkpointing=True),
+    Recipe("llava_1_5_7b", "lora", 24, 4096, 20.2, checkpointing="full"),
     Recipe("llava_1_5_7b", "lora", 80, 10240, 63.9),
     Recipe("llava_1_5_7b", "lora", 141, 16384, 91.1),
-    Recipe("llava_1_5_7b", "full", 80, 4096, 65.1, checkpointing=True, optimizer="paged-adamw-8bit"),
-    Recipe("llava_1_5_7b", "full", 141, 16384, 120.4, checkpointing=True),
-    Recipe("llava_1_5_13b", "lora", 24, 8192, 20.3, checkpointing=True, base_weights="nf4"),
+    Recipe("llava_1_5_7b", "full", 80, 4096, 65.1, checkpointing="full", optimizer="paged-adamw-8bit"),
+    Recipe("llava_1_5_7b", "full", 141, 16384, 120.4, checkpointing="full"),
+    Recipe("llava_1_5_13b", "lora", 24, 8192, 20.3, checkpointing="full", base_weights="nf4"),
     Recipe("llava_1_5_13b", "lora", 80, 4096, 61.6),
     Recipe("llava_1_5_13b", "lora", 141, 12288, 118.3),
-    Recipe("llava_1_5_13b", "full", 141, 4096, 124.3, checkpointing=True, optimizer="paged-adamw-8bit"),
+    Recipe("llava_1_5_13b", "full", 141, 4096, 124.3, checkpointing="full", optimizer="paged-adamw-8bit"),
     Recipe("qwen2_vl_2b", "lora", 24, 6144, 18.9),
     Recipe("qwen2_vl_2b", "lora", 80, 16384, 39.5),
     Recipe("qwen2_vl_2b", "lora", 141, 16384, 39.5),
-    Recipe("qwen2_vl_2b", "full", 24, 4096, 19.9, checkpointing=True, optimizer="adamw-8bit"),
+    Recipe("qwen2_vl_2b", "full", 24, 4096, 19.9, checkpointing="full", optimizer="adamw-8bit"),
     Recipe("qwen2_vl_2b", "full", 80, 16384, 59.7),
     Recipe("qwen2_vl_2b", "full", 141, 16384, 59.7),
-    Recipe("qwen2_vl_7b", "lora", 24, 4096, 20.7, checkpointing=True, optimizer="adamw-8bit"),
+    Recipe("qwen2_vl_7b", "lora", 24, 4096, 20.7, checkpointing="full", optimizer="adamw-8bit"),
     Recipe("qwen2_vl_7b", "lora", 80, 10240, 64.0),
     Recipe("qwen2_vl_7b", "lora", 141, 16384, 89.9),
     Recipe("qwen2_vl_7b", "full", 141, 8192, 121.9, optimizer="adamw-8bit"),
-    Recipe("qwen2_5_vl_3b", "lora", 24, 16384, 15.3, checkpointing=True),
+    Recipe("qwen2_5_vl_3b", "lora", 24, 16384, 15.3, checkpointing="full"),
     Recipe("qwen2_5_vl_3b", "lora", 80, 16384, 63.1),
     Recipe("qwen2_5_vl_3b", "lora", 141, 16384, 63.1),
     Recipe("qwen2_5_vl_3b", "full", 80, 4096, 66.4),
     Recipe("qwen2_5_vl_3b", "full", 141, 16384, 104.8),
-    Recipe("qwen2_5_vl_7b", "lora", 24, 4096, 20.7, checkpointing=True, optimizer="adamw-8bit"),
+    Recipe("qwen2_5_vl_7b", "lora", 24, 4096, 20.7, checkpointing="full", optimizer="adamw-8bit"),
     Recipe("qwen2_5_vl_7b", "lora", 80, 10240, 64.0),
     Recipe("qwen2_5_vl_7b", "lora", 141, 16384, 89.9),
     Recipe("qwen2_5_vl_7b", "full", 141, 8192, 121.9, optimizer="adamw-8bit"),
@@ -133,8 +133,8 @@ def render(recipe: Recipe) -> str:
         lines.append(_line("  lora: {rank: 128, alpha: 256}", WHY_LORA))
     if recipe.base_weights != "bfloat16":
         lines.append(_line(f"  base_weights: {recipe.base_weights}", f"[card] {WHY_BASE[recipe.base_weights]}"))
-    if recipe.checkpointing:
-        lines.append(_line("  gradient_checkpointing: true", "[card] less memory, more time"))
+    if recipe.checkpointing != "none":
+        lines.append(_line(f"  checkpointing: {recipe.checkpointing}", "[card] less memory, more time"))
     lr = model.lora_lr if recipe.tuning == "lora" else model.full_lr
     lines += [
         _line("  train: {language_model: true, projector: false, vision_tower: false}", "LLaMA-Factory's default"),

@@ -95,6 +95,9 @@ def test_every_documented_key_is_accepted_and_is_the_default():
         ({"optim": {"betas": [0.9]}}, "'optim.betas.1' is missing"),
         ({"optim": {"lr": float("nan")}}, "optim.lr: should be a finite number, got nan"),
         ({3: 4}, "unknown key '3'; known keys here: run_dir, policy"),
+        ({"policy": {"model": "m", "gradient_checkpointing": True}}, "'policy.gradient_checkpointing'; it is now policy.checkpointing: true -> full, false -> none, auto -> auto"),
+        ({"gradient_checkpointing": True}, "unknown key 'gradient_checkpointing'; did you mean 'policy.checkpointing'?"),
+        ({"policy": {"model": "m", "checkpointing": True}}, "policy.checkpointing: should be 'none', 'attention', 'mlp', 'full' or 'auto', got True"),
     ],
     ids=str,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.runs import metrics
 from vapr.cli import main
-from vapr.config import Config, FeaturesConfig, PackingConfig, ParallelConfig
+from vapr.config import LEVELS, Config, FeaturesConfig, PackingConfig, ParallelConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.model.policy import load_policy
@@ -194,16 +194,18 @@ def test_says_what_to_change(bf16):
     (gpu,) = found["gpus"]
     assert not found["fits"] and not gpu["fits"] and gpu["changes"]
     assert [change["fits"] for change in gpu["changes"]] == [False] * (len(gpu["changes"]) - 1) + [True]
-    assert gpu["changes"][0]["set"] == ["policy.gradient_checkpointing=true"]
+    levels = [f"policy.checkpointing={level}" for level in LEVELS[1:]]
+    assert [change["set"] for change in gpu["changes"]][:3] == [[level] for level in levels[: len(gpu["changes"])]]
     overrides = [one for given in gpu["changes"][-1]["set"] for one in given.split()]
     raw = json.loads(json.dumps(dataclasses.asdict(bf16)))
     for override in overrides:
         key, value = override.split("=")
         section, name = key.split(".")
-        raw[section][name] = {"true": True}.get(value, value)
+        raw[section][name] = value
     again = plan(Config.parse(raw), gpu_memory=(tight * 0.9 + 1) / 0.98)["gpus"][0]
     assert again["fits"] and again["peak_gib"] == pytest.approx(gpu["changes"][-1]["peak_gib"])
     nothing = plan(bf16, gpu_memory=1.021)["gpus"][0]
+    assert all(levels[-1] in change["set"] and len(change["set"]) > 1 for change in nothing["changes"][3:])
     assert nothing["max_tokens_that_fits"] is None and not any(change["fits"] for change in nothing["changes"])
 
 
@@ -227,16 +229,29 @@ def test_time_comes_from_a_measured_row_or_not_at_all(bf16, tmp_path, monkeypatc
 
 
 def test_checkpointing_auto(bf16, monkeypatch):
-    auto = dataclasses.replace(bf16, policy=dataclasses.replace(bf16.policy, gradient_checkpointing="auto"))
+    """The first level that fits, and the last where none does: on a card that just holds what a level takes, that."""
+    auto = dataclasses.replace(bf16, policy=dataclasses.replace(bf16.policy, checkpointing="auto"))
     config, line = checkpointing.resolve(auto, torch.device("cpu"))
-    assert config == bf16 and "false on a CPU" in line
+    assert config == bf16 and "auto is none on a CPU" in line
     assert checkpointing.resolve(bf16, torch.device("cpu")) == (bf16, None)
-    peak = plan(bf16, gpu_memory=24)["gpus"][0]["peak_gib"]
-    for gib, wanted in ((24, False), ((peak * 0.9 + 1) / 0.98, True)):
+    rows = plan(bf16, gpu_memory=24)["gpus"][0]["levels"]
+    peaks = {row["checkpointing"]: row["peak_gib"] for row in rows}
+    assert tuple(peaks) == LEVELS and sorted(peaks.values(), reverse=True) == list(peaks.values())
+    cards = {(peak + 1) / 0.98 + 1e-6: level for level, peak in peaks.items()}
+    for gib, wanted in {24: "none", **cards, (peaks["full"] * 0.99 + 1) / 0.98: "full"}.items():
         monkeypatch.setattr(checkpointing, "gpu_here", lambda gib=gib: Gpu("a card", gib))
         config, line = checkpointing.resolve(auto, torch.device("cuda"))
-        assert config.policy.gradient_checkpointing is wanted and f"auto is {str(wanted).lower()}" in line
-    assert plan(auto, gpu_memory=24)["gpus"][0]["checkpointing"] is False
+        assert config.policy.checkpointing == wanted and f"auto is {wanted}: " in line
+        assert plan(auto, gpu_memory=gib)["gpus"][0]["checkpointing"] == wanted
+
+
+def test_what_levels_cost_is_what_they_compute_again(bf16):
+    rows = plan(bf16, gpu_memory=1.2)["gpus"][0]["levels"]
+    none, attention, mlp, full = (row["times_flops"] for row in rows)
+    assert none == 1 < min(attention, mlp) and max(attention, mlp) < full < 1.5
+    assert all(row["fits"] for row in rows)
+    most = [row["max_tokens_that_fits"] for row in rows]
+    assert sorted(most) == most and most[0] < most[-1]
 
 
 def test_names_of_gpus():

@@ -278,7 +278,8 @@ def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bo
 
 def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
     """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
-    return checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
+    out: Tensor = checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
+    return out
 
 
 def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
