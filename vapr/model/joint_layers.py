@@ -45,7 +45,7 @@ class JointLayers:
 
     def now(self) -> Linears:
         """Return the layers as they are stored by now."""
-        if self._joined and any(own.data_ptr() != rows.data_ptr() for own, rows in self._joined):
+        if not all(_is_same_memory(own, rows) for own, rows in self._joined):
             assert self._apart is not None
             self.linears, self._joined = self._apart, []
         return self.linears
@@ -77,6 +77,10 @@ class JointDecoderLayer:
         if is_last:
             return cls(None, attending[0], attending[1], gate_up, down)
         return cls(attending[0], None, None, gate_up, down)
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
 def join(modules: Sequence[nn.Module]) -> JointLayers | None:

@@ -182,10 +182,10 @@ def _compute_blocks_again(tower: nn.Module) -> None:
 
     Its ``gradient_checkpointing_enable`` would also ask for the gradient of what goes into the first block.
     """
-    for module in tower.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    blocks: list[Any] = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in blocks:
+        module.gradient_checkpointing = True
+        module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -56,9 +56,10 @@ class LiveBytes(TorchDispatchMode):
         self.note()
 
     def forget(self, tensor: Tensor) -> None:
-        """Count a live tensor no longer, because it is counted elsewhere."""
-        num_bytes, finalizer = self._made.pop(tensor.untyped_storage())
-        finalizer.detach()
+        """Count a live tensor no longer, because it is counted elsewhere; nor what lies in the same memory."""
+        num_bytes, finalizer = self._made.pop(tensor.untyped_storage(), (0, None))
+        if finalizer is not None:
+            finalizer.detach()
         self.alive -= num_bytes
 
     def note(self, besides: int = 0) -> None:
