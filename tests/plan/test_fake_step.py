@@ -8,6 +8,7 @@ import torch
 from vapr.batches.families import load_model_config
 from vapr.batches.loader import open_loaders
 from vapr.config import LoraConfig
+from vapr.model import attention
 from vapr.model.logps import token_logps
 from vapr.model.policy import image_features, load_policy
 from vapr.plan import fake_step
@@ -92,6 +93,18 @@ def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
     if dtype == "float32":  # else the engine would move gradients to fp32, and here nobody does
         backward = max(peak.with_gradients for phase, peak in peaks.items() if phase.startswith("backward"))
         assert backward == live.peaks["backward"].alive
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_only_a_cpu_attends_by_its_own_products(make_config, monkeypatch, gpu):
+    """In fp32 a GPU takes PyTorch's attention, which keeps its outputs; the fake tensors of both lie on a CPU."""
+    config = make_config(family="llava")
+    calls = []
+    monkeypatch.setattr(attention, "_sdpa", lambda q, *rest, real=attention._sdpa, **scale: calls.append(q.shape) or real(q, *rest, **scale))  # fmt: skip
+    batch = one_pack(config)
+    assert config.policy.dtype == "float32"
+    profile(load_model_config(config.policy.model), choices_of(config, gpu=gpu), batch)
+    assert {shape[0] for shape in calls} == ({batch.num_tokens} if gpu else set())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
