@@ -8,6 +8,7 @@ import torch
 from vapr.batches.families import load_model_config
 from vapr.batches.loader import open_loaders
 from vapr.config import LEVELS, LoraConfig
+from vapr.model import attention
 from vapr.model.logps import token_logps
 from vapr.model.policy import image_features, load_policy
 from vapr.plan import fake_step
@@ -104,6 +105,19 @@ def test_each_level_keeps_less_than_the_one_before(make_config, lora):
         config = dataclasses.replace(config, policy=policy)
         kept[level] = real_step(config, one_pack(config))[1]
     assert kept["none"] > kept["attention"] > kept["mlp"] > kept["full"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_only_a_cpu_attends_by_its_own_products(make_config, monkeypatch, gpu):
+    """In fp32 a GPU takes PyTorch's attention, which keeps its outputs; the fake tensors of both lie on a CPU."""
+    config = make_config(family="llava")
+    calls = []
+    monkeypatch.setattr(attention, "_sdpa", lambda q, *rest, real=attention._sdpa, **scale: calls.append(q.shape) or real(q, *rest, **scale))  # fmt: skip
+    batch = one_pack(config)
+    assert config.policy.dtype == "float32"
+    profile(load_model_config(config.policy.model), choices_of(config, gpu=gpu), batch)
+    every = {batch.num_tokens, len(batch.last_queries.tokens)}  # the last layer asks for fewer
+    assert {shape[0] for shape in calls} == (every if gpu else set())
 
 
 @pytest.mark.parametrize("checkpointing", LEVELS)

@@ -253,6 +253,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     ]
     if choices.gpu:
         replaced.append((launch, "runs_triton", lambda x: choices.kernels))
+        replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
     attention._bottom_right.cache_clear()  # of real masks, and below of fake ones
     with contextlib.ExitStack() as stack:
         for place, name, value in replaced:
