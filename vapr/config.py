@@ -65,7 +65,7 @@ class PolicyConfig:
     int8 half. bfloat16 leaves weights as they are: with ``dtype: float32`` the base is float32 as well."""
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
-    checkpointing: Checkpointing | Literal["auto"] = "none"
+    checkpointing: Literal[Checkpointing, "auto"] = "none"
     """What the backward pass computes again instead of keeping it, in each decoder layer: less memory, more time
     (docs/memory.md). ``attention``: norm, q, k, v and attention; ``mlp``: the gated MLP; ``full``: the whole layer, and
     the blocks of a trained tower. ``auto``: the first of none, attention, mlp and full with which ``vapr plan`` finds
