@@ -13,11 +13,11 @@ T = packed tokens, K = gathered rows, G = key heads, E = head dim.
 import torch
 from torch import Tensor
 
-from vapr_kernels import launch, naive
+from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.gather_rows import RowIndex, sum_copies
 from vapr_kernels.launch import rounded, tl, triton
-from vapr_kernels.rotary import blocks, check_tables, rotate
+from vapr_kernels.rotary import blocks, check_tables, rotary_in_halves, rotate
 
 
 @launch.Kernel
@@ -154,7 +154,7 @@ def _gather_keys_values(
 ) -> tuple[Tensor, Tensor]:
     if launch.runs_triton(k):
         return gather_keys_values_fwd(k, v, cos, sin, rows)
-    return naive.rotary(k, cos, sin).contiguous().index_select(0, rows), v.contiguous().index_select(0, rows)
+    return rotary_in_halves(k, cos, sin).index_select(0, rows), v.contiguous().index_select(0, rows)
 
 
 @_gather_keys_values.register_fake
@@ -171,7 +171,7 @@ def _gather_keys_values_bwd(
 ) -> tuple[Tensor, Tensor]:
     if launch.runs_triton(dk_out):
         return gather_keys_values_bwd(dk_out, dv_out, cos, sin, order, starts)
-    dk = naive.rotary(sum_copies(dk_out, order, starts), cos, -sin)
+    dk = rotary_in_halves(sum_copies(dk_out, order, starts), cos, -sin)
     return dk.to(dk_out.dtype), sum_copies(dv_out, order, starts).to(dv_out.dtype)
 
 

@@ -12,7 +12,7 @@ T = packed tokens, H = heads, E = head dim.
 import torch
 from torch import Tensor
 
-from vapr_kernels import launch, naive
+from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.launch import rounded, tl, triton
 
@@ -87,14 +87,26 @@ def rotary_bwd(dout: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotary_fwd(dout, cos, sin, inverse=True)
 
 
+def rotary_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate by PyTorch's operations, contiguous: as the naive version, but no half is negated or moved."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    half = x.shape[-1] // 2
+    out = wide.new_empty(wide.shape)
+    torch.mul(wide, cos, out=out)
+    out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return out.to(x.dtype)
+
+
 @torch.library.custom_op("vapr::rotary", mutates_args=())
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotary_fwd(x, cos, sin) if launch.runs_triton(x) else naive.rotary(x, cos, sin).contiguous()
+    return rotary_fwd(x, cos, sin) if launch.runs_triton(x) else rotary_in_halves(x, cos, sin)
 
 
 @torch.library.custom_op("vapr::rotary_bwd", mutates_args=())
 def _rotary_bwd(dout: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotary_bwd(dout, cos, sin) if launch.runs_triton(dout) else naive.rotary(dout, cos, -sin).contiguous()
+    return rotary_bwd(dout, cos, sin) if launch.runs_triton(dout) else rotary_in_halves(dout, cos, -sin)
 
 
 @_rotary.register_fake
