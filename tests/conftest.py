@@ -47,12 +47,15 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def _hard_mode(tmp_path_factory, monkeypatch):
-    """Fixed seed, fresh memory that holds NaN, and a cache folder of the test run's own."""
+    """Fixed seed, fresh memory that holds NaN, a cache folder of the test run's own, and as many threads as before."""
+    num_threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # also fills torch.empty with NaN
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
     torch.use_deterministic_algorithms(False)
+    # Other numbers of threads round differently, and tests compare bytes with those of processes of their own.
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ OPS = {module.OP.name: module.OP for module in (
     add_rms_norm, gather_keys_values, linear_logps, lora_linear, preference_loss, rotary, swiglu,
 )}  # fmt: skip
 
+THREADS = ("--threads", "1")  # the scripts' own number would be that of the whole process; see tests/conftest.py
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _little_to_collect():
@@ -75,7 +77,7 @@ def run_toy(tmp_path, monkeypatch):
     monkeypatch.setattr(microbench, "matmul_flops", lambda device: {"matmul_tflops": 1.0})
     monkeypatch.setattr(microbench, "copy_bandwidth", lambda device: {"copy_gb_per_second": 10.0})
     monkeypatch.setattr(microbench, "input_sets", lambda inputs, device: [inputs])
-    return lambda *arguments, **changes: microbench.main(toy(**changes), [*arguments, "--rounds", "2"])
+    return lambda *arguments, **changes: microbench.main(toy(**changes), [*arguments, "--rounds", "2", *THREADS])
 
 
 def test_rows_say_what_was_measured(run_toy, tmp_path):
@@ -196,7 +198,7 @@ def test_providers_of_an_operation_agree_with_fp64(op, run_toy, monkeypatch):
     providers = {name: op.providers[name] for name in ("vapr", "eager", "peft") if name in op.providers}
     rows = microbench.main(
         Op(**{**{name: getattr(op, name) for name in Op.__dataclass_fields__}, "providers": providers}),
-        ["--quick", "--rounds", "1", *([] if on_gpu else ["--rows", "3"])],
+        ["--quick", "--rounds", "1", *THREADS, *([] if on_gpu else ["--rows", "3"])],
     )
     assert {row["provider"] for row in rows} == set(providers) and len(providers) == 2
     assert all(row["relative_error"] < (3e-2 if row["dtype"] == "bfloat16" else 2e-5) for row in rows)
