@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.arms import VaprArm
-from bench.record import record, synchronize
+from bench.record import copy_bandwidth, matmul_flops, record, synchronize
 from bench.step_ideal import ideal_work, sizes_of
 from bench.step_parts import (
     ATTENTION,
@@ -74,20 +74,17 @@ class Profile:
     seconds: float
 
 
-def profile_step(
-    arm: VaprArm, loader: PairLoader, about: dict[str, Any], ceiling: dict[str, Any], trace: Path | None = None
-) -> None:
+def profile_step(arm: VaprArm, loader: PairLoader, about: dict[str, Any], trace: Path | None = None) -> None:
     """Profile a few steps; record and print the parts of the shortest: what other processes took is not in it.
 
     Args:
         arm: starts again at the first row.
         loader: of its pairs, as a run has it.
         about: what its rows say was measured.
-        ceiling: measured rates, ``matmul_tflops`` and ``copy_gb_per_second``.
         trace: file that the step's Chrome trace is written to.
     """
     device = arm.policy.device
-    plain, profiles = [], []
+    plain, profiles, products, copies = [], [], [], []
     arm.start(prebuilt=False, loader=loader)
     arm()  # warms up
     for _ in range(min(REPEATS, (arm.num_steps - 1) // 2)):
@@ -97,6 +94,13 @@ def profile_step(
         synchronize(device)
         plain.append(time.perf_counter() - began)
         profiles.append(take_profile(arm, device))
+        products.append(matmul_flops(device))
+        copies.append(copy_bandwidth(device))
+    fastest = (
+        max(products, key=lambda one: one["matmul_tflops"]),
+        max(copies, key=lambda one: one["copy_gb_per_second"]),
+    )
+    ceiling = fastest[0] | fastest[1]
     shortest = min(profiles, key=lambda one: one.seconds)
     packs = [PackSizes.of(batch) for batch in shortest.step.batches]
     shapes = read_shapes(arm.config.policy)

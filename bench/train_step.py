@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.microbench import FAILURES
-from bench.record import Timing, copy_bandwidth, matmul_flops, measure, record, version
+from bench.record import Timing, matmul_flops, measure, record, version
 from bench.step_profile import profile_step
 from bench.workloads import SHAPES, WORKLOADS, Subject, Workload
 from vapr.batches.loader import PairLoader, load_pairs
@@ -72,7 +72,7 @@ def main() -> None:
             for model in options.models
             for name in options.workloads
         ]
-        ceiling = matmul_flops(device) | copy_bandwidth(device)
+        ceiling = matmul_flops(device)
         run = profile_case if options.profile else run_case
         for case in cases:
             try:
@@ -149,7 +149,7 @@ def parse_options() -> argparse.Namespace:
 def profile_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """Profile a step of ``vapr shared cached`` and nothing else."""
     arm = VaprArm(case.subject, case.pairs, options.pairs_per_step, share="pair", cached=True)
-    profile_step(arm, case.loaders["profile"], case.about, ceiling, options.trace)
+    profile_step(arm, case.loaders["profile"], case.about, options.trace)
     return []
 
 
@@ -168,7 +168,7 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
     ]
     rows += time_arms(arms, case, ceiling, options)
     if isinstance(shared := arms.get("vapr shared cached"), VaprArm):
-        profile_step(shared, case.loaders["profile"], case.about, ceiling)
+        profile_step(shared, case.loaders["profile"], case.about)
     if first[0].kernels and KERNELS_OFF in (options.arms or [KERNELS_OFF]):  # what the fused kernels are worth
         del arms, shared, first  # one 7B policy at a time
         free_memory()

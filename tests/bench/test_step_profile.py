@@ -170,10 +170,17 @@ def test_a_profile_writes_a_row_a_part_and_a_trace(profiled, tmp_path, monkeypat
     arm, loader, _ = profiled
     monkeypatch.setenv("OUT", str(tmp_path))
     attend, step = attention._sdpa, arm.engine.step
-    rates = {"matmul_tflops": 0.1, "copy_gb_per_second": 10.0}
-    step_profile.profile_step(arm, loader, {"model": "m", "workload": "w"}, rates, tmp_path / "trace.json")
+    rates = iter([0.1, 0.2, 0.05, 0.3])
+    monkeypatch.setattr(step_profile, "matmul_flops", lambda device: {"matmul_tflops": next(rates)})
+    monkeypatch.setattr(step_profile, "copy_bandwidth", lambda device: {"copy_gb_per_second": next(rates) * 100})
+    monkeypatch.setattr(step_profile, "REPEATS", 2)
+    monkeypatch.setattr(arm, "num_steps", 5)
+    arm_steps = list(arm.prebuild()) * 2
+    monkeypatch.setattr(loader, "steps", lambda first, last: iter(arm_steps))
+    step_profile.profile_step(arm, loader, {"model": "m", "workload": "w"}, tmp_path / "trace.json")
     rows = [json.loads(line) for line in (tmp_path / "train_step_profile.jsonl").read_text().splitlines()]
     assert sorted(row["part"] for row in rows) == sorted(PARTS)
+    assert {(row["matmul_tflops"], row["copy_gb_per_second"]) for row in rows} == {(0.1, 30.0)}  # the fastest
     assert [row["gap_seconds"] for row in rows] == sorted((row["gap_seconds"] for row in rows), reverse=True)
     assert f"largest gap: {rows[0]['part']}, " in capsys.readouterr().out
     names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
