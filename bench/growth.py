@@ -51,7 +51,7 @@ class Point:
 
 SWEEPS = {
     # the same pairs in more or fewer packs: at 32,000 tokens they are one
-    "pack_tokens": [Point(value=n, max_tokens=n, pairs=96) for n in (2_000, 4_000, 8_000, 16_000, 32_000)],
+    "pack_tokens": [Point(value=n, max_tokens=n, pairs=94) for n in (2_000, 4_000, 8_000, 16_000, 32_000)],
     "image_tokens": [
         Point(value=w * h, image=(w, h), pairs=2) for w, h in ((16, 16), (23, 22), (32, 32), (45, 44), (64, 62))
     ],

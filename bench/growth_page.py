@@ -145,7 +145,7 @@ def sentence(line: Line) -> str:
     """Say how time a pair grows, and how far tokens and counted FLOPs explain it."""
     dirty = " (dirty)" if line.commit.endswith("-dirty") else ""
     where = f"{line.device}, commit {line.commit[:8]}{dirty}"
-    first, last = (f"{1e3 * line.seconds[place]:.3g}" for place in (0, -1))
+    first, last = (_number(1e3 * line.seconds[place]) for place in (0, -1))
     text = (
         f"{where}: from {line.values[0]:,} to {line.values[-1]:,} a pair's time goes from {first} to {last} ms, "
         f"as x to the power of {exponent(line.values, line.seconds):.2f}"
@@ -159,6 +159,10 @@ def sentence(line: Line) -> str:
         f"{text}. A pair's packed tokens go from {line.tokens[0]:,.0f} to {line.tokens[-1]:,.0f}: its time goes as "
         f"tokens to the power of {by_tokens:.2f}, its counted FLOPs of {exponent(line.tokens, line.flops):.2f}."
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw(sweep: Sweep, lines: list[Line]) -> str:

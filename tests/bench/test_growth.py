@@ -1,5 +1,6 @@
 """The page on growth: its fit, its plots and its sentences, on rows made up to follow a known law."""
 
+import dataclasses
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -61,6 +62,11 @@ def test_sentences_are_computed(results):
         "CPU x, commit 01234567: from 1,000 to 2,000 a pair's time goes from 500 to 500 ms, as x to the power of 0.00; tokens "
         "and FLOPs a pair stay what they are (1,000 tokens)."
     )
+
+
+def test_long_times_are_written_out(results):
+    [line] = read_lines(results)["image_tokens"]
+    assert "from 1 to 10,542 ms" in sentence(dataclasses.replace(line, seconds=[0.001, 0.1, 10.542]))
 
 
 def test_a_power_law_is_a_straight_line_through_its_points(results):

@@ -34,6 +34,27 @@ def test_a_storage_counts_once_and_weights_do_not():
     assert layer.weight.grad is not None
 
 
+class Doubled(torch.autograd.Function):
+    """Keeps a tensor where autograd does not see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = [x * 2]
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout * ctx.kept[0] * 0 + 2 * dout
+
+
+def test_what_a_custom_function_keeps_on_its_own_counts():
+    work, x = Work(), torch.randn(4, 8, requires_grad=True)
+    with counting_saved(nn.Linear(1, 1), work):
+        Doubled.apply(x).sum().backward()
+    assert (work.saved_tensors, work.saved_bytes) == (1, 4 * 8 * 4)
+    assert torch.equal(x.grad, torch.full((4, 8), 2.0))
+
+
 CASE = "llava lora pair"
 BEFORE = {"tokens": 10, "saved_bytes": 1000}
 

@@ -3,8 +3,8 @@
     python -m tests.training.work            # what has changed against work.json
     python -m tests.training.work --write    # accept it
 
-What a custom autograd function keeps in attributes of its ctx instead of ``save_for_backward`` is not seen. Custom
-functions of vapr keep layers, flags and numbers there, no tensors.
+Saved for the backward pass is what autograd saves, and what custom functions keep in attributes of their ctx: tensors,
+and lists and tuples of them.
 """
 
 import argparse
@@ -181,9 +181,31 @@ def counting_saved(model: nn.Module, work: Work) -> Iterator[None]:
             held[storage.data_ptr()] = storage
         return tensor.detach()  # the tensor itself would hold the node that saved it
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    backward = Tensor.backward
+
+    def after_looking(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        for tensor in tensors_on_nodes(loss):
+            save(tensor)
+        backward(loss, *args, **kwargs)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with hooks, mock.patch.object(Tensor, "backward", after_looking):
         yield
     work.saved_bytes = sum(storage.nbytes() for storage in held.values())
+
+
+def tensors_on_nodes(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors in attributes of the graph's nodes, which custom functions know as their ctx."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        for value in getattr(node, "__dict__", {}).values():
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (one for one in values if isinstance(one, Tensor))
 
 
 def read_table() -> dict[str, Any]:
