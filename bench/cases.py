@@ -33,7 +33,7 @@ class Case:
     workload: Workload
     about: dict[str, Any]  # what its rows say was measured
     pairs: list[PreferencePair]
-    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; "breakdown": timing by parts
+    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; ``BREAKDOWN``: timing by parts
     builds: dict[str, BuildArm] = field(default_factory=dict)  # by arm; in processes of their own
     absent: dict[str, str] = field(default_factory=dict)  # why an arm is not there
 

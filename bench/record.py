@@ -84,13 +84,14 @@ def device_clock(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    arms: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int, device: torch.device,
+    arms: Mapping[str, "Callable[[], Any] | Elsewhere"], *, rounds: int, warmup: int, device: torch.device,
     clock: Callable[[Callable[[], Any], torch.device], float] = host_clock,
 ) -> dict[str, Timing]:  # fmt: skip
     """Run every arm once a round, so that a busy machine is busy for all of them; the first arm changes each round.
 
     Memory is taken in the last warm-up round on a CPU (emptying the allocator would slow a timed step) and in every
-    round on a GPU. An arm that runs out of GPU memory is dropped and says so. An arm in another process measures itself.
+    round on a GPU. An arm that runs out of GPU memory is dropped and says so. An arm in another process measures
+    itself.
     """
     assert warmup > 0
     timings = {name: Timing() for name in arms}

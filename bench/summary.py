@@ -28,9 +28,10 @@ def document(rows: Sequence[Row], against: str | None) -> dict[str, Any]:
     """The ratios of a run's rows; None for one that was not measured, or whose arm was refused.
 
     Returns:
-        ``ratio_vs_trl``: pairs a second over TRL's, Qwen and rows of one length; ``by_model``: the same for every model;
-        ``by_model_spread``: for realistic rows, if there were any; ``ratio_vs_commit``: None without another commit,
-        else ``speed`` (pairs a second) and ``memory`` (that a step adds) over its, by model and workload; ``refused``.
+        ``ratio_vs_trl``: pairs a second over TRL's, Qwen and rows of one length; ``by_model``: the same and one more
+        for every model; ``by_model_spread``: for realistic rows, if there were any; ``ratio_vs_commit``: None without
+        another commit, else ``speed`` (pairs a second) and ``memory`` (that a step adds) over its, by model and
+        workload; ``refused``: the arms that did other work.
     """
     shipped = [row for row in rows if row.get("data") == "as shipped"]
     mixes = {mix: [row for row in shipped if row["mix"] == mix] for mix in ("equal", "spread")}
@@ -68,9 +69,7 @@ def over_commit(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
         if "against" in row:
             mix = "" if row["mix"] == "equal" else f"_{row['mix']}"
             case = f"{MODELS.get(row['model'], row['model'])}_{WORKLOADS[row['workload']]}{mix}"
-            out[case] = {
-                key: rounded(row.get(f"{key}_over_commit")) for key in ("speed", "memory")
-            }  # fmt: skip
+            out[case] = {key: rounded(row.get(f"{key}_over_commit")) for key in ("speed", "memory")}
     return out
 
 
@@ -81,7 +80,7 @@ def rounded(ratio: float | None) -> float | None:
 
 def console() -> Console:
     """Wide enough for the tables, also where a log is all there is."""
-    return Console(width=max(Console().width, 130))
+    return Console(width=max(Console().width, 160))
 
 
 def show(rows: Sequence[Row], about: Row) -> None:
@@ -92,7 +91,7 @@ def show(rows: Sequence[Row], about: Row) -> None:
         "gradient gap", "loss gap",
     )  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="left" if column in ("arm", "data") else "right")
+        table.add_column(column, justify="left" if column in ("arm", "data") else "right", no_wrap=column == "arm")
     for row in rows:
         if "pairs_per_second" not in row:
             reason = f"refused: {row['refused']}" if "refused" in row else row.get("absent", "")

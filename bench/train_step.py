@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.agreement import compare_first_steps, loss_gap
 from bench.arms import VaprArm, new_policy, vapr_config
-from bench.cases import BREAKDOWN, KERNELS_OFF, Arm, Case, build_arms, build_name, chosen, open_case
+from bench.cases import KERNELS_OFF, Arm, Case, build_arms, chosen, open_case
 from bench.commit_process import BuildArm, BuildProcess
 from bench.microbench import FAILURES
 from bench.peers import record_absent_peers
@@ -51,6 +51,8 @@ from vapr_kernels.losses import sigmoid_loss
 WARMUP = 2
 QUICK_WARMUP = 1
 """Steps that are not timed; another one comes before them, of which only the gradients are looked at."""
+QUICK_MODELS = ["small-qwen2.5-vl", "small-llava", "deep-qwen2.5-vl"]
+"""Of a CPU."""
 
 
 def main() -> None:
@@ -142,9 +144,6 @@ def parse_options() -> argparse.Namespace:
         or {(True, True): 5, (True, False): 12, (False, True): 5, (False, False): 5}[(on_gpu, options.quick)]
     )
     return options
-
-
-QUICK_MODELS = ["small-qwen2.5-vl", "small-llava", "deep-qwen2.5-vl"]
 
 
 def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:

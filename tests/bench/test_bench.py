@@ -14,7 +14,7 @@ from bench import data_arms, data_path, editing_rows, shortcuts
 from bench import record as rec
 from bench.arms import VaprArm
 from bench.data_rows import DataFolder
-from bench.train_step import _parts_of_a_step, agreement
+from bench.train_step import _parts_of_a_step
 from bench.workloads import SHAPES, WORKLOADS, Subject
 
 CPU = torch.device("cpu")
@@ -225,17 +225,6 @@ def test_vapr_arms_agree_whatever_is_shared_and_cached(gpu_checks, tmp_path):
     assert losses["image"] == pytest.approx(losses["none"], abs=1e-4)
     assert losses["none"][0] == pytest.approx(0.693147, abs=1e-5)
     assert losses["none"][1] != losses["none"][0]
-
-
-def test_an_arm_that_does_other_work_is_noticed():
-    class Arm:
-        def __init__(self, *losses):
-            self.losses = list(losses)
-
-    arms = {"trl": Arm(0.69, 0.60), "vapr shared cached": Arm(0.69, 0.62)}
-    case = {"model": "small-qwen2.5-vl", "data": "as shipped", "dtype": "float32", "tuning": "lora r=16"}
-    assert agreement(arms, "vapr shared cached", case)["agrees"] is False
-    assert agreement(arms, "vapr shared cached", {**case, "model": "small-llava"})["agrees"] is None
 
 
 # What tests/test_gpu.py checks on a GPU and scripts/gpu_smoke.py leaves out, here on the CPU.
