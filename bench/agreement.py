@@ -5,10 +5,13 @@ for any row, and the gradients, which are not. Over the timed steps losses are c
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from bench.commit_process import BuildFailed
 
 LOSS_TOLERANCE = 1e-3
 """Largest accepted difference of a step's loss between two arms in fp32, on any step; in bf16, on the first."""
@@ -27,27 +30,37 @@ class Arm(Protocol):
         """Loss and gradients of the first step, without an update."""
 
 
-def compare_first_steps(arms: Mapping[str, Arm], dtype: str) -> dict[str, dict[str, Any]]:
-    """Compare every arm's first step with the first arm's.
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """The first step of the arm that all others are compared with."""
 
-    Returns:
-        Fields of every arm's rows but the first's: ``first_loss_gap``, ``gradient_gap``, ``compared_with``; and
-        ``refused``, why its speed means nothing, where it did other work.
-    """
-    names = iter(arms)
-    if (first := next(names, None)) is None:
-        return {}
-    loss, gradients = arms[first].first_step()
-    fields: dict[str, dict[str, Any]] = {}
-    for name in names:
-        other_loss, other_gradients = arms[name].first_step()
-        loss_gap, gap = abs(other_loss - loss), gradient_gap(other_gradients, gradients)
-        fields[name] = {"compared_with": first, "first_loss_gap": loss_gap, "gradient_gap": gap}
-        if not loss_gap <= LOSS_TOLERANCE:
-            fields[name]["refused"] = f"its first loss differs from {first}'s by {loss_gap:.1e}"
-        elif not gap <= GRADIENT_TOLERANCE[dtype]:
-            fields[name]["refused"] = f"its first gradient differs from {first}'s by {gap:.1e} of its length"
-    return fields
+    arm: str
+    loss: float
+    gradients: dict[str, Tensor]
+
+    def compare(self, arms: Mapping[str, Arm], dtype: str) -> dict[str, dict[str, Any]]:
+        """Compute the first steps of all other arms.
+
+        Returns:
+            Fields of their rows by arm: ``first_loss_gap``, ``gradient_gap``, ``compared_with``; and ``refused``, why
+            its speed means nothing, where it did other work.
+        """
+        fields: dict[str, dict[str, Any]] = {}
+        for name in arms:
+            if name == self.arm:
+                continue
+            try:
+                loss, gradients = arms[name].first_step()
+            except BuildFailed as error:  # another commit's failure costs its own rows only
+                fields[name] = {"refused": str(error)}
+                continue
+            loss_gap, gap = abs(loss - self.loss), gradient_gap(gradients, self.gradients)
+            fields[name] = {"compared_with": self.arm, "first_loss_gap": loss_gap, "gradient_gap": gap}
+            if not loss_gap <= LOSS_TOLERANCE:
+                fields[name]["refused"] = f"its first loss differs from {self.arm}'s by {loss_gap:.1e}"
+            elif not gap <= GRADIENT_TOLERANCE[dtype]:
+                fields[name]["refused"] = f"its first gradient differs from {self.arm}'s by {gap:.1e} of its length"
+        return fields
 
 
 def gradient_gap(gradients: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:

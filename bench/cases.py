@@ -48,12 +48,12 @@ class Case:
 
 def open_case(
     model: str, workload: str, mix: str, folder: Path, device: torch.device, builds: dict[str, BuildProcess],
-    num_steps: int, options: argparse.Namespace,
+    options: argparse.Namespace,
 ) -> Case:  # fmt: skip
     """Write a case's model folder and rows and start its data processes; no GPU is touched."""
     folder.mkdir()
     subject, wanted = Subject(SHAPES[model], folder, device, lora=not options.full), MIXES[mix][workload]
-    rows = subject.write_rows(wanted, options.pairs_per_step * num_steps)
+    rows = subject.write_rows(wanted, options.pairs_per_step * (options.warmup + options.rounds))
     pairs = list(read_pairs(rows))
     arms = vapr_arms(wanted, options)
     shares = {name: share for name, share, _ in arms} | {f"packed {share}": share for _, share, _ in arms}

@@ -179,21 +179,24 @@ def load_file(path: Path, name: str) -> ModuleType:
     return module
 
 
+def answer_to(build: Build, order: dict[str, Any]) -> dict[str, Any]:
+    """Carry an order out; whatever a commit raises becomes the answer, and the reason of its absent row."""
+    try:
+        answer: dict[str, Any] = getattr(build, order["do"])(order)
+    except Exception as error:  # noqa: BLE001
+        if type(error).__name__ == "OutOfMemoryError":
+            return {"out_of_memory": True}
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return answer
+
+
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    build: Build | None = None
+    build = Build(Path(sys.argv[1]), int(sys.argv[2]))
     for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            build = build or Build(Path(sys.argv[1]), int(sys.argv[2]))
-            answer = getattr(build, order["do"])(order)
-        except Exception as error:  # noqa: BLE001 - whatever a commit raises becomes the reason of its absent row
-            traceback.print_exc()
-            out_of_memory = type(error).__name__ == "OutOfMemoryError"
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            answer = {"out_of_memory": True} if out_of_memory else {"error": reason}
-        replies.write(json.dumps(answer) + "\n")
+        replies.write(json.dumps(answer_to(build, json.loads(line))) + "\n")
         replies.flush()
 
 

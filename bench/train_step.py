@@ -11,6 +11,7 @@ rows: bench/README.md.
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from bench.agreement import compare_first_steps, loss_gap
+from bench.agreement import FirstStep, loss_gap
 from bench.arms import VaprArm, new_policy, vapr_config
 from bench.cases import KERNELS_OFF, Arm, Case, build_arms, chosen, open_case
 from bench.commit_process import BuildArm, BuildProcess
@@ -58,7 +59,7 @@ QUICK_MODELS = ["small-qwen2.5-vl", "small-llava", "deep-qwen2.5-vl"]
 def main() -> None:
     began = time.monotonic()
     options = parse_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a work tree is removed in any case
+    end_tidily_when_told_to()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -66,16 +67,12 @@ def main() -> None:
     problems, rows = [], []
     with tempfile.TemporaryDirectory() as name, builds(options, Path(name)) as processes:
         record_absent_peers(on_gpu=device.type == "cuda")
-        # All at once: the data processes are to be forked before the GPU is touched.
-        cases = [
-            open_case(
-                model, workload, mix, Path(name) / f"{model}-{workload}-{mix}", device, processes,
-                options.warmup + options.rounds, options,
-            )
-            for model in options.models
-            for mix in options.mix
-            for workload in options.workloads
-        ]  # fmt: skip
+        cases: Iterable[Case] = (
+            open_case(model, workload, mix, Path(name) / f"{model}-{workload}-{mix}", device, processes, options)
+            for model, mix, workload in itertools.product(options.models, options.mix, options.workloads)
+        )
+        if device.type == "cuda":  # data processes are to be forked before it is touched
+            cases = list(cases)
         ceiling = matmul_flops(device)
         for case in cases:
             try:
@@ -87,6 +84,7 @@ def main() -> None:
                 problems.append(f"{case.name} ended in {type(error).__name__}")
             case.close()
             free_memory()
+            print(f"{case.name}: done after {time.monotonic() - began:.0f} s", flush=True)
     for row in rows:
         if "refused" in row or row.get("agrees") is False:
             why = row.get("refused", "its losses leave TRL's")
@@ -97,6 +95,12 @@ def main() -> None:
     print(json.dumps({**document(rows, options.against), **about}), flush=True)
     if problems:
         raise SystemExit(1)
+
+
+def end_tidily_when_told_to() -> None:
+    """Leave by an exception on SIGTERM, so that a work tree is removed; forked data processes still end at once."""
+    this = os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143) if os.getpid() == this else os._exit(143))
 
 
 @contextlib.contextmanager
@@ -147,7 +151,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Build the arms, compare what they do, time them as shipped and prebuilt, record and show; returns the rows."""
+    """Build the arms, time those that do the same work, record and show; returns the rows."""
     config = vapr_config(case.subject, "pair", options.pairs_per_step)
     packed = {
         name.removeprefix("packed "): list(loader.steps(0, len(case.pairs) // options.pairs_per_step))
@@ -156,13 +160,13 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
     }
     first = new_policy(case.subject, config)
     arms, absent = build_arms(case, packed, first, options)
-    compared = compare_first_steps(arms, case.about["dtype"])
     about = {**case.about, "data": "as shipped"}
     rows = [record("train_step", **about, arm=arm, absent=reason) for arm, reason in absent.items()]
-    for name in [name for name, fields in compared.items() if "refused" in fields]:
-        rows.append(record("train_step", **about, arm=name, **compared[name]))
-        del arms[name]
-    rows += time_arms(arms, case, compared, ceiling, options)
+    if not arms:
+        return rows
+    compared_with = next(iter(arms))
+    truth = FirstStep(compared_with, *arms[compared_with].first_step())
+    rows += time_arms(arms, case, truth, ceiling, options)
     for build in case.builds.values():
         build.close()
     if not options.quick and isinstance(shared := arms.get("vapr shared cached"), VaprArm):
@@ -175,17 +179,22 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
             case.subject, case.pairs, options.pairs_per_step, share="pair", cached=True, packed=packed["pair"],
             trained=new_policy(case.subject, config, kernels="off"), loader=case.loaders[KERNELS_OFF],
         )  # fmt: skip
-        rows += time_arms({KERNELS_OFF: plain}, case, {}, ceiling, options)
+        rows += time_arms({KERNELS_OFF: plain}, case, truth, ceiling, options)
     show(rows, case.about)
     return rows
 
 
 def time_arms(
-    arms: dict[str, Arm], case: Case, compared: dict[str, dict[str, Any]], ceiling: dict[str, Any],
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of interleaved arms, as shipped and (unless --quick) with batches prebuilt."""
-    rows = []
+    arms: dict[str, Arm], case: Case, truth: FirstStep, ceiling: dict[str, Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of interleaved arms, as shipped and (unless --quick) with batches prebuilt; drops those that are refused."""
+    compared = truth.compare(arms, case.about["dtype"])
+    refused = {name: fields for name, fields in compared.items() if "refused" in fields}
+    rows = [
+        record("train_step", **case.about, data="as shipped", arm=name, **fields) for name, fields in refused.items()
+    ]
+    for name in refused:
+        del arms[name]
     for prebuilt in (False,) if options.quick else (False, True):
         for arm in arms.values():
             arm.start(prebuilt=prebuilt)

@@ -90,6 +90,19 @@ def test_render_results_shows_the_newest_run_and_marks_dirty(render_results):
     assert "0.25" in text
 
 
+def test_render_results_keeps_spread_rows_apart_and_says_what_was_refused(render_results):
+    rows = [
+        row(arm="trl", pairs_per_second=2.0),  # of a time in which rows had no mix: all were of one length
+        row(arm="trl", pairs_per_second=3.0, mix="spread", run="r2"),
+        row(arm="vapr shared cached", refused="other work", mix="spread", run="r2"),
+        row(arm="trl", pairs_per_second=4.0, mix="equal", run="r2"),
+    ]
+    lines = render_results.render(rows).splitlines()
+    assert "| m | answers | 4.00 |  | 01234567 (dirty) |" in lines
+    assert "| m | answers, spread | 3.00 | refused: other work | 01234567 (dirty) |" in lines
+    assert "2.00" not in "".join(lines)
+
+
 def test_render_results_writes_and_checks_the_block(render_results, tmp_path, monkeypatch, capsys):
     (tmp_path / "train_step.jsonl").write_text(json.dumps(row(arm="trl", pairs_per_second=2.0)) + "\n")
     readme = tmp_path / "README.md"

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the arms to compare with are TRL's")
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from bench import commit_arm
-from bench.agreement import compare_first_steps, gradient_gap, loss_gap
+from bench.agreement import FirstStep, gradient_gap, loss_gap
 from bench.arms import TrlArm, VaprArm, _trl_rows, new_policy, trl_processor, vapr_config
 from bench.commit_process import BuildArm, BuildFailed, BuildProcess
 from bench.peers import PEERS, why_absent
@@ -76,7 +76,7 @@ def test_trl_and_vapr_have_the_same_first_gradients_and_later_losses(subject, mi
         "trl": TrlArm(subject, pairs, 2, policy, compact=False, cached=False),
         "vapr": VaprArm(subject, pairs, 2, share="pair", cached=True),
     }
-    fields = compare_first_steps(arms, "float32")
+    fields = FirstStep("trl", *arms["trl"].first_step()).compare(arms, "float32")
     assert list(fields) == ["vapr"] and "refused" not in fields["vapr"]
     assert fields["vapr"]["gradient_gap"] < 1e-4
     for arm in arms.values():
@@ -107,7 +107,8 @@ def test_an_arm_that_does_other_work_is_refused():
         "other loss": Stub(loss=0.7),
         "no number": Stub([float("nan"), 0.4]),
     }
-    refused = {name: fields.get("refused") for name, fields in compare_first_steps(arms, "float32").items()}
+    compared = FirstStep("trl", *arms["trl"].first_step()).compare(arms, "float32")
+    refused = {name: fields.get("refused") for name, fields in compared.items()}
     assert refused.pop("same") is None
     assert refused == {
         "other rows": "its first gradient differs from trl's by 2.0e-01 of its length",
