@@ -110,7 +110,7 @@ def builds(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Buil
         yield {}
         return
     with work_tree(options.against, folder / "against") as tree, contextlib.ExitStack() as stack:
-        processes = {}
+        processes: dict[str, BuildProcess] = {}
         for name, files in (("vapr", REPOSITORY), (f"vapr {options.against}", tree)):
             processes[name] = BuildProcess(name, files, folder / f"build-{len(processes)}", options.threads)
             stack.callback(processes[name].close)
@@ -169,11 +169,11 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
     rows += time_arms(arms, case, truth, ceiling, options)
     for build in case.builds.values():
         build.close()
-    if not options.quick and isinstance(shared := arms.get("vapr shared cached"), VaprArm):
-        breakdown(shared, case)
+    if not options.quick and isinstance(arms.get("vapr shared cached"), VaprArm):
+        breakdown(arms["vapr shared cached"], case)
     if first[0].kernels and chosen([KERNELS_OFF], options):  # what the fused kernels are worth
         arms.clear()  # one 7B policy at a time
-        shared, first = None, None
+        del first
         free_memory()
         plain = VaprArm(
             case.subject, case.pairs, options.pairs_per_step, share="pair", cached=True, packed=packed["pair"],
