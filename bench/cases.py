@@ -21,7 +21,7 @@ from vapr.model.policy import Policy
 from vapr.training.engine import Engine
 
 KERNELS_OFF = "vapr shared cached, kernels off"
-BREAKDOWN = "breakdown"
+PROFILE = "profile"
 Arm = TrlArm | VaprArm | BuildArm
 
 
@@ -33,7 +33,7 @@ class Case:
     workload: Workload
     about: dict[str, Any]  # what its rows say was measured
     pairs: list[PreferencePair]
-    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; ``BREAKDOWN``: timing by parts
+    loaders: dict[str, PairLoader]  # by arm; "packed" and a share: packs ahead of time; ``PROFILE``: timing by parts
     builds: dict[str, BuildArm] = field(default_factory=dict)  # by arm; in processes of their own
     absent: dict[str, str] = field(default_factory=dict)  # why an arm is not there
 
@@ -55,11 +55,11 @@ def open_case(
     subject, wanted = Subject(SHAPES[model], folder, device, lora=not options.full), MIXES[mix][workload]
     rows = subject.write_rows(wanted, options.pairs_per_step * (options.warmup + options.rounds))
     pairs = list(read_pairs(rows))
-    arms = vapr_arms(wanted, options)
+    arms = [] if options.profile else vapr_arms(wanted, options)
     shares = {name: share for name, share, _ in arms} | {f"packed {share}": share for _, share, _ in arms}
-    if not options.quick:
-        shares |= {BREAKDOWN: "pair"}
-    if KERNELS_OFF in chosen([KERNELS_OFF], options) and device.type == "cuda":
+    if options.profile or not options.quick:
+        shares |= {PROFILE: "pair"}
+    if not options.profile and KERNELS_OFF in chosen([KERNELS_OFF], options) and device.type == "cuda":
         shares |= {KERNELS_OFF: "pair", "packed pair": "pair"}
     loaders = {
         name: load_pairs(vapr_config(subject, share, options.pairs_per_step, None), pairs, subject.new_processor())

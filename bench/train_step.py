@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,19 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import transformers
-from rich.table import Table
 
 from bench.agreement import FirstStep, loss_gap
 from bench.arms import VaprArm, new_policy, vapr_config
-from bench.cases import KERNELS_OFF, Arm, Case, build_arms, chosen, open_case
+from bench.cases import KERNELS_OFF, PROFILE, Arm, Case, build_arms, chosen, open_case
 from bench.commit_process import BuildArm, BuildProcess
 from bench.microbench import FAILURES
 from bench.peers import record_absent_peers
-from bench.record import REPOSITORY, RUN, Timing, commit, matmul_flops, measure, record, synchronize
-from bench.summary import console, document, show
+from bench.record import REPOSITORY, RUN, Timing, commit, copy_bandwidth, matmul_flops, measure, record
+from bench.step_profile import profile_step
+from bench.summary import document, show
 from bench.work_tree import work_tree
 from bench.workloads import MIXES, SHAPES, WORKLOADS
-from vapr.model.logps import completion_logps, per_completion
-from vapr.model.policy import Policy, hidden_states, image_features
-from vapr.training.engine import Engine
 from vapr.training.metrics import useful_flops
-from vapr_kernels import gather_rows, linear_logps
-from vapr_kernels.losses import sigmoid_loss
 
 WARMUP = 2
 QUICK_WARMUP = 1
@@ -66,17 +61,19 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     problems, rows = [], []
     with tempfile.TemporaryDirectory() as name, builds(options, Path(name)) as processes:
-        record_absent_peers(on_gpu=device.type == "cuda")
+        if not options.profile:
+            record_absent_peers(on_gpu=device.type == "cuda")
         cases: Iterable[Case] = (
             open_case(model, workload, mix, Path(name) / f"{model}-{workload}-{mix}", device, processes, options)
             for model, mix, workload in itertools.product(options.models, options.mix, options.workloads)
         )
         if device.type == "cuda":  # data processes are to be forked before it is touched
             cases = list(cases)
-        ceiling = matmul_flops(device)
+        ceiling = matmul_flops(device) | copy_bandwidth(device)
+        run = profile_case if options.profile else run_case
         for case in cases:
             try:
-                rows += run_case(case, ceiling, options)
+                rows += run(case, ceiling, options)
             except FAILURES as error:  # the cases after it count as much
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -92,7 +89,8 @@ def main() -> None:
     about = {"run": RUN, "commit": commit(), "quick": options.quick, "seconds": round(time.monotonic() - began)}
     for problem in problems:
         print(problem, flush=True)
-    print(json.dumps({**document(rows, options.against), **about}), flush=True)
+    if not options.profile:
+        print(json.dumps({**document(rows, options.against), **about}), flush=True)
     if problems:
         raise SystemExit(1)
 
@@ -138,16 +136,28 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads() if on_gpu else 2)
     parser.add_argument("--full", action="store_true", help="full fine-tuning of the language model instead of LoRA")
     parser.add_argument("--quick", action="store_true", help="only what the JSON document needs, in few rounds")
+    parser.add_argument("--profile", action="store_true", help="only where a step of vapr's goes; times nothing else")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="with --profile: the Chrome trace of one step")
     options = parser.parse_args()
     quick_models = ["qwen2.5-vl-7b", "llava-1.5-7b"] if on_gpu else QUICK_MODELS
     options.models = options.models or (quick_models if options.quick else known)
-    options.mix = options.mix or (["equal"] if options.quick else list(MIXES))
+    options.mix = options.mix or (["equal"] if options.quick or options.profile else list(MIXES))
     options.warmup = QUICK_WARMUP if options.quick else WARMUP
     options.rounds = (
         options.rounds
         or {(True, True): 5, (True, False): 12, (False, True): 5, (False, False): 5}[(on_gpu, options.quick)]
     )
+    cases = itertools.product(options.models, options.mix, options.workloads)
+    if options.trace and not (options.profile and len(list(cases)) == 1):
+        parser.error("--trace is of one step: give --profile, one of --models and one of --workloads")
     return options
+
+
+def profile_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Profile a step of ``vapr shared cached`` and nothing else."""
+    arm = VaprArm(case.subject, case.pairs, options.pairs_per_step, share="pair", cached=True)
+    profile_step(arm, case.loaders[PROFILE], case.about, ceiling, options.trace)
+    return []
 
 
 def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -169,8 +179,8 @@ def run_case(case: Case, ceiling: dict[str, Any], options: argparse.Namespace) -
     rows += time_arms(arms, case, truth, ceiling, options)
     for build in case.builds.values():
         build.close()
-    if not options.quick and isinstance(arms.get("vapr shared cached"), VaprArm):
-        breakdown(arms["vapr shared cached"], case)
+    if PROFILE in case.loaders and "vapr shared cached" in arms:
+        profile_step(arms["vapr shared cached"], case.loaders[PROFILE], case.about, ceiling)
     if first[0].kernels and chosen([KERNELS_OFF], options):  # what the fused kernels are worth
         arms.clear()  # one 7B policy at a time
         del first
@@ -248,56 +258,6 @@ def work_of(arm: VaprArm, timing: Timing, ceiling: dict[str, Any]) -> dict[str, 
         fields["useful_tflops"] = useful_flops(arm.policy, step) / timing.p50 / 1e12
         fields["useful_share"] = fields["useful_tflops"] / ceiling["matmul_tflops"]
     return fields
-
-
-def breakdown(arm: VaprArm, case: Case, repeats: int = 3) -> None:
-    """Seconds of each part of a step: the median of a few steps, timed one part at a time."""
-    device = arm.policy.device
-    arm.start(prebuilt=False, loader=case.loaders["breakdown"])
-    samples = [_parts_of_a_step(arm, device) for _ in range(min(repeats + 1, arm.num_steps))]
-    medians = {part: sorted(s[part] for s in samples[1:])[len(samples[1:]) // 2] for part in samples[0]}
-    record(
-        "train_step_breakdown",
-        **case.about,
-        arm="vapr shared cached",
-        **{f"seconds_{k}": v for k, v in medians.items()},
-    )
-    about = case.about
-    table = Table(title=f"{about['model']} {about['workload']}: where a step's time goes", title_justify="left")
-    table.add_column("part")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    for part, seconds in medians.items():
-        table.add_row(part.replace("_", " "), f"{1e3 * seconds:.1f}", f"{seconds / sum(medians.values()):.0%}")
-    console().print(table)
-
-
-def _parts_of_a_step(arm: VaprArm, device: torch.device) -> dict[str, float]:
-    parts: dict[str, float] = {}
-
-    def timed(part: str, function: Callable[[], Any]) -> Any:
-        synchronize(device)
-        began = time.perf_counter()
-        out = function()
-        synchronize(device)
-        parts[part] = parts.get(part, 0.0) + time.perf_counter() - began
-        return out
-
-    policy: Policy = arm.policy
-    engine: Engine = arm.engine
-    step = timed("data_wait", lambda: next(arm.steps))
-    for cpu_batch in step.batches:
-        batch = cpu_batch.to(device)
-        reference = timed("reference_lookup", lambda b=batch: completion_logps(arm.reference.logps(b), b))
-        features = timed("tower", lambda b=batch: image_features(policy, b.images))
-        hidden = timed("language_model", lambda b=batch, f=features: hidden_states(policy, b, f))
-        rows = gather_rows(hidden, batch.predict_from)
-        logps = timed("head", lambda r=rows, b=batch: linear_logps(r, policy.head, b.labels))
-        chosen, rejected = completion_logps(per_completion(logps, batch), batch).unbind(1)
-        losses = sigmoid_loss(chosen, rejected, *reference.unbind(1), beta=0.1)
-        timed("backward", lambda x=losses: engine.backward(x.sum() / step.num_pairs))
-    timed("optimizer", lambda: (engine.gradient_norm(), engine.step()))
-    return parts
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from bench import data_arms, data_path, editing_rows, shortcuts
 from bench import record as rec
 from bench.arms import VaprArm
 from bench.data_rows import DataFolder
-from bench.train_step import _parts_of_a_step
 from bench.workloads import SHAPES, WORKLOADS, Subject
 
 CPU = torch.device("cpu")
@@ -254,14 +253,3 @@ def test_gpu_check_of_linear_logps(gpu_checks, trained_head):
 def test_gpu_check_of_packing_in_bf16(gpu_checks, model, tmp_path):
     shape = gpu_checks.shrink(SHAPES[model], 2, 3)
     gpu_checks.check_packing_error(shape, tmp_path, CPU, torch.bfloat16, num_pairs=4)
-
-
-def test_the_parts_of_a_step_are_timed_one_by_one(gpu_checks, tmp_path):
-    subject = Subject(gpu_checks.shrink(SHAPES["small-qwen2.5-vl"], 1, 2), tmp_path, CPU)
-    arm = VaprArm(subject, subject.pairs(WORKLOADS["answers"], 4), 2, share="pair", cached=True)
-    arm.start(prebuilt=False)
-    parts = _parts_of_a_step(arm, CPU)
-    assert list(parts) == [
-        "data_wait", "reference_lookup", "tower", "language_model", "head", "backward", "optimizer",
-    ]  # fmt: skip
-    assert all(seconds > 0 for seconds in parts.values())
