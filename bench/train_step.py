@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -239,12 +240,13 @@ def record_arms(
 
 
 def over_commit(name: str, timings: dict[str, Timing], against: str) -> dict[str, Any]:
-    """Speed and memory of this tree's build over the other commit's, both in processes of their own."""
+    """Speed (median of the rounds' ratios) and memory of this tree's build over the other commit's, each on its own."""
     other = next((n for n in timings if n.startswith(f"vapr {against} ")), None)
     if other in (None, name) or not (timings[name].seconds and timings[other].seconds):
         return {}
     ours, theirs = timings[name], timings[other]
-    fields: dict[str, Any] = {"against": against, "speed_over_commit": theirs.p50 / ours.p50}
+    ratios = [old / new for old, new in zip(theirs.seconds, ours.seconds, strict=True)]
+    fields: dict[str, Any] = {"against": against, "speed_over_commit": statistics.median(ratios)}
     if ours.step_mib is not None and theirs.step_mib:
         fields["memory_over_commit"] = ours.step_mib / theirs.step_mib
     return fields

@@ -250,7 +250,7 @@ def test_this_tree_is_divided_by_the_other_commit():
     timings = {
         "vapr shared cached": Timing([9.0], step_mib=1.0),
         "vapr shared cached, alone": Timing([1.0, 2.0, 3.0], step_mib=150.0),
-        "vapr abc shared cached, alone": Timing([3.0], step_mib=200.0),
+        "vapr abc shared cached, alone": Timing([1.5, 3.0, 30.0], step_mib=200.0),
     }
     ours = over_commit("vapr shared cached, alone", timings, "abc")
     assert ours == {"against": "abc", "speed_over_commit": 1.5, "memory_over_commit": 0.75}
