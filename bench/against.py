@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from bench import editing_rows
 from bench.data_rows import DataFolder
 from bench.record import REPOSITORY, record
+from bench.work_tree import work_tree
 from vapr.demo.tiny_policy import build_tiny_policy
 
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -36,14 +37,10 @@ def main() -> None:
     options = parse_options()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tree = folder / "against"
-        subprocess.run(["git", "worktree", "add", "--detach", tree, options.commit], cwd=REPOSITORY, check=True)
-        try:
+        with work_tree(options.commit, folder / "against") as tree:
             for case, run in cases(folder).items():
                 if case in options.cases:
                     compare(case, run, {"vapr": REPOSITORY, f"vapr {options.commit}": tree}, options)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=REPOSITORY, check=True)
 
 
 def parse_options() -> argparse.Namespace:

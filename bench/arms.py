@@ -11,7 +11,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from bench.commit_arm import first_step
 from bench.workloads import Subject
 from vapr.batches.loader import PairLoader, load_pairs
 from vapr.batches.steps import Step
@@ -92,6 +94,10 @@ class VaprArm:
         self.engine.step()
         self.losses.append(values["loss"])
 
+    def first_step(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss of the first step, and the gradients that its update would use; makes no update."""
+        return first_step(self)
+
 
 def vapr_config(subject: Subject, share: str, pairs_per_step: int, workers: int | None = 0) -> Config:
     """The run config of a vapr arm."""
@@ -162,17 +168,34 @@ class TrlArm:
         self.steps = iter(list(loader)) if prebuilt else iter(loader)
 
     def __call__(self) -> None:
-        loss = 0.0
+        loss = self._backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss))
+
+    def first_step(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss of the first step, and the gradients that its update would use, named as vapr's; makes no update."""
+        self.start(prebuilt=False)
+        loss = float(self._backward())
+        gradients = {
+            name.removeprefix("base_model.model."): parameter.grad.detach().float().cpu().clone()
+            for name, parameter in self.trainer.accelerator.unwrap_model(self._model).named_parameters()
+            if parameter.grad is not None
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss, gradients
+
+    def _backward(self) -> Tensor:
+        """Forward and backward of the next step, clipping included; returns its loss, a scalar on the device."""
+        loss = torch.zeros((), device=self.trainer.accelerator.device)
         self.trainer.precompute_ref_logps = self._cached  # another arm may have the same trainer
         for _ in range(self._micro_batches):
             batch = dict(next(self.steps))
             batch.pop("ids")
             with self._compact_head():
-                loss += self.trainer.training_step(self._model, batch)  # already divided by the number of them
+                loss = loss + self.trainer.training_step(self._model, batch)  # already divided by their number
         self.trainer.accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.losses.append(float(loss))
+        return loss
 
     def _compact_head(self) -> contextlib.AbstractContextManager[Any]:
         if not self._compact:

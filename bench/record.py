@@ -17,8 +17,9 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -83,13 +84,14 @@ def device_clock(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    arms: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int, device: torch.device,
+    arms: Mapping[str, "Callable[[], Any] | Elsewhere"], *, rounds: int, warmup: int, device: torch.device,
     clock: Callable[[Callable[[], Any], torch.device], float] = host_clock,
 ) -> dict[str, Timing]:  # fmt: skip
     """Run every arm once a round, so that a busy machine is busy for all of them; the first arm changes each round.
 
     Memory is taken in the last warm-up round on a CPU (emptying the allocator would slow a timed step) and in every
-    round on a GPU. An arm that runs out of GPU memory is dropped and says so.
+    round on a GPU. An arm that runs out of GPU memory is dropped and says so. An arm in another process measures
+    itself.
     """
     assert warmup > 0
     timings = {name: Timing() for name in arms}
@@ -102,7 +104,9 @@ def measure(
                 continue
             watch = device.type == "cuda" or number == warmup - 1
             try:
-                seconds = _one_step(arms[name], timing, device, clock, watch_memory=watch)
+                arm = arms[name]
+                one_step = arm.one_step if isinstance(arm, Elsewhere) else partial(step_here, arm)
+                seconds = one_step(timing, device, clock, watch_memory=watch)
             except torch.OutOfMemoryError:
                 timing.out_of_memory = True
                 torch.cuda.empty_cache()
@@ -112,10 +116,22 @@ def measure(
     return timings
 
 
-def _one_step(
+@runtime_checkable
+class Elsewhere(Protocol):
+    """An arm in another process. This one waits while it works, so nothing runs beside it."""
+
+    def one_step(
+        self, timing: Timing, device: torch.device, clock: Callable[[Callable[[], Any], torch.device], float], *,
+        watch_memory: bool,
+    ) -> float:  # fmt: skip
+        """Do what :func:`step_here` does, there."""
+
+
+def step_here(
     step: Callable[[], Any], timing: Timing, device: torch.device,
     clock: Callable[[Callable[[], Any], torch.device], float], *, watch_memory: bool,
 ) -> float:  # fmt: skip
+    """Run one step; return its seconds, and note in ``timing`` what memory it took, if asked to."""
     before = _start_watching(device) if watch_memory else None
     seconds = clock(step, device)
     if before is not None:

@@ -1,10 +1,10 @@
-"""What the training-step benchmark trains: models of given shape with random weights, and rows of equal length.
+"""What the training-step benchmark trains: models of given shape with random weights, and rows of given lengths.
 
 No weights are saved or downloaded: :meth:`Subject.model` builds the same random model on every call.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from vapr.config import LoraConfig, PolicyConfig
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
-from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.demo.tiny_policy import LLAVA_TEMPLATE, build_tiny_policy
 from vapr.model.policy import Policy, load_policy
 
 PROMPT_WORDS = 30
@@ -47,9 +47,20 @@ class Workload:
     name: str
     completion_tokens: int
     pairs_per_image: int = 1
+    spread: tuple[int, int] | None = None
+    """Fewest and most tokens of a completion where they are not all equal; images then differ in size, too."""
 
 
 WORKLOADS = {w.name: w for w in (Workload("answers", 20), Workload("captions", 150), Workload("four_per_image", 20, 4))}
+SPREAD = {"answers": (5, 30), "captions": (80, 250), "four_per_image": (5, 30)}
+MIXES = {
+    "equal": WORKLOADS,
+    "spread": {name: replace(workload, spread=SPREAD[name]) for name, workload in WORKLOADS.items()},
+}
+"""Workloads of rows of one length, in which nobody pads, and of realistic rows, by name."""
+
+SPREAD_SIDES = ((1.0, 1.0), (0.75, 1.0), (1.0, 0.75), (1.25, 1.0), (1.0, 1.25))
+"""Factors on width and height of an image of spread rows; on average an image has the pixels of an equal row's."""
 
 
 def _qwen_text(hidden: int, inter: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -90,10 +101,16 @@ QWEN_VISION = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
+# The last layer is not computed for tokens whose output nobody needs, of which a model of few layers has more than its
+# share: these have more layers, as narrow as makes about the small ones' work.
+DEEP_QWEN = replace(SMALL_QWEN, text=_qwen_text(160, 432, 16, 5, 1, 4096))
+DEEP_LLAVA = replace(SMALL_LLAVA, text=_qwen_text(160, 432, 16, 5, 5, 4096))
 # The published configs of the models these are named after.
 SHAPES = {
     "small-qwen2.5-vl": SMALL_QWEN,
     "small-llava": SMALL_LLAVA,
+    "deep-qwen2.5-vl": DEEP_QWEN,
+    "deep-llava": DEEP_LLAVA,
     "qwen2.5-vl-3b": Shape(
         family="qwen2_5_vl", text=_qwen_text(2048, 11008, 36, 16, 2, 151936), vision=QWEN_VISION,
         image_size=(640, 480), lora_rank=128, max_tokens=8192, tie_word_embeddings=True,
@@ -132,6 +149,8 @@ class Subject:
         build_tiny_policy(shape.family, folder, corpus, vocab_size=4096)
         (folder / "model.safetensors").unlink()
         _reshape(folder, shape)
+        if shape.family == "llava":
+            _read_alike(folder)
         self.processor = self.new_processor()
 
     @cached_property
@@ -163,17 +182,30 @@ class Subject:
             return load_policy(self.policy_config(dtype), self.device, kernels=kernels)
 
     def pairs(self, workload: Workload, num_pairs: int, *, seed: int = 0) -> list[PreferencePair]:
-        """Write and read pairs whose completions all have the workload's number of tokens, end of turn included."""
+        """Read the pairs of :meth:`write_rows`."""
+        return list(read_pairs(self.write_rows(workload, num_pairs, seed=seed)))
+
+    def write_rows(self, workload: Workload, num_pairs: int, *, seed: int = 0) -> Path:
+        """Write pairs whose completions have the workload's numbers of tokens, end of turn included; the same by seed.
+
+        Chosen and rejected of a pair are always of one length.
+        """
         random = np.random.default_rng(seed)
-        num_words = self._num_words(workload.completion_tokens)
+        around = workload.completion_tokens - self._num_words(workload.completion_tokens)
+        name = f"{workload.name}-{'spread' if workload.spread else 'equal'}-{seed}"
         rows = []
         for number in range(num_pairs):
+            size, num_tokens = self.shape.image_size, workload.completion_tokens
+            if workload.spread:
+                sides = SPREAD_SIDES[int(random.integers(len(SPREAD_SIDES)))]
+                size = (round(size[0] * sides[0]), round(size[1] * sides[1]))
+                num_tokens = int(random.integers(workload.spread[0], workload.spread[1] + 1))
             if number % workload.pairs_per_image == 0:
-                image = _photo(self.folder / f"{workload.name}-{seed}-{number}.jpg", self.shape.image_size, random)
-            rows.append(_row(f"{workload.name}-{number}", image, self.words, num_words, random))
-        file = self.folder / f"{workload.name}-{seed}.jsonl"
+                image = _photo(self.folder / f"{name}-{number}.jpg", size, random)
+            rows.append(_row(f"{workload.name}-{number}", image, self.words, num_tokens - around, random))
+        file = self.folder / f"{name}.jsonl"
         write_pairs(file, rows)
-        return list(read_pairs(file))
+        return file
 
     def _num_words(self, num_tokens: int) -> int:
         """Words of a completion of so many tokens. Every word is one token; the template adds some."""
@@ -217,6 +249,24 @@ def _reshape(folder: Path, shape: Shape) -> None:
         images = Qwen2VLImageProcessorPil.from_pretrained(folder)
         images.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
         images.save_pretrained(folder)
+
+
+def _read_alike(folder: Path) -> None:
+    """Change LLaVA's tokenizer and template so that TRL and vapr read a row as the same tokens.
+
+    TRL 1.16 leaves the BOS out of rows with images and tokenises completions by themselves, and LLaVA's template writes
+    no end of turn; so here is no BOS, no mark before the first word of a text, and the template ends an answer.
+    """
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"] = None
+    marks = [step for step in tokenizer["normalizer"]["normalizers"] if step["type"] == "Replace"]
+    tokenizer["normalizer"] = marks[0]
+    file.write_text(json.dumps(tokenizer))
+    answer = "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}"
+    assert answer in LLAVA_TEMPLATE
+    ended = answer.replace("' '", "'</s>'")
+    (folder / "chat_template.jinja").write_text(LLAVA_TEMPLATE.replace(answer, ended))
 
 
 def _photo(path: Path, size: tuple[int, int], random: np.random.Generator) -> Path:

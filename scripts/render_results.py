@@ -92,13 +92,17 @@ def newest_run(rows: list[Row], case: tuple[str, ...]) -> dict[tuple, list[Row]]
 
 def train_step_tables(rows: list[Row]) -> list[str]:
     """One table for each device, tuning and way of feeding; a line a case, a column an arm."""
-    cases = newest_run(rows, ("device", "tuning", "data", "model", "workload"))
+    rows = [{"mix": "equal", **row} for row in rows]  # the only rows there once were
+    cases = newest_run(rows, ("device", "tuning", "data", "model", "workload", "mix"))
     tables = []
     groups = dict.fromkeys(key[:3] for key in cases)
     for device, tuning, data in sorted(groups, key=lambda group: group[0].startswith("CPU")):  # GPUs first
         chosen = {key[3:]: group for key, group in cases.items() if key[:3] == (device, tuning, data)}
         title = f"**Training steps, pairs per second** ({device}, {tuning}, data {data}; in brackets: times TRL)"
-        named = {(model, workload.replace("_", " ")): group for (model, workload), group in chosen.items()}
+        named = {
+            (model, workload.replace("_", " ") + ("" if mix == "equal" else f", {mix}")): group
+            for (model, workload, mix), group in chosen.items()
+        }
         tables.append(f"{title}\n\n{side_by_side(named, ['model', 'workload'], 'arm', train_step_cell)}")
     return tables
 
@@ -117,7 +121,7 @@ def train_step_cell(row: Row | None) -> str:
     if row is None:
         return ""
     if "pairs_per_second" not in row:
-        return row.get("absent", "")
+        return f"refused: {row['refused']}" if "refused" in row else row.get("absent", "")
     ratio = row.get("speedup_over_trl")
     share = f", {row['useful_share']:.0%} of peak" if ratio is None and "useful_share" in row else ""
     return f"{row['pairs_per_second']:.2f}" + (

@@ -14,7 +14,6 @@ from bench import data_arms, data_path, editing_rows, shortcuts
 from bench import record as rec
 from bench.arms import VaprArm
 from bench.data_rows import DataFolder
-from bench.train_step import agreement
 from bench.workloads import SHAPES, WORKLOADS, Subject
 
 CPU = torch.device("cpu")
@@ -88,6 +87,19 @@ def test_render_results_shows_the_newest_run_and_marks_dirty(render_results):
     assert "| m | answers | 2.00 | 8.00 (4.0x) | trl is not installed | 01234567 (dirty) |" in text
     assert "9.00" not in text
     assert "0.25" in text
+
+
+def test_render_results_keeps_spread_rows_apart_and_says_what_was_refused(render_results):
+    rows = [
+        row(arm="trl", pairs_per_second=2.0),  # of a time in which rows had no mix: all were of one length
+        row(arm="trl", pairs_per_second=3.0, mix="spread", run="r2"),
+        row(arm="vapr shared cached", refused="other work", mix="spread", run="r2"),
+        row(arm="trl", pairs_per_second=4.0, mix="equal", run="r2"),
+    ]
+    lines = render_results.render(rows).splitlines()
+    assert "| m | answers | 4.00 |  | 01234567 (dirty) |" in lines
+    assert "| m | answers, spread | 3.00 | refused: other work | 01234567 (dirty) |" in lines
+    assert "2.00" not in "".join(lines)
 
 
 def test_render_results_writes_and_checks_the_block(render_results, tmp_path, monkeypatch, capsys):
@@ -225,17 +237,6 @@ def test_vapr_arms_agree_whatever_is_shared_and_cached(gpu_checks, tmp_path):
     assert losses["image"] == pytest.approx(losses["none"], abs=1e-4)
     assert losses["none"][0] == pytest.approx(0.693147, abs=1e-5)
     assert losses["none"][1] != losses["none"][0]
-
-
-def test_an_arm_that_does_other_work_is_noticed():
-    class Arm:
-        def __init__(self, *losses):
-            self.losses = list(losses)
-
-    arms = {"trl": Arm(0.69, 0.60), "vapr shared cached": Arm(0.69, 0.62)}
-    case = {"model": "small-qwen2.5-vl", "data": "as shipped", "dtype": "float32", "tuning": "lora r=16"}
-    assert agreement(arms, "vapr shared cached", case)["agrees"] is False
-    assert agreement(arms, "vapr shared cached", {**case, "model": "small-llava"})["agrees"] is None
 
 
 # What tests/test_gpu.py checks on a GPU and scripts/gpu_smoke.py leaves out, here on the CPU.
