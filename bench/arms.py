@@ -88,9 +88,9 @@ class VaprArm:
 
     def __call__(self) -> None:
         step = next(self.steps)
-        values, _ = train_step(self.policy, self.engine, self.reference, step, self.config.loss)
+        taken = train_step(self.policy, self.engine, self.reference, step, self.config.loss)
         self.engine.step()
-        self.losses.append(values["loss"])
+        self.losses.append(taken.read()[0]["loss"])
 
 
 def vapr_config(subject: Subject, share: str, pairs_per_step: int, workers: int | None = 0) -> Config:

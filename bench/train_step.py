@@ -37,7 +37,7 @@ from vapr.data.pair import PreferencePair
 from vapr.model.logps import completion_logps, per_completion
 from vapr.model.policy import Policy, hidden_states, image_features
 from vapr.training.engine import Engine
-from vapr.training.metrics import useful_flops
+from vapr.training.metrics import UsefulFlops
 from vapr_kernels import gather_rows, linear_logps
 from vapr_kernels.losses import sigmoid_loss
 
@@ -258,7 +258,7 @@ def work_of(arm: VaprArm, timing: Timing, ceiling: dict[str, Any]) -> dict[str, 
     step = arm.prebuild()[0]
     fields: dict[str, Any] = {"tokens": step.num_tokens, "tokens_unshared": step.num_tokens_unshared}
     if timing.seconds:
-        fields["useful_tflops"] = useful_flops(arm.policy, step) / timing.p50 / 1e12
+        fields["useful_tflops"] = UsefulFlops(arm.policy).of(step) / timing.p50 / 1e12
         fields["useful_share"] = fields["useful_tflops"] / ceiling["matmul_tflops"]
     return fields
 

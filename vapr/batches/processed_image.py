@@ -1,5 +1,6 @@
 """An image as the model takes it, the most recent ones, and several laid end to end."""
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vapr.batches.pinned import sent
 from vapr.data.remote import fetched
 from vapr.errors import UserError, one_line
 
@@ -66,6 +68,16 @@ def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
     ):
         return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())
     return torch.cat(pixels)
+
+
+def sent_images(
+    images: Sequence[ProcessedImage], device: torch.device, dtype: torch.dtype
+) -> tuple[ProcessedImage, ...]:
+    """Return images with their pixels end to end on ``device``, for whose arrival there the host does not wait."""
+    if not images:
+        return ()
+    pixels = sent(joined_pixels(images).to(dtype), device).split([len(image.pixel_values) for image in images])
+    return tuple(dataclasses.replace(image, pixel_values=part) for image, part in zip(images, pixels, strict=True))
 
 
 def image_key(source: Path | bytes) -> object:

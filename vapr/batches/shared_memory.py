@@ -65,6 +65,22 @@ def share(value: Any) -> Shared:
     Writing more than ``/dev/shm`` holds would kill the process, so where not every worker has room for as much, the
     buffer is left to the pipe.
     """
+    info = get_worker_info()
+    fits = True
+
+    def new_buffer(size: int) -> Tensor:
+        nonlocal fits
+        fits = size * (info.num_workers if info else 1) <= free_shared_memory()
+        buffer = torch.empty(0, dtype=torch.uint8)
+        # As torch's own collate function does it; share_memory_() would copy the buffer once more.
+        return buffer.set_(torch.UntypedStorage._new_shared(size)) if fits else buffer.new_empty(size)
+
+    shared = in_one_buffer(value, new_buffer)
+    return shared if fits else Shared(shared.content, torch.as_tensor(shared.buffer).numpy())
+
+
+def in_one_buffer(value: Any, new_buffer: Callable[[int], Tensor]) -> Shared:
+    """Copy the arrays of a value into the buffer, (bytes,) uint8, that ``new_buffer`` makes for so many bytes."""
     places: list[tuple[_Place, Tensor]] = []
     size = 0
 
@@ -77,14 +93,10 @@ def share(value: Any) -> Shared:
         return places[-1][0]
 
     content = _rebuild(value, (Tensor, np.ndarray), place, {})
-    info = get_worker_info()
-    fits = size * (info.num_workers if info else 1) <= free_shared_memory()
-    buffer = torch.empty(0, dtype=torch.uint8)
-    # As torch's own collate function does it; share_memory_() would copy the buffer once more.
-    buffer = buffer.set_(torch.UntypedStorage._new_shared(size)) if fits else buffer.new_empty(size)
+    buffer = new_buffer(size)
     for where, tensor in places:
         where.view(buffer).copy_(tensor)
-    return Shared(content, buffer if fits else buffer.numpy())
+    return Shared(content, buffer)
 
 
 def free_shared_memory() -> int:
