@@ -60,10 +60,10 @@ def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
         (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
     """
     pixels = [image.pixel_values for image in images]
-    storage = pixels[0].untyped_storage()
+    storage = pixels[0].untyped_storage()._cdata  # its address, which tensors without memory have, too
     starts = itertools.accumulate((part.numel() for part in pixels), initial=pixels[0].storage_offset())
     if all(
-        part.untyped_storage().data_ptr() == storage.data_ptr() and part.storage_offset() == start
+        part.untyped_storage()._cdata == storage and part.storage_offset() == start
         for part, start in zip(pixels, starts, strict=False)
     ):
         return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())

@@ -111,9 +111,9 @@ def _copy_stream(device: torch.device) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors on the device in a value of dataclasses and tuples."""
+    """Yield the tensors of a value of dataclasses and tuples that are on the device."""
     if isinstance(value, Tensor):
-        if value.is_cuda:
+        if value.device.type != "cpu":
             yield value
     elif isinstance(value, tuple):
         for item in value:
