@@ -116,7 +116,7 @@ def test_no_line_follows_one_that_could_not_be_written():
 def test_a_gradient_that_is_not_finite_changes_no_weight_in_the_next_step_either(make_config, events, monkeypatch):
     """Step 3's gradient is spoiled; step 4 is launched before the host hears of it."""
     kept: dict[str, torch.Tensor] = {}
-    norm, update = Engine.gradient_norm, Engine.step
+    norm = Engine.gradient_norm
     engines: list[Engine] = []
 
     def spoiled(engine):
