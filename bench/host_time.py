@@ -9,6 +9,7 @@ taken off. What is left reads and checks the next step, looks values up, copies 
 
 import argparse
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -109,7 +110,7 @@ def run_config(folder: Path, epochs: int) -> Config:
 def figures(marks: list[tuple[float, float, float]]) -> dict[str, Any]:
     """Return milliseconds a pair beside the model, and of the model, and the former's share of a step's time."""
     beside, model, shares = [], [], []
-    for (clock, cpu, inside), (next_clock, next_cpu, next_inside) in zip(marks, marks[1:], strict=False):
+    for (clock, cpu, inside), (next_clock, next_cpu, next_inside) in itertools.pairwise(marks):
         beside.append(1e3 * ((next_cpu - cpu) - (next_inside - inside)) / PAIRS_PER_STEP)
         model.append(1e3 * (next_inside - inside) / PAIRS_PER_STEP)
         shares.append((next_cpu - cpu - (next_inside - inside)) / (next_clock - clock))
