@@ -4,6 +4,7 @@ torch's own way passes a file descriptor for each tensor, and a step has hundred
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -108,18 +109,28 @@ def free_shared_memory() -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+
+
 def _rebuild(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
     """Rebuild a value with everything of ``kinds`` in it changed. What occurs in two places stays one object."""
+    if type(value) in PLAIN:
+        return value
     if id(value) in known:
         return known[id(value)]
     if isinstance(value, kinds):
         new = change(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _rebuild(getattr(value, f.name), kinds, change, known) for f in dataclasses.fields(value)}
-        new = dataclasses.replace(value, **fields)
     elif isinstance(value, tuple | list):
-        new = type(value)(_rebuild(item, kinds, change, known) for item in value)
+        new = type(value)([_rebuild(item, kinds, change, known) for item in value])
+    elif names := _field_names(type(value)):
+        new = type(value)(**{name: _rebuild(getattr(value, name), kinds, change, known) for name in names})
     else:
         return value
     known[id(value)] = new
     return new
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; none of what is no dataclass."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
