@@ -111,7 +111,7 @@ def _copy_stream(device: torch.device) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a value of dataclasses and tuples that are on the device."""
+    """Yield the tensors of a value of dataclasses and tuples that are on the device; none of a pair is."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu":
             yield value
@@ -120,4 +120,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+            if field.name != "pairs":
+                yield from _tensors(getattr(value, field.name))
