@@ -131,6 +131,6 @@ def _rebuild(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any],
 
 
 @functools.cache
-def _field_names(kind: type) -> tuple[str, ...]:
+def _field_names(kind: Any) -> tuple[str, ...]:
     """Return the names of a dataclass's fields; none of what is no dataclass."""
     return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()

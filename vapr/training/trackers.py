@@ -81,7 +81,7 @@ class _TensorBoard:
         from torch.utils.tensorboard.summary import scalar
 
         self._summary, self._scalar = Summary, scalar
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
+        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         # One event for all of them: add_scalar makes one each, and its thread takes the training's turn every time.
