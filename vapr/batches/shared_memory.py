@@ -122,7 +122,7 @@ def _rebuild(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any],
         new = change(value)
     elif isinstance(value, tuple | list):
         new = type(value)([_rebuild(item, kinds, change, known) for item in value])
-    elif names := _field_names(type(value)):
+    elif names := _field_names(type(value)):  # type: ignore[arg-type] # mypy takes a class for not hashable
         new = type(value)(**{name: _rebuild(getattr(value, name), kinds, change, known) for name in names})
     else:
         return value
