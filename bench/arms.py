@@ -90,9 +90,9 @@ class VaprArm:
 
     def __call__(self) -> None:
         step = next(self.steps)
-        values, _ = train_step(self.policy, self.engine, self.reference, step, self.config.loss)
+        taken = train_step(self.policy, self.engine, self.reference, step, self.config.loss)
         self.engine.step()
-        self.losses.append(values["loss"])
+        self.losses.append(taken.read()[0]["loss"])
 
     def first_step(self) -> tuple[float, dict[str, Tensor]]:
         """Loss of the first step, and the gradients that its update would use; makes no update."""

@@ -43,7 +43,7 @@ from bench.step_profile import profile_step
 from bench.summary import document, show
 from bench.work_tree import work_tree
 from bench.workloads import MIXES, SHAPES, WORKLOADS
-from vapr.training.metrics import useful_flops
+from vapr.training.metrics import UsefulFlops
 
 WARMUP = 2
 QUICK_WARMUP = 1
@@ -257,7 +257,7 @@ def work_of(arm: VaprArm, timing: Timing, ceiling: dict[str, Any]) -> dict[str, 
     step = arm.prebuild()[0]
     fields: dict[str, Any] = {"tokens": step.num_tokens, "tokens_unshared": step.num_tokens_unshared}
     if timing.seconds:
-        fields["useful_tflops"] = useful_flops(arm.policy, step) / timing.p50 / 1e12
+        fields["useful_tflops"] = UsefulFlops(arm.policy).of(step) / timing.p50 / 1e12
         fields["useful_share"] = fields["useful_tflops"] / ceiling["matmul_tflops"]
     return fields
 

@@ -289,7 +289,7 @@ def check_training_step(
     assert len(step.batches) > 1  # gradients are accumulated over packs
     largest, allowed = first_margin(policy, reference, step.batches)
     assert largest <= allowed, f"{family}: |log-ratio| {largest:.2e}, tolerance {allowed:.2e}"
-    values, _ = train_step(policy, engine, reference, step, config.loss)
+    values, _ = train_step(policy, engine, reference, step, config.loss).read()
     assert abs(values["loss"] - np.log(2)) < (1e-5 if dtype == "float32" else 0.05)
     assert 0 < values["grad_norm"] < float("inf")
     assert all(master.grad.isfinite().all() for master in engine.masters.values() if master.grad is not None)
@@ -323,7 +323,7 @@ def test_two_training_steps_in_bf16_give_the_same_gradient(tiny, photo_pairs, tm
         loader = load_pairs(config, photo_pairs[:4], processor)
         (step,) = loader.steps(0, 1)
         reference = Reference(policy, str(tmp_path))
-        norms.append(train_step(policy, engine, reference, step, config.loss)[0]["grad_norm"])
+        norms.append(train_step(policy, engine, reference, step, config.loss).read()[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 

@@ -102,7 +102,7 @@ def check_quantised_step(
                 largest = first_margin(policy, reference, step.batches)[0]
                 assert largest == 0.0, f"{kind}: |log-ratio| {largest:.2e} before the first update"
             engine = Engine(policy, config.optim, 1)
-            values, _ = train_step(policy, engine, reference, step, config.loss)
+            values, _ = train_step(policy, engine, reference, step, config.loss).read()
             gradients.append(gradient_of(engine))
             assert abs(values["loss"] - 0.693147) < 1e-5
         error = relative_error(gradients[0], gradients[1])
@@ -191,9 +191,41 @@ def check_out_of_memory(
     return f"gradients differ by {error:.0e}"
 
 
+def check_no_waiting(folder: Path, pairs: list[PreferencePair], cache: Path, device: torch.device, dtype: str) -> str:
+    """Steps with a cached reference, in which whatever has the host wait for a GPU is an error; then figures as ever.
+
+    The last step has a loss that is not finite: weights and moments stay as they are.
+    """
+    config = config_of(folder, dtype, cache)
+    policy = seeded(config, device)
+    step, reference = step_of(config, policy, pairs), Reference(policy, str(cache))
+    assert len(step.batches) > 1
+    for batch in step.batches:
+        reference.logps(batch.to(policy.device))
+    engine = Engine(policy, config.optim, 4)
+    train_step(policy, engine, reference, step, config.loss)  # whatever is compiled or allocated once
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error") if device.type == "cuda" else None
+    try:
+        taken, kept = [], {}
+        for loss in (0.0, 0.0, float("inf")):
+            kept = {name: x.clone() for part in engine.state() for name, x in part.items()}
+            engine.backward(torch.full((), loss, device=device))
+            taken.append(train_step(policy, engine, reference, step, config.loss))
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default") if device.type == "cuda" else None
+    first, second, last = (one.read()[0] for one in taken)
+    assert second["loss"] < first["loss"] < 0.6932 and 0 < second["grad_norm"] < float("inf")
+    assert last["loss"] < second["loss"]  # that of the pairs alone
+    state = {name: x for part in engine.state() for name, x in part.items()}
+    assert all(torch.equal(state[name], x) for name, x in kept.items())
+    return f"loss {first['loss']:.4f}, {second['loss']:.4f}"
+
+
 CHECKS = {
     "quantised step": check_quantised_step, "resting tower": check_resting_tower, "8-bit AdamW": check_adamw_8bit,
-    "halved packs": check_out_of_memory,
+    "halved packs": check_out_of_memory, "no waiting": check_no_waiting,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ from vapr.model import policy as model
 from vapr.model.logps import per_completion, token_logps
 from vapr.model.policy import frozen, image_features
 from vapr.training.engine import Engine
+from vapr.training.step import train_step
 from vapr_kernels import launch, preference_loss
 
 HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has a function of that name
@@ -131,3 +132,25 @@ def test_a_quantised_base(subject, kind):
     assert not missing
     bits = 8 * policy.quantized.num_bytes / (policy.quantized.num_bytes_before / 2)
     assert bits == pytest.approx({"nf4": 4.127, "fp8": 8.009, "int8": 8.009}[kind], abs=0.005)
+
+
+class KnownReference:
+    """A reference cache that has everything."""
+
+    hits = misses = 0
+
+    def find(self, batch):
+        return torch.zeros(len(batch.token_weights))
+
+
+def test_a_step_reads_nothing_back(subject):
+    """A fake tensor has no value, so whatever asks for one (item, tolist, bool, float) raises."""
+    config, step = step_of(subject, lora=True, tower=True)
+    with as_on_a_gpu():
+        policy = subject.policy()
+        engine = Engine(policy, config.optim, num_steps=10)
+        taken = train_step(policy, engine, KnownReference(), step, config.loss)
+        engine.step()
+        assert engine.num_updates == 1 and taken.number == 1
+        with pytest.raises(DataDependentOutputException):
+            taken.read()

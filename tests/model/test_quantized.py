@@ -26,7 +26,7 @@ from vapr.model.logps import per_completion, token_logps
 from vapr.model.policy import Policy, load_policy
 from vapr.model.quantized import QuantizedLinear, dequantize
 from vapr.model.reference import Reference, first_margin
-from vapr.training.metrics import useful_flops
+from vapr.training.metrics import UsefulFlops
 
 CPU = torch.device("cpu")
 KINDS = ("nf4", "fp8", "int8")
@@ -262,7 +262,7 @@ def test_useful_flops_count_quantised_layers(tiny, photo_pairs):
         policy = policy_of(tiny("qwen2_vl"), kind)
         batch = pack(tokenize(policy, tiny("qwen2_vl"), chosen_pairs(photo_pairs)))
         counted.append(
-            useful_flops(policy, Step((batch,), batch.num_pairs, 1.0, batch.num_tokens, batch.num_tokens_unshared))
+            UsefulFlops(policy).of(Step((batch,), batch.num_pairs, 1.0, batch.num_tokens, batch.num_tokens_unshared))
         )
     assert counted[0] == counted[1]
 

@@ -68,7 +68,7 @@ def test_a_step_takes_what_is_predicted(make_config, family, tuning, checkpointi
                 Flops(),
             )
             assert predicted.total == counter.get_total_flops()
-    assert useful_flops(shapes, packs) == metrics.useful_flops(policy, step)
+    assert useful_flops(shapes, packs) == metrics.UsefulFlops(policy).of(step)
     assert sum(weight.numel for weight in shapes.weights) == sum(
         weight.numel() for name, weight in policy.base.named_parameters() if "lora_" not in name
     )

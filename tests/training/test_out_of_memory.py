@@ -100,7 +100,7 @@ def make_step(make_config, photo_rows):
 def test_the_gradient_is_that_of_an_unbroken_step(dtype, lora, make_step, tmp_path, monkeypatch):
     config, step = make_step(dtype, lora)
     policy, engine, reference = parts(config, tmp_path / "cache")
-    values, margins = train_step(policy, engine, reference, step, config.loss)
+    values, margins = train_step(policy, engine, reference, step, config.loss).read()
     truth, counted = gradients(engine), reference.hits + reference.misses
     split = None
     for place in PLACES:
@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_an_unbroken_step(dtype, lora, make_step, tmp_pa
             said: list[str] = []
             got, got_margins = train_step(
                 policy, engine, reference, step, config.loss, None, FittingPacks("pair", said.append)
-            )
+            ).read()
         assert memory.failures == 1 and len(said) == 1 and "(5 pairs) does not fit the GPU's memory" in said[0]
         assert max(memory.sizes[2:]) <= 3 and sum(memory.sizes[2:]) == 8
         # Another order of adding; in bf16 each pack's gradient is rounded before it is added.

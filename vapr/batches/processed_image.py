@@ -1,5 +1,6 @@
 """An image as the model takes it, the most recent ones, and several laid end to end."""
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vapr.batches.pinned import sent
 from vapr.data.remote import fetched
 from vapr.errors import UserError, one_line
 
@@ -58,14 +60,24 @@ def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
         (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
     """
     pixels = [image.pixel_values for image in images]
-    storage = pixels[0].untyped_storage()
+    storage = pixels[0].untyped_storage()._cdata  # its address, which tensors without memory have, too
     starts = itertools.accumulate((part.numel() for part in pixels), initial=pixels[0].storage_offset())
     if all(
-        part.untyped_storage().data_ptr() == storage.data_ptr() and part.storage_offset() == start
+        part.untyped_storage()._cdata == storage and part.storage_offset() == start
         for part, start in zip(pixels, starts, strict=False)
     ):
         return pixels[0].as_strided((sum(len(part) for part in pixels), *pixels[0].shape[1:]), pixels[0].stride())
     return torch.cat(pixels)
+
+
+def sent_images(
+    images: Sequence[ProcessedImage], device: torch.device, dtype: torch.dtype
+) -> tuple[ProcessedImage, ...]:
+    """Return images with their pixels end to end on ``device``, for whose arrival there the host does not wait."""
+    if not images:
+        return ()
+    pixels = sent(joined_pixels(images).to(dtype), device).split([len(image.pixel_values) for image in images])
+    return tuple(dataclasses.replace(image, pixel_values=part) for image, part in zip(images, pixels, strict=True))
 
 
 def image_key(source: Path | bytes) -> object:

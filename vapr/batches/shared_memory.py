@@ -4,6 +4,7 @@ torch's own way passes a file descriptor for each tensor, and a step has hundred
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -65,6 +66,22 @@ def share(value: Any) -> Shared:
     Writing more than ``/dev/shm`` holds would kill the process, so where not every worker has room for as much, the
     buffer is left to the pipe.
     """
+    info = get_worker_info()
+    fits = True
+
+    def new_buffer(size: int) -> Tensor:
+        nonlocal fits
+        fits = size * (info.num_workers if info else 1) <= free_shared_memory()
+        buffer = torch.empty(0, dtype=torch.uint8)
+        # As torch's own collate function does it; share_memory_() would copy the buffer once more.
+        return buffer.set_(torch.UntypedStorage._new_shared(size)) if fits else buffer.new_empty(size)
+
+    shared = in_one_buffer(value, new_buffer)
+    return shared if fits else Shared(shared.content, torch.as_tensor(shared.buffer).numpy())
+
+
+def in_one_buffer(value: Any, new_buffer: Callable[[int], Tensor]) -> Shared:
+    """Copy the arrays of a value into the buffer, (bytes,) uint8, that ``new_buffer`` makes for so many bytes."""
     places: list[tuple[_Place, Tensor]] = []
     size = 0
 
@@ -77,14 +94,10 @@ def share(value: Any) -> Shared:
         return places[-1][0]
 
     content = _rebuild(value, (Tensor, np.ndarray), place, {})
-    info = get_worker_info()
-    fits = size * (info.num_workers if info else 1) <= free_shared_memory()
-    buffer = torch.empty(0, dtype=torch.uint8)
-    # As torch's own collate function does it; share_memory_() would copy the buffer once more.
-    buffer = buffer.set_(torch.UntypedStorage._new_shared(size)) if fits else buffer.new_empty(size)
+    buffer = new_buffer(size)
     for where, tensor in places:
         where.view(buffer).copy_(tensor)
-    return Shared(content, buffer if fits else buffer.numpy())
+    return Shared(content, buffer)
 
 
 def free_shared_memory() -> int:
@@ -96,18 +109,28 @@ def free_shared_memory() -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+
+
 def _rebuild(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
     """Rebuild a value with everything of ``kinds`` in it changed. What occurs in two places stays one object."""
+    if type(value) in PLAIN:
+        return value
     if id(value) in known:
         return known[id(value)]
     if isinstance(value, kinds):
         new = change(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _rebuild(getattr(value, f.name), kinds, change, known) for f in dataclasses.fields(value)}
-        new = dataclasses.replace(value, **fields)
     elif isinstance(value, tuple | list):
-        new = type(value)(_rebuild(item, kinds, change, known) for item in value)
+        new = type(value)([_rebuild(item, kinds, change, known) for item in value])
+    elif names := _field_names(type(value)):  # type: ignore[arg-type] # mypy takes a class for not hashable
+        new = type(value)(**{name: _rebuild(getattr(value, name), kinds, change, known) for name in names})
     else:
         return value
     known[id(value)] = new
     return new
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; none of what is no dataclass."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()

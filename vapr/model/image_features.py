@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
+from vapr.batches.pinned import sent
 from vapr.batches.processed_image import ProcessedImage
 from vapr.errors import UserError
 from vapr.model.policy import Policy, image_features
@@ -70,7 +71,20 @@ class ImageFeatures(ShardedCache):
             self.flush_if_large()
         self.misses += len(missing)
         self.hits += len(features) - len(missing)
-        return torch.cat([feature.to(self._policy.device) for feature in features if feature is not None])
+        return torch.cat([sent(feature, self._policy.device) for feature in features if feature is not None])
+
+    def find(self, batch: PackedBatch) -> Tensor | None:
+        """Look the features of the batch's images up; None if one is missing, and then nothing is counted.
+
+        Returns:
+            As :meth:`of_batch`, in host memory.
+        """
+        features = [self._find(image) for image in batch.images]
+        found = [one for one in features if one is not None]
+        if len(found) < len(features):
+            return None
+        self.hits += len(found)
+        return torch.cat(found)
 
     def _find(self, image: ProcessedImage) -> Tensor | None:
         values = self.get(_key(image))

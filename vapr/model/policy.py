@@ -26,6 +26,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from vapr.batches.families import FAMILIES, load_model_config
 from vapr.batches.model_folder import ModelSource, find_model
 from vapr.batches.packing import PackedBatch
+from vapr.batches.pinned import sent
 from vapr.batches.processed_image import ProcessedImage, joined_pixels
 from vapr.config import Checkpointing, PolicyConfig
 from vapr.errors import UserError
@@ -321,8 +322,8 @@ def _image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
 
 
 def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
-    """Pixels of images laid end to end on the device. Data workers have joined and rounded them already."""
-    return joined_pixels(images).to(device, non_blocking=True)
+    """Pixels of images laid end to end on the device, where they may be already. Data workers have joined them."""
+    return sent(joined_pixels(images), device)
 
 
 def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
@@ -340,7 +341,7 @@ def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.de
         layout["window_index"], windows = get_vision_window_index(grid, *sizes)
         layout["cu_window_seqlens"] = windows
         longest["max_window_seqlen"] = int(windows.diff().max())
-    return {name: value.to(device) for name, value in layout.items()} | longest
+    return {name: sent(value, device) for name, value in layout.items()} | longest
 
 
 @contextlib.contextmanager

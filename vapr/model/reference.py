@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch, pack
+from vapr.batches.pinned import sent
 from vapr.batches.tokenize import TokenPath
 from vapr.errors import UserError
 from vapr.model.logps import completion_sums, per_completion, token_logps
@@ -62,6 +63,22 @@ class Reference(ShardedCache):
         """Only look values up from now on, because the policy's own weights are about to be updated."""
         self._policy_is_reference = False
 
+    def find(self, batch: PackedBatch) -> Tensor | None:
+        """Look the batch's log-probs up; None if something is missing, and then nothing is counted.
+
+        Args:
+            batch: on any device.
+
+        Returns:
+            As :meth:`logps`, (M,), in host memory.
+        """
+        values = [self.get(self.key(path)) for pair in batch.pairs for path in pair.paths]
+        found = [one for one in values if one is not None]
+        if len(found) < len(values):
+            return None
+        self.hits += len(found)
+        return torch.from_numpy(np.concatenate(found))
+
     def logps(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
         """Return the reference log-probs of the batch's completions, laid out as by ``per_completion``.
 
@@ -99,7 +116,7 @@ class Reference(ShardedCache):
         self.misses += num_computed
         self.hits += sum(map(len, keys)) - num_computed
         values = np.concatenate([known[key] for pair in keys for key in pair])
-        return torch.from_numpy(values).to(batch.labels.device, non_blocking=True)
+        return sent(torch.from_numpy(values), batch.labels.device)
 
     def _check_still_reference(self, batch: PackedBatch, missing: int) -> None:
         if self._policy_is_reference:

@@ -36,6 +36,19 @@ def new_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: tor
     return made
 
 
+def update(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
+    """Update weights and moments, or leave every byte of them as it is where ``spoiled``, on their device, is 1, not 0.
+
+    PyTorch's AdamW reads it on the device. bitsandbytes has no such thing, but waits for the device after every
+    parameter anyway, so that the host may as well look.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not spoiled:
+        optimizer.step()
+
+
 def moments_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
     """Return the bytes of the moments of a parameter with so many numbers, before they are made."""
     if isinstance(optimizer, torch.optim.AdamW) or size < FULL_BELOW:

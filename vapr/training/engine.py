@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from vapr.config import OptimConfig
 from vapr.model.policy import Policy
-from vapr.training.adamw_8bit import KEPT, moments_bytes, new_optimizer, restore_state, state_tensors
+from vapr.training.adamw_8bit import KEPT, moments_bytes, new_optimizer, restore_state, state_tensors, update
 from vapr.training.ranks import Ranks
 
 
@@ -22,6 +22,9 @@ class Engine:
 
     Weights in bf16 get an fp32 master copy. Their gradients are moved to it in fp32 as soon as autograd has finished
     them, so that accumulating over micro-batches rounds nothing away and no bf16 gradients are kept.
+
+    From the first loss or gradient on that is not finite, no update changes anything. The device sees to that by
+    itself, because the host, which ends the run, may hear of it a step later.
 
     Args:
         policy: its trained parameters are updated in place.
@@ -53,6 +56,8 @@ class Engine:
         self.optimizer = new_optimizer(decay_groups(self.masters.values(), config), config, policy.device)
         self._lr_factor = schedule(self.optimizer, config, num_steps)
         self._peak_lr = config.lr
+        self._loss = torch.zeros((), device=policy.device)  # of the step so far
+        self._spoiled = torch.zeros((), device=policy.device)  # 1 once something was not finite
 
     @staticmethod
     def _move_gradient(master: nn.Parameter) -> Any:
@@ -86,14 +91,22 @@ class Engine:
         return self._peak_lr * self._lr_factor(self.num_updates)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, a scalar, to the step's."""
-        loss.backward()
+        """Add ``loss``, a scalar, to the step's, and its gradient, if it has one."""
+        self._loss += loss.detach()
+        if loss.requires_grad:
+            loss.backward()
 
+    @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Add the ranks' gradients up, clip the sum and return its norm before that, a scalar on the device."""
         self._add_up_gradients()
         limit = float("inf") if self._clip is None else self._clip
-        return nn.utils.clip_grad_norm_(self.masters.values(), limit)
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), limit).to(self._loss.device)  # a step may have none
+        self.ranks.add_up([self._loss])
+        finite = torch.isfinite(norm.float() + self._loss)
+        self._spoiled = torch.maximum(self._spoiled, 1 - finite.float())
+        self._loss = torch.zeros_like(self._loss)
+        return norm
 
     @torch.no_grad()
     def _add_up_gradients(self) -> None:
@@ -112,7 +125,7 @@ class Engine:
         """Update the master weights, copy them to the model, clear the gradients, advance the schedule."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self.optimizer.step()
+        update(self.optimizer, self._spoiled)
         self.optimizer.zero_grad(set_to_none=True)
         self._copy_masters()
         self.num_updates += 1
@@ -127,6 +140,7 @@ class Engine:
     def forget_gradients(self) -> None:
         """Drop the gradient of the step so far, of which a pass may have added only a part."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros_like(self._loss)
         for weight in self._weights.values():
             weight.grad = None
 

@@ -127,13 +127,14 @@ class DeepSpeedEngine:
         return self._peak_lr * self._lr_factor(self.num_updates)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, a scalar, to the step's."""
-        self.passes.backward(loss)
+        """Add the gradient of ``loss``, a scalar, to the step's, if it has one."""
+        if loss.requires_grad:
+            self.passes.backward(loss)
 
     def gradient_norm(self) -> Tensor:
         """Update the weights and return the gradient's norm before clipping; they stay as they are if it is not finite.
 
-        DeepSpeed knows the norm only inside of its update. :meth:`step` then counts it.
+        DeepSpeed knows the norm only inside of its update, for which the host waits. :meth:`step` then counts it.
         """
         for group in self._zero.param_groups:
             group["lr"] = self.lr

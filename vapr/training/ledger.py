@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from vapr.batches.loader import PairLoader
-from vapr.batches.tokenize import TokenizedPair
 from vapr.training.ranks import Ranks
 
 NAME = "consumed.jsonl"
@@ -37,12 +36,12 @@ class Ledger:
             os.truncate(path, 0 if resume_step is None else _end_of_step(path, resume_step))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, pairs: Sequence[TokenizedPair], members: np.ndarray) -> None:
-        """Append what a step, counted from 1, trained on; every rank gives its pairs.
+    def write(self, step: int, pairs: Sequence[tuple[int, str]], members: np.ndarray) -> None:
+        """Append what a step, counted from 1, trained on; every rank gives its pairs, as (row number, id).
 
         ``members`` are the rows that the order gave the step, (rows,) int64.
         """
-        everyone = self._ranks.gather_objects([(pair.number, pair.id) for pair in pairs])
+        everyone = self._ranks.gather_objects(list(pairs))
         taken = [number for part in everyone for number, _ in part]
         entry: dict[str, Any] = {"step": step, "rows": taken, "ids": [id for part in everyone for _, id in part]}
         if skipped := sorted((Counter(members.tolist()) - Counter(taken)).elements()):

@@ -59,9 +59,16 @@ class Totals:
         self._sums = sums if self._sums is None else self._sums + sums
         self.num_pairs += len(losses)
 
+    def sums(self, device: torch.device) -> Tensor:
+        """Return the sums on ``device``, (figures,) fp64; zeros where nothing was added."""
+        return torch.zeros(len(self._names), dtype=torch.float64, device=device) if self._sums is None else self._sums
+
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean of every figure over the pairs that all ranks added; waits for the device."""
-        own = [0.0] * len(self._names) if self._sums is None else self._sums.tolist()
+        return self.means_of(self.sums(torch.device("cpu")).tolist(), ranks)
+
+    def means_of(self, own: Sequence[float], ranks: Ranks) -> dict[str, float]:
+        """Return the same where this rank's sums have been read."""
         *all_sums, num_pairs = ranks.gather([*own, self.num_pairs]).sum(axis=0).tolist()
         sums = dict(zip(self._names, all_sums, strict=True))
         means = {name: sums[name] / num_pairs for name in self.NAMES}
@@ -188,18 +195,34 @@ def _kind(values: dict[str, Any]) -> str:
     return "eval" if "eval/loss" in values else "probe" if "probe/accuracy" in values else "train"
 
 
-def speed(policy: Policy, step: Step, seconds: float, ranks: Ranks) -> dict[str, float | None]:
-    """Return speed and memory of a step that took ``seconds`` from waiting for data to the update.
+class Speed:
+    """Speed and memory of steps.
 
-    The mfu is the mean over the ranks, the memory the largest of one.
+    Args:
+        policy: being trained.
+        ranks: the processes that train together.
     """
-    peak = peak_flops(policy.device)
-    each = ranks.gather([useful_flops(policy, step) if peak else 0.0, peak_memory_mib(policy.device)])
-    return {
-        "pairs_per_second": step.num_pairs / seconds,
-        "mfu": float(each[:, 0].mean()) / (peak * seconds) if peak else None,
-        "peak_memory_mib": float(each[:, 1].max()),
-    }
+
+    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+        self._device, self._ranks = policy.device, ranks
+        self._peak = peak_flops(policy.device)
+        self._useful = UsefulFlops(policy)
+
+    def own(self, step: Step) -> tuple[float, float]:
+        """Return this rank's FLOPs in a step, 0 where no peak is known to compare them with, and its memory in MiB."""
+        return self._useful.of(step) if self._peak else 0.0, peak_memory_mib(self._device)
+
+    def of(self, num_pairs: int, own: tuple[float, float], seconds: float) -> dict[str, float | None]:
+        """Return the figures of a step of ``num_pairs`` on all ranks, which took ``seconds`` from update to update.
+
+        The mfu is the mean over the ranks, the memory the largest of one. Every rank calls it.
+        """
+        each = self._ranks.gather(own)
+        return {
+            "pairs_per_second": num_pairs / seconds,
+            "mfu": float(each[:, 0].mean()) / (self._peak * seconds) if self._peak else None,
+            "peak_memory_mib": float(each[:, 1].max()),
+        }
 
 
 def in_words(values: dict[str, Any]) -> str:
@@ -213,28 +236,36 @@ def in_words(values: dict[str, Any]) -> str:
     )
 
 
-def useful_flops(policy: Policy, step: Step) -> float:
-    """Count the FLOPs that a step needs: neither what sharing saves nor what is computed twice.
+class UsefulFlops:
+    """Counts the FLOPs that steps need: neither what sharing saves nor what is computed twice.
 
-    Those of this process's packs are counted. Linear layers 2 FLOPs a weight and token, attention 4 E H for each
-    (query, key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters
-    are trained. The vision tower is left out.
+    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
+    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
     """
-    config = policy.base.config.get_text_config()
-    layers = policy.base.model.language_model.layers
-    shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
-    weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
-    weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
-    adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
-    passes = 2 if policy.adapters is not None else 3
-    flops = 2.0 * sum(batch.num_tokens for batch in step.batches) * (weights * passes + adapters * 3)
-    for batch in step.batches:
-        flops += 2.0 * passes * len(batch.labels) * whole_shape(policy.head).numel()
-        attended = sum(
-            q * k - q * (q - 1) / 2 for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
-        )
-        flops += 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size * attended
-    return flops
+
+    def __init__(self, policy: Policy) -> None:
+        config = policy.base.config.get_text_config()
+        layers = policy.base.model.language_model.layers
+        shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
+        weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
+        weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
+        adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
+        passes = 2 if policy.adapters is not None else 3
+        self._a_token = 2.0 * (weights * passes + adapters * 3)
+        self._a_prediction = 2.0 * passes * whole_shape(policy.head).numel()
+        self._a_key = 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size
+
+    def of(self, step: Step) -> float:
+        """Count those of this process's packs."""
+        flops = self._a_token * sum(batch.num_tokens for batch in step.batches)
+        for batch in step.batches:
+            flops += self._a_prediction * len(batch.labels)
+            attended = sum(
+                q * k - q * (q - 1) / 2
+                for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
+            )
+            flops += self._a_key * attended
+        return flops
 
 
 def whole_shape(weight: Tensor) -> torch.Size:

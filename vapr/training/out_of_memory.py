@@ -6,8 +6,8 @@ costs at most one step each time that packs get smaller.
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,8 +46,9 @@ class FittingPacks:
         self._share, self._halves = share, halves
 
     def each(
-        self, batches: Sequence[PackedBatch], use: Callable[[PackedBatch], T], again: Callable[[], None]
-    ) -> list[T]:
+        self, batches: Sequence[PackedBatch], use: Callable[[Any], T], again: Callable[[], None],
+        hand_over: Callable[[Sequence[PackedBatch]], Iterator[Any]] = iter,
+    ) -> list[T]:  # fmt: skip
         """Call ``use`` with every pack, in halves where one does not fit.
 
         Args:
@@ -55,6 +56,7 @@ class FittingPacks:
             use: called with packs of all their pairs, each pair in one of them.
             again: called before all packs are used once more, because one did not fit. It has to forget what ``use``
                 did.
+            hand_over: makes of packs on the CPU, one by one, what ``use`` takes.
 
         Returns:
             What ``use`` returned for each pack.
@@ -65,15 +67,17 @@ class FittingPacks:
         while True:
             results: list[T] = []
             packs = self._limited(batches)
+            handed_over = hand_over(packs)
             try:
-                for batch in packs:
-                    results.append(use(batch))  # noqa: PERF401 - their number tells which one failed
+                for pack_ in handed_over:
+                    results.append(use(pack_))
                 return results
             except torch.OutOfMemoryError:
                 failed = packs[len(results)]
                 if failed.num_pairs == 1 or not self._halves:
                     raise
             # Only here the failed pack is gone: the exception holds on to all its tensors.
+            del handed_over, pack_  # and one that was copied ahead
             self._halve(failed)
             results.clear()
             again()

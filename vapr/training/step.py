@@ -26,19 +26,23 @@ from vapr.model.image_features import ImageFeatures, shared_image_features
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.reference import Reference, first_margin
+from vapr.training.copied_ahead import CopiedAhead, CopiedPack
 from vapr.training.engine import Engine
 from vapr.training.engine_deepspeed import AnyEngine
 from vapr.training.metrics import Totals
 from vapr.training.out_of_memory import CacheCounts, FittingPacks
 from vapr.training.ranks import Ranks
+from vapr.training.read_late import ReadLate
 from vapr_kernels import naive, preference_loss
 
 
 def train_step(
     policy: Policy, engine: AnyEngine, reference: Reference | None, step: Step, loss: Sequence[LossConfig],
     features: ImageFeatures | None = None, fitting: FittingPacks | None = None,
-) -> tuple[dict[str, Any], list[tuple[int, float]]]:  # fmt: skip
-    """Run forward and backward of every pack of a step; the update is the caller's.
+) -> "TakenStep":  # fmt: skip
+    """Give the device forward and backward of every pack of a step; the update is the caller's.
+
+    Nothing is read back: the host may be done long before the device is.
 
     Args:
         policy: the model being trained.
@@ -48,15 +52,11 @@ def train_step(
         loss: terms whose weighted sum is taken.
         features: cache of image features, where the tower is frozen.
         fitting: the run's limit on packs that do not fit the GPU; None: one of this step's own.
-
-    Returns:
-        The values to log (means over the step's pairs), and (row number, margin) of every pair; of all ranks' pairs.
     """
 
-    def use(pack: PackedBatch) -> Scored:
+    def use(pack: CopiedPack) -> Scored:
         scored, losses = _score_pack(policy, reference, pack, step, loss, features)
-        if losses.requires_grad:  # not where only the tower is trained and no pair of the pack has an image
-            engine.backward(losses.sum() / step.num_pairs)
+        engine.backward(losses.sum() / step.num_pairs)
         return scored
 
     counts = CacheCounts(reference, features)
@@ -67,22 +67,52 @@ def train_step(
         counts.restore()
 
     def run_packs() -> list[Scored]:
-        return (fitting or FittingPacks(halves=not engine.is_sharded)).each(step.batches, use, again)
+        packs = fitting or FittingPacks(halves=not engine.is_sharded)
+        return packs.each(step.batches, use, again, CopiedAhead(policy, reference, features).each)
 
     scored = policy.passes.together(run_packs, engine.ranks.agree, len(step.batches))
-    values = {
-        **_totals(scored, loss).means(engine.ranks),
-        "grad_norm": float(engine.gradient_norm()),  # waits for the device
+    totals, norm = _totals(scored, loss), engine.gradient_norm()
+    margins = [one.rewards[:, 0] - one.rewards[:, 1] for one in scored]
+    parts = [norm.to(policy.device)[None], totals.sums(policy.device), *margins]
+    known = {
         "lr": engine.lr,
         "pairs": step.num_pairs,
         "tokens": step.num_tokens,
         "tokens_saved": step.num_tokens_unshared - step.num_tokens,
     }
-    margins = [one.rewards[:, 0] - one.rewards[:, 1] for one in scored]
-    rows = np.empty((len(step.pairs), 2))
-    rows[:, 0] = [number for one in scored for number in one.numbers]
-    rows[:, 1] = torch.cat(margins).tolist() if margins else []
-    return values, [(int(number), float(margin)) for number, margin in engine.ranks.gather_rows(rows)]
+    return TakenStep(
+        engine.num_updates + 1, step.num_pairs, tuple((pair.number, pair.id, pair.where) for pair in step.pairs),
+        [number for one in scored for number in one.numbers], known, totals,
+        ReadLate(torch.cat([part.double() for part in parts])), engine.ranks,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TakenStep:
+    """A step that the device was given, and what there is to tell of it."""
+
+    number: int  # from 1
+    num_pairs: int  # of all ranks
+    pairs: tuple[tuple[int, str, str], ...]  # this rank's: row number, id, place in the file
+    _order: list[int]  # row numbers as their margins come
+    _known: dict[str, Any]
+    _totals: Totals
+    _numbers: ReadLate  # the gradient's norm, the sums of the totals, the margins
+    _ranks: Ranks
+
+    def read(self) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+        """Wait for the device. Every rank calls it.
+
+        Returns:
+            The values to log (means over the step's pairs), and (row number, margin) of every pair; of all ranks'
+            pairs.
+        """
+        norm, *numbers = self._numbers.read()
+        num_sums = len(numbers) - len(self._order)
+        values = {**self._totals.means_of(numbers[:num_sums], self._ranks), "grad_norm": norm, **self._known}
+        rows = np.empty((len(self._order), 2))
+        rows[:, 0], rows[:, 1] = self._order, numbers[num_sums:]
+        return values, [(int(number), float(margin)) for number, margin in self._ranks.gather_rows(rows)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,16 +149,22 @@ def steps_of_all(ranks: Ranks, steps: Iterator[Step]) -> Iterator[Step]:
 
 def score(
     policy: Policy, reference: Reference | None, batch: PackedBatch, step: Step, loss: Sequence[LossConfig],
-    features: ImageFeatures | None = None,
+    features: ImageFeatures | None = None, shared: Tensor | None = None, reference_logps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute log-probs, losses and rewards of a pack on the policy's device.
+
+    Args:
+        shared: the image features of the pack that the cache was found to have; None: look them up, or compute them.
+        reference_logps: its reference log-probs, (M,), likewise.
 
     Returns:
         Policy log-probs (P, 2), chosen first; weighted losses (P,); rewards (P, 2), detached and scaled by beta;
         (P, 5) where a loss compares images.
     """
-    shared = shared_image_features(policy, batch, features)
-    reference_logps = reference.logps(batch, shared) if reference is not None else None  # (M,)
+    if shared is None:
+        shared = shared_image_features(policy, batch, features)
+    if reference is not None and reference_logps is None:
+        reference_logps = reference.logps(batch, shared)
     logps = token_logps(policy, batch, shared, reference_logps)  # (L,)
     fused_or_naive = preference_loss if policy.kernels else naive.preference_loss
     losses, rewards, completion_logps = fused_or_naive(
@@ -139,12 +175,14 @@ def score(
 
 
 def _score_pack(
-    policy: Policy, reference: Reference | None, pack: PackedBatch, step: Step, loss: Sequence[LossConfig],
+    policy: Policy, reference: Reference | None, pack: CopiedPack, step: Step, loss: Sequence[LossConfig],
     features: ImageFeatures | None,
 ) -> tuple[Scored, Tensor]:  # fmt: skip
-    """Score a pack that is on the CPU; return its figures, and its losses (P,) with their graph."""
-    logps, losses, rewards = score(policy, reference, pack.to(policy.device), step, loss, features)
-    return Scored([pair.number for pair in pack.pairs], losses.detach(), rewards, logps.detach()), losses
+    """Score a pack; return its figures, and its losses (P,) with their graph."""
+    logps, losses, rewards = score(
+        policy, reference, pack.batch, step, loss, features, pack.features, pack.reference_logps
+    )
+    return Scored([pair.number for pair in pack.batch.pairs], losses.detach(), rewards, logps.detach()), losses
 
 
 def evaluate(
@@ -162,11 +200,12 @@ def evaluate(
     fitting = fitting or FittingPacks()
 
     def run_packs(step: Step) -> None:
-        def use(pack: PackedBatch) -> Scored:
+        def use(pack: CopiedPack) -> Scored:
             note(f"scoring held-out pairs {totals.num_pairs * ranks.size}/{held_out.pairs_per_epoch}")
             return _score_pack(policy, reference, pack, step, loss, features)[0]
 
-        for one in fitting.each(step.batches, use, CacheCounts(reference, features).restore):
+        again, ahead = CacheCounts(reference, features).restore, CopiedAhead(policy, reference, features)
+        for one in fitting.each(step.batches, use, again, ahead.each):
             totals.add(one.losses, one.rewards, one.logps)
 
     with frozen(policy):
@@ -203,19 +242,19 @@ def check_first_margin(
         )
 
 
-def stop_unless_finite(values: dict[str, Any], step: Step, number: int, run_dir: Path, ranks: Ranks) -> None:
+def stop_unless_finite(values: dict[str, Any], taken: TakenStep, run_dir: Path, ranks: Ranks) -> None:
     """Raise TrainingStopped if the loss or the gradient is not finite, with the step's pairs listed in a file."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return
-    parts = ranks.gather_objects([f"{pair.where} ({pair.id})" for pair in step.pairs])
+    parts = ranks.gather_objects([f"{where} ({id})" for _, id, where in taken.pairs])
     rows = [row for part in parts for row in part]
-    listed = run_dir / f"not-finite-step-{number:06d}.json"
+    listed = run_dir / f"not-finite-step-{taken.number:06d}.json"
     if ranks.is_first:
-        write_json(listed, {"step": number, **{name: str(values[name]) for name in bad}, "pairs": rows})
+        write_json(listed, {"step": taken.number, **{name: str(values[name]) for name in bad}, "pairs": rows})
     ranks.agreed = True
     raise TrainingStopped(
-        f"step {number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the update, "
-        f"checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
+        f"step {taken.number}: {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite; stopped before the "
+        f"update, checkpoints are kept. Pairs of this step ({listed}): {', '.join(rows[:8])}"
         + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     )

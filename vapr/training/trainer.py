@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vapr.batches.loader import PairLoader, open_loaders, warning_of_rows_in_both
@@ -28,16 +28,25 @@ from vapr.training.engine import Engine
 from vapr.training.engine_deepspeed import DeepSpeedEngine
 from vapr.training.extreme_pairs import shown_pairs
 from vapr.training.fill_caches import open_features, open_reference
+from vapr.training.late_lines import LateLines
 from vapr.training.ledger import Ledger
 from vapr.training.make_engine import make_engine
-from vapr.training.metrics import MetricsLog, in_words, speed
+from vapr.training.metrics import MetricsLog, Speed, in_words
 from vapr.training.model_card import write_model_card
 from vapr.training.out_of_memory import FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
 from vapr.training.run_dir import RunDir
 from vapr.training.run_state import RunState
 from vapr.training.same_everywhere import check_same_everywhere
-from vapr.training.step import check_first_margin, evaluate, steps_of_all, stop_unless_finite, train_step
+from vapr.training.step import (
+    TakenStep,
+    check_first_margin,
+    evaluate,
+    steps_of_all,
+    stop_unless_finite,
+    train_step,
+)  # fmt: skip
+from vapr.training.step_clock import StepClock
 from vapr.training.trackers import check_installed
 
 
@@ -69,6 +78,20 @@ def train(config: Config, *, resume: bool = False) -> Path:
         ):
             fitting.say = display.say
 
+            speed = Speed(policy, ranks)
+
+            def write_down(step: _Done) -> None:
+                values, margins = step.taken.read()
+                stop_unless_finite(values, step.taken, run.path, ranks)
+                state.add(margins, step.taken.number, loader.steps_per_epoch)
+                values |= speed.of(step.taken.num_pairs, step.own, step.seconds())
+                log.write(step.taken.number, values)
+                display.advance(in_words(values))
+                pairs = [(number, id) for number, id, _ in step.taken.pairs]
+                ledger.write(step.taken.number, pairs, step.members)
+
+            lines = LateLines(write_down)
+
             def save() -> Path:
                 ledger.sync()
                 return run_state.save(run, state, engine, [loader, parts.held_out], parts.caches, config.checkpoint)
@@ -79,33 +102,46 @@ def train(config: Config, *, resume: bool = False) -> Path:
             _take_probe(parts, run, log, display)
             if engine.num_updates and _is_due(engine, config):  # the run may have ended before this evaluation
                 _evaluate(config, parts, run, log, display, interrupts)
-            with _saved_on_mistakes(run, state, parts, save):
-                began = time.monotonic()
+            with _saved_on_mistakes(run, state, parts, save), _caught_up(lines, ranks):
+                clock = StepClock(policy.device)
                 for step in steps_of_all(ranks, loader.steps(engine.num_updates, engine.num_steps)):
+                    members = loader.members(engine.num_updates)
                     if step.num_pairs == 0:
+                        lines.catch_up()
                         engine.skip_step()
                         display.advance("every pair of this step was skipped")
+                        ledger.write(engine.num_updates, [], members)
+                        clock.start()
                     else:
-                        _check_first_margin(config, parts, state, step, display.say)
-                        values, margins = train_step(policy, engine, reference, step, config.loss, features, fitting)
-                        stop_unless_finite(values, step, engine.num_updates + 1, run.path, ranks)
+                        if not lines.is_due:
+                            _check_first_margin(config, parts, state, step, display.say)
+                        taken = train_step(policy, engine, reference, step, config.loss, features, fitting)
                         engine.step()
-                        state.add(margins, engine.num_updates, loader.steps_per_epoch)
-                        values |= speed(policy, step, time.monotonic() - began, ranks)
-                        log.write(engine.num_updates, values)
-                        display.advance(in_words(values))
-                        _show_messages((*parts.caches, loader), ranks, display.say)
-                    ledger.write(engine.num_updates, step.pairs, loader.members(engine.num_updates - 1))
-                    _take_probe(parts, run, log, display)
-                    if is_asked_to_stop() or _is_due(engine, config):
+                        lines.add(_Done(taken, members, speed.own(step), clock.lap()))
+                    _show_messages((*parts.caches, loader), ranks, display.say)
+                    stops, is_due = is_asked_to_stop(), _is_due(engine, config)
+                    if stops or is_due or engine.is_sharded or _is_probe_due(parts):
+                        lines.catch_up()  # DeepSpeed has waited for the device anyway
+                        _take_probe(parts, run, log, display)
+                    if stops or is_due:
                         _show_messages_of_others((*parts.caches, loader, parts.held_out), ranks, display.say)
                         saved = save()
                         if is_asked_to_stop():
                             _stop_after_signal(interrupts, engine, saved)
                         _evaluate(config, parts, run, log, display, interrupts)
                         _write_report(run, state, parts)
-                    began = time.monotonic()
+                        clock.start()
         return _save_final(config, run, parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Done:
+    """A step whose update the device was given, with what its lines need."""
+
+    taken: TakenStep
+    members: np.ndarray  # the rows that the order gave it
+    own: tuple[float, float]  # this rank's FLOPs and memory
+    seconds: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +239,15 @@ def _open_probe(config: Config, loader: PairLoader) -> Any:
     return probe
 
 
+def _is_probe_due(parts: _Parts) -> bool:
+    """Tell whether a probe belongs after this step."""
+    return parts.probe is not None and parts.probe.is_due(parts.engine.num_updates, parts.engine.num_steps)
+
+
 def _take_probe(parts: _Parts, run: RunDir, log: MetricsLog, display: Display) -> None:
     """Probe the policy where a probe is due and not in the log yet."""
     step, ranks = parts.engine.num_updates, parts.engine.ranks
-    if parts.probe is None or not parts.probe.is_due(step, parts.engine.num_steps):
+    if not _is_probe_due(parts):
         return
 
     def take() -> None:
@@ -287,6 +328,20 @@ def _show_messages_of_others(sources: Talking, ranks: Ranks, say: Callable[[str]
     for rank, lines in enumerate(ranks.gather_objects(kept)):
         for line in lines:
             say(f"rank {rank}: {line}")
+
+
+@contextlib.contextmanager
+def _caught_up(lines: LateLines[_Done], ranks: Ranks) -> Iterator[None]:
+    """Write down the steps before whatever ends the run; several ranks do where all of them end for the same reason.
+
+    What that brings to light, a loss that is not finite, was there first and takes the place of the other end.
+    """
+    try:
+        yield
+    except BaseException:
+        if ranks.size == 1 or ranks.agreed:
+            lines.catch_up()
+        raise
 
 
 @contextlib.contextmanager
