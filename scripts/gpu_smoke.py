@@ -295,7 +295,7 @@ def two_steps_of_a_7b_model() -> str:
     """Seconds, useful FLOPs and memory at real size; two steps are no benchmark."""
     from bench.arms import VaprArm
     from bench.workloads import SHAPES, WORKLOADS, Subject
-    from vapr.training.metrics import useful_flops
+    from vapr.training.metrics import UsefulFlops
 
     model, pairs_per_step = ("qwen2.5-vl-7b", 12) if GPU else ("small-qwen2.5-vl", 2)
     subject = Subject(SHAPES[model], FOLDER / "steps", DEVICE)
@@ -306,7 +306,7 @@ def two_steps_of_a_7b_model() -> str:
         began = time.perf_counter()
         arm()
         seconds = time.perf_counter() - began
-    rate = useful_flops(arm.policy, arm.prebuild()[0]) / seconds / 1e12
+    rate = UsefulFlops(arm.policy).of(arm.prebuild()[0]) / seconds / 1e12
     peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
     assert abs(arm.losses[0] - 0.693147) < 0.05
     return f"{model}: {seconds:.2f} s a step, {rate:.0f} TFLOP/s, peak {peak:.1f} GiB, losses {arm.losses}"

@@ -85,7 +85,7 @@ def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
     live, kept, saved, gradients = real_step(config, batch)
     assert predicted.activations + predicted.head == kept
     if checkpointing == "none":  # where a layer's input is kept by a closure, which the hook does not see
-        assert 0 <= kept - saved < 10_000  # log-probs, losses and a few indices are alive, and saved by nobody
+        assert 0 <= kept - saved < 20_000  # log-probs, losses, masks and indices are alive, and saved by nobody
     assert max(peak.gradients for peak in predicted.peaks.values()) == gradients
     peaks = predicted.peaks
     assert peaks["image tower"].alive == live.peaks["image tower"].alive

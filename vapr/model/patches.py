@@ -166,6 +166,8 @@ def run_decoder(
             continue
         only = batch.last_queries if number == last else None
         run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
+        if level in ("attention", "full"):
+            stream = Stream(stream.total())  # one tensor to keep, not two
         stream = _run(run, layer, stream, tables, attend, again=level == "full")
     if last not in written_out:
         return decoder.norm(stream.total().index_select(0, batch.predicting))
