@@ -22,7 +22,7 @@ from vapr.model import patches
 from vapr.model import policy as model_module
 from vapr.model.attention import choose_backend
 from vapr.model.logps import token_logps
-from vapr.model.policy import hidden_states, load_policy
+from vapr.model.policy import hidden_states, image_features, load_policy
 from vapr_kernels import launch
 
 CPU = torch.device("cpu")
@@ -275,3 +275,19 @@ def test_the_gradient_of_the_bias_of_4000_equal_patches():
     convolution = torch.nn.Conv3d(3, 5, (2, 2, 2), dtype=torch.bfloat16)
     patches.patches_by_matmul(convolution, torch.ones(4000, 3, 2, 2, 2, dtype=torch.bfloat16)).sum().backward()
     assert set(convolution.bias.grad.tolist()) == {4000.0}
+
+
+def test_unused_layers_of_llavas_tower_do_not_run(tiny, photo_pairs):
+    """Features are those of the untouched model, whose last layer computes what nobody reads."""
+    folder = str(tiny("llava"))
+    policy = load_policy(PolicyConfig(model=folder, dtype="float32"), CPU)
+    plain = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    processor = Processor(folder, policy.base.config, "pil")
+    (image,) = processor.tokenize_pair(next(pair for pair in photo_pairs if pair.images)).paths[0].images
+    with torch.no_grad():
+        expected = plain.model.get_image_features(image.pixel_values).pooler_output[0]
+        torch.testing.assert_close(image_features(policy, [image]), expected, rtol=1e-5, atol=1e-5)
+        for name, parameter in policy.base.model.vision_tower.named_parameters():
+            if f"layers.{plain.config.vision_config.num_hidden_layers - 1}." in name:
+                parameter.fill_(torch.nan)
+        torch.testing.assert_close(image_features(policy, [image]), expected, rtol=1e-5, atol=1e-5)

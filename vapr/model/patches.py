@@ -10,6 +10,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
 | the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
 | norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
+| layers of LLaVA's tower behind the one whose output is taken | `hand_through` | nobody reads what they compute | `test_policy`: `unused_layers` |
 | RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
 | attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
@@ -89,6 +90,8 @@ def patch(
             module.attention_dropout = 0.0
         if isinstance(module, LoraLinear):
             _replace([module], adapted_linear)
+    if family == "llava":
+        _replace(_clip_layers(base.model.vision_tower)[num_layers_used(base.config) :], hand_through)
     if tower is not None:
         _replace([tower.patch_embed.proj], patches_by_matmul)
         if backend != "sdpa":  # whose path loops over windows
@@ -125,6 +128,17 @@ def _join(
         same, _ = same_with(run, candidates, attempt, transformers_layer)
         for layer in candidates:
             layer.joint = layer.joint if layer in same else None
+
+
+def num_layers_used(config: Any) -> int:
+    """Return how many layers of LLaVA's tower lead to its features: hidden states of one layer or of several."""
+    wanted, depth = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
+    numbers = wanted if isinstance(wanted, list | tuple) else [wanted]
+    return max(number % (depth + 1) for number in numbers)  # number 0 is what goes into the first layer
+
+
+def _clip_layers(tower: Any) -> list[Any]:
+    return [layer for module in tower.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 # The decoder of Llama and Qwen2.
@@ -303,6 +317,11 @@ def adapted_linear(layer: Any, x: Tensor) -> Tensor:
     if isinstance(base, QuantizedLinear):
         return base.adapted(x, a, b, layer.scaling[name])
     return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+
+
+def hand_through(layer: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Return what a layer was given."""
+    return hidden_states
 
 
 def patches_by_matmul(convolution: Any, patches: Tensor) -> Tensor:

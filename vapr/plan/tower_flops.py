@@ -8,6 +8,7 @@ import torch
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from vapr.config import Checkpointing
+from vapr.model.patches import num_layers_used
 from vapr.plan.block_flops import backward_flops, block_backward, forward_flops, learns, recomputed_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
@@ -27,17 +28,13 @@ def tower_flops(shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing
     x_learns = tower_learns
     level = "full" if checkpointing == "full" else "none"  # the others are the decoder's
     flops = embedded * (2 if tower_learns else 1)
-    last_used = _last_used(shapes)
     for number, block in enumerate(blocks):
         rows = dict.fromkeys(block, num_rows)
         attention = 2.0 * width * sum(length * length for length in lengths[number])
-        ahead = sum(forward_flops(linear, num_rows) for linear in block.values()) + 2 * attention
-        flops += ahead
-        if number <= last_used:
-            learning = {"x_learns": x_learns, "norms_learn": tower_learns}
-            flops += recomputed_flops(block, rows, attention, level, **learning)
-            back, x_learns = block_backward(block, rows, attention, x_learns, norms_learn=tower_learns)
-            flops += back
+        flops += sum(forward_flops(linear, num_rows) for linear in block.values()) + 2 * attention
+        flops += recomputed_flops(block, rows, attention, level, x_learns=x_learns, norms_learn=tower_learns)
+        back, x_learns = block_backward(block, rows, attention, x_learns, norms_learn=tower_learns)
+        flops += back
     x_learns |= any("merger.ln_q" in name for name in trained)  # the projector's own norm
     for linear in projector:
         flops += forward_flops(linear, pack.image_tokens)
@@ -53,7 +50,7 @@ def tower_forward_flops(shapes: Shapes, pack: PackSizes) -> float:
     blocks, projector = _parts(shapes)
     rows = [*((linear, sum(lengths[0])) for block in blocks for linear in block.values())]
     rows += [(linear, pack.image_tokens) for linear in projector]
-    attention = sum(4.0 * width * length * length for block in lengths for length in block)
+    attention = sum(4.0 * width * length * length for block in lengths[: len(blocks)] for length in block)
     return embedded + attention + sum(2.0 * num_rows * x.outputs * x.inputs for x, num_rows in rows)
 
 
@@ -62,7 +59,7 @@ def _in_projector(name: str) -> bool:
 
 
 def _parts(shapes: Shapes) -> tuple[list[dict[str, Linear]], list[Linear]]:
-    """Return the linear layers of the tower's blocks, by the end of their names, and the projector's in order."""
+    """Return the linear layers of the blocks that run, by the end of their names, and the projector's in order."""
     blocks: dict[int, dict[str, Linear]] = defaultdict(dict)
     projector = []
     for name, linear in shapes.linears.items():
@@ -72,17 +69,14 @@ def _parts(shapes: Shapes) -> tuple[list[dict[str, Linear]], list[Linear]]:
             projector.append(linear)
         elif found := re.search(r"\.(?:blocks|layers)\.(\d+)\.", name):
             blocks[int(found[1])][name.rsplit(".", 1)[-1]] = linear
-    return [blocks[number] for number in sorted(blocks)], projector
+    return [blocks[number] for number in sorted(blocks) if number <= _last_used(shapes)], projector
 
 
 def _last_used(shapes: Shapes) -> int:
     """Return the number of the last block whose output becomes features: LLaVA takes one before the last."""
     if shapes.family != "llava":
-        return shapes.config.vision_config.depth - 1
-    wanted = shapes.config.vision_feature_layer
-    depth = shapes.config.vision_config.num_hidden_layers
-    numbers = [number % (depth + 1) for number in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-    return max(numbers) - 1  # number 0 is what goes into the first block
+        return int(shapes.config.vision_config.depth) - 1
+    return num_layers_used(shapes.config) - 1
 
 
 def _sizes(shapes: Shapes, pack: PackSizes) -> tuple[float, int, list[list[int]]]:
