@@ -6,7 +6,7 @@ matrix. That is seen at the next call, and its layers are multiplied one by one 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,12 @@ class JointDecoderLayer:
         if is_last:
             return cls(None, attending[0], attending[1], gate_up, down)
         return cls(attending[0], None, None, gate_up, down)
+
+
+def part(layers: Iterable[Any]) -> None:
+    """Let decoder layers run module by module from now on, where hooks of the modules gather their weights (ZeRO 3)."""
+    for layer in layers:
+        layer.joint = None
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:

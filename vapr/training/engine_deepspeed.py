@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vapr.config import Config
 from vapr.errors import UserError
+from vapr.model.joint_layers import part
 from vapr.model.policy import Policy
 from vapr.training.adamw_8bit import new_optimizer
 from vapr.training.engine import Engine, decay_groups, schedule
@@ -68,6 +69,8 @@ class DeepSpeedEngine:
         self._weights = policy.trained_parameters()
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
         """Shapes of what is trained, by name."""
+        if self._stage == 3:
+            part(policy.base.model.language_model.layers)
         for weight in policy.base.parameters():
             weight.data = weight.data.contiguous()  # DeepSpeed copies rank 0's to all ranks
         optimizer = new_optimizer(decay_groups(self._weights.values(), config.optim), config.optim, policy.device)
