@@ -121,7 +121,7 @@ def small_run(folder: Path, family: str, tuning: str, share: str) -> Config:
         {
             "run_dir": str(folder / "run"),
             "policy": {
-                "model": str(folder / "policy"), "dtype": "float32", "gradient_checkpointing": False, **lora
+                "model": str(folder / "policy"), "dtype": "float32", "checkpointing": "none", **lora
             },
             "data": {"train": str(folder / "pairs.jsonl"), "image_root": str(folder), "shuffle": False},
             "packing": {"max_tokens": 300, "share": share},
