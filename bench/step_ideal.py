@@ -57,7 +57,7 @@ def ideal_work(shapes: Shapes, packs: Iterable[PackSizes], itemsize: int) -> dic
         vocabulary, width = shapes.head
         logits = 2.0 * pack.predictions * vocabulary * width
         _add(work[HEAD].flops, logits, logits * (2 if shapes.head_trained else 1))
-        work[TOWER].flops[0] += tower_flops(shapes, pack, checkpointing=False)[0] if pack.grids else 0.0
+        work[TOWER].flops[0] += tower_flops(shapes, pack, checkpointing="none")[0] if pack.grids else 0.0
         _add(work[COPIES].bytes, 2.0 * itemsize * pack.tokens * width, 0.0)  # embeddings
     # The norm of a gradient reads it; AdamW reads it, weight and two moments in fp32, and writes the last three.
     work[OPTIMIZER].bytes[0] = 8.0 * 4 * shapes.num_trained
@@ -88,12 +88,13 @@ def _add_decoder(work: dict[str, Work], shapes: Shapes, pack: PackSizes, itemsiz
     text = shapes.config.get_text_config()
     layers = step_flops._layers(shapes)
     full = not shapes.num_adapter
-    attended = sum(q * k - q * (q - 1) / 2 for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
-    product = 2.0 * text.num_attention_heads * _head_size(shapes) * attended
-    queries = pack.tokens * text.num_attention_heads * _head_size(shapes)
+    heads = text.num_attention_heads * _head_size(shapes)
     keys = sum(pack.lengths_k) * text.num_key_value_heads * _head_size(shapes)
     for number, layer in enumerate(layers):
-        rows = step_flops._rows(pack, last=number == len(layers) - 1)
+        last = number == len(layers) - 1
+        rows, lengths_q = step_flops._rows(pack, last=last), pack.last_lengths_q if last else pack.lengths_q
+        attended = sum(q * k - q * (q - 1) / 2 for q, k in zip(lengths_q, pack.lengths_k, strict=True))
+        product, queries = 2.0 * heads * attended, sum(lengths_q) * heads
         for name, linear in layer.items():
             # Nothing before the first layer learns, unless all of it is trained.
             x_learns = full or number > 0 or name not in INTO_ATTENTION
@@ -107,8 +108,8 @@ def _add_decoder(work: dict[str, Work], shapes: Shapes, pack: PackSizes, itemsiz
         _add(work[GATED].bytes, 3 * gated, 5 * gated)
         moved = itemsize * (2.0 * queries + 4.0 * keys)
         _add(work[ROTARY].bytes, moved, moved)
-    last = itemsize * 4.0 * text.hidden_size * pack.predicting
-    _add(work[NORMS].bytes, last, last)
+    normed = itemsize * 4.0 * text.hidden_size * pack.predicting  # the last one
+    _add(work[NORMS].bytes, normed, normed)
 
 
 def _add_linear(work: dict[str, Work], linear: Linear, rows: int, *, x_learns: bool) -> None:

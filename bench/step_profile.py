@@ -54,6 +54,7 @@ FUNCTIONS = (
     ("vapr_kernels.naive", "preference_loss", LOSS),
     ("vapr.training.step", "_totals", LOSS),
     ("vapr.model.attention", "_sdpa", ATTENTION),
+    ("vapr.model.attention", "causal_attention", ATTENTION),
     ("vapr.model.attention", "_varlen", ATTENTION),
     ("vapr.model.attention", "rotate", ROTARY),
     ("vapr.model.attention", "gather_keys_values", ROTARY),
