@@ -21,7 +21,7 @@ from vapr.model.policy import Policy, frozen
 from vapr.model.policy_id import open_cache_folder
 from vapr.model.sharded_cache import KEY_BYTES, ShardedCache
 
-VERSION = 3
+VERSION = 4
 _T = TypeVar("_T")
 
 
