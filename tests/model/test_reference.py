@@ -233,7 +233,7 @@ def test_cached_features_change_no_loss(make_config, tmp_path, family, capsys):
             make_config, tmp_path, name, family=family, reference={"cache_dir": str(tmp_path / "two")}
         )
         trainer.train(cached)
-        assert losses(cached) == pytest.approx(losses(plain), abs=2e-6)
+        assert losses(cached) == pytest.approx(losses(plain), abs=1e-5)
     assert "features   about 6 images x" in capsys.readouterr().out
     assert shards(tmp_path, "features")
 

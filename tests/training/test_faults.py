@@ -312,4 +312,5 @@ def test_the_ledger_has_the_skipped_rows_too(short_run, photo_rows, tmp_path, ca
 def test_the_documents_list_what_a_resumed_run_may_change():
     page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
     section = page.split("### What a resumed run may change")[1].split("Any other key")[0].split(":")[0]
-    assert sorted(re.findall(r"`([\w.]+)`", section)) == sorted(run_dir.MAY_CHANGE)
+    gone = {"policy.gradient_checkpointing"}  # a key of older runs
+    assert set(re.findall(r"`([\w.]+)`", section)) == set(run_dir.MAY_CHANGE) - gone
