@@ -126,6 +126,7 @@ def layer_kernels() -> None:
     kernels.test_lora_linear(DEVICE)
     for dtype in (torch.bfloat16, torch.float32):
         from_tests("test_gpu").check_gather_determinism(DEVICE, dtype)
+        from_tests("kernels.test_adapted_linears").test_with_kernels_and_in_half_precision(DEVICE, dtype)
 
 
 @check

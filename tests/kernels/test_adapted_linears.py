@@ -11,11 +11,21 @@ from vapr_kernels.adapted_linears import Linears, Piece
 EPS = 1e-5
 
 
-def linears(inputs: int, widths, ranks, *, joint: bool, bias: bool = False, trained: bool = False, dtype=torch.float64):
+def linears(
+    inputs: int,
+    widths,
+    ranks,
+    *,
+    joint: bool,
+    bias: bool = False,
+    trained: bool = False,
+    dtype=torch.float64,
+    device="cpu",
+):
     """Layers of random weights, in one joint matrix or apart; a rank of 0 is a layer without an adapter."""
 
     def new(*size):
-        return (torch.randn(*size, dtype=torch.float64) / size[-1] ** 0.5).to(dtype)
+        return (torch.randn(*size, dtype=torch.float64) / size[-1] ** 0.5).to(device, dtype)
 
     weights = [new(width, inputs).requires_grad_(trained) for width in widths]
     biases = [new(width).requires_grad_(trained) if bias else None for width in widths]
@@ -30,7 +40,7 @@ def linears(inputs: int, widths, ranks, *, joint: bool, bias: bool = False, trai
     )
     if joint:
         matrix = torch.cat([part.detach() for part in parts])
-        row = torch.cat([torch.zeros(len(part), dtype=dtype) if own is None else own.detach() for part, own in zip(parts, beside, strict=True)])  # fmt: skip
+        row = torch.cat([torch.zeros(len(part), dtype=dtype, device=device) if own is None else own.detach() for part, own in zip(parts, beside, strict=True)])  # fmt: skip
         pieces = (Piece(lambda: matrix, row if bias else None, slice(0, ends[-1])),)
     scales = tuple(0.5 + number for number in range(len(widths)))
     return Linears(pieces, tuple(weights), tuple(biases), tuple(downs), tuple(ups), scales, tuple(widths))
@@ -95,14 +105,16 @@ def test_with_kernels_and_in_half_precision(device, dtype):
     to = lambda t: t.detach().to(device).requires_grad_(t.requires_grad)
     x, residual = (to(rows(9, 16, dtype)) for _ in range(2))
     weight = torch.randn(16).to(device, dtype)
-    gate_up, down = (
-        linears(16, (24, 24), (4, 4), joint=True, dtype=dtype),
-        linears(24, (16,), (4,), joint=True, dtype=dtype),
-    )
+    options = {"joint": True, "dtype": dtype, "device": device}
+    gate_up, down = linears(16, (24, 24), (4, 4), **options), linears(24, (16,), (4,), **options)
+    qkv = linears(16, (16, 8, 8), (4, 4, 4), bias=True, **options)
+    tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.25}
     got = gated_mlp(x, residual, weight, EPS, gate_up, down)
     right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
-    tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.25}
     compare(got, right, (x, residual, *gate_up.parameters, *down.parameters), **tolerance)
+    total, outs = normed_linears(x, residual, weight, EPS, qkv)
+    right_total, right_outs = naive.normed_linears(x, residual, weight, EPS, qkv)
+    compare((total, *outs), (right_total, *right_outs), (x, residual, *qkv.parameters), **tolerance)
 
 
 def test_adapters_that_are_off_change_no_bit_and_learn_nothing():
