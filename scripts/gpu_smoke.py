@@ -238,7 +238,7 @@ def check_small_card(name: str) -> str:
 
 CHECKS.extend(
     (f"small cards: {name}", lambda name=name: check_small_card(name))
-    for name in ("quantised step", "resting tower", "8-bit AdamW", "halved packs")
+    for name in ("quantised step", "resting tower", "8-bit AdamW", "halved packs", "no waiting")
 )
 
 

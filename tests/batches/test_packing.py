@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vapr.batches.packing import NO_PARENT, PackedBatch, count_tokens, fill_packs, pack
+from vapr.batches.forest import NO_PARENT
+from vapr.batches.packing import PackedBatch, count_tokens, fill_packs, pack
 from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig

@@ -1,8 +1,4 @@
-"""Token paths -> a radix tree of segments -> PackedBatch. Pure functions of the paths.
-
-A path is one full token sequence: prompt and one completion. Paths that begin alike are merged, so that every token of
-the tree is computed once. Two tokens are equal only if they have the same id and, inside an image, stand at the same
-offset of the same image content.
+"""Token paths -> a forest of segments -> PackedBatch. Pure functions of the paths.
 
 T = packed tokens, N = segments, S = attention sequences, K = gathered keys, L = predictions, M = predictions counted
 once per completion, C = completions, P = pairs.
@@ -17,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vapr.batches.forest import NO_PARENT, build_forest, depth_first, path_keys, tree_groups, walk
 from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.image_losses import OTHER_PATHS
 from vapr_kernels.losses import Completions
-
-NO_PARENT = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,85 +140,11 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-@dataclass(slots=True)
-class _Segment:
-    keys: np.ndarray  # of its tokens; see _path_keys
-    children: list[int]
-
-
-def _path_keys(path: TokenPath, image_numbers: dict[str, int]) -> np.ndarray:
-    """One int64 per token: its id, or for an image token a negative number unique to (image content, offset)."""
-    keys = path.input_ids.astype(np.int64)
-    for image, start in zip(path.images, path.image_starts, strict=True):
-        number = image_numbers.setdefault(image.content_hash, len(image_numbers))
-        keys[start : start + image.num_tokens] = -1 - (number * 2**32 + np.arange(image.num_tokens))
-    return keys
-
-
-def _tree_groups(pairs: Sequence[TokenizedPair], share: str) -> list[list[int]]:
-    """Numbers of the paths that share a tree: none, those of a pair, or of all pairs showing the same first image."""
-    groups: dict[object, list[int]] = {}
-    path = 0
-    for number, pair in enumerate(pairs):
-        images = pair.paths[0].images
-        for _ in pair.paths:
-            same_tree: object = path if share == "none" else number
-            if share == "image" and images:
-                same_tree = images[0].content_hash
-            groups.setdefault(same_tree, []).append(path)
-            path += 1
-    return list(groups.values())
-
-
-def _insert(segments: list[_Segment], roots: list[int], keys: np.ndarray) -> None:
-    """Walk down from ``roots`` as far as the tree agrees with ``keys``, split there, and hang up the rest."""
-    siblings, start = roots, 0
-    while start < len(keys):
-        number = next((n for n in siblings if segments[n].keys[0] == keys[start]), None)
-        if number is None:
-            siblings.append(len(segments))
-            segments.append(_Segment(keys[start:], []))
-            return
-        segment = segments[number]
-        length = min(len(segment.keys), len(keys) - start)
-        differs = np.flatnonzero(segment.keys[:length] != keys[start : start + length])
-        agreed = int(differs[0]) if len(differs) else length
-        if len(differs):
-            segments.append(_Segment(segment.keys[agreed:], segment.children))
-            segment.keys, segment.children = segment.keys[:agreed], [len(segments) - 1]
-        # Else the path goes on below this segment, or ends inside it: predictions are listed, so no split is needed.
-        start += agreed
-        siblings = segment.children
-
-
-def _build_forest(groups: list[list[int]], keys: list[np.ndarray]) -> tuple[list[_Segment], list[list[int]]]:
-    """All segments, and the roots of each group's tree."""
-    segments: list[_Segment] = []
-    roots: list[list[int]] = []
-    for group in groups:
-        roots.append([])
-        for path in group:
-            _insert(segments, roots[-1], keys[path])
-    return segments, roots
-
-
-def _walk(segments: list[_Segment], roots: list[int], keys: np.ndarray) -> list[tuple[int, int]]:
-    """The segments a path runs through, each with the number of its tokens that belong to the path."""
-    walked: list[tuple[int, int]] = []
-    siblings, start = roots, 0
-    while start < len(keys):
-        number = next(n for n in siblings if segments[n].keys[0] == keys[start])
-        length = min(len(segments[number].keys), len(keys) - start)
-        walked.append((number, length))
-        siblings, start = segments[number].children, start + length
-    return walked
-
-
 def count_tokens(pairs: Sequence[TokenizedPair], share: str) -> int:
     """Packed tokens T of these pairs, without building the batch."""
     image_numbers: dict[str, int] = {}
-    keys = [_path_keys(path, image_numbers) for pair in pairs for path in pair.paths]
-    segments, _ = _build_forest(_tree_groups(pairs, share), keys)
+    keys = [path_keys(path, image_numbers) for pair in pairs for path in pair.paths]
+    segments, _ = build_forest(tree_groups(pairs, share), keys)
     return sum(len(segment.keys) for segment in segments)
 
 
@@ -259,19 +180,6 @@ def _image_groups(pairs: list[TokenizedPair], share: str) -> list[list[Tokenized
         images = pair.paths[0].images
         groups.setdefault(images[0].content_hash if share == "image" and images else number, []).append(pair)
     return list(groups.values())
-
-
-def _depth_first(segments: list[_Segment], roots: list[int]) -> tuple[list[int], list[int]]:
-    """Segments in depth-first order and the parent of each (a position in that order)."""
-    order: list[int] = []
-    parents: list[int] = []
-    stack = [(root, NO_PARENT) for root in reversed(roots)]
-    while stack:
-        segment, parent = stack.pop()
-        order.append(segment)
-        parents.append(parent)
-        stack += [(child, len(order) - 1) for child in reversed(segments[segment].children)]
-    return order, parents
 
 
 def _attention(starts: np.ndarray, parents: list[int]) -> SegmentAttention:
@@ -318,10 +226,10 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
     """
     paths = [path for pair in pairs for path in pair.paths]
     image_numbers: dict[str, int] = {}
-    keys = [_path_keys(path, image_numbers) for path in paths]
-    groups = _tree_groups(pairs, share)
-    segments, roots = _build_forest(groups, keys)
-    order, parents = _depth_first(segments, [root for tree in roots for root in tree])
+    keys = [path_keys(path, image_numbers) for path in paths]
+    groups = tree_groups(pairs, share)
+    segments, roots = build_forest(groups, keys)
+    order, parents = depth_first(segments, [root for tree in roots for root in tree])
     lengths = [len(segments[n].keys) for n in order]
     starts = np.cumsum([0, *lengths])
 
@@ -329,7 +237,7 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
     packed_index = [np.empty(0, np.int64)] * len(paths)  # of each path's tokens
     for group, tree in zip(groups, roots, strict=True):
         for path in group:
-            runs = [first_token[n] + np.arange(length) for n, length in _walk(segments, tree, keys[path])]
+            runs = [first_token[n] + np.arange(length) for n, length in walk(segments, tree, keys[path])]
             packed_index[path] = np.concatenate(runs)
 
     num_tokens = int(starts[-1])
