@@ -59,8 +59,8 @@ FUNCTIONS = (
     ("vapr.model.attention", "rotate", ROTARY),
     ("vapr.model.attention", "gather_keys_values", ROTARY),
     ("vapr.model.attention", "gather_rows", ROTARY),
-    ("vapr.model.patches", "apply_rotary_pos_emb", ROTARY),
-    ("vapr.model.patches", "rotary_tables", ROTARY),
+    ("vapr.model.decoder", "apply_rotary_pos_emb", ROTARY),
+    ("vapr.model.policy", "rotary_tables", ROTARY),
 )
 """Functions that a range is put around. One that is gone is left out: shapes tell most of the rest."""
 

@@ -18,6 +18,7 @@ from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LEVELS, LoraConfig, PolicyConfig, TrainConfig
 from vapr.model import attention, patches
+from vapr.model import decoder as decoder_module
 from vapr.model.attention import segment_attention
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import Policy, frozen, load_policy
@@ -173,10 +174,10 @@ def test_without_kernels_a_layer_is_transformers_own_to_the_bit(family, tiny, ph
     batch = pack([processor.tokenize_pair(pair) for pair in photo_pairs[:2]])
     decoder = policy.base.model.language_model
     assert policy.written_out == set(range(len(decoder.layers)))
-    tables = patches.rotary_tables(decoder, family, batch.position_ids)
+    tables = decoder_module.rotary_tables(decoder, family, batch.position_ids)
     attend = functools.partial(segment_attention, segments=batch.attention, backend="sdpa")
     results = []
-    for run in (functools.partial(patches._written_out, kernels=False), patches.transformers_layer):
+    for run in (functools.partial(patches._written_out, kernels=False), decoder_module.transformers_layer):
         torch.manual_seed(0)
         x = torch.randn(batch.num_tokens, decoder.config.hidden_size).requires_grad_()
         out = run(decoder.layers[0], x, tables, attend)
@@ -192,7 +193,7 @@ def test_launches_and_the_last_layer(tiny, photo_pairs, device, monkeypatch):
     batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if not pair.images))])
     rows: dict[str, list[int]] = {}
     for module, name in (
-        (patches, "normed_linears"), (patches, "gated_mlp"), (patches, "add_rms_norm"), (patches, "rms_norm"), (patches, "swiglu"),
+        (decoder_module, "normed_linears"), (decoder_module, "gated_mlp"), (patches, "add_rms_norm"), (patches, "rms_norm"), (patches, "swiglu"),
         (attention, "rotate"), (attention, "gather_keys_values"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, functools.partial(_counted, getattr(module, name), rows.setdefault(name, [])))

@@ -235,7 +235,7 @@ def test_gradients_of_what_occurs_often_add_up_in_bf16(family, tiny, photo_pairs
     batch = pack([pair] * 300, share="none")
     assert len(batch.images) == 1
     language_model = policy.base.model.language_model
-    monkeypatch.setattr(patches, "run_decoder", lambda decoder, embeds, *_, **__: embeds)
+    monkeypatch.setattr(model_module, "run_decoder", lambda decoder, embeds, *_, **__: embeds)
     features = torch.zeros(pair.paths[0].images[0].num_tokens, language_model.config.hidden_size, dtype=torch.bfloat16)
     features.requires_grad_()
     hidden_states(policy, batch, features).sum().backward()

@@ -1,4 +1,4 @@
-"""Every change that vapr makes to the modules of transformers and peft, and the decoder written out.
+"""Every change that vapr makes to the modules of transformers and peft.
 
 Weights, their names and the classes of modules stay. What is replaced is a module's ``forward``, by a function below.
 
@@ -8,8 +8,8 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
 | peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
 | patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
-| the loop over decoder layers | `run_decoder`, `decoder_layer` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
-| norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
+| the loop over decoder layers | `run_decoder`, `decoder_layer` of `decoder.py` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
+| norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` there | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
 | layers of LLaVA's tower behind the one whose output is taken | `hand_through` | nobody reads what they compute | `test_policy`: `unused_layers` |
 | RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
@@ -30,26 +30,23 @@ size of a linear layer.
 import functools
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vapr.batches.packing import LastQueries, PackedBatch
+from vapr.batches.packing import LastQueries
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
+from vapr.model.decoder import Attend, Stream, decoder_layer, rotary_tables, transformers_layer
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
-from vapr_kernels import add_rms_norm, gated_mlp, launch, lora_linear, normed_linears, rms_norm, swiglu
+from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
 from vapr_kernels.rotary import rotary as rotate
 
 Forward = Callable[..., Any]
-Attend = Callable[..., Tensor]
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 MULTIPLE = 8
@@ -139,169 +136,6 @@ def num_layers_used(config: Any) -> int:
 
 def _clip_layers(tower: Any) -> list[Any]:
     return [layer for module in tower.modules() if isinstance(module, nn.ModuleList) for layer in module]
-
-
-# The decoder of Llama and Qwen2.
-
-
-def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each (T, E), of positions (3, T). LLaVA's have one axis, Qwen's three."""
-    positions = position_ids[:1] if family == "llava" else position_ids[:, None]
-    cos, sin = decoder.rotary_emb(decoder.norm.weight.new_empty(0), positions)  # in the dtype of the weights
-    return cos[0], sin[0]
-
-
-def run_decoder(
-    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, batch: PackedBatch, *,
-    written_out: frozenset[int], kernels: bool, checkpointing: str = "none",
-) -> Tensor:  # fmt: skip
-    """Run the layers and the last norm of a language model over packed tokens.
-
-    Args:
-        decoder: transformers' Llama or Qwen2 language model.
-        x: embeddings, shape (T, D).
-        tables: what :func:`rotary_tables` returns for the tokens' positions.
-        attend: ``segment_attention`` over the batch's forest.
-        batch: which tokens predict something.
-        written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
-        kernels: as :func:`patch` was given.
-        checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
-            are not written out have no parts: they are computed again as a whole, at any level but none.
-
-    Returns:
-        Hidden states of ``batch.predicting``, (predicting tokens, D).
-    """
-    last = len(decoder.layers) - 1
-    level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
-    stream = Stream(x)
-    for number, layer in enumerate(decoder.layers):
-        if number not in written_out:
-            stream = Stream(_run(transformers_layer, layer, stream.total(), tables, attend, again=level != "none"))
-            continue
-        only = batch.last_queries if number == last else None
-        run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
-        if level in ("attention", "full"):
-            stream = Stream(stream.total())  # one tensor to keep, not two
-        stream = _run(run, layer, stream, tables, attend, again=level == "full")
-    if last not in written_out:
-        return decoder.norm(stream.total().index_select(0, batch.predicting))
-    if kernels and stream.update is not None:
-        return decoder.norm(stream.update, residual=stream.x)[0]
-    return decoder.norm(stream.total())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stream:
-    """The residual stream between layers, (T, D): its value, and what is to be added to it.
-
-    The next norm adds both in its own pass.
-    """
-
-    x: Tensor
-    update: Tensor | None = None
-
-    def total(self) -> Tensor:
-        """Return the sum."""
-        return self.x if self.update is None else self.x + self.update
-
-
-def decoder_layer(
-    layer: Any, stream: Stream, tables: tuple[Tensor, Tensor], attend: Attend, *,
-    kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
-) -> Stream:  # fmt: skip
-    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D); of the last layer the tokens that predict something.
-
-    Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
-    no query, no output projection and no MLP.
-
-    At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
-    products.
-    """
-    joint = layer.joint is not None
-    attend_part, mlp_part = (joint_attention, joint_mlp) if joint else (plain_attention, plain_mlp)
-    again = checkpointing == "attention"
-    attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
-    update = layer.self_attn.o_proj(attended)
-    if only is not None:
-        x = x.index_select(0, only.tokens.index_select(0, only.predicting))
-    return Stream(*mlp_part(layer, update, x, kernels, again=checkpointing == "mlp"))
-
-
-def joint_attention(
-    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
-    only: LastQueries | None, kernels: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add, norm and project in one function, and attend: (T, D) -> (T, H E), and the sum.
-
-    The output projection is not in it: it keeps what attention returns, and would be computed again for nothing.
-    """
-    attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
-    first, residual = (x, None) if update is None else (update, x)
-    run = functools.partial(normed_linears, weight=norm.weight, eps=norm.variance_epsilon)
-    if only is None:
-        total, (q, k, v) = run(first, residual, linears=joint.qkv.now(), adapted=joint.qkv.adapted)
-    else:
-        total, (k, v) = run(first, residual, linears=joint.kv.now(), adapted=joint.kv.adapted)
-        _, (q,) = run(total.index_select(0, only.tokens), None, linears=joint.q.now(), adapted=joint.q.adapted)
-    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
-    attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
-    return attended if only is None else attended.index_select(0, only.predicting), total
-
-
-def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
-    """Add, norm and run the gated MLP in one function: the sum, and what the MLP adds to it, (T, D) each."""
-    norm, joint = layer.post_attention_layernorm, layer.joint
-    out, total = gated_mlp(
-        update, x, norm.weight, norm.variance_epsilon, joint.gate_up.now(), joint.down.now(),
-        adapted=joint.gate_up.adapted or joint.down.adapted, recompute=again,
-    )  # fmt: skip
-    return total, out
-
-
-def plain_attention(
-    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
-    only: LastQueries | None, kernels: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Do what :func:`joint_attention` does, module by module."""
-    attention = layer.self_attn
-    x = x if update is None else x + update
-    normed = layer.input_layernorm(x)
-    q = attention.q_proj(normed if only is None else normed.index_select(0, only.tokens))
-    k, v = attention.k_proj(normed), attention.v_proj(normed)
-    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
-    if kernels:
-        attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
-    else:
-        of_queries = tables if only is None else tuple(table.index_select(0, only.tokens) for table in tables)
-        q, k = apply_rotary_pos_emb(q, q, *of_queries)[0], apply_rotary_pos_emb(k, k, *tables)[0]
-        attended = attend(q, k, v, scale=attention.scaling, only=only).flatten(1)
-    return attended if only is None else attended.index_select(0, only.predicting), x
-
-
-def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
-    """Do what :func:`joint_mlp` does, module by module."""
-
-    def run(update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels:
-            normed, x = layer.post_attention_layernorm(update, residual=x)
-        else:
-            x = x + update
-            normed = layer.post_attention_layernorm(x)
-        return x, layer.mlp(normed)
-
-    return checkpoint(run, update, x, use_reentrant=False) if again else run(update, x)
-
-
-def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
-    """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
-    out: Tensor = checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
-    return out
-
-
-def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-    """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D)."""
-    cos, sin = tables
-    return layer(x[None], attention_mask=None, position_embeddings=(cos[None], sin[None]), attend=attend)[0]
 
 
 # What forwards are replaced by.

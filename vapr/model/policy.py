@@ -33,6 +33,7 @@ from vapr.errors import UserError
 from vapr.model import patches
 from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
+from vapr.model.decoder import rotary_tables, run_decoder
 from vapr.model.passes import AT_ONCE, Passes
 from vapr.model.quantized import Quantized, check_available, quantize
 from vapr.model.tower_place import TowerPlace
@@ -278,10 +279,10 @@ def hidden_states(
         embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
     if spare:
         embeds = embeds + 0.0 * _image_features(policy, spare).sum()
-    return patches.run_decoder(
+    return run_decoder(
         model.language_model,
         embeds,
-        patches.rotary_tables(model.language_model, policy.family, batch.position_ids),
+        rotary_tables(model.language_model, policy.family, batch.position_ids),
         functools.partial(segment_attention, segments=batch.attention, backend=policy.attention_backend),
         batch,
         written_out=policy.written_out,

@@ -1,0 +1,182 @@
+"""The decoder of Llama and Qwen2 written out over packed tokens, as :mod:`vapr.model.patches` lets it run.
+
+A layer whose linear layers are joined runs in functions that are differentiated by hand; others run module by module,
+and those that compute something else run transformers' own code.
+
+T = packed tokens; H = query heads, G = key heads, E = head size, D = hidden size.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from vapr.batches.packing import LastQueries, PackedBatch
+from vapr_kernels import gated_mlp, normed_linears
+
+Attend = Callable[..., Tensor]
+
+
+def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each (T, E), of positions (3, T). LLaVA's have one axis, Qwen's three."""
+    positions = position_ids[:1] if family == "llava" else position_ids[:, None]
+    cos, sin = decoder.rotary_emb(decoder.norm.weight.new_empty(0), positions)  # in the dtype of the weights
+    return cos[0], sin[0]
+
+
+def run_decoder(
+    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, batch: PackedBatch, *,
+    written_out: frozenset[int], kernels: bool, checkpointing: str = "none",
+) -> Tensor:  # fmt: skip
+    """Run the layers and the last norm of a language model over packed tokens.
+
+    Args:
+        decoder: transformers' Llama or Qwen2 language model.
+        x: embeddings, shape (T, D).
+        tables: what :func:`rotary_tables` returns for the tokens' positions.
+        attend: ``segment_attention`` over the batch's forest.
+        batch: which tokens predict something.
+        written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
+        kernels: as :func:`patch` was given.
+        checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
+            are not written out have no parts: they are computed again as a whole, at any level but none.
+
+    Returns:
+        Hidden states of ``batch.predicting``, (predicting tokens, D).
+    """
+    last = len(decoder.layers) - 1
+    level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
+    stream = Stream(x)
+    for number, layer in enumerate(decoder.layers):
+        if number not in written_out:
+            stream = Stream(_run(transformers_layer, layer, stream.total(), tables, attend, again=level != "none"))
+            continue
+        only = batch.last_queries if number == last else None
+        run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
+        if level in ("attention", "full"):
+            stream = Stream(stream.total())  # one tensor to keep, not two
+        stream = _run(run, layer, stream, tables, attend, again=level == "full")
+    if last not in written_out:
+        return decoder.norm(stream.total().index_select(0, batch.predicting))
+    if kernels and stream.update is not None:
+        return decoder.norm(stream.update, residual=stream.x)[0]
+    return decoder.norm(stream.total())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """The residual stream between layers, (T, D): its value, and what is to be added to it.
+
+    The next norm adds both in its own pass.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the sum."""
+        return self.x if self.update is None else self.x + self.update
+
+
+def decoder_layer(
+    layer: Any, stream: Stream, tables: tuple[Tensor, Tensor], attend: Attend, *,
+    kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
+) -> Stream:  # fmt: skip
+    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D); of the last layer the tokens that predict something.
+
+    Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
+    no query, no output projection and no MLP.
+
+    At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
+    products.
+    """
+    joint = layer.joint is not None
+    attend_part, mlp_part = (joint_attention, joint_mlp) if joint else (plain_attention, plain_mlp)
+    again = checkpointing == "attention"
+    attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
+    update = layer.self_attn.o_proj(attended)
+    if only is not None:
+        x = x.index_select(0, only.tokens.index_select(0, only.predicting))
+    return Stream(*mlp_part(layer, update, x, kernels, again=checkpointing == "mlp"))
+
+
+def joint_attention(
+    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    only: LastQueries | None, kernels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add, norm and project in one function, and attend: (T, D) -> (T, H E), and the sum.
+
+    The output projection is not in it: it keeps what attention returns, and would be computed again for nothing.
+    """
+    attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
+    first, residual = (x, None) if update is None else (update, x)
+    run = functools.partial(normed_linears, weight=norm.weight, eps=norm.variance_epsilon)
+    if only is None:
+        total, (q, k, v) = run(first, residual, linears=joint.qkv.now(), adapted=joint.qkv.adapted)
+    else:
+        total, (k, v) = run(first, residual, linears=joint.kv.now(), adapted=joint.kv.adapted)
+        _, (q,) = run(total.index_select(0, only.tokens), None, linears=joint.q.now(), adapted=joint.q.adapted)
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
+    attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
+    return attended if only is None else attended.index_select(0, only.predicting), total
+
+
+def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+    """Add, norm and run the gated MLP in one function: the sum, and what the MLP adds to it, (T, D) each."""
+    norm, joint = layer.post_attention_layernorm, layer.joint
+    out, total = gated_mlp(
+        update, x, norm.weight, norm.variance_epsilon, joint.gate_up.now(), joint.down.now(),
+        adapted=joint.gate_up.adapted or joint.down.adapted, recompute=again,
+    )  # fmt: skip
+    return total, out
+
+
+def plain_attention(
+    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    only: LastQueries | None, kernels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what :func:`joint_attention` does, module by module."""
+    attention = layer.self_attn
+    x = x if update is None else x + update
+    normed = layer.input_layernorm(x)
+    q = attention.q_proj(normed if only is None else normed.index_select(0, only.tokens))
+    k, v = attention.k_proj(normed), attention.v_proj(normed)
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
+    if kernels:
+        attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
+    else:
+        of_queries = tables if only is None else tuple(table.index_select(0, only.tokens) for table in tables)
+        q, k = apply_rotary_pos_emb(q, q, *of_queries)[0], apply_rotary_pos_emb(k, k, *tables)[0]
+        attended = attend(q, k, v, scale=attention.scaling, only=only).flatten(1)
+    return attended if only is None else attended.index_select(0, only.predicting), x
+
+
+def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+    """Do what :func:`joint_mlp` does, module by module."""
+
+    def run(update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if kernels:
+            normed, x = layer.post_attention_layernorm(update, residual=x)
+        else:
+            x = x + update
+            normed = layer.post_attention_layernorm(x)
+        return x, layer.mlp(normed)
+
+    return checkpoint(run, update, x, use_reentrant=False) if again else run(update, x)
+
+
+def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
+    """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
+    out: Tensor = checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
+    return out
+
+
+def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D)."""
+    cos, sin = tables
+    return layer(x[None], attention_mask=None, position_embeddings=(cos[None], sin[None]), attend=attend)[0]
