@@ -15,7 +15,7 @@ import torch
 
 from bench.arms import trl_processor
 from vapr.batches import loader
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import default_workers
 from vapr.config import Config, DataConfig, OptimConfig, PackingConfig, PolicyConfig

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bench.record import percentiles, record
 from bench.workloads import SHAPES, WORKLOADS, Subject
-from vapr.batches.processed_image import ProcessedImage
 from vapr.config import Config
+from vapr.families.processed_image import ProcessedImage
 from vapr.training import engine_deepspeed, trainer
 from vapr.training.engine import Engine
 

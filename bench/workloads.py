@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, Qwen2VLImageProcessorPil
 
-from vapr.batches.families import FAMILIES
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import LLAVA_TEMPLATE, build_tiny_policy
+from vapr.families import FAMILIES
 from vapr.model.policy import Policy, load_policy
 
 PROMPT_WORDS = 30
@@ -163,7 +163,7 @@ class Subject:
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The random model on the device, the same weights each time."""
-        model_class = FAMILIES[self.shape.family][0]
+        model_class = FAMILIES[self.shape.family].model_class
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(self.folder)  # vapr and TRL both change the config they are given
         with torch.device(self.device):
@@ -177,7 +177,7 @@ class Subject:
     def policy(self, dtype: torch.dtype | None = None, kernels: Literal["auto", "off"] = "auto") -> Policy:
         """vapr's policy around :meth:`model`, through ``load_policy`` itself: only reading the weights is replaced."""
         loaded = self.model(dtype), {"missing_keys": [], "mismatched_keys": []}
-        with mock.patch.object(FAMILIES[self.shape.family][0], "from_pretrained", return_value=loaded):
+        with mock.patch.object(FAMILIES[self.shape.family].model_class, "from_pretrained", return_value=loaded):
             torch.manual_seed(0)
             return load_policy(self.policy_config(dtype), self.device, kernels=kernels)
 

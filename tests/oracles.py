@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
+from vapr.families.processed_image import places
 from vapr.model.policy import Policy
 
 CLASSES = {
@@ -61,10 +62,10 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
     if family != "llava":
         if path.images:
-            inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in path.images])
+            inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)
-        for image, start in zip(path.images, path.image_starts, strict=True):
-            is_image[0, start : start + image.num_tokens] = 1
+        for runs in path.image_runs:
+            is_image[0, places(runs)] = 1
         inputs["mm_token_type_ids"] = is_image
     logits = model(**inputs).logits[0, path.completion_start - 1 : -1]
     return logits.log_softmax(-1).gather(-1, input_ids[0, path.completion_start :, None])[:, 0]

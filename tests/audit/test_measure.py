@@ -20,7 +20,7 @@ from vapr.audit.measure import audit
 from vapr.audit.near_duplicates import near_duplicates, repeated
 from vapr.audit.report_text import verdict
 from vapr.audit.text_probes import ngram_differences
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs

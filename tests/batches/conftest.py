@@ -2,7 +2,7 @@
 
 import pytest
 
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 
 

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from tests import oracles, real_tokenizers
 from tests.batches.test_tokenize import text_pair
 from vapr.batches.continuation import continuation
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.cli import main
 from vapr.config import TokenWeights

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vapr.batches.families import load_model_config
 from vapr.batches.loader import PairLoader, load_pairs, open_loaders
+from vapr.batches.model_config import load_model_config
 from vapr.batches.survey import stops_training, survey
 from vapr.batches.tokenize import Processor
 from vapr.config import Config, SourceConfig

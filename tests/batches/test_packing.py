@@ -8,9 +8,9 @@ import torch
 
 from vapr.batches.forest import NO_PARENT
 from vapr.batches.packing import PackedBatch, count_tokens, fill_packs, pack
-from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
+from vapr.families.processed_image import ProcessedImage
 
 
 def image(name: str, num_tokens: int = 3) -> ProcessedImage:
@@ -19,12 +19,12 @@ def image(name: str, num_tokens: int = 3) -> ProcessedImage:
 
 def path(prompt: list[int], completion: list[int], *images: ProcessedImage, image_start: int = 1) -> TokenPath:
     ids = np.array(prompt + completion)
-    starts, at = [], image_start
+    runs, at = [], image_start
     for one in images:
-        starts.append(at)
+        runs.append(((at, one.num_tokens),))
         at += one.num_tokens
     positions = np.tile(np.arange(len(ids)), (3, 1))
-    return TokenPath(ids, positions, len(prompt), np.ones(len(completion), np.float32), images, tuple(starts))
+    return TokenPath(ids, positions, len(prompt), np.ones(len(completion), np.float32), images, tuple(runs))
 
 
 def pair(

@@ -84,7 +84,7 @@ def test_positions_equal_the_models_own(family, tiny, processor, photo_pairs):
                 expected = torch.arange(len(path.input_ids)).expand(3, -1)
             else:
                 ids = torch.from_numpy(path.input_ids)[None]
-                grids = torch.tensor([image.grid_thw for image in path.images])
+                grids = torch.tensor([image.layout for image in path.images])
                 is_image = (ids == processor.image_token_id).int()
                 expected = model.model.get_rope_index(ids, is_image, image_grid_thw=grids)[0][:, 0]
             assert torch.equal(torch.from_numpy(path.position_ids), expected)

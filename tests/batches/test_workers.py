@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vapr.batches import loader, shared_memory
-from vapr.batches.families import load_model_config
 from vapr.batches.loader import PairLoader, load_pairs
+from vapr.batches.model_config import load_model_config
 from vapr.batches.processed_image import joined_pixels
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import default_workers
@@ -173,9 +173,16 @@ def test_an_image_that_comes_again_is_processed_once(new_loader, processor, phot
     pairs = [pair for pair in photo_pairs if pair.images == photo_pairs[0].images]
     assert len(pairs) > 3
     calls = []
-    real = processor.image_processor
-    monkeypatch.setattr(processor, "image_processor", lambda **inputs: calls.append(1) or real(**inputs))
-    processor.image_processor.merge_size = real.merge_size
+    real = processor.files.image_processor
+
+    class Counting:
+        merge_size = real.merge_size
+
+        def __call__(self, **inputs):
+            calls.append(1)
+            return real(**inputs)
+
+    monkeypatch.setattr(processor, "files", dataclasses.replace(processor.files, image_processor=Counting()))
     list(new_loader(pairs, 0).steps(0, 1))
     assert len(calls) == 1
 

@@ -21,6 +21,7 @@ from bench.workloads import SHAPES, WORKLOADS, Subject
 from tests.test_gpu import shrink
 from vapr.batches.loader import load_pairs
 from vapr.config import TrainConfig
+from vapr.families import FAMILIES
 from vapr.model import patches
 from vapr.model import policy as model
 from vapr.model.logps import per_completion, token_logps
@@ -45,18 +46,17 @@ def shape_of(name):
 @contextlib.contextmanager
 def as_on_a_gpu():
     """Fake tensors, and the choices that load_policy makes on a GPU."""
-    layout = model._tower_layout
 
-    def layout_of_real_sizes(tower, images, device):
+    def arguments_of_real_sizes(policy, images):
         with _disable_current_modes():
-            found = layout(tower, images, torch.device("cpu"))
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in found.items()}
+            found = FAMILIES[policy.family].tower_arguments(policy.base.model, images, torch.device("cpu"))
+        return {name: value.to(policy.device) if torch.is_tensor(value) else value for name, value in found.items()}
 
     with (
         mock.patch.object(launch, "runs_triton", lambda x: True),
         mock.patch.object(model, "choose_backend", lambda *wanted: "varlen"),
         mock.patch.object(patches, "_agree", lambda got, own: got.shape == own.shape),  # there is nothing to compare
-        mock.patch.object(model, "_tower_layout", layout_of_real_sizes),
+        mock.patch.object(model, "_tower_arguments", arguments_of_real_sizes),
         mock.patch.object(HEAD, "_budget", lambda device: 2**30),
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", make_adapter_beside_its_layer),
         mock.patch.object(torch.nn.Module, "to", lambda module, *where, **options: module),  # built in the right place

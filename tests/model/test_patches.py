@@ -13,10 +13,10 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from tests import oracles
-from vapr.batches.families import FAMILIES
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LEVELS, LoraConfig, PolicyConfig, TrainConfig
+from vapr.families import FAMILIES
 from vapr.model import attention, patches
 from vapr.model import decoder as decoder_module
 from vapr.model.attention import segment_attention
@@ -174,7 +174,7 @@ def test_without_kernels_a_layer_is_transformers_own_to_the_bit(family, tiny, ph
     batch = pack([processor.tokenize_pair(pair) for pair in photo_pairs[:2]])
     decoder = policy.base.model.language_model
     assert policy.written_out == set(range(len(decoder.layers)))
-    tables = decoder_module.rotary_tables(decoder, family, batch.position_ids)
+    tables = decoder_module.rotary_tables(decoder, batch.position_ids[: FAMILIES[family].position_axes])
     attend = functools.partial(segment_attention, segments=batch.attention, backend="sdpa")
     results = []
     for run in (functools.partial(patches._written_out, kernels=False), decoder_module.transformers_layer):
@@ -294,7 +294,7 @@ def test_blocks_of_a_trained_tower_are_recomputed_at_level_full_alone(family, ch
         policy = policy_of(tiny(family), checkpointing=checkpointing, train=trained)
         processor = Processor(str(tiny(family)), policy.base.config, "pil")
         batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if pair.images))])
-        tower = policy.base.model.get_submodule(FAMILIES[family][1])
+        tower = policy.base.model.get_submodule(FAMILIES[family].tower[0])
         calls: list[str] = []
         for name, module in tower.named_modules():
             if name.endswith("1.mlp"):  # of the second block; its last layer is not run again to the end

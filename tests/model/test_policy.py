@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from vapr.batches import families
-from vapr.batches.families import TRANSFORMERS, load_model_config
+from vapr.batches import model_config
+from vapr.batches.model_config import TRANSFORMERS, load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
@@ -55,14 +55,14 @@ def test_models_that_cannot_be_packed_are_refused(config, message, tmp_path):
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.25.0.dev0", "5.25.0", "6.0.0"])
 def test_a_version_of_transformers_that_was_never_tested_is_refused(version, tiny, monkeypatch):
-    monkeypatch.setattr(families.transformers, "__version__", version)
+    monkeypatch.setattr(model_config.transformers, "__version__", version)
     with pytest.raises(UserError, match=f"transformers {version} is installed, .* pip install 'transformers>=5.17,<5.25'"):  # fmt: skip
         load_policy(PolicyConfig(model=str(tiny("llava")), dtype="float32"), CPU)
 
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.24.0", "5.24.3"])
 def test_versions_of_transformers_that_are_taken(version, tiny, monkeypatch):
-    monkeypatch.setattr(families.transformers, "__version__", version)
+    monkeypatch.setattr(model_config.transformers, "__version__", version)
     assert load_model_config(str(tiny("llava"))).model_type == "llava"
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from vapr.batches.families import load_model_config
 from vapr.batches.loader import open_loaders
+from vapr.batches.model_config import load_model_config
 from vapr.config import LEVELS, LoraConfig
 from vapr.model import attention
 from vapr.model.logps import token_logps

@@ -10,7 +10,7 @@ import torch
 
 from tests import oracles
 from tests.runs import final_bytes, losses, metrics, train_until_crash
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.config import Config, LoraConfig, PolicyConfig
 from vapr.data.pair import PreferencePair
@@ -99,7 +99,7 @@ def answered(model: torch.nn.Module, processor: Processor, family: str, pair: Pr
     ids, said = torch.from_numpy(path.input_ids[: path.completion_start])[None], []
     pixels = {"pixel_values": torch.cat([image.pixel_values for image in path.images])} if path.images else {}
     if family != "llava" and path.images:
-        pixels["image_grid_thw"] = torch.tensor([image.grid_thw for image in path.images])
+        pixels["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
     for _ in range(most):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, **pixels}
         if family != "llava":

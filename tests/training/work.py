@@ -29,11 +29,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vapr.batches.families import FAMILIES
 from vapr.batches.loader import open_loaders
 from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
+from vapr.families import FAMILIES
 from vapr.model import logps
 from vapr.model.policy import Policy, load_policy
 from vapr.plan.flops import COUNTED
@@ -144,7 +144,7 @@ def ordinary_operations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting_tower(policy: Policy, work: Work) -> Iterator[None]:
-    tower = policy.base.model.get_submodule(FAMILIES[policy.family][1])
+    tower = policy.base.model.get_submodule(FAMILIES[policy.family].tower[0])
 
     def note(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         work.tower_calls += 1

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vapr.audit.pair_table import PairTable
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.batches.packing import PackedBatch, fill_packs, pack
 from vapr.batches.tokenize import Processor, TokenizedPair

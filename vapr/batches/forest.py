@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vapr.batches.tokenize import TokenizedPair, TokenPath
+from vapr.families.processed_image import places
 
 NO_PARENT = -1
 
@@ -26,9 +27,9 @@ class Segment:
 def path_keys(path: TokenPath, image_numbers: dict[str, int]) -> np.ndarray:
     """One int64 per token: its id, or for an image token a negative number unique to (image content, offset)."""
     keys = path.input_ids.astype(np.int64)
-    for image, start in zip(path.images, path.image_starts, strict=True):
+    for image, runs in zip(path.images, path.image_runs, strict=True):
         number = image_numbers.setdefault(image.content_hash, len(image_numbers))
-        keys[start : start + image.num_tokens] = -1 - (number * 2**32 + np.arange(image.num_tokens))
+        keys[places(runs)] = -1 - (number * 2**32 + np.arange(image.num_tokens))
     return keys
 
 

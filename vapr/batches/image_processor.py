@@ -1,4 +1,4 @@
-"""The model's image processor: how it is loaded, whether it fits the model, and how much of a picture it lets through.
+"""The model's image processor: how it is loaded, and how much of a picture it lets through.
 
 Loaded by itself, because transformers cannot build Qwen's processor class where torchvision does not import.
 """
@@ -6,17 +6,12 @@ Loaded by itself, because transformers cannot build Qwen's processor class where
 from typing import Any
 
 import transformers
-from PIL import Image
 
 # From its module: where torchvision does not import, transformers 5.17 puts an object that refuses in its place.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vapr.errors import UserError, one_line
-
-CLASSES = {"llava": "CLIPImageProcessor"}
-QWEN_CLASS = "Qwen2VLImageProcessor"
-EXTRA_FEATURES = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Features a vision tower gives beside those of its patches."""
+from vapr.families import FAMILIES
 
 
 def resolve_backend(wanted: str) -> str:
@@ -49,65 +44,9 @@ def load_image_processor(model: str, family: str, backend: str) -> Any:
         reason = one_line(error).split(". Should have")[0]
         raise UserError(
             f"{model}: transformers {transformers.__version__} does not load its image processor ({reason}); in "
-            f"preprocessor_config.json set image_processor_type to {CLASSES.get(family, QWEN_CLASS)}, or try another "
+            f"preprocessor_config.json set image_processor_type to {FAMILIES[family].image_processor}, or try another "
             "version of transformers"
         ) from None
-
-
-def num_llava_tokens(settings: dict[str, Any], patch_size: int, height: int, width: int) -> int:
-    """Placeholders of an image by the rule of LlavaProcessor.
-
-    One a patch and ``num_additional_image_tokens`` more, less one if the strategy is ``default``.
-    """
-    extra = settings.get("num_additional_image_tokens") or 0
-    dropped = settings.get("vision_feature_select_strategy") == "default"
-    return (height // patch_size) * (width // patch_size) + extra - int(dropped)
-
-
-def check_llava(model: str, config: Any, settings: dict[str, Any], image_processor: Any) -> None:
-    """Hold the placeholders of an image against the features that the model makes of it.
-
-    Args:
-        model: folder or hub id, for the message.
-        config: the model's transformers config.
-        settings: what processor_config.json holds.
-        image_processor: the model's.
-
-    Raises:
-        UserError: if they differ, naming the setting.
-    """
-    vision = config.vision_config
-    if (extra := EXTRA_FEATURES.get(vision.model_type)) is None:
-        return
-    side = vision.image_size
-    height, width = image_processor(images=[Image.new("RGB", (side, side))], return_tensors="np")["pixel_values"][
-        0
-    ].shape[-2:]
-    if (height, width) != (side, side):
-        raise UserError(
-            f"{model}: the image processor gives {width} x {height} pixels but the vision tower takes {side} x {side}; "
-            "correct size and crop_size in preprocessor_config.json"
-        )
-    patch_size = settings.get("patch_size") or vision.patch_size
-    strategy = config.vision_feature_select_strategy
-    placeholders = num_llava_tokens(settings, patch_size, height, width)
-    features = (side // vision.patch_size) ** 2 + extra - int(strategy == "default")
-    if placeholders == features:
-        return
-    right = {
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": extra,
-    }
-    wrong = [
-        f"{name}: {value} (it {'is ' + str(settings[name]) if settings.get(name) is not None else 'is absent'})"
-        for name, value in right.items()
-        if settings.get(name, {"patch_size": vision.patch_size, "num_additional_image_tokens": 0}.get(name)) != value
-    ]
-    raise UserError(
-        f"{model}: an image gets {placeholders} tokens in the prompt but {features} features from the model "
-        f"(config.json, vision_feature_select_strategy: {strategy}); in processor_config.json set {', '.join(wrong)}"
-    )
 
 
 def seen_box(image_processor: Any, width: int, height: int) -> tuple[int, int, int, int]:

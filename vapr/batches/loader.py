@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.batches.steps import Name, Place, Step, StepMaker
 from vapr.batches.tokenize import Processor

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vapr.batches.forest import NO_PARENT, build_forest, depth_first, path_keys, tree_groups, walk
-from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
+from vapr.families.processed_image import ProcessedImage, places
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.image_losses import OTHER_PATHS
 from vapr_kernels.losses import Completions
@@ -335,13 +335,13 @@ def _image_layout(paths: list[TokenPath], packed_index: list[np.ndarray], num_to
     num_features = 0
     feature_of_token = np.full(num_tokens, -1)
     for path, where in zip(paths, packed_index, strict=True):
-        for image, start in zip(path.images, path.image_starts, strict=True):
+        for image, runs in zip(path.images, path.image_runs, strict=True):
             if image.content_hash not in images:
                 images[image.content_hash] = image
                 first_feature[image.content_hash] = num_features
                 num_features += image.num_tokens
             rows = first_feature[image.content_hash] + np.arange(image.num_tokens)
-            feature_of_token[where[start : start + image.num_tokens]] = rows
+            feature_of_token[where[places(runs)]] = rows
     tokens = np.flatnonzero(feature_of_token >= 0)
     return {
         "images": tuple(images.values()),

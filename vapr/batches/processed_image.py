@@ -1,4 +1,4 @@
-"""An image as the model takes it, the most recent ones, and several laid end to end."""
+"""The most recent processed images, and several laid end to end."""
 
 import dataclasses
 import hashlib
@@ -6,26 +6,15 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vapr.batches.pinned import sent
 from vapr.data.remote import fetched
 from vapr.errors import UserError, one_line
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProcessedImage:
-    """One image as the model takes it."""
-
-    pixel_values: Tensor  # Qwen: (patches, values); LLaVA: (1, 3, height, width)
-    grid_thw: tuple[int, int, int] | None  # Qwen: patches in time, height, width
-    num_tokens: int  # placeholders in the prompt, features out of the projector
-    content_hash: str  # sha256 of the pixels in float32 and the grid
-    seen: float = 1.0  # share of the picture's area that a centre crop left
+from vapr.families.processed_image import ProcessedImage
+from vapr.to_device import sent
 
 
 class RecentImages:
@@ -57,7 +46,7 @@ def joined_pixels(images: Sequence[ProcessedImage]) -> Tensor:
     """Return the pixels of images laid end to end: a view where they lie so, as a worker leaves them, else a copy.
 
     Returns:
-        (sum of the images' patches, values) for Qwen, (I, 3, height, width) for LLaVA, in the images' dtype.
+        (sum of the images' rows, ...), in their dtype: rows of patches for Qwen, whole images for LLaVA.
     """
     pixels = [image.pixel_values for image in images]
     storage = pixels[0].untyped_storage()._cdata  # its address, which tensors without memory have, too

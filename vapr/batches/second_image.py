@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import Processor
 from vapr.config import Config
 from vapr.data.images import as_rgb, image_name, read_image
 from vapr.data.pair import PreferencePair
 from vapr.errors import UserError
+from vapr.families.processed_image import ProcessedImage
 from vapr.loss_config import SecondImageConfig
 
 CELLS = 16

@@ -20,13 +20,16 @@ from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from vapr.batches.continuation import PROBE, EndOfTurn, Offsets, continuation, end_of_turn, eos_tokens
-from vapr.batches.image_processor import check_llava, load_image_processor, num_llava_tokens, resolve_backend, seen_box
-from vapr.batches.processed_image import ProcessedImage, RecentImages, image_key
+from vapr.batches.image_processor import load_image_processor, resolve_backend, seen_box
+from vapr.batches.processed_image import RecentImages, image_key
 from vapr.config import TokenWeights
 from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.rendered import rendered_marker
 from vapr.errors import BadRow, UserError, one_line
+from vapr.families import FAMILIES
+from vapr.families.family import ModelFiles
+from vapr.families.processed_image import Placeholder, ProcessedImage, Run
 
 if TYPE_CHECKING:
     from vapr.batches.second_image import OtherViews
@@ -37,11 +40,11 @@ class TokenPath:
     """One full token sequence: prompt and one completion."""
 
     input_ids: np.ndarray  # (tokens,) int64
-    position_ids: np.ndarray  # (3, tokens) int64; LLaVA uses one row, all three are equal
+    position_ids: np.ndarray  # (3, tokens) int64; all three are equal where a family has one axis
     completion_start: int
     token_weights: np.ndarray  # (completion tokens,) float32
     images: tuple[ProcessedImage, ...]
-    image_starts: tuple[int, ...]  # first placeholder of each image
+    image_runs: tuple[tuple[Run, ...], ...]  # the placeholders of each image
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,11 +108,12 @@ class Processor:
                 raise
             raise UserError(f"{model}: tokenizer or image processor does not load ({one_line(error)})") from None
         self.chat_template = _chat_template(model, self._settings.get("chat_template") or self.tokenizer.chat_template)
-        self.image_token_id = int(config.image_token_id)
-        self.image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        self._vision_config = config.vision_config
-        if self.family == "llava":
-            check_llava(model, config, self._settings, self.image_processor)
+        self._family = FAMILIES[self.family]
+        self.files = ModelFiles(model, config, self._settings, self.image_processor, self.tokenizer)
+        self.image_token_id = self.files.image_token_id
+        self.image_token = self.files.image_token
+        self._written = self._family.written(self.files)
+        self._family.check_files(self.files)
         try:
             self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
             self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
@@ -205,34 +209,23 @@ class Processor:
         if not getattr(self.image_processor, "do_convert_rgb", False):
             image = image.convert("RGB")
         try:
-            out = self.image_processor(images=[image], return_tensors="np")
+            pixels, layout = self._family.process(self.files, image)
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
             raise UserError(f"image {name} is refused by the image processor: {one_line(error)}") from None
-        pixels = np.ascontiguousarray(out["pixel_values"])
-        grid = None
-        if "image_grid_thw" in out:
-            time, height, width = (int(n) for n in out["image_grid_thw"][0])
-            grid = (time, height, width)
+        pixels = np.ascontiguousarray(pixels)
         content = hashlib.sha256(pixels.data)
-        content.update(repr((pixels.shape, grid)).encode())
+        content.update(repr((pixels.shape, layout)).encode())
         left, top, right, bottom = seen_box(self.image_processor, *image.size)
         seen = (right - left) * (bottom - top) / (image.width * image.height)
-        num_tokens = self._num_image_tokens(pixels, grid)
-        return ProcessedImage(torch.from_numpy(pixels).to(self._dtype), grid, num_tokens, content.hexdigest(), seen)
+        stands = self._family.placeholder(self.files, pixels.shape, layout)
+        placeholder = stands if isinstance(stands, Placeholder) else None
+        num_tokens = stands.num_tokens if isinstance(stands, Placeholder) else stands
+        values = torch.from_numpy(pixels).to(self._dtype)
+        return ProcessedImage(values, layout, num_tokens, content.hexdigest(), seen, placeholder)
 
     def expected_image_tokens(self, width: int, height: int) -> int:
         """Placeholders that an image of this size will get, without processing it."""
-        if self.family == "llava":
-            side = self._vision_config.image_size
-            return self._num_image_tokens(np.empty((side, side)), None)
-        patches = int(self.image_processor.get_number_of_image_patches(height, width))
-        return patches // self.image_processor.merge_size**2
-
-    def _num_image_tokens(self, pixels: np.ndarray, grid: tuple[int, int, int] | None) -> int:
-        if grid is not None:
-            return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
-        patch_size = self._settings.get("patch_size") or self._vision_config.patch_size
-        return num_llava_tokens(self._settings, patch_size, *pixels.shape[-2:])
+        return self._family.expected_tokens(self.files, width, height)
 
     def tokenize_prompt(self, messages: list[Message]) -> Prompt:
         """Render and tokenise what the model is asked. Raises UserError if the template refuses it."""
@@ -244,20 +237,45 @@ class Processor:
         return Prompt(text, np.array(ids, np.int64), add_special_tokens)
 
     def with_images(self, prompt: Prompt, images: tuple[ProcessedImage, ...]) -> np.ndarray:
-        """The prompt's ids, each image's placeholder as often as it has tokens.
+        """The prompt's ids, what stands for each image in the place of what the template wrote.
 
         Raises:
             UserError: if the prompt has another number of placeholders than there are images.
         """
-        placeholders = prompt.ids == self.image_token_id
-        if (written := prompt.text.count(self.image_token)) != len(images) or placeholders.sum() != written:
-            raise UserError(
-                f"the rendered prompt holds {written} '{self.image_token}' for {len(images)} image(s); "
-                f"remove '{self.image_token}' from the row's text"
-            )
-        times = np.ones(len(prompt.ids), np.int64)
-        times[placeholders] = [image.num_tokens for image in images]
-        return prompt.ids.repeat(times)
+        ids = prompt.ids
+        if (written := prompt.text.count(self._written)) != len(images):
+            raise self._miscounted(written, self._written, len(images))
+        if self._written != self.image_token and (found := prompt.text.count(self.image_token)):
+            raise self._miscounted(found, self.image_token, 0)
+        if self._written != self.image_token or any(image.placeholder is not None for image in images):
+            # Marks around a run of placeholders may join the text beside them, but its length changes no other token.
+            stands = [self.image_token if image.placeholder is None else image.placeholder.text for image in images]
+            pieces = prompt.text.split(self._written)
+            text = "".join(part for pair in zip(pieces, [*stands, ""], strict=True) for part in pair)
+            ids = np.array(self.tokenizer(text, add_special_tokens=prompt.add_special_tokens)["input_ids"], np.int64)
+        placeholders = ids == self.image_token_id
+        lengths = [length for image in images for length in _run_lengths(image)]
+        if placeholders.sum() != len(lengths):
+            raise self._miscounted(int(placeholders.sum()), self.image_token, len(lengths))
+        times = np.ones(len(ids), np.int64)
+        times[placeholders] = lengths
+        return ids.repeat(times)
+
+    def _miscounted(self, found: int, token: str, wanted: int) -> UserError:
+        return UserError(
+            f"the rendered prompt holds {found} '{token}' for {wanted} image(s); remove '{token}' from the row's text"
+        )
+
+    def image_runs(self, ids: np.ndarray, images: tuple[ProcessedImage, ...]) -> tuple[tuple[Run, ...], ...]:
+        """Where the placeholders of images stand in what :meth:`with_images` returned."""
+        places, first, found = np.flatnonzero(ids == self.image_token_id), 0, []
+        for image in images:
+            runs = []
+            for length in _run_lengths(image):
+                runs.append((int(places[first]), length))
+                first += length
+            found.append(tuple(runs))
+        return tuple(found)
 
     def _completion(
         self, pair: PreferencePair, side: str, prompt: Prompt, weights: TokenWeights
@@ -268,8 +286,9 @@ class Processor:
         if not full.startswith(prompt.text):
             raise UserError("the chat template renders the prompt differently once an answer follows it")
         text = full[len(prompt.text) :]
-        if self.image_token in text:
-            raise UserError(f"'{side}' contains '{self.image_token}'")
+        for token in {self.image_token, self._written}:
+            if token in text:
+                raise UserError(f"'{side}' contains '{token}'")
         text = self._end_of_turn.of(text)
         said, offsets = continuation(
             self.tokenizer, prompt.ids, prompt.text, text, add_special_tokens=prompt.add_special_tokens
@@ -317,11 +336,13 @@ class Processor:
     ) -> TokenPath:
         prompt_ids = self.with_images(prompt, images)
         input_ids = np.concatenate([prompt_ids, ids])
-        first = np.cumsum([0, *(image.num_tokens for image in images)])[:-1]
-        starts = tuple(np.flatnonzero(prompt_ids == self.image_token_id)[first].tolist()) if images else ()
-        merge = 1 if self.family == "llava" else self.image_processor.merge_size
-        positions = rotary_positions(len(input_ids), images, starts, merge)
-        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, starts)
+        runs = self.image_runs(prompt_ids, images)
+        positions = self._family.positions(self.files, len(input_ids), images, runs)
+        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, runs)
+
+
+def _run_lengths(image: ProcessedImage) -> tuple[int, ...]:
+    return (image.num_tokens,) if image.placeholder is None else image.placeholder.runs
 
 
 def _chat_template(model: str, found: Any) -> str:
@@ -337,30 +358,6 @@ def _chat_template(model: str, found: Any) -> str:
 def _same_input(chosen: TokenPath, rejected: TokenPath) -> bool:
     same_images = [image.content_hash for image in chosen.images] == [image.content_hash for image in rejected.images]
     return same_images and np.array_equal(chosen.input_ids, rejected.input_ids)
-
-
-def rotary_positions(
-    num_tokens: int, images: tuple[ProcessedImage, ...], image_starts: tuple[int, ...], merge_size: int
-) -> np.ndarray:
-    """Positions in time, height and width, shape (3, tokens): Qwen2-VL's M-RoPE (arXiv 2409.12191, section 2.1).
-
-    Text advances all three by one a token. An image's tokens take its grid's coordinates from where the text stopped,
-    and the text goes on after the largest of them. Without grids (LLaVA) this is plain counting.
-    """
-    positions = np.empty((3, num_tokens), np.int64)
-    token, position = 0, 0
-    for image, start in zip(images, image_starts, strict=True):
-        if image.grid_thw is None:
-            continue
-        positions[:, token:start] = position + np.arange(start - token)
-        position += start - token
-        time, height, width = image.grid_thw
-        grid = np.indices((time, height // merge_size, width // merge_size)).reshape(3, -1)
-        positions[:, start : start + image.num_tokens] = position + grid
-        position += max(height, width) // merge_size
-        token = start + image.num_tokens
-    positions[:, token:] = position + np.arange(num_tokens - token)
-    return positions
 
 
 def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ T = packed tokens; H = query heads, G = key heads, E = head size, D = hidden siz
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,16 @@ from vapr_kernels import gated_mlp, normed_linears
 Attend = Callable[..., Tensor]
 
 
-def rotary_tables(decoder: Any, family: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each (T, E), of positions (3, T). LLaVA's have one axis, Qwen's three."""
-    positions = position_ids[:1] if family == "llava" else position_ids[:, None]
+def rotary_tables(decoder: Any, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each (T, E), of positions (1, T), or (3, T) in time, height and width."""
+    positions = position_ids if len(position_ids) == 1 else position_ids[:, None]
     cos, sin = decoder.rotary_emb(decoder.norm.weight.new_empty(0), positions)  # in the dtype of the weights
     return cos[0], sin[0]
 
 
 def run_decoder(
     decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, batch: PackedBatch, *,
-    written_out: frozenset[int], kernels: bool, checkpointing: str = "none",
+    written_out: frozenset[int], kernels: bool, checkpointing: str = "none", deep: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """Run the layers and the last norm of a language model over packed tokens.
 
@@ -45,27 +45,38 @@ def run_decoder(
         kernels: as :func:`patch` was given.
         checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
             are not written out have no parts: they are computed again as a whole, at any level but none.
+        deep: features of the image tokens that are added to what the first layers return, one (image tokens, D) each.
 
     Returns:
         Hidden states of ``batch.predicting``, (predicting tokens, D).
     """
     last = len(decoder.layers) - 1
+    assert len(deep) <= last
     level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
     stream = Stream(x)
     for number, layer in enumerate(decoder.layers):
         if number not in written_out:
             stream = Stream(_run(transformers_layer, layer, stream.total(), tables, attend, again=level != "none"))
+            stream = _with_deep(stream, deep[number : number + 1], batch)
             continue
         only = batch.last_queries if number == last else None
         run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
         if level in ("attention", "full"):
             stream = Stream(stream.total())  # one tensor to keep, not two
         stream = _run(run, layer, stream, tables, attend, again=level == "full")
+        stream = _with_deep(stream, deep[number : number + 1], batch)
     if last not in written_out:
         return decoder.norm(stream.total().index_select(0, batch.predicting))
     if kernels and stream.update is not None:
         return decoder.norm(stream.update, residual=stream.x)[0]
     return decoder.norm(stream.total())
+
+
+def _with_deep(stream: "Stream", deep: Sequence[Tensor], batch: PackedBatch) -> "Stream":
+    """Add features of the image tokens to the residual stream, if there are some for this layer."""
+    for rows in deep:
+        stream = Stream(stream.total().index_add(0, batch.image_tokens, rows))
+    return stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ def as_transformers(policy: Policy) -> Iterator[transformers.PreTrainedModel]:
 
     Outside, it attends over a forest of segments, which transformers' own forward does not lay out.
     """
-    config = policy.base.model.language_model.config
+    config = policy.decoder.config
     packed = config._attn_implementation
     config._attn_implementation = "sdpa"
     try:

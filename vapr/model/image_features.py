@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
-from vapr.batches.pinned import sent
-from vapr.batches.processed_image import ProcessedImage
 from vapr.errors import UserError
+from vapr.families import FAMILIES
+from vapr.families.processed_image import ProcessedImage
 from vapr.model.policy import Policy, image_features
 from vapr.model.policy_id import open_cache_folder
 from vapr.model.sharded_cache import KEY_BYTES, ShardedCache
+from vapr.to_device import sent
 
 VERSION = 2
 
@@ -96,8 +97,9 @@ class ImageFeatures(ShardedCache):
         Raises:
             UserError: if the disk has less room than that.
         """
-        hidden_size = self._policy.base.config.get_text_config().hidden_size
-        mib = tokens_per_image * hidden_size * self._policy.dtype.itemsize / 2**20  # of an image
+        config = self._policy.base.config
+        width = config.get_text_config().hidden_size * (1 + FAMILIES[self._policy.family].num_deep(config))
+        mib = tokens_per_image * width * self._policy.dtype.itemsize / 2**20  # of an image
         free_gib = shutil.disk_usage(self.folder).free / 2**30
         line = (
             f"about {num_images:,} images x {mib:.2f} MiB = {num_images * mib / 2**10:.2f} GiB in {self.folder} "

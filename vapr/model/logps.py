@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
-from vapr.batches.processed_image import ProcessedImage
+from vapr.families.processed_image import ProcessedImage
 from vapr.model.policy import Policy, hidden_states
 from vapr_kernels import gather_rows, linear_logps
 from vapr_kernels.linear_logps import Mode

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from vapr.batches.processed_image import ProcessedImage
+from vapr.families.processed_image import ProcessedImage
 
 Result = TypeVar("Result")
 Compute = Callable[[Sequence[ProcessedImage]], Tensor]

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from vapr.batches.packing import LastQueries
+from vapr.families import FAMILIES
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
 from vapr.model.decoder import Attend, Stream, decoder_layer, rotary_tables, transformers_layer
 from vapr.model.joint_layers import JointDecoderLayer
@@ -77,7 +78,7 @@ def patch(
         The numbers of the decoder layers that compute what :func:`decoder_layer` does, and the classes of which some
         modules compute something else and stay as they are.
     """
-    decoder, tower = base.model.language_model, getattr(base.model, "visual", None)  # only Qwen's tower is changed
+    decoder, tower = FAMILIES[family].decoder(base), getattr(base.model, "visual", None)  # only Qwen's tower is changed
     decoder.config._attn_implementation = LANGUAGE_MODEL
     left = []
     for module in base.modules():
@@ -87,8 +88,7 @@ def patch(
             module.attention_dropout = 0.0
         if isinstance(module, LoraLinear):
             _replace([module], adapted_linear)
-    if family == "llava":
-        _replace(_clip_layers(base.model.vision_tower)[num_layers_used(base.config) :], hand_through)
+    _replace(FAMILIES[family].unused_layers(base), hand_through)
     if tower is not None:
         _replace([tower.patch_embed.proj], patches_by_matmul)
         if backend != "sdpa":  # whose path loops over windows
@@ -100,7 +100,7 @@ def patch(
         left += _replace_where_same(norms, fused_norm, _try_norm)
         left += _replace_where_same(mlps, fused_mlp, _try_mlp)
     positions = torch.arange(ROWS, device=decoder.norm.weight.device).expand(3, -1)
-    tables = rotary_tables(decoder, family, positions)
+    tables = rotary_tables(decoder, positions[: FAMILIES[family].position_axes])
     try_layer = functools.partial(_try_layer, tables=tables)
     written_out = functools.partial(_written_out, kernels=kernels)
     for layer in decoder.layers:
@@ -125,17 +125,6 @@ def _join(
         same, _ = same_with(run, candidates, attempt, transformers_layer)
         for layer in candidates:
             layer.joint = layer.joint if layer in same else None
-
-
-def num_layers_used(config: Any) -> int:
-    """Return how many layers of LLaVA's tower lead to its features: hidden states of one layer or of several."""
-    wanted, depth = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
-    numbers = wanted if isinstance(wanted, list | tuple) else [wanted]
-    return max(number % (depth + 1) for number in numbers)  # number 0 is what goes into the first layer
-
-
-def _clip_layers(tower: Any) -> list[Any]:
-    return [layer for module in tower.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 # What forwards are replaced by.

@@ -4,6 +4,7 @@ T = packed tokens, V = vocabulary, D = hidden size.
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import warnings
@@ -21,15 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from vapr.batches.families import FAMILIES, load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import ModelSource, find_model
 from vapr.batches.packing import PackedBatch
-from vapr.batches.pinned import sent
-from vapr.batches.processed_image import ProcessedImage, joined_pixels
+from vapr.batches.processed_image import joined_pixels
 from vapr.config import Checkpointing, PolicyConfig
 from vapr.errors import UserError
+from vapr.families import FAMILIES
+from vapr.families.processed_image import ProcessedImage
 from vapr.model import patches
 from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
@@ -37,6 +38,7 @@ from vapr.model.decoder import rotary_tables, run_decoder
 from vapr.model.passes import AT_ONCE, Passes
 from vapr.model.quantized import Quantized, check_available, quantize
 from vapr.model.tower_place import TowerPlace
+from vapr.to_device import sent
 from vapr_kernels import gather_rows
 
 
@@ -64,6 +66,11 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.head.device  # the tower may be elsewhere
+
+    @property
+    def decoder(self) -> Any:
+        """Return the language model without its head."""
+        return FAMILIES[self.family].decoder(self.base)
 
     @property
     def head(self) -> Tensor:
@@ -167,7 +174,8 @@ def load_policy(
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
     written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run, joint=kernels == "auto")
     if config.checkpointing == "full" and config.train.vision_tower:
-        _compute_blocks_again(base.get_submodule(f"model.{FAMILIES[family][1]}"))
+        for tower in FAMILIES[family].modules(base, FAMILIES[family].tower):
+            _compute_blocks_again(tower)
     base.train()
     return Policy(
         base=base, adapters=modules.adapters, folder=modules.folder, source=modules.source,
@@ -198,7 +206,7 @@ def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype
     place = str(Path(source.model).resolve()) if Path(source.model).is_dir() else source.model
     loaded: Any
     try:
-        loaded = FAMILIES[family][0].from_pretrained(
+        loaded = FAMILIES[family].model_class.from_pretrained(
             place, dtype="auto" if source.adapter is not None else dtype, attn_implementation="sdpa",
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
@@ -215,14 +223,8 @@ def load_weights(family: str, source: ModelSource, name: str, dtype: torch.dtype
 
 def _freeze(base: transformers.PreTrainedModel, config: PolicyConfig, family: str) -> set[str]:
     """Freeze the parts that are not trained, and with LoRA all. Returns the names of the trained parts' parameters."""
-    _, tower, projector = FAMILIES[family]
-
-    def is_trained(name: str) -> bool:
-        if name.startswith(f"model.{projector}."):
-            return config.train.projector
-        return config.train.vision_tower if name.startswith(f"model.{tower}.") else config.train.language_model
-
-    trained = {name for name, _ in base.named_parameters() if is_trained(name)}
+    wanted: dict[str, bool] = dataclasses.asdict(config.train)
+    trained = {name for name, _ in base.named_parameters() if wanted[FAMILIES[family].part_of(name)]}
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(config.lora is None and name in trained)
     return trained
@@ -272,22 +274,26 @@ def hidden_states(
     Returns:
         Shape (predicting tokens, D), in the policy's dtype, in the order of ``batch.predicting``.
     """
-    model = policy.base.model
-    embeds = _embed(model.get_input_embeddings(), batch.input_ids)  # (T, D)
+    family, decoder = FAMILIES[policy.family], policy.decoder
+    embeds = _embed(decoder.get_input_embeddings(), batch.input_ids)  # (T, D)
+    deep: tuple[Tensor, ...] = ()
     if batch.images:
         features = _image_features(policy, batch.images) if features is None else features
-        embeds = embeds.index_copy(0, batch.image_tokens, gather_rows(features.to(embeds.dtype), batch.image_features))
+        rows = gather_rows(features.to(embeds.dtype), batch.image_features)
+        first, *deep = rows.split(embeds.shape[1], dim=1)
+        embeds = embeds.index_copy(0, batch.image_tokens, first)
     if spare:
         embeds = embeds + 0.0 * _image_features(policy, spare).sum()
     return run_decoder(
-        model.language_model,
+        decoder,
         embeds,
-        rotary_tables(model.language_model, policy.family, batch.position_ids),
+        rotary_tables(decoder, batch.position_ids[: family.position_axes]),
         functools.partial(segment_attention, segments=batch.attention, backend=policy.attention_backend),
         batch,
         written_out=policy.written_out,
         kernels=policy.kernels,
         checkpointing=policy.checkpointing,
+        deep=deep,
     )
 
 
@@ -306,7 +312,9 @@ def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
 
 
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
-    """Return the features of images laid end to end, (sum of their tokens, D). The tower runs once for all of them.
+    """Return the features of images laid end to end, (sum of their tokens, D), those of deeper layers beside them.
+
+    The tower runs once for all of them.
 
     They are in the policy's dtype, and carry a gradient only if tower or projector are trained.
     """
@@ -317,9 +325,7 @@ def _image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:
     model = policy.base.model
     with policy.tower, torch.set_grad_enabled(torch.is_grad_enabled() and policy.vision_trained):
         pixels = _pixels(images, policy.device).to(policy.dtype)
-        if policy.family == "llava":
-            return torch.cat(list(model.get_image_features(pixels).pooler_output))
-        return model.visual(pixels, **_tower_layout(model.visual, images, policy.device)).pooler_output
+        return FAMILIES[policy.family].features(model, pixels, **_tower_arguments(policy, images))
 
 
 def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
@@ -327,22 +333,8 @@ def _pixels(images: Sequence[ProcessedImage], device: torch.device) -> Tensor:
     return sent(joined_pixels(images), device)
 
 
-def _tower_layout(tower: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
-    """Return what Qwen's tower takes: the sizes of images, and positions, windows and bounds of its attention.
-
-    They are computed on the host, where the sizes are; the tower itself would wait for the device at each of them.
-    """
-    grid = torch.tensor([image.grid_thw for image in images])  # (images, 3)
-    bounds = get_vision_cu_seqlens(grid)
-    positions = get_vision_position_ids(grid, tower.spatial_merge_size)
-    layout = {"grid_thw": grid, "position_ids": positions, "cu_seqlens": bounds}
-    longest = {"max_seqlen": int(bounds.diff().max())}
-    if hasattr(tower, "window_size"):
-        sizes = (tower.spatial_merge_size, tower.window_size, tower.patch_size)
-        layout["window_index"], windows = get_vision_window_index(grid, *sizes)
-        layout["cu_window_seqlens"] = windows
-        longest["max_window_seqlen"] = int(windows.diff().max())
-    return {name: sent(value, device) for name, value in layout.items()} | longest
+def _tower_arguments(policy: Policy, images: Sequence[ProcessedImage]) -> dict[str, Any]:
+    return FAMILIES[policy.family].tower_arguments(policy.base.model, images, policy.device)
 
 
 @contextlib.contextmanager

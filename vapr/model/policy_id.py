@@ -33,7 +33,7 @@ def open_cache_folder(policy: Policy, section: str, cache_dir: str | None, *, ve
         "device": policy.device.type,
         "attention": policy.attention_backend,
         "kernels": policy.kernels,
-        "joint_layers": sum(layer.joint is not None for layer in policy.base.model.language_model.layers),
+        "joint_layers": sum(layer.joint is not None for layer in policy.decoder.layers),
         "format": version,
         # Left out where nothing is quantised, so that what earlier versions computed is found again.
         **({"base_weights": policy.quantized.kind} if policy.quantized is not None else {}),

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch, pack
-from vapr.batches.pinned import sent
 from vapr.batches.tokenize import TokenPath
 from vapr.errors import UserError
 from vapr.model.logps import completion_sums, per_completion, token_logps
 from vapr.model.policy import Policy, frozen
 from vapr.model.policy_id import open_cache_folder
 from vapr.model.sharded_cache import KEY_BYTES, ShardedCache
+from vapr.to_device import sent
 
 VERSION = 4
 _T = TypeVar("_T")

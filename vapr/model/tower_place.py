@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vapr.batches.families import FAMILIES
+from vapr.families import FAMILIES
 
 HOST = torch.device("cpu")
 
@@ -34,7 +34,8 @@ class TowerPlace:
     @classmethod
     def of(cls, base: Any, family: str, device: torch.device) -> "TowerPlace":
         """Return the place of a model's tower and projector, which are on ``device``."""
-        return cls([base.model.get_submodule(name) for name in FAMILIES[family][1:]], device)
+        family_of = FAMILIES[family]
+        return cls(family_of.modules(base, (*family_of.tower, *family_of.projector)), device)
 
     def rest(self) -> None:
         """Let tower and projector wait in host memory from now on; where the policy is there, nothing happens."""

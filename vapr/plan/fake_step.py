@@ -231,12 +231,12 @@ def _sizes(hidden: Tensor, head: Tensor) -> tuple[int, int, int]:
 @contextlib.contextmanager
 def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     """Make every tensor fake, and take the choices that load_policy makes on a GPU."""
-    layout = policy_module._tower_layout
+    tower_arguments = policy_module._tower_arguments
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def layout_of_real_sizes(tower: Any, images: Any, device: Any) -> dict[str, Any]:
+    def arguments_of_real_sizes(policy: Any, images: Any) -> dict[str, Any]:
         with _disable_current_modes():
-            return layout(tower, images, device)
+            return tower_arguments(policy, images)
 
     def pixels(images: Any, device: Any) -> Tensor:
         with _disable_current_modes():
@@ -245,7 +245,7 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
 
     replaced: list[tuple[Any, str, Any]] = [
         (patches, "_agree", lambda got, own: got.shape == own.shape),  # there are no values to compare
-        (policy_module, "_tower_layout", layout_of_real_sizes),
+        (policy_module, "_tower_arguments", arguments_of_real_sizes),
         (policy_module, "_pixels", pixels),
         (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _make_adapter_beside_its_layer),
         (nn.Module, "to", lambda module, *where, **options: module),  # built in the right place

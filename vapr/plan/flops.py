@@ -72,7 +72,7 @@ def pack_flops(
     """
     full = any(weight.trained for weight in shapes.weights if weight.part == "language model")
     x_learns, tower = full, 0.0
-    if pack.grids and not cached_features:
+    if pack.layouts and not cached_features:
         tower, features_learn = tower_flops(shapes, pack, checkpointing=checkpointing)
         x_learns |= features_learn
         if reference and shapes.trains_tower:  # else it takes the same features

@@ -113,7 +113,7 @@ class Needs:
 
 def _signature(batch: PackedBatch) -> tuple[Any, ...]:
     """Return what of a pack its run on fake tensors depends on."""
-    images = tuple((image.grid_thw, tuple(image.pixel_values.shape)) for image in batch.images)
+    images = tuple((image.layout, tuple(image.pixel_values.shape)) for image in batch.images)
     attention = batch.attention
     sizes = (batch.num_tokens, len(batch.predicting), len(batch.labels), len(batch.token_weights), batch.num_pairs)
     return (*sizes, attention.lengths_q, attention.lengths_k, images)

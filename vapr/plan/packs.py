@@ -31,7 +31,8 @@ class PackSizes:
     lengths_q: tuple[int, ...]  # queries of each attention sequence
     lengths_k: tuple[int, ...]  # its keys
     last_lengths_q: tuple[int, ...]  # its queries in the last layer
-    grids: tuple[tuple[int, int, int] | None, ...]  # of its images, in patches; None: LLaVA's, which are alike
+    layouts: tuple[tuple[int, ...] | None, ...]  # of its images
+    pixel_shapes: tuple[tuple[int, ...], ...]  # of their pixels
     image_tokens: int  # of its distinct images
 
     @classmethod
@@ -43,7 +44,8 @@ class PackSizes:
             lengths_q=batch.attention.lengths_q,
             lengths_k=batch.attention.lengths_k,
             last_lengths_q=batch.last_queries.lengths,
-            grids=tuple(image.grid_thw for image in batch.images),
+            layouts=tuple(image.layout for image in batch.images),
+            pixel_shapes=tuple(tuple(image.pixel_values.shape) for image in batch.images),
             image_tokens=sum(image.num_tokens for image in batch.images),
         )
 

@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import nn
 
-from vapr.batches.families import FAMILIES, load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.config import PolicyConfig
 from vapr.errors import UserError, one_line
+from vapr.families import FAMILIES
 from vapr.model import policy as policy_module
 from vapr.model.policy import lora_targets
 
@@ -122,7 +123,7 @@ def build(config: Any, policy: PolicyConfig, device: torch.device) -> transforme
     Raises:
         UserError: if transformers cannot build it.
     """
-    model_class: Any = FAMILIES[config.model_type][0]
+    model_class: Any = FAMILIES[config.model_type].model_class
     try:
         with torch.device(device), _without_initial_weights():
             base: transformers.PreTrainedModel = model_class._from_config(
@@ -148,7 +149,6 @@ def _rank(policy: PolicyConfig, adapted: bool) -> int:
 
 
 def _part(name: str, family: str) -> Part:
-    _, tower, projector = FAMILIES[family]
-    if name.startswith((f"model.{tower}.", f"model.{projector}.")):
+    if FAMILIES[family].part_of(name) != "language_model":
         return "image tower and projector"
     return "language model" if ".layers." in name else "embeddings and head"

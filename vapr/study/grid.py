@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.cache import written_whole
 from vapr.config import Config

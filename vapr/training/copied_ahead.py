@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
-from vapr.batches.pinned import pinned, sent
+from vapr.batches.pinned import pinned
 from vapr.batches.processed_image import sent_images
 from vapr.model.image_features import ImageFeatures
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
+from vapr.to_device import sent
 
 
 @dataclass(frozen=True, slots=True, eq=False)

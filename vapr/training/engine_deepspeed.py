@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
         """Shapes of what is trained, by name."""
         if self._stage == 3:
-            part(policy.base.model.language_model.layers)
+            part(policy.decoder.layers)
         for weight in policy.base.parameters():
             weight.data = weight.data.contiguous()  # DeepSpeed copies rank 0's to all ranks
         optimizer = new_optimizer(decay_groups(self._weights.values(), config.optim), config.optim, policy.device)

@@ -245,7 +245,7 @@ class UsefulFlops:
 
     def __init__(self, policy: Policy) -> None:
         config = policy.base.config.get_text_config()
-        layers = policy.base.model.language_model.layers
+        layers = policy.decoder.layers
         shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
         weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
         weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))

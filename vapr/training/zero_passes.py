@@ -19,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from vapr.batches.packing import PackedBatch, pack
-from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.errors import UserError
+from vapr.families import FAMILIES
+from vapr.families.processed_image import ProcessedImage
 from vapr.interrupts import Stopped
 from vapr.model.logps import token_logps
 from vapr.model.passes import Compute
@@ -205,7 +206,7 @@ def _tiny_pair() -> PackedBatch:
     paths = tuple(
         TokenPath(
             input_ids=np.array([0, token], np.int64), position_ids=np.tile(np.arange(2), (3, 1)), completion_start=1,
-            token_weights=np.ones(1, np.float32), images=(), image_starts=(),
+            token_weights=np.ones(1, np.float32), images=(), image_runs=(),
         )
         for token in (1, 2)
     )  # fmt: skip
@@ -214,10 +215,4 @@ def _tiny_pair() -> PackedBatch:
 
 def _tiny_image(policy: Policy) -> ProcessedImage:
     """Return the smallest grey image that the tower takes."""
-    config = policy.base.config.vision_config
-    if policy.family == "llava":
-        pixels = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
-        return ProcessedImage(pixels, None, (config.image_size // config.patch_size) ** 2, "spare")
-    side = config.spatial_merge_size
-    values = getattr(config, "in_channels", 3) * config.temporal_patch_size * config.patch_size**2
-    return ProcessedImage(torch.zeros(side * side, values), (1, side, side), 1, "spare")
+    return FAMILIES[policy.family].spare_image(policy.base.config)

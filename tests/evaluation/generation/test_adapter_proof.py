@@ -44,7 +44,7 @@ def test_known_answers_are_scored_with_and_without_the_adapter(adapter, tiny, qu
         ids = torch.tensor([[*prompt.tolist(), *one.ids]])
         inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processor.image_token_id).int()}
         inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in pictures])
-        inputs["image_grid_thw"] = torch.tensor([picture.grid_thw for picture in pictures])
+        inputs["image_grid_thw"] = torch.tensor([picture.layout for picture in pictures])
         for model, scored in ((adapted, one.adapted), (base, one.base)):
             with torch.no_grad():
                 logps = model(**inputs).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

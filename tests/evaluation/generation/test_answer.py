@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 from tests import oracles
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.tokenize import Processor
 from vapr.errors import UserError
 from vapr.evaluation.generation.answer import answer_questions, collate

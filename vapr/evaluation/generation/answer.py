@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from vapr.batches.processed_image import ProcessedImage
 from vapr.batches.tokenize import Processor
 from vapr.batches.workers import default_workers
 from vapr.errors import UserError
@@ -20,6 +19,8 @@ from vapr.evaluation.generation.first_token import FirstToken, yes_no_tokens
 from vapr.evaluation.generation.prompts import Asked, check_lengths, in_batches, tokenize_questions
 from vapr.evaluation.generation.settings import Settings
 from vapr.evaluation.scoring.prediction import Prediction, Question
+from vapr.families import FAMILIES
+from vapr.families.processed_image import ProcessedImage
 from vapr.progress import Display
 
 BATCHES_AHEAD = 2
@@ -183,14 +184,11 @@ def collate(
         mask[n, longest - len(row) :] = 1
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     images = [image for shown in pictures for image in shown]
-    if processor.family != "llava":
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    if images:
-        inputs["pixel_values"] = torch.cat([image.pixel_values for image in images]).to(device, dtype)
-        if processor.family != "llava":
-            inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in images], device=device)
-    return inputs
+    inputs |= FAMILIES[processor.family].inputs(images, inputs["input_ids"] == processor.image_token_id)
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
 
 
 def _pad(processor: Processor) -> int:

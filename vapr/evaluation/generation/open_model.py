@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.utils import cached_file
 
-from vapr.batches.families import load_model_config
+from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import ADAPTER_FILES, find_model
 from vapr.batches.tokenize import Processor
 from vapr.cache import files_hash, user_cache

@@ -1,4 +1,4 @@
-"""Which architectures pack, and with which versions of transformers that was tested."""
+"""Read a model's config, and refuse what cannot be packed exactly."""
 
 from pathlib import Path
 
@@ -8,13 +8,8 @@ from transformers import AutoConfig
 
 from vapr.batches.model_folder import is_path
 from vapr.errors import UserError
+from vapr.families import FAMILIES
 
-FAMILIES: dict[str, tuple[type[transformers.PreTrainedModel], str, str]] = {
-    # model type: class, module of the vision tower, module of the projector
-    "llava": (transformers.LlavaForConditionalGeneration, "vision_tower", "multi_modal_projector"),
-    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, "visual", "visual.merger"),
-    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, "visual", "visual.merger"),
-}
 TRANSFORMERS = ">=5.17,<5.25"
 """Versions whose modules and pixels were tested, as in pyproject.toml."""
 
@@ -59,10 +54,8 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         )
     if config.model_type not in FAMILIES:
         raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")
-    if kinds - {"full_attention"} or (config.model_type == "llava" and getattr(text, "sliding_window", None)):
-        raise UserError(f"{where} uses sliding-window attention, which packing does not support")
+    if reason := FAMILIES[config.model_type].refusal(config):
+        raise UserError(f"{where} {reason}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where} is quantized, which is not supported yet; use the unquantized model")
-    if getattr(config.vision_config, "model_type", "") == "pixtral":
-        raise UserError(f"{where} has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP")
     return config
