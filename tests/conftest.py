@@ -39,6 +39,10 @@ pytest.register_assert_rewrite("tests.editing.edit_jobs", "tests.editing.edit_co
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+"""On which whatever depends on a family is tested."""
+
+EVERY_FAMILY = (*FAMILIES,)
+"""On which tokens, pixels, positions and exactness are tested."""
 
 
 def pytest_report_header() -> str:

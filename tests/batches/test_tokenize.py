@@ -10,11 +10,17 @@ import transformers
 from PIL import Image
 
 from tests import oracles
+from tests.conftest import EVERY_FAMILY
 from vapr.batches.tokenize import Processor, changed_spans
 from vapr.config import TokenWeights
 from vapr.data.images import read_image
 from vapr.data.pair import Edit, PreferencePair
 from vapr.errors import UserError
+
+
+@pytest.fixture(params=EVERY_FAMILY)
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture

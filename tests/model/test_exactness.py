@@ -17,6 +17,7 @@ import transformers
 from PIL import Image
 
 from tests import oracles
+from tests.conftest import EVERY_FAMILY
 from vapr.batches.packing import fill_packs, last_queries, pack
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import LEVELS, LoraConfig, PackingConfig, PolicyConfig, TrainConfig
@@ -26,6 +27,11 @@ from vapr.model.policy import Policy, load_policy
 from vapr_kernels.losses import sigmoid_loss
 
 EVERYTHING = TrainConfig(language_model=True, projector=True, vision_tower=True)
+
+
+@pytest.fixture(params=EVERY_FAMILY)
+def family(request) -> str:
+    return request.param
 
 
 def policy_of(folder, *, lora=False, **options) -> Policy:
