@@ -7,6 +7,7 @@ from vapr_kernels.gather_keys_values import gather_keys_values
 from vapr_kernels.gather_rows import gather_rows
 from vapr_kernels.linear_logps import linear_logps
 from vapr_kernels.lora_linear import lora_linear
+from vapr_kernels.normed_attention import normed_attention
 from vapr_kernels.normed_linears import normed_linears
 from vapr_kernels.preference_loss import preference_loss
 from vapr_kernels.rotary import rotary
@@ -20,6 +21,7 @@ __all__ = [
     "gather_rows",
     "linear_logps",
     "lora_linear",
+    "normed_attention",
     "normed_linears",
     "preference_loss",
     "rms_norm",

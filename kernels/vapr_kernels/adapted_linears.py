@@ -81,22 +81,30 @@ class Linears:
         return self.num_outputs + sum(self.ranks)
 
 
-def project(x: Tensor, linears: Linears, *, adapted: bool) -> Tensor:
+def project(x: Tensor, linears: Linears, *, adapted: bool, skip: int = 0) -> Tensor:
     """Return outputs and ``x A^T`` of all layers beside one another, (T, O + R), for x (T, D).
 
-    Without adapters the same product is computed, so that an adapter of zeros changes no bit.
+    Without adapters the same product is computed, so that an adapter of zeros changes no bit. The outputs of the first
+    ``skip`` layers are left out: what is returned begins with the next one's.
     """
-    y = x.new_empty(len(x), linears.num_columns)
+    first = sum(linears.widths[:skip])
+    y = x.new_empty(len(x), linears.num_columns - first)
     for piece in linears.pieces:
-        matrix, out = piece.matrix(), y[:, piece.columns]
+        start = max(first, piece.columns.start)
+        if start >= piece.columns.stop:
+            continue
+        rows = slice(start - piece.columns.start, None)
+        matrix, out = piece.matrix()[rows], y[:, start - first : piece.columns.stop - first]
         if piece.bias is None:
             torch.mm(x, matrix.T, out=out)
         else:
-            torch.addmm(piece.bias, x, matrix.T, out=out)
+            torch.addmm(piece.bias[rows], x, matrix.T, out=out)
     if adapted:
-        for columns, inner, up, scale in zip(linears.outputs, linears.inner, linears.ups, linears.scales, strict=True):
+        layers = list(zip(linears.outputs, linears.inner, linears.ups, linears.scales, strict=True))
+        for columns, inner, up, scale in layers[skip:]:
             if up is not None:
-                y[:, columns].addmm_(y[:, inner], up.T, alpha=scale)
+                out = y[:, columns.start - first : columns.stop - first]
+                out.addmm_(y[:, inner.start - first : inner.stop - first], up.T, alpha=scale)
     return y
 
 

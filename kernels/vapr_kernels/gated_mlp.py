@@ -58,11 +58,13 @@ class _GatedMlp(torch.autograd.Function):
             act = gated(both[:, gate], both[:, up])
             of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
             return (*[None] * (8 + split), *of_down)
-        dboth, act = gated_bwd(dgated, both[:, gate], both[:, up], gate_up.num_columns)
-        of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
-        del dgated, act, dy
-        dnormed = input_gradient(dboth, gate_up, adapted=adapted, with_dx=with_dnormed)
-        of_gate_up = gradients(dboth, normed, both[:, gate_up.num_outputs :], gate_up, needed[:split], adapted=adapted)
+        # Gradients take the places of what they are gradients of, which are the widest tensors of a layer.
+        gated_bwd(dgated, both[:, gate], both[:, up])
+        of_down = gradients(dy, dgated, inner, down, needed[split:], adapted=adapted)
+        del dgated, dy
+        inner = both[:, gate_up.num_outputs :].clone()
+        dnormed = input_gradient(both, gate_up, adapted=adapted, with_dx=with_dnormed)
+        of_gate_up = gradients(both, normed, inner, gate_up, needed[:split], adapted=adapted)
         dx, dweight = dtotal, None
         if dnormed is not None:
             dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)

@@ -4,7 +4,7 @@ T = packed tokens, K = gathered rows, L = predictions, M = predictions counted o
 D = hidden, V = vocabulary, I = intermediate size, H = heads, G = key heads, E = head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,6 +132,16 @@ def normed_linears(
     """Return the sum with the residual, and linear layers of its norm."""
     total = x if residual is None else x + residual
     return total, tuple(linears(rms_norm(total, weight, eps), layers, adapted=adapted))
+
+
+def normed_attention(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, qkv: "Linears", output: "Linears",
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, adapted: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the projection of what ``attend`` makes of queries, keys and values of the norm of a sum, and the sum."""
+    total, (q, k, v) = normed_linears(x, residual, weight, eps, qkv, adapted=adapted)
+    (out,) = linears(attend(q, k, v), output, adapted=adapted)
+    return out, total
 
 
 def gated_mlp(

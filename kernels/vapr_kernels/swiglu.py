@@ -102,7 +102,7 @@ def swiglu_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tenso
     _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, out, width, *strides, BLOCK_I=BLOCK_I, num_warps=NUM_WARPS)
 
 
-def _torch_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out: Tensor | None = None) -> None:
+def _torch_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Do what the kernel does, on a CPU in as few passes as PyTorch's operations allow."""
     accumulate = torch.promote_types(gate.dtype, torch.float32)
     dout, gate, up = (x.to(accumulate) for x in (dout, gate, up))
@@ -113,8 +113,6 @@ def _torch_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tenso
     else:
         dup.copy_(dout * act)
         dgate.copy_(torch.ops.aten.silu_backward(dout * up, gate))
-    if out is not None:
-        out.copy_(act.mul_(up))
 
 
 @torch.library.custom_op("vapr::swiglu", mutates_args=())
@@ -142,17 +140,27 @@ def _(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@torch.library.custom_op("vapr::swiglu_bwd_joint", mutates_args=())
-def _swiglu_bwd_joint(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    width = gate.shape[1]
-    both, out = gate.new_empty(len(gate), num_columns), gate.new_empty(gate.shape)
-    _bwd(gate)(dout, gate, up, both[:, :width], both[:, width : 2 * width], out)
-    return both, out
+@torch.library.custom_op("vapr::swiglu_bwd_in_place", mutates_args=("dout", "gate", "up"))
+def _swiglu_bwd_in_place(dout: Tensor, gate: Tensor, up: Tensor) -> None:
+    if launch.runs_triton(gate):
+        swiglu_bwd(dout, gate, up, gate, up, dout)
+        return
+    accumulate = torch.promote_types(gate.dtype, torch.float32)
+    wide_gate, wide_up, wide_dout = (x.to(accumulate) for x in (gate, up, dout))
+    act = F.silu(wide_gate)
+    dact = wide_dout * wide_up
+    if gate.dtype == accumulate:
+        torch.ops.aten.silu_backward.grad_input(dact, gate, grad_input=gate)
+    else:
+        gate.copy_(torch.ops.aten.silu_backward(dact, wide_gate))
+    dup = torch.mul(wide_dout, act, out=dact)
+    dout.copy_(act.mul_(wide_up))
+    up.copy_(dup)
 
 
-@_swiglu_bwd_joint.register_fake
-def _(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(len(gate), num_columns), gate.new_empty(gate.shape)
+@_swiglu_bwd_in_place.register_fake
+def _(dout: Tensor, gate: Tensor, up: Tensor) -> None:
+    return None
 
 
 def _bwd(gate: Tensor) -> Callable[..., None]:
@@ -167,12 +175,12 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
-def gated_bwd(dout: Tensor, gate: Tensor, up: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up beside one another, and the output again, (T, I).
+def gated_bwd(dout: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Write the gradients of gate and up in their places, and the output again in that of ``dout``, (T, I) each.
 
-    The gradients are the first columns of (T, num_columns); the others are the caller's to write.
+    Autograd sees the writes, so that a second backward pass over the same graph is an error.
     """
-    return _swiglu_bwd_joint(dout, gate, up, num_columns)
+    _swiglu_bwd_in_place(dout, gate, up)
 
 
 def _setup_context(ctx, inputs, output) -> None:

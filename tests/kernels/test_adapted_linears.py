@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vapr_kernels import gated_mlp, naive, normed_linears
+from vapr_kernels import gated_mlp, naive, normed_attention, normed_linears
 from vapr_kernels.adapted_linears import Linears, Piece
 
 EPS = 1e-5
@@ -85,6 +85,28 @@ def test_normed_linears(ranks, bias, trained, joint, with_residual):
     compare((*outs, total), (*right, right_total), (x, residual, weight, *layers.parameters))
 
 
+def attend(q, k, v):
+    """Every query attends to all keys, in heads of 2; two heads share keys."""
+    q, k, v = (x.unflatten(-1, (-1, 2)) for x in (q, k, v))
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    return torch.einsum("qhk,khe->qhe", torch.einsum("qhe,khe->qhk", q, k).softmax(-1), v).flatten(1)
+
+
+@CASES
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "first"])
+def test_normed_attention(ranks, bias, trained, joint, recompute, with_residual):
+    torch.manual_seed(0)
+    x, weight = rows(7, 6), torch.randn(6, dtype=torch.float64).requires_grad_(trained)
+    residual = rows(7, 6) if with_residual else None
+    qkv = linears(6, (8, 4, 4), ranks, joint=joint, bias=bias, trained=trained)
+    output = linears(8, (6,), ranks[2:], joint=joint, trained=trained)
+    got = normed_attention(x, residual, weight, EPS, qkv, output, attend, recompute=recompute)
+    right = naive.normed_attention(x, residual, weight, EPS, qkv, output, attend)
+    compare(got, right, (x, residual, weight, *qkv.parameters, *output.parameters))
+
+
 @CASES
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
@@ -157,3 +179,27 @@ def test_what_is_kept():
     assert keep(True) == 4 * (T * (D + 1 + R) + D)
     qkv = linears(D, (D, D, D), (R, R, R), joint=True, dtype=torch.float32)
     assert saved_bytes(lambda: normed_linears(x, residual, weight, EPS, qkv)) == 4 * (T * (D + 1 + 3 * R) + D)
+
+
+def test_what_attention_keeps():
+    """The sum and the queries (2 D), and one number a row; neither keys and values nor what attention returns."""
+    T, D, R = 64, 32, 2
+    torch.manual_seed(0)
+    x, residual, weight = rows(T, D, torch.float32), rows(T, D, torch.float32), torch.randn(D)
+    qkv = linears(D, (D, D // 2, D // 2), (R, R, R), joint=True, dtype=torch.float32)
+    output = linears(D, (D,), (R,), joint=True, dtype=torch.float32)
+    keep = lambda recompute: saved_bytes(
+        lambda: normed_attention(x, residual, weight, EPS, qkv, output, attend, recompute=recompute)
+    )
+    assert keep(False) == 4 * (T * (2 * D + 1) + D)
+    assert keep(True) == 4 * (T * (D + 1) + D)
+
+
+def test_a_second_backward_pass_is_an_error():
+    """The first one writes over gate and up."""
+    torch.manual_seed(0)
+    gate_up, down = linears(6, (9, 9), (2, 2), joint=True), linears(9, (6,), (2,), joint=True)
+    out, _ = gated_mlp(rows(7, 6), rows(7, 6), torch.randn(6, dtype=torch.float64), EPS, gate_up, down)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

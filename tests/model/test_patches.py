@@ -193,7 +193,7 @@ def test_launches_and_the_last_layer(tiny, photo_pairs, device, monkeypatch):
     batch = pack([processor.tokenize_pair(next(pair for pair in photo_pairs if not pair.images))])
     rows: dict[str, list[int]] = {}
     for module, name in (
-        (decoder_module, "normed_linears"), (decoder_module, "gated_mlp"), (patches, "add_rms_norm"), (patches, "rms_norm"), (patches, "swiglu"),
+        (decoder_module, "normed_attention"), (decoder_module, "normed_linears"), (decoder_module, "gated_mlp"), (patches, "add_rms_norm"), (patches, "rms_norm"), (patches, "swiglu"),
         (attention, "rotate"), (attention, "gather_keys_values"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, functools.partial(_counted, getattr(module, name), rows.setdefault(name, [])))
@@ -202,7 +202,12 @@ def test_launches_and_the_last_layer(tiny, photo_pairs, device, monkeypatch):
     queries = len(batch.last_queries.tokens)
     assert few <= queries < every
     assert rows == {
-        "normed_linears": [*[every] * num_layers, queries],  # of the last layer keys and values, then queries
+        "normed_attention": [every] * (num_layers - 1) if policy.kernels else [],
+        "normed_linears": [
+            *[every] * (0 if policy.kernels else num_layers - 1),
+            every,
+            queries,
+        ],  # the last layer's keys and values, then queries
         "gated_mlp": [*[every] * (num_layers - 1), few],
         "add_rms_norm": [few],  # the last norm
         "rms_norm": [],

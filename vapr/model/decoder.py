@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vapr.batches.packing import LastQueries, PackedBatch
-from vapr_kernels import gated_mlp, normed_linears
+from vapr_kernels import gated_mlp, normed_attention, normed_linears
 
 Attend = Callable[..., Tensor]
 
@@ -109,11 +109,35 @@ def decoder_layer(
     joint = layer.joint is not None
     attend_part, mlp_part = (joint_attention, joint_mlp) if joint else (plain_attention, plain_mlp)
     again = checkpointing == "attention"
-    attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
-    update = layer.self_attn.o_proj(attended)
+    if joint and kernels and only is None:
+        update, x = whole_attention(layer, stream.x, stream.update, tables, attend, again=again)
+    else:
+        attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
+        update = layer.self_attn.o_proj(attended)
     if only is not None:
         x = x.index_select(0, only.tokens.index_select(0, only.predicting))
     return Stream(*mlp_part(layer, update, x, kernels, again=checkpointing == "mlp"))
+
+
+def whole_attention(
+    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend, *, again: bool
+) -> tuple[Tensor, Tensor]:
+    """Add, norm, project, attend and project again in one function: (T, D) -> (T, D), and the sum.
+
+    Its backward pass attends again, which a GPU does in a small part of a layer's time. A CPU's attention is slower
+    beside its products, and keeps as little as this, so there :func:`joint_attention` runs.
+    """
+    attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
+
+    def attended(*heads: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in heads)
+        return attend(q, k, v, scale=attention.scaling, rotary=tables).flatten(1)
+
+    first, residual = (x, None) if update is None else (update, x)
+    return normed_attention(
+        first, residual, norm.weight, norm.variance_epsilon, joint.qkv.now(), joint.output.now(), attended,
+        adapted=joint.qkv.adapted or joint.output.adapted, recompute=again,
+    )  # fmt: skip
 
 
 def joint_attention(

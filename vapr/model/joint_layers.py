@@ -58,6 +58,7 @@ class JointDecoderLayer:
     qkv: JointLayers | None
     q: JointLayers | None
     kv: JointLayers | None
+    output: JointLayers
     gate_up: JointLayers
     down: JointLayers
 
@@ -69,14 +70,15 @@ class JointDecoderLayer:
             return None
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         groups = ([q], [k, v]) if is_last else ([q, k, v],)
-        parts = [join(group) for group in (*groups, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
+        others = ([attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+        parts = [join(group) for group in (*groups, *others)]
         if any(part is None for part in parts):
             return None
-        *attending, gate_up, down = parts
-        assert gate_up is not None and down is not None
+        *attending, output, gate_up, down = parts
+        assert output is not None and gate_up is not None and down is not None
         if is_last:
-            return cls(None, attending[0], attending[1], gate_up, down)
-        return cls(attending[0], None, None, gate_up, down)
+            return cls(None, attending[0], attending[1], output, gate_up, down)
+        return cls(attending[0], None, None, output, gate_up, down)
 
 
 def part(layers: Iterable[Any]) -> None:
