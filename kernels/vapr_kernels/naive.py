@@ -136,7 +136,7 @@ def normed_linears(
 
 def normed_attention(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, qkv: "Linears", output: "Linears",
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, adapted: bool = True,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], learned: tuple[Tensor, ...] = (), *, adapted: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the projection of what ``attend`` makes of queries, keys and values of the norm of a sum, and the sum."""
     total, (q, k, v) = normed_linears(x, residual, weight, eps, qkv, adapted=adapted)

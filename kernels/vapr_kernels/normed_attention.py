@@ -26,14 +26,14 @@ class _NormedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, qkv: Linears, output: Linears,
-        attend: Attend, adapted: bool, recompute: bool, *parameters: Tensor | None,
+        attend: Attend, learned: tuple[Tensor, ...], adapted: bool, recompute: bool, *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         normed, total, rstd = norm_fwd(x, residual, weight, eps)
         y = project(normed, qkv, adapted=adapted)
         q, k, v = (y[:, columns] for columns in qkv.outputs)
         out = project(attend(q, k, v), output, adapted=adapted)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.qkv, ctx.output, ctx.attend, ctx.adapted = eps, qkv, output, attend, adapted
+        ctx.eps, ctx.qkv, ctx.output, ctx.attend, ctx.learned, ctx.adapted = eps, qkv, output, attend, learned, adapted
         ctx.save_for_backward(total, rstd, weight, None if recompute else q.clone())  # not a view, which would keep y
         return out[:, : output.num_outputs], None if residual is None else total
 
@@ -42,9 +42,9 @@ class _NormedAttention(torch.autograd.Function):
         total, rstd, weight, q = ctx.saved_tensors
         qkv, output, adapted = ctx.qkv, ctx.output, ctx.adapted
         needs_x, needs_residual, needs_weight, *_ = ctx.needs_input_grad
-        needed = ctx.needs_input_grad[9:]
+        needed = ctx.needs_input_grad[10:]
         if dout is None:
-            return (dtotal if needs_x else None, dtotal if needs_residual else None, *[None] * (7 + len(needed)))
+            return (dtotal if needs_x else None, dtotal if needs_residual else None, *[None] * (8 + len(needed)))
         normed = normed_again(total, rstd, weight, ctx.eps)
         y = project(normed, qkv, adapted=adapted, skip=0 if q is None else 1)
         *heads, inner = y.split([*qkv.widths[0 if q is None else 1 :], sum(qkv.ranks)], dim=1)
@@ -55,9 +55,11 @@ class _NormedAttention(torch.autograd.Function):
         dy[:, : output.num_outputs] = dout
         dattended = input_gradient(dy, output, adapted=adapted, with_dx=True)
         of_attended = project(attended.detach(), output, adapted=False, skip=1)
-        split = len(qkv.parameters)
-        of_output = gradients(dy, attended.detach(), of_attended, output, needed[split:], adapted=adapted)
-        dheads = torch.autograd.grad(attended, heads, dattended)
+        split, last = len(qkv.parameters), len(needed) - len(ctx.learned)
+        of_output = gradients(dy, attended.detach(), of_attended, output, needed[split:last], adapted=adapted)
+        learned = [x for x, need in zip(ctx.learned, needed[last:], strict=True) if need]
+        found = torch.autograd.grad(attended, [*heads, *learned], dattended)
+        dheads, of_learned = found[:3], iter(found[3:])
         del attended, dattended, dy
         dy = dout.new_empty(len(dout), qkv.num_columns)
         for columns, dhead in zip(qkv.outputs, dheads, strict=True):
@@ -68,12 +70,20 @@ class _NormedAttention(torch.autograd.Function):
         dx, dweight = dtotal, None
         if dnormed is not None:
             dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
-        return (dx if needs_x else None, dx if needs_residual else None, dweight, *[None] * 6, *of_qkv, *of_output)
+        return (
+            dx if needs_x else None,
+            dx if needs_residual else None,
+            dweight,
+            *[None] * 7,
+            *of_qkv,
+            *of_output,
+            *(next(of_learned) if need else None for need in needed[last:]),
+        )
 
 
 def normed_attention(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, qkv: Linears, output: Linears, attend: Attend, *,
-    adapted: bool = True, recompute: bool = False,
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, qkv: Linears, output: Linears, attend: Attend,
+    learned: tuple[Tensor, ...] = (), *, adapted: bool = True, recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm rows (their sum with a residual), attend, and project what attention returns.
 
@@ -82,12 +92,15 @@ def normed_attention(
         weight: of the norm, shape (D,). eps: added to the mean square.
         qkv: three layers, queries first. output: one layer (D, W).
         attend: takes queries (T, W), keys and values, and returns (T, W); called once in each direction.
+        learned: what ``attend`` reads beside them and may be trained, such as norms of heads.
         adapted: whether adapters run.
         recompute: keep no queries either; the backward pass computes them again.
 
     Returns:
         The output, (T, D), and ``x + residual`` (``x`` where there is none), differentiable in all that was given.
     """
-    parameters = (*qkv.parameters, *output.parameters)
-    out, total = _NormedAttention.apply(x, residual, weight, eps, qkv, output, attend, adapted, recompute, *parameters)
+    parameters = (*qkv.parameters, *output.parameters, *learned)
+    out, total = _NormedAttention.apply(
+        x, residual, weight, eps, qkv, output, attend, learned, adapted, recompute, *parameters
+    )
     return out, x if residual is None else total

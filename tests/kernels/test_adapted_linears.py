@@ -102,9 +102,11 @@ def test_normed_attention(ranks, bias, trained, joint, recompute, with_residual)
     residual = rows(7, 6) if with_residual else None
     qkv = linears(6, (8, 4, 4), ranks, joint=joint, bias=bias, trained=trained)
     output = linears(8, (6,), ranks[2:], joint=joint, trained=trained)
-    got = normed_attention(x, residual, weight, EPS, qkv, output, attend, recompute=recompute)
-    right = naive.normed_attention(x, residual, weight, EPS, qkv, output, attend)
-    compare(got, right, (x, residual, weight, *qkv.parameters, *output.parameters))
+    temperature = torch.rand(8, dtype=torch.float64).requires_grad_(trained)
+    cooled = lambda q, k, v: attend(q * temperature, k, v)
+    got = normed_attention(x, residual, weight, EPS, qkv, output, cooled, (temperature,), recompute=recompute)
+    right = naive.normed_attention(x, residual, weight, EPS, qkv, output, cooled)
+    compare(got, right, (x, residual, weight, temperature, *qkv.parameters, *output.parameters))
 
 
 @CASES
