@@ -37,6 +37,7 @@ class PairTable:
     identities: np.ndarray  # (P,) equal for pairs of the same images, prompt and rejected text
     num_images: int  # distinct ones
     with_images: np.ndarray  # (P,) bool
+    with_other_images: np.ndarray  # (P,) bool: the rejected side has images of its own
     missing_images: np.ndarray  # (P,) bool: the file of an image is not there
     categories: np.ndarray  # (P,) text
     sources: np.ndarray  # (P,) text
@@ -97,7 +98,7 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
 TEXTS = ("categories", "sources")
 COLUMNS = (
     "numbers", "characters", "distance", "polarity", "questions", "identities", "with_images",
-    "missing_images", *TEXTS,
+    "with_other_images", "missing_images", *TEXTS,
 )  # fmt: skip
 
 
@@ -146,6 +147,7 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
         "questions": _hash(*images, prompt),
         "identities": _hash(*images, *other_images, prompt, rejected.encode()),
         "with_images": bool(images),
+        "with_other_images": bool(pair.rejected_images),
         "missing_images": any(
             isinstance(image, Path) and not image.is_file() for image in (*pair.images, *(pair.rejected_images or ()))
         ),

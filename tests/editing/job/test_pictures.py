@@ -221,6 +221,15 @@ def test_the_card_says_what_the_pairs_are(source, tmp_path):
     assert "edited to carry" not in card
 
 
+def test_the_audit_says_by_kind_how_much_changed(source, tmp_path):
+    job(source, tmp_path / "out", "mask", "other")
+    result = CliRunner().invoke(main, ["audit", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    [one] = json.loads(result.stdout)["sets"].values()
+    assert set(one["pictures"]["kinds"]) == {"mask", "other-picture"}
+    assert one["pictures"]["kinds"]["mask"]["changed"]["median"] == pytest.approx(320 / 3072, rel=0.2)
+
+
 def test_the_pairs_are_read_and_trained_on(source, tmp_path, make_config, tiny):
     from vapr.training import trainer
 
