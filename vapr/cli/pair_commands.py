@@ -133,9 +133,11 @@ def view(source: str, out: Path, sample: int | None, seed: int, rows: dict[str, 
 @click.command()
 @click.argument("source")
 @click.option(
-    "--to", required=True, help="Format: vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
-)
-@click.option("--out", required=True, type=A_PATH, help="New file: .jsonl, .json or .parquet.")
+    "--to", required=True,
+    help="Format: vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v; label-studio or "
+    "argilla: tasks for people.",
+)  # fmt: skip
+@click.option("--out", required=True, type=A_PATH, help="New file: .jsonl, .json or .parquet; for argilla a folder.")
 @pair_options
 @bad_row_option
 @json_option
@@ -153,6 +155,8 @@ def convert(source: str, to: str, out: Path, rows: dict[str, Any], on_bad_row: s
     click.echo(f"wrote      {out} ({result['written']:,} pairs, format {to})")
     if result["images"]:
         click.echo(f"images     {result['images']:,} files written beside it")
+    for line in result.get("next", ()):
+        click.echo(f"next       {line}")
     for key, count in result["lost"].items():
         click.echo(f"lost       '{key}' of {count:,} pairs, which {to} has no place for")
     if result["skipped"]:
