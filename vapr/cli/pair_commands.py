@@ -41,6 +41,10 @@ from vapr.errors import UserError
 @click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
 @click.option("--verdicts", type=A_PATH, help="Verdicts exported by vapr view; pairs they drop are taken out.")
 @click.option(
+    "--push-to", metavar="NAMESPACE/NAME",
+    help="Put the finished pairs with pictures and card into this data set of the hub; a new one is private.",
+)  # fmt: skip
+@click.option(
     "--gpu-price", "price_per_gpu_hour", type=click.FloatRange(min=0),
     help="Price of a GPU-hour, to estimate what the rest costs.",
 )  # fmt: skip

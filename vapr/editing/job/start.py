@@ -31,6 +31,7 @@ class Start:
     ray: bool = False
     price_per_gpu_hour: float | None = None
     verdicts: Path | None = None
+    push_to: str | None = None
 
     @property
     def loaded_models(self) -> list[str]:

@@ -32,7 +32,7 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
         UserError: if there is nothing to edit in those rows, and for everything that a job is stopped by.
         Stopped: after a signal.
     """
-    if given := [name for name in ("target", "retry_failed", "ray", "verdicts") if getattr(start, name)]:
+    if given := [name for name in ("target", "retry_failed", "ray", "verdicts", "push_to") if getattr(start, name)]:
         raise UserError(f"--limit: a trial has no --{given[0].replace('_', '-')}; leave one of them out")
     with stopped_at_once(lambda: "a trial keeps nothing"):
         data = InstructionData(start.source, start.config.source)
