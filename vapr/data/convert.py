@@ -200,8 +200,10 @@ def _content(image: Path | bytes) -> dict[str, Any]:
 
 
 def _bytes_of(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
     try:
-        return image if isinstance(image, bytes) else fetched(image).read_bytes()
+        return fetched(image).read_bytes()
     except OSError as error:
         raise BadRow(f"image '{image}' cannot be read ({error.strerror})") from None
 

@@ -44,7 +44,6 @@ class FakeHub:
                 self.wfile.write(body)
 
             def do_GET(self) -> None:
-                hub.tokens.add(self.headers.get("Authorization"))
                 if not hub.exists:
                     self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
                 elif "/tree/" in self.path:
@@ -70,6 +69,7 @@ class FakeHub:
                 elif hub.status != 200:
                     self.reply({"error": "no"}, hub.status)
                 else:
+                    hub.tokens.add(self.headers.get("Authorization"))
                     for line in map(json.loads, body.splitlines()):
                         if line["key"] == "file":
                             hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
