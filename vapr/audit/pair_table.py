@@ -144,7 +144,7 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
         "characters": (len(chosen), len(rejected)),
         "distance": edit_distance(words(chosen), words(rejected)),
         "polarity": (_says(chosen), _says(rejected)),
-        "questions": _hash(*images, prompt),
+        "questions": questions_hash(pair),
         "identities": _hash(*images, *other_images, prompt, rejected.encode()),
         "with_images": bool(images),
         "with_other_images": bool(pair.rejected_images),
@@ -154,6 +154,11 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
         "categories": _printable(pair.category or NO_CATEGORY),
         "sources": _printable(_source(pairs, number, pair)),
     }
+
+
+def questions_hash(pair: PreferencePair) -> int:
+    """Return a number that is equal for pairs of the same images and prompt."""
+    return _hash(*map(_image_key, pair.images), _prompt(pair))
 
 
 def _prompt(pair: PreferencePair) -> bytes:

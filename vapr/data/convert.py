@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from vapr.errors import BadRow, UserError
 from vapr.progress import Display
 
 
-def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def convert(
+    pairs: Pairs, to: str, out: Path, *, leave_out: Collection[int] = (), quiet: bool = False
+) -> dict[str, Any]:
     """Write every pair to ``out``, whole or not at all.
 
     Image paths are written relative to ``out``'s folder where they lie below it, else absolute. Images that were bytes
@@ -41,6 +43,7 @@ def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[st
         pairs: what to write; bad rows are errors, or skipped if the pairs say so.
         to: one of :data:`vapr.data.writers.WRITER_NAMES`, or of :data:`vapr.data.annotation.TOOLS`.
         out: a new file, whose suffix decides between jsonl, json and parquet; for Argilla, a new folder.
+        leave_out: rows that are not written.
         quiet: show no progress.
 
     Returns:
@@ -50,14 +53,7 @@ def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[st
     Raises:
         UserError: if ``out`` exists or has the wrong suffix, or a pair cannot be expressed.
     """
-    if to not in (*WRITER_NAMES, *TOOLS):
-        raise UserError(f"--to {to}: unknown format; vapr writes {', '.join((*WRITER_NAMES, *TOOLS))}")
-    suffixes = TOOLS[to] if to in TOOLS else WRITERS[to].suffixes
-    if out.suffix not in suffixes:
-        written_as = " or ".join(suffixes) if any(suffixes) else "a folder; give a name without a suffix"
-        raise UserError(f"{out}: {to} is written as {written_as}")
-    if out.exists() and not (to == ARGILLA and out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: already exists; give a new file with --out")
+    check_target(to, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,7 +67,7 @@ def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[st
         raise UserError(f"{there}: already exists; give a new name with --out")
     with _Images(out, read_files=to == "rlaif-v") as images:
         make_row = _row_of(to, asked, out, images)
-        lost, written = _write_all(pairs, to, out, make_row, quiet)
+        lost, written = _write_all(pairs, to, out, make_row, leave_out, quiet)
         if not written:
             out.unlink()
             raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
@@ -80,6 +76,22 @@ def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[st
         write_layout(layout)
     counts = {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
     return counts | ({"next": next_steps(to, out)} if to in TOOLS else {})
+
+
+def check_target(to: str, out: Path) -> None:
+    """Check a format and where it is to be written.
+
+    Raises:
+        UserError: if ``out`` exists, has the wrong suffix, or the format is unknown.
+    """
+    if to not in (*WRITER_NAMES, *TOOLS):
+        raise UserError(f"--to {to}: unknown format; vapr writes {', '.join((*WRITER_NAMES, *TOOLS))}")
+    suffixes = TOOLS[to] if to in TOOLS else WRITERS[to].suffixes
+    if out.suffix not in suffixes:
+        written_as = " or ".join(suffixes) if any(suffixes) else "a folder; give a name without a suffix"
+        raise UserError(f"{out}: {to} is written as {written_as}")
+    if out.exists() and not (to == ARGILLA and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: already exists; give a new file with --out")
 
 
 def _first_asked(pairs: Pairs) -> Asked:
@@ -101,7 +113,12 @@ def _row_of(to: str, asked: Asked | None, out: Path, images: "_Images") -> Calla
 
 
 def _write_all(
-    pairs: Pairs, to: str, out: Path, make_row: Callable[[PreferencePair], dict[str, Any]], quiet: bool
+    pairs: Pairs,
+    to: str,
+    out: Path,
+    make_row: Callable[[PreferencePair], dict[str, Any]],
+    leave_out: Collection[int],
+    quiet: bool,
 ) -> tuple[Counter[str], int]:
     """Write every pair; return how many pairs lost which key, and how many were written."""
     lost: Counter[str] = Counter()
@@ -109,6 +126,8 @@ def _write_all(
     with _sink(out, to) as write, Display("convert", len(pairs), unit="row", quiet=quiet) as display:
         for number in range(len(pairs)):
             display.advance("")
+            if number in leave_out:
+                continue
             pair = pairs.read(number)
             if not isinstance(pair, PreferencePair):
                 continue
