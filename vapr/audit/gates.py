@@ -17,6 +17,7 @@ BALANCE = (48.0, 52.0)
 LENGTH_GAP = 1.0
 DUPLICATES = 1.0
 IMAGE_GAP = 15.0
+PICTURE_WARNING = 60.0
 
 POINTS_BEYOND = 10.0
 LENGTH_GAP_BEYOND = 4.0
@@ -43,6 +44,8 @@ def judge(result: Mapping[str, Any]) -> list[Gate]:
         _polarity(result),
         _duplicates(result["duplicates"]),
     ]
+    if result["pictures"] is not None:
+        gates.append(_pictures(result["pictures"]))
     if result["model"] is not None:
         gates.append(_image_gap(result["model"]))
     return gates
@@ -68,6 +71,19 @@ def _probe(name: str, figures: Mapping[str, Any], warning: float, failing: float
         why = f"above {warning:g} %" if sure else f"above {warning:g} %, but the interval reaches below it"
         return _gate(name, "warn", value, interval, limit, why)
     return _passed(name, value, interval, limit, (-math.inf, warning + POINTS_BEYOND))
+
+
+def _pictures(pictures: Mapping[str, Any]) -> Gate:
+    """Judge what rejected pictures give away. It never fails: mDPO itself compares with cut-out pictures."""
+    name, limit = "picture probe", f"at most {PICTURE_WARNING:g} %, never fails"
+    if pictures["probe"] is None:
+        return _not_measured(name, limit, f"no picture can be read; the first: {pictures['first_unreadable']}")
+    value, interval = pictures["probe"]["accuracy"], pictures["probe"]["interval"]
+    if value is None:
+        return _not_measured(name, limit, pictures["probe"]["why"])
+    if value > PICTURE_WARNING:
+        return _gate(name, "warn", value, interval, limit, "a rejected picture gives itself away, whatever it shows")
+    return _passed(name, value, interval, limit, (-math.inf, PICTURE_WARNING + POINTS_BEYOND))
 
 
 def _passed(name: str, value: float, interval: Any, limit: str, within: tuple[float, float]) -> Gate:

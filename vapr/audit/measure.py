@@ -11,6 +11,7 @@ import numpy as np
 from vapr.audit.gates import judge
 from vapr.audit.near_duplicates import near_duplicates, repeated
 from vapr.audit.pair_table import SAYS, PairTable, answer_text, question, read_table
+from vapr.audit.pictures import measure_pictures
 from vapr.audit.text_probes import FOLDS, in_two_pairs, ngram_differences, probe, require_scikit_learn
 from vapr.data.pairs import Pairs
 from vapr.errors import UserError
@@ -98,6 +99,7 @@ def _set_result(pairs: Pairs, table: PairTable, scores: Any, seed: int) -> dict[
             "sources": _parts(table, table.sources, figures),
             "duplicates": _duplicates(pairs, table),
             "near_duplicates": _near_duplicates(pairs, table),
+            "pictures": measure_pictures(pairs, table, seed),
             "model": scores.summary(seed) if scores is not None else None,
         }
 

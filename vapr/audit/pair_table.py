@@ -37,6 +37,7 @@ class PairTable:
     identities: np.ndarray  # (P,) equal for pairs of the same images, prompt and rejected text
     num_images: int  # distinct ones
     with_images: np.ndarray  # (P,) bool
+    with_other_images: np.ndarray  # (P,) bool: the rejected side has images of its own
     missing_images: np.ndarray  # (P,) bool: the file of an image is not there
     categories: np.ndarray  # (P,) text
     sources: np.ndarray  # (P,) text
@@ -97,7 +98,7 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
 TEXTS = ("categories", "sources")
 COLUMNS = (
     "numbers", "characters", "distance", "polarity", "questions", "identities", "with_images",
-    "missing_images", *TEXTS,
+    "with_other_images", "missing_images", *TEXTS,
 )  # fmt: skip
 
 
@@ -143,15 +144,21 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
         "characters": (len(chosen), len(rejected)),
         "distance": edit_distance(words(chosen), words(rejected)),
         "polarity": (_says(chosen), _says(rejected)),
-        "questions": _hash(*images, prompt),
+        "questions": questions_hash(pair),
         "identities": _hash(*images, *other_images, prompt, rejected.encode()),
         "with_images": bool(images),
+        "with_other_images": bool(pair.rejected_images),
         "missing_images": any(
             isinstance(image, Path) and not image.is_file() for image in (*pair.images, *(pair.rejected_images or ()))
         ),
         "categories": _printable(pair.category or NO_CATEGORY),
         "sources": _printable(_source(pairs, number, pair)),
     }
+
+
+def questions_hash(pair: PreferencePair) -> int:
+    """Return a number that is equal for pairs of the same images and prompt."""
+    return _hash(*map(_image_key, pair.images), _prompt(pair))
 
 
 def _prompt(pair: PreferencePair) -> bytes:

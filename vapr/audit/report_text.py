@@ -15,6 +15,7 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", TOO_SMALL: "cy
 SHOWN_NGRAMS = 8
 
 PART_COLUMNS = ("", "pairs", "rejected longer", "length gap", "distance", "surface", "n-grams", "yes chosen")
+KIND_COLUMNS = ("", "pairs", "share", "of the picture changed", "told by the picture alone")
 MODEL_COLUMNS = ("with image", "blind")
 
 
@@ -39,6 +40,11 @@ def show(result: Result) -> None:
         for title, parts in (("category", one["categories"]), ("source", one["sources"])):
             if parts:
                 console.print(text_table(*part_rows(parts), title=f"{name}, by {title}"))
+        if pictures := one["pictures"]:
+            console.print(text_table(*kind_rows(pictures["kinds"]), title=f"{name}, rejected_images by category"))
+            if top := (pictures["probe"] or {}).get("top"):
+                told = ", ".join(entry["feature"] for entry in top["rejected"][:SHOWN_NGRAMS]) or "nothing"
+                console.print(f"{name}: rejected pictures have more of: {told}", markup=False)
         if top := one["overall"]["ngrams"].get("top"):
             for side in ("chosen", "rejected"):
                 told = ", ".join(repr(entry["feature"]) for entry in top[side][:SHOWN_NGRAMS]) or "nothing"
@@ -85,9 +91,17 @@ def summary(one: Result) -> list[Row]:
         Row("AUC, surface / n-grams", f"{_auc(overall['surface'])} / {_auc(overall['ngrams'])}"),
         Row("near-duplicate rejected", _near(one["near_duplicates"])),
     ]
+    if one["pictures"] is not None:
+        rows.append(Row("pairs with rejected_images", _pictures(one["pictures"])))
     if one["model"] is not None:
         rows += _model_rows(one["model"])
     return rows
+
+
+def _pictures(pictures: Result) -> str:
+    seen = f" ({pictures['seen']:,} seen)" if pictures["seen"] < pictures["pairs"] else ""
+    unreadable = pictures["unreadable"]
+    return f"{pictures['pairs']:,}{seen}" + (f", {unreadable:,} unreadable" if unreadable else "")
 
 
 def _without_images(one: Result) -> str:
@@ -177,6 +191,16 @@ def _part_row(name: str, part: Result, width: int) -> list[str]:
     if "model" in part:
         cells += [estimate(part["model"][view]["accuracy"]) for view in ("with_image", "blind")]
     return cells
+
+
+def kind_rows(kinds: Mapping[str, Result]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return column heads and rows of the table of pairs with ``rejected_images``, by category."""
+    rows = []
+    for name, kind in kinds.items():
+        changed = kind["changed"]
+        spread = f"{changed['median']:.1%} ({changed['p5']:.1%} to {changed['p95']:.1%})"
+        rows.append([name, f"{kind['pairs']:,}", f"{kind['percent']:.1f} %", spread, accuracy_text(kind["probe"])])
+    return KIND_COLUMNS, rows
 
 
 def accuracy_text(probe: Result) -> str:

@@ -41,6 +41,10 @@ from vapr.errors import UserError
 @click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
 @click.option("--verdicts", type=A_PATH, help="Verdicts exported by vapr view; pairs they drop are taken out.")
 @click.option(
+    "--push-to", metavar="NAMESPACE/NAME",
+    help="Put the finished pairs with pictures and card into this data set of the hub; a new one is private.",
+)  # fmt: skip
+@click.option(
     "--gpu-price", "price_per_gpu_hour", type=click.FloatRange(min=0),
     help="Price of a GPU-hour, to estimate what the rest costs.",
 )  # fmt: skip
@@ -133,18 +137,47 @@ def view(source: str, out: Path, sample: int | None, seed: int, rows: dict[str, 
 @click.command()
 @click.argument("source")
 @click.option(
-    "--to", required=True, help="Format: vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v."
-)
-@click.option("--out", required=True, type=A_PATH, help="New file: .jsonl, .json or .parquet.")
+    "--to", required=True,
+    help="Format: vapr, trl, llava, llama-factory, llama-factory-v1, ms-swift, povid or rlaif-v; label-studio or "
+    "argilla: tasks for people.",
+)  # fmt: skip
+@click.option("--out", required=True, type=A_PATH, help="New file: .jsonl, .json or .parquet; for argilla a folder.")
+@click.option(
+    "--drop-near-duplicates", "encoder", metavar="ENCODER",
+    help="Leave out pairs whose text is nearly an earlier one's, by a text encoder (folder or hub id).",
+)  # fmt: skip
+@click.option(
+    "--similarity", type=click.FloatRange(0, 1, min_open=True),
+    help="Cosine from which on texts are nearly the same. [default: 0.95]",
+)  # fmt: skip
 @pair_options
 @bad_row_option
 @json_option
-def convert(source: str, to: str, out: Path, rows: dict[str, Any], on_bad_row: str, as_json: bool) -> None:
+def convert(
+    source: str, to: str, out: Path, encoder: str | None, similarity: float | None, rows: dict[str, Any],
+    on_bad_row: str, as_json: bool,
+) -> None:  # fmt: skip
     """Write the pairs of SOURCE (file, folder, glob or hub id) in another format."""
+    if similarity is not None and encoder is None:
+        raise UserError("--similarity: of near-duplicates, and there is no --drop-near-duplicates")
     from vapr.data import convert, sources
 
     opened = sources.read_pairs(source, **rows, on_bad_row=on_bad_row)
-    result = {"read": opened.formats, **convert.convert(opened, to, out)}
+    convert.check_target(to, out)
+    similarity = similarity or 0.95
+    near = None
+    if encoder is not None:
+        from vapr.audit.embedding_duplicates import near_duplicates_of
+
+        near = near_duplicates_of(opened, encoder, similarity)
+    dropped = {} if near is None else near.duplicate_of
+    result = {"read": opened.formats, **convert.convert(opened, to, out, leave_out=dropped)}
+    if near is not None:
+        examples = [{"row": opened.where(n), "like": opened.where(m), "cosine": c} for n, (m, c) in dropped.items()]
+        result["near_duplicates"] = {
+            "encoder": encoder, "similarity": similarity, "compared": near.compared, "cut": near.cut,
+            "dropped": examples,
+        }  # fmt: skip
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -153,8 +186,17 @@ def convert(source: str, to: str, out: Path, rows: dict[str, Any], on_bad_row: s
     click.echo(f"wrote      {out} ({result['written']:,} pairs, format {to})")
     if result["images"]:
         click.echo(f"images     {result['images']:,} files written beside it")
+    for line in result.get("next", ()):
+        click.echo(f"next       {line}")
     for key, count in result["lost"].items():
         click.echo(f"lost       '{key}' of {count:,} pairs, which {to} has no place for")
+    if near is not None:
+        click.echo(f"compared   {near.compared:,} texts of at least 8 words, by {encoder}")
+        click.echo(f"dropped    {len(dropped):,} near-duplicates, of a cosine of {similarity:g} or more")
+        for example in result["near_duplicates"]["dropped"][:3]:
+            click.echo(f"           {example['row']} is nearly {example['like']} ({example['cosine']:.3f})")
+        if near.cut:
+            click.echo(f"cut        {near.cut:,} texts longer than the encoder reads; their beginnings were compared")
     if result["skipped"]:
         click.echo(f"skipped    {len(result['skipped']):,} rows; the first: {next(iter(result['skipped'].values()))}")
 

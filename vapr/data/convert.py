@@ -6,11 +6,23 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from vapr.cache import written_whole
+from vapr.data.annotation import (
+    ARGILLA,
+    RECORDS,
+    TOOLS,
+    Asked,
+    annotation_row,
+    asked_of,
+    layout_of,
+    local_file_url,
+    next_steps,
+    write_layout,
+)
 from vapr.data.pair import PreferencePair
 from vapr.data.pairs import Pairs
 from vapr.data.remote import fetched, is_remote, url_of
@@ -19,7 +31,9 @@ from vapr.errors import BadRow, UserError
 from vapr.progress import Display
 
 
-def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def convert(
+    pairs: Pairs, to: str, out: Path, *, leave_out: Collection[int] = (), quiet: bool = False
+) -> dict[str, Any]:
     """Write every pair to ``out``, whole or not at all.
 
     Image paths are written relative to ``out``'s folder where they lie below it, else absolute. Images that were bytes
@@ -27,49 +41,98 @@ def convert(pairs: Pairs, to: str, out: Path, *, quiet: bool = False) -> dict[st
 
     Args:
         pairs: what to write; bad rows are errors, or skipped if the pairs say so.
-        to: one of :data:`vapr.data.writers.WRITER_NAMES`.
-        out: a new file; its suffix decides between jsonl, json and parquet.
+        to: one of :data:`vapr.data.writers.WRITER_NAMES`, or of :data:`vapr.data.annotation.TOOLS`.
+        out: a new file, whose suffix decides between jsonl, json and parquet; for Argilla, a new folder.
+        leave_out: rows that are not written.
         quiet: show no progress.
 
     Returns:
-        ``written``, ``skipped`` (reason by place), ``lost`` (how many pairs lost which key) and ``images`` written.
+        ``written``, ``skipped`` (reason by place), ``lost`` (how many pairs lost which key), ``images`` written, and
+        what comes ``next`` with a tool for people.
 
     Raises:
         UserError: if ``out`` exists or has the wrong suffix, or a pair cannot be expressed.
     """
-    if to not in WRITER_NAMES:
-        raise UserError(f"--to {to}: unknown format; vapr writes {', '.join(WRITER_NAMES)}")
-    if out.suffix not in WRITERS[to].suffixes:
-        raise UserError(f"{out}: {to} is written as {' or '.join(WRITERS[to].suffixes)}")
-    if out.exists():
-        raise UserError(f"{out}: already exists; give a new file with --out")
+    check_target(to, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out.parent}: cannot be made a folder ({error.strerror})") from None
     entries = _entries_of_llama_factory(out) if to == "llama-factory" else {}
+    if to == ARGILLA:
+        out = out / RECORDS
+    asked = _first_asked(pairs) if to in TOOLS else None
+    layout = layout_of(to, asked, out) if asked is not None else {}
+    if there := next((file for file in layout if file.exists()), None):
+        raise UserError(f"{there}: already exists; give a new name with --out")
     with _Images(out, read_files=to == "rlaif-v") as images:
-        lost, written = _write_all(pairs, to, out, images, quiet)
+        make_row = _row_of(to, asked, out, images)
+        lost, written = _write_all(pairs, to, out, make_row, leave_out, quiet)
         if not written:
             out.unlink()
             raise UserError(f"{out}: no pair could be written; the first: {next(iter(pairs.skipped.values()))}")
         if to == "llama-factory":
             _describe_for_llama_factory(out, entries)
-    return {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
+        write_layout(layout)
+    counts = {"written": written, "skipped": dict(pairs.skipped), "lost": dict(lost), "images": images.num_written}
+    return counts | ({"next": next_steps(to, out)} if to in TOOLS else {})
 
 
-def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images", quiet: bool) -> tuple[Counter[str], int]:
+def check_target(to: str, out: Path) -> None:
+    """Check a format and where it is to be written.
+
+    Raises:
+        UserError: if ``out`` exists, has the wrong suffix, or the format is unknown.
+    """
+    if to not in (*WRITER_NAMES, *TOOLS):
+        raise UserError(f"--to {to}: unknown format; vapr writes {', '.join((*WRITER_NAMES, *TOOLS))}")
+    suffixes = TOOLS[to] if to in TOOLS else WRITERS[to].suffixes
+    if out.suffix not in suffixes:
+        written_as = " or ".join(suffixes) if any(suffixes) else "a folder; give a name without a suffix"
+        raise UserError(f"{out}: {to} is written as {written_as}")
+    if out.exists() and not (to == ARGILLA and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: already exists; give a new file with --out")
+
+
+def _first_asked(pairs: Pairs) -> Asked:
+    """Return what the first readable pair lets people compare; a layout has room for one of them."""
+    found = (pairs.read(number) for number in range(len(pairs)))
+    return next((asked_of(pair) for pair in found if isinstance(pair, PreferencePair)), "answers")
+
+
+def _row_of(to: str, asked: Asked | None, out: Path, images: "_Images") -> Callable[[PreferencePair], dict[str, Any]]:
+    """Return what makes a row of a pair."""
+    if asked is None:
+        return lambda pair: WRITERS[to].row(pair, images.names)
+    if to == ARGILLA:  # its client opens files wherever it is started
+        folder = os.path.abspath(out.parent)
+        return annotation_row(
+            to, asked, lambda shown: [n if "://" in n else os.path.join(folder, n) for n in images.names(shown)]
+        )
+    return annotation_row(to, asked, lambda shown: [local_file_url(name) for name in images.beside(shown)])
+
+
+def _write_all(
+    pairs: Pairs,
+    to: str,
+    out: Path,
+    make_row: Callable[[PreferencePair], dict[str, Any]],
+    leave_out: Collection[int],
+    quiet: bool,
+) -> tuple[Counter[str], int]:
     """Write every pair; return how many pairs lost which key, and how many were written."""
     lost: Counter[str] = Counter()
     written = 0
     with _sink(out, to) as write, Display("convert", len(pairs), unit="row", quiet=quiet) as display:
         for number in range(len(pairs)):
             display.advance("")
+            if number in leave_out:
+                continue
             pair = pairs.read(number)
             if not isinstance(pair, PreferencePair):
                 continue
             try:
-                row = WRITERS[to].row(pair, images.names)
+                row = make_row(pair)
             except BadRow as error:
                 if pairs.on_bad_row == "error":
                     raise UserError(f"{pair.where}: {error}; --on-bad-row skip leaves such rows out") from None
@@ -78,7 +141,7 @@ def _write_all(pairs: Pairs, to: str, out: Path, images: "_Images", quiet: bool)
             extra = set(pairs.extra_keys(number))
             if to == "rlaif-v":
                 extra = extra - ORIGIN_KEYS | keep_origin(row, pairs.raw(number))
-            lost.update([*_lost(pair, row), *sorted(extra)])
+            lost.update([*_lost(pair, row.get("data") or row.get("metadata") or row), *sorted(extra)])
             write(row)
             written += 1
     return lost, written
@@ -124,6 +187,13 @@ class _Images:
     def names(self, images: tuple[Path | bytes, ...]) -> list[Any]:
         return [self._name(image) for image in images]
 
+    def beside(self, images: tuple[Path | bytes, ...]) -> list[Any]:
+        """Name images like :meth:`names`, after files that lie elsewhere were copied: a server shows one folder."""
+        return [self._name(image if self._is_below(image) else _bytes_of(image)) for image in images]
+
+    def _is_below(self, image: Path | bytes) -> bool:
+        return isinstance(image, bytes) or is_remote(image) or Path(os.path.abspath(image)).is_relative_to(self._folder)
+
     def _name(self, image: Path | bytes) -> Any:
         if self._read_files:
             return _content(image)
@@ -144,10 +214,15 @@ class _Images:
 
 
 def _content(image: Path | bytes) -> dict[str, Any]:
+    name = _new_name(image) if isinstance(image, bytes) else image.name
+    return {"bytes": _bytes_of(image), "path": name}
+
+
+def _bytes_of(image: Path | bytes) -> bytes:
     if isinstance(image, bytes):
-        return {"bytes": image, "path": _new_name(image)}
+        return image
     try:
-        return {"bytes": fetched(image).read_bytes(), "path": image.name}
+        return fetched(image).read_bytes()
     except OSError as error:
         raise BadRow(f"image '{image}' cannot be read ({error.strerror})") from None
 

@@ -5,16 +5,16 @@ The strings below the fields are the documentation of the keys; the tables of do
 
 import dataclasses
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from vapr.config_file import SECTION, ConfigFile, Number, WholeNumber, parse_section
 from vapr.config_mistakes import check_columns
 from vapr.llm.request import check_extra_body
 
-COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence")
+COLUMNS = ("question", "answer", "images", "conversations", "messages", "system", "id", "source", "licence", "boxes")
 """What ``source.columns`` can map."""
 
 
@@ -97,6 +97,37 @@ class PlanConfig:
     ``uniform``: any other value of the set, which a text-only probe can learn."""
     turns_per_row: WholeNumber | None = Field(default=None, ge=1)
     """At most so many answers of a row are edited, the first ones; null: all."""
+
+
+Change = Literal["crop", "mask", "blur", "other"]
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class PictureConfig:
+    """Change the picture instead of the answer: pairs with ``rejected_images``, made by rules alone."""
+
+    change: Annotated[list[Change], BeforeValidator(lambda one: [one] if isinstance(one, str) else one)] = Field(
+        min_length=1
+    )
+    """``crop``, ``mask``, ``blur``: the region of the answer, which the row's ``boxes`` give, is cut away, painted over
+    or blurred; ``other``: another row's picture, in which something else is true of the same thing. Of several each
+    answer has one, drawn by ``seed`` from those that can be made."""
+    boxes: Literal["xywh", "xyxy"] = "xywh"
+    """Numbers of a box: left, top, width and height (COCO), or left, top, right and bottom."""
+    relative: bool = False
+    """Boxes are shares of width and height; false: pixels of the upright picture."""
+    changed: tuple[Number, Number] = (0.005, 0.75)
+    """crop, mask, blur: smallest and largest share of the picture that may change, or be cut away."""
+    jpeg: WholeNumber | None = Field(default=None, ge=1, le=100)
+    """Quality of new pictures as JPEG; null: PNG, larger, in which every other pixel is as it was."""
+
+    @field_validator("changed")
+    @classmethod
+    def _are_shares(cls, changed: tuple[float, float]) -> tuple[float, float]:
+        least, most = changed
+        if not 0 <= least <= most <= 1:
+            raise ValueError(f"picture.changed must be two shares, the smaller one first, got {[least, most]}")
+        return changed
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -195,9 +226,18 @@ class EditConfig(ConfigFile):
     source: SourceConfig = SourceConfig()
     filters: FilterConfig = FilterConfig()
     plan: PlanConfig = PlanConfig()
+    picture: PictureConfig | None = None
+    """Change the pictures of answers instead of the answers; null: answers are edited."""
     ask: AskConfig = AskConfig()
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _ask_nobody_about_pictures(self) -> Self:
+        if self.picture is not None and (self.checks.blind or self.checks.verifier is not None):
+            key = "blind" if self.checks.blind else "verifier"
+            raise ValueError(f"checks.{key} judges edited answers, and with picture the answer stays; leave it out")
+        return self
 
     def with_source(self, **given: Any) -> Self:
         """Return the config with those keys of ``source`` that the command line gives; None is not given.

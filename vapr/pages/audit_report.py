@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from vapr.audit.gates import IMAGE_GAP, NGRAM_LIMIT, NGRAM_WARNING, SURFACE_LIMIT
 from vapr.audit.pair_table import SAYS
-from vapr.audit.report_text import accuracy_text, estimate, figure_rows, gate_text, part_rows, verdict
+from vapr.audit.report_text import accuracy_text, estimate, figure_rows, gate_text, kind_rows, part_rows, verdict
 from vapr.pages.bars import Bar, Limit, bar_chart, histogram
 from vapr.pages.page import write_page
 from vapr.pages.word_diff import word_diff
@@ -29,6 +29,10 @@ def write_audit_report(path: Path, result: Result) -> None:
         (title, [(name, part_rows(one[key])) for name, one in sets.items() if one[key]])
         for title, key in (("By category", "categories"), ("By source", "sources"))
     ]
+    pictures = [
+        (name, kind_rows(one["pictures"]["kinds"])) for name, one in sets.items() if one["pictures"] is not None
+    ]
+    part_tables.append(("Rejected images, by category", pictures))
     heads, rows = figure_rows(sets)
     write_page(
         path,

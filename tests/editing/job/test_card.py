@@ -36,7 +36,7 @@ LEDGER = {
     "shards": {"total": 7, "done": 7, "redone": 1},
     "rest": {"seconds": None, "gpu_hours": None, "cost": None, "price_per_gpu_hour": None},
     "review": {"kept": 194, "dropped": 6, "low": 0.9361, "high": 0.9862},
-    "verifier": "Qwen2.5-VL-7B, asked twice", "blind_check": "61 of 100 pairs told apart",
+    "picture_changes": None, "verifier": "Qwen2.5-VL-7B, asked twice", "blind_check": "61 of 100 pairs told apart",
 }  # fmt: skip
 
 

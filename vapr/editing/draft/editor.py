@@ -31,6 +31,14 @@ LABEL_TOKENS = TRUTH_TOKENS = 64
 
 
 @dataclass(slots=True)
+class Picture:
+    """What a draft shows beside its rejected answer in place of its own images."""
+
+    images: tuple[Path, ...]
+    plan: dict[str, Any]  # plain data: how it was made
+
+
+@dataclass(slots=True)
 class Draft:
     """A turn on its way to a pair."""
 
@@ -45,6 +53,7 @@ class Draft:
     refused: list[str] = field(default_factory=list)  # why earlier edits were
     status: str = "open"  # accepted | rejected | failed | partner_lost | over_target
     reason: str | None = None
+    picture: Picture | None = None  # where the answer stays and the images change
     restored: bool = False  # from an earlier round, which has noted its plan
 
     def end(self, status: str, reason: str) -> None:

@@ -61,6 +61,7 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         },
         "rest": _estimate_rest(first_rounds, job.num_turns - done, done, price_per_gpu_hour),
         "review": count_verdicts(job),
+        "picture_changes": list(job.config.picture.change) if job.config.picture is not None else None,
         "verifier": job.config.checks.verifier,
         "blind_check": editor["name"] if job.config.checks.blind else None,
     }

@@ -4,11 +4,12 @@ Planned anew they would have other partners, or none, and a language model would
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vapr.data.pair import Edit
 from vapr.editing.draft.checks import Verdict
-from vapr.editing.draft.editor import Draft
+from vapr.editing.draft.editor import Draft, Picture
 from vapr.editing.draft.trades import Plan, Trade
 from vapr.editing.rules.categories import Categories, Value
 from vapr.editing.rules.turns import Turn
@@ -62,6 +63,7 @@ def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "checks": [[v.name, v.passed, v.value, v.note] for v in draft.verdicts],
         "why_wrong": draft.why,
         "asked": draft.plan.ask,
+        "picture": None if draft.picture is None else _saved_picture(draft.picture),
         "trades": [
             {
                 **trade_row(trade),
@@ -70,6 +72,10 @@ def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
             for trade in draft.plan.trades
         ],
     }
+
+
+def _saved_picture(picture: Picture) -> dict[str, Any]:
+    return {"images": [str(image) for image in picture.images], "plan": picture.plan}
 
 
 def trade_row(trade: Trade) -> dict[str, Any]:
@@ -117,6 +123,8 @@ def _draft(row: Mapping[str, Any], turn: Turn, categories: Categories, number: i
         draft.edits = [Edit(*edit) for edit in kept["edits"]]
         draft.verdicts = [Verdict(*verdict) for verdict in kept["checks"]]
         draft.plan.ask = kept["asked"]
+        if picture := kept.get("picture"):
+            draft.picture = Picture(tuple(map(Path, picture["images"])), picture["plan"])
         sets = {closed.name: closed for closed in category.values}
         for trade in kept["trades"]:
             start, text, closed = trade["start"], trade["value"], sets[trade["set"]]

@@ -22,6 +22,8 @@ def pair_id(draft: Draft, editor: Mapping[str, Any]) -> str:
     content: list[Any] = [draft.turn.digest(), plan.category.name if plan.category else None, plan.must_begin]
     if plan.ask:
         content += [editor["name"], editor["revision"], editor["prompt_hash"]]
+    elif draft.picture is not None:
+        content += [image.name for image in draft.picture.images]
     else:
         content += [(trade.value.start, trade.value.text, trade.target) for trade in plan.trades]
     return f"{draft.turn.source_id}-{draft.turn.number}-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
@@ -35,6 +37,7 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
     return {
         "id": pair_id(draft, editor),
         "images": [_image(image, folder) for image in turn.images],
+        **({"rejected_images": [_image(image, folder) for image in draft.picture.images]} if draft.picture else {}),
         "prompt": [_message(message) for message in turn.prompt],
         "chosen": [_answer(turn.answer)],
         "rejected": [_answer(draft.rejected)],
@@ -57,9 +60,13 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
             "source_id": turn.source_id,
             "place": turn.where,
             "turn": turn.number,
-            "plan": json.dumps([trade_row(trade) for trade in plan.trades], ensure_ascii=False),
+            "plan": json.dumps(_planned(draft), ensure_ascii=False),
         },
     }
+
+
+def _planned(draft: Draft) -> Any:
+    return draft.picture.plan if draft.picture is not None else [trade_row(trade) for trade in draft.plan.trades]
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -91,6 +98,7 @@ def plan_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "asked": plan.ask,
         "trades": [trade_row(trade) for trade in plan.trades],
         "with": partners,
+        **({"picture": draft.picture.plan} if draft.picture is not None else {}),
     }
 
 
@@ -130,7 +138,7 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         UserError: if pyarrow is missing or the file cannot be written.
     """
-    return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow())))
+    return write_table(path, _pyarrow().Table.from_pylist(list(rows), _schema(_pyarrow(), rows)))
 
 
 def write_table(path: Path, table: Any, before_it_appears: Callable[[str], object] = str) -> str:
@@ -184,7 +192,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _schema(pa: Any) -> Any:
+def _schema(pa: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
     text, number = pa.string(), pa.int64()
     part = pa.struct({"type": text, "text": text})
     messages = pa.list_(pa.struct({"role": text, "content": pa.list_(part)}))
@@ -193,9 +201,9 @@ def _schema(pa: Any) -> Any:
         "attempts": number, "raw": text, "why_wrong": pa.list_(text), "source_id": text, "place": text, "turn": number,
         "plan": text,
     }  # fmt: skip
+    images = pa.list_(pa.struct({"bytes": pa.binary(), "path": text}))
     return pa.schema({
-        "id": text,
-        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": text})),
+        "id": text, "images": images, **({"rejected_images": images} if "rejected_images" in rows[0] else {}),
         "prompt": messages, "chosen": messages, "rejected": messages, "category": text,
         "edits": pa.list_(pa.struct({"start": number, "end": number, "from": text, "to": text})),
         "checks": pa.list_(pa.struct({"name": text, "passed": pa.bool_(), "value": pa.float64(), "note": text})),

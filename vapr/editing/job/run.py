@@ -10,6 +10,7 @@ from vapr.editing.job.claim import EDITOR, SHARDS
 from vapr.editing.job.folder import Job
 from vapr.editing.job.json_files import write_json
 from vapr.editing.job.ledger import ledger
+from vapr.editing.job.push import Hub
 from vapr.editing.job.review import apply_verdicts
 from vapr.editing.job.scan import unreadable_rows
 from vapr.editing.job.start import Start, check_model_names, open_job
@@ -34,7 +35,22 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
     with stopped_at_once(lambda: _say_what_is_kept(start.folder)):
         check_model_names(start)
         with contextlib.closing(open_job(start)) as job:
-            return _run(start, job, say)
+            # Before hours of work: a name that is none, or no token, is told at once.
+            hub = Hub(start.push_to, job.described) if start.push_to is not None else None
+            result = _run(start, job, say)
+            if hub is not None:
+                _push(hub, start, result, say)
+            return result
+
+
+def _push(hub: Hub, start: Start, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    left = result["turns"]["left"]
+    if left and (start.target is None or result["accepted"] < start.target):
+        say(f"--push-to {hub.repository}: nothing was pushed, {left:,} answers are left; start again")
+    elif not result["accepted"]:
+        say(f"--push-to {hub.repository}: nothing was pushed, the job has no pair")
+    else:
+        say(f"pushed to {hub.push(start.folder, say)}")
 
 
 def _say_what_is_kept(folder: Path) -> str:

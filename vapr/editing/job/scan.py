@@ -12,7 +12,7 @@ import numpy as np
 from vapr.cache import written_whole
 from vapr.editing.config import EditConfig
 from vapr.editing.job.json_files import write_json
-from vapr.editing.rules.turns import BadImage, InstructionData, Turn, answer_hash, to_edit
+from vapr.editing.rules.turns import BOXES, BadImage, InstructionData, Turn, answer_hash, to_edit
 from vapr.errors import BadRow, UserError, one_line
 from vapr.progress import Display
 
@@ -90,7 +90,7 @@ def write_scan(folder: Path, data: InstructionData, config: EditConfig) -> None:
                 display.advance("", 1000)
             turns = reader.read(row)
             if turns:
-                unused.update(data.extra_keys(row))
+                unused.update(key for key in data.extra_keys(row) if key != BOXES or config.picture is None)
             for turn, reason in turns:
                 digest, question = turn.digests()
                 questions.append(question)  # of those left alone, too: what they say is true all the same

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vapr.editing.config import EditConfig
 from vapr.editing.draft.editor import RULES, Editor
+from vapr.editing.draft.picture_editor import PictureEditor
 from vapr.editing.draft.prompts import prompt_hash
 from vapr.editing.job.folder import Job
 from vapr.editing.llm.open import is_server, open_llm
@@ -30,6 +31,7 @@ class Start:
     ray: bool = False
     price_per_gpu_hour: float | None = None
     verdicts: Path | None = None
+    push_to: str | None = None
 
     @property
     def loaded_models(self) -> list[str]:
@@ -46,7 +48,7 @@ def check_model_names(start: Start) -> None:
     """Check the names of editor and verifier before the hub is asked for them.
 
     Raises:
-        UserError: if a name is the address of a server, or nearly "rules".
+        UserError: if a name is the address of a server, or nearly "rules", or a model is to change pictures.
     """
     editor = start.editor
     for key, name in (("--editor", editor), ("checks.verifier", start.config.checks.verifier)):
@@ -54,6 +56,8 @@ def check_model_names(start: Start) -> None:
             raise UserError(
                 f"{key} {name}: the address of a server begins with http:// or https://; did you mean http://{name}?"
             )
+    if editor != RULES and start.config.picture is not None:
+        raise UserError(f"--editor {editor}: pictures are changed by rules, no model is asked; leave --editor out")
     if editor != RULES and difflib.get_close_matches(editor, [RULES], cutoff=0.7) and not Path(editor).exists():
         raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 
@@ -67,9 +71,12 @@ def open_job(start: Start) -> Job:
 
 
 @contextlib.contextmanager
-def open_editor(start: Start) -> Iterator[Editor]:
-    """Load the editor's models; they are given back at the end."""
+def open_editor(start: Start, *, keep: bool = True) -> Iterator[Editor | PictureEditor]:
+    """Load the editor's models; they are given back at the end. Unless ``keep``, new pictures are not written."""
     config, engine = start.config, start.config.engine
+    if config.picture is not None:
+        yield PictureEditor(config, _categories(config), start.folder if keep else None)
+        return
     if len(start.loaded_models) > 1:  # they share the GPUs
         engine = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
     llm, verifier = None, None

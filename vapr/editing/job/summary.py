@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vapr.data.pairs import columns_told
-from vapr.editing.draft import editor, trades
+from vapr.editing.draft import editor, picture_editor, trades
 from vapr.editing.job.worker import DROPPED
+from vapr.editing.rules import boxes
 from vapr.llm.request import CUT_OFF
 
 CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
@@ -29,10 +30,22 @@ WAYS_OUT = {
     "verifier: ": "another checks.verifier",
     CUT_OFF: "a higher ask.max_tokens, or another --editor",
     "prompt has": "a higher engine.max_model_len",
+    picture_editor.NO_OTHER: "more rows, or mask, blur or crop in picture.change",
+    picture_editor.DENIES: "picture.change=other",
+    picture_editor.NO_REST: "mask or blur in picture.change",
+    picture_editor.UNCHANGED: "another picture.change",
+    boxes.NO_BOXES: "--column boxes=NAME, or picture.change=other",
+    boxes.NOT_NAMED: "none: nobody knows where it is",
+    "box outside of the picture": "picture.boxes and picture.relative say what the numbers are",
+    "a box is four": "rows as docs/edit.md shows them",
+    "boxes ": "rows as docs/edit.md shows them",
+    "less of the picture": "picture.changed",
+    "more of the picture": "picture.changed",
     "HTTP": "the server's log, then --retry-failed",
     "no answer within": "a higher engine.timeout_seconds, then --retry-failed",
     "broken connection": "--retry-failed",
     "image cannot be read": "--image-root, the folder that image paths start at",
+    "image ": "mend the picture, then --retry-failed",
     "row cannot be read": "see the lines above",
     "no image": "filters.no_image=false keeps them",
     "coordinates in the answer": "filters.coordinates=false keeps them",

@@ -32,7 +32,7 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
         UserError: if there is nothing to edit in those rows, and for everything that a job is stopped by.
         Stopped: after a signal.
     """
-    if given := [name for name in ("target", "retry_failed", "ray", "verdicts") if getattr(start, name)]:
+    if given := [name for name in ("target", "retry_failed", "ray", "verdicts", "push_to") if getattr(start, name)]:
         raise UserError(f"--limit: a trial has no --{given[0].replace('_', '-')}; leave one of them out")
     with stopped_at_once(lambda: "a trial keeps nothing"):
         data = InstructionData(start.source, start.config.source)
@@ -45,7 +45,7 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
             raise UserError(f"{start.source}: nothing to edit in {len(rows):,} rows: {'; '.join(why)}")
         for line in unreadable:
             say(line)
-        with open_editor(start) as editor, Display("edit", len(turns), unit="answer") as display:
+        with open_editor(start, keep=False) as editor, Display("edit", len(turns), unit="answer") as display:
             drafts, _ = editor.edit(turns, "trial", display)
         no_pair = Counter(reason_kind(draft.reason) for draft in drafts if draft.reason)
         return {
@@ -92,10 +92,17 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "question": draft.turn.question,
         "chosen": draft.turn.answer,
         "rejected": draft.rejected,
+        "picture": _picture_shown(draft) if draft.picture is not None else None,
         "edits": [[edit.start, edit.end, edit.to] for edit in draft.edits],
         "status": draft.status,
         "reason": draft.reason,
     }
+
+
+def _picture_shown(draft: Draft) -> str:
+    [verdict] = draft.verdicts
+    changed = f": {verdict.value:.1%} {verdict.note}" if verdict.value is not None else f"; {verdict.note}"
+    return f"{draft.why[0]}{changed}"
 
 
 Paint = Callable[..., str]
@@ -115,6 +122,8 @@ def show(result: dict[str, Any], start: Start, paint: Paint) -> str:
 def _answer_lines(answer: dict[str, Any], paint: Paint) -> list[str]:
     about = f"{answer['category']}, by {answer['editor']}" if answer["category"] else "no category"
     lines = [f"{answer['place']}  {about}", f"  {'question':<10}{_one_line(answer['question'])}"]
+    if answer["picture"] is not None:
+        return [*lines, f"  {'answer':<10}{_one_line(answer['chosen'])}", f"  {'picture':<10}{answer['picture']}"]
     if answer["status"] == "accepted":
         edits = [Edit(begin, end, to) for begin, end, to in answer["edits"]]
         return [*lines, f"  {'answer':<10}{_one_line(word_diff(answer['chosen'], edits, paint))}"]

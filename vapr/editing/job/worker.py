@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vapr.editing.draft.editor import Draft, Editor, Tokens
+from vapr.editing.draft.picture_editor import PictureEditor
 from vapr.editing.job.claim import LEASES, WAIT_SECONDS
 from vapr.editing.job.folder import PAIRS, PLANS, REJECTS, RETRIED, Job, Unit
 from vapr.editing.job.identities import IDENTITIES, write_identities
@@ -32,7 +33,7 @@ class Worker:
         display: shows progress.
     """
 
-    def __init__(self, start: Start, job: Job, editor: Editor, display: Display) -> None:
+    def __init__(self, start: Start, job: Job, editor: Editor | PictureEditor, display: Display) -> None:
         self.start, self.job, self.editor, self.display = start, job, editor, display
 
     def work(self) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Turn:
     question: str
     answer: str
     truths: frozenset[int] = frozenset()  # hashes of the source's answers to this question, if it gives several
+    boxes: Any = field(default=None, compare=False)  # as the row has them
 
     def digest(self) -> str:
         """sha256 of images, prompt and answer: what makes two turns duplicates. A file counts by its name."""
@@ -186,6 +187,7 @@ class InstructionData:
                 prompt=tuple(prompt),
                 question=_text(prompt[-1]).strip(),
                 answer=_text(messages[place]),
+                boxes=row.get(BOXES),
             )
 
     def _name(self, image: Path | bytes) -> str | bytes:
@@ -223,6 +225,7 @@ def _image(image: Any, root: Path, confined: bool) -> Path | bytes:
 CONVERSATIONS = {"conversations": "llava", "messages": "messages"}
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWERS = ("chosen", "answer", "completion", "response", "output")
+BOXES = "boxes"
 SOURCES = ("source", "ds_name", "origin_dataset", "dataset")
 KEYS_READ = (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *SOURCES, "system", "id", "images", "image", "licence", "license")
 
