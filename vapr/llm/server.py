@@ -1,4 +1,4 @@
-"""A language model behind any OpenAI-compatible server: bounded concurrency, retries, and rows that fail alone.
+"""A language model behind any OpenAI-compatible server: as fast as it bears, retries, and rows that fail alone.
 
 The openai package's own retries are off: they do not wait for a server that asks for more than two minutes, never wait
 longer than 8 seconds otherwise, and take what a proxy sends with HTTP 200 for an answer.
@@ -16,7 +16,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from vapr.errors import UserError
-from vapr.llm.request import SAMPLING, Reply, Request, cut_off, tell_nobody
+from vapr.llm.pace import TOO_MUCH, Pace
+from vapr.llm.reasoning import StillReasoning, without_reasoning
+from vapr.llm.request import SAMPLING, Reply, Request, cut_off, keep_nowhere, tell_nobody
 
 MAX_BACKOFF_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 300.0
@@ -48,6 +50,8 @@ class ServerSettings(Protocol):
     @property
     def omit(self) -> Sequence[str]: ...
     @property
+    def max_tokens_as(self) -> str: ...
+    @property
     def extra_body(self) -> dict[str, Any] | None: ...
 
 
@@ -60,15 +64,16 @@ class _Failure(Exception):
         status: the HTTP status; None if it was 200 or there was no answer.
         retry_after: seconds that the server asks to wait.
         answered: False if no answer came.
+        timed_out: whether it did not come in time.
     """
 
     def __init__(
         self, problem: str, said: object = None, *, status: int | None = None, retry_after: float = 0.0,
-        answered: bool = True,
+        answered: bool = True, timed_out: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(problem)
         self.problem, self.said, self.status = problem, said, status
-        self.retry_after, self.answered = retry_after, answered
+        self.retry_after, self.answered, self.timed_out = retry_after, answered, timed_out
 
     @property
     def may_pass(self) -> bool:
@@ -101,15 +106,28 @@ class ServerModel:
         self._shown = _without_secrets(url)
         self._base_url = _with_version(url)
         self.engine = f"openai-compatible server at {self._shown}"
-        self.name, self.revision = self._choose(asyncio.run(self._list_models()))
+        self._pace = Pace(settings.concurrency, settings.timeout_seconds)
+        self.name, self.revision, about = self._choose(asyncio.run(self._list_models()))
+        self.settings = {"omit": sorted(settings.omit), "extra_body": settings.extra_body, "about": about}
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
+    def start(self) -> None:
+        """Do nothing: somebody else has started it."""
+
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
         """Return replies in the order of the requests; a row that fails after every try is a reply with a problem.
 
         Raises:
             UserError: if the server refuses the key or the model, or is gone.
         """
-        return self.ask_each(requests, lambda number, reply: on_reply())
+
+        def came(number: int, reply: Reply) -> None:
+            keep(number, reply)
+            on_reply()
+
+        return self.ask_each(requests, came)
 
     def ask_each(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
         """Do as :meth:`ask`; ``on_each`` is called with the number of a request and its reply, as they come."""
@@ -119,25 +137,32 @@ class ServerModel:
         """Give nothing back: connections live as long as one :meth:`ask`."""
 
     async def _ask(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
-        free = asyncio.Semaphore(self._settings.concurrency)
-
         async def answer(number: int, request: Request) -> Reply:
-            async with free:
+            await self._pace.enter()
+            if (wait := self._pace.seconds_to_wait()) > 0:
+                await asyncio.sleep(wait)
+            try:
                 reply = await self._answer(client, request)
-                on_each(number, reply)
-                return reply
+            finally:
+                self._pace.leave()
+            on_each(number, reply)
+            return reply
 
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
+            with self._pace.running():
+                async with self._client() as client, asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _answer(self, client: Any, request: Request) -> Reply:
         for attempt in range(1, self._settings.tries + 1):
+            sent_at = time.monotonic()
             try:
-                return _read_reply(await self._body(self._send(client, request)), request, self._section)
+                reply = _read_reply(await self._body(self._send(client, request)), request, self._section)
+                self._pace.answered(sent_at)
+                return reply
             except _Failure as error:
                 failure = error
             words = self._quote(failure.said) if failure.answered else ""
@@ -145,13 +170,29 @@ class ServerModel:
                 raise UserError(f"server {self._shown}: {failure.problem}{words}; {self._way_out(failure.status)}")
             if not failure.may_pass:
                 return Reply(None, failure.problem + words + self._refused_parameter(words))
+            too_much = failure.status in TOO_MUCH or failure.timed_out
+            if too_much:
+                self._pace.too_much(sent_at, failure.retry_after)
             if attempt < self._settings.tries:
-                await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
+                await self._wait(max(failure.retry_after, _backoff(attempt)), give_place=too_much)
         if not failure.answered and not await self._is_there(client):
             raise UserError(
                 f"server {self._shown} is not reachable any more; what is finished is kept, run the same command again"
             )
         return Reply(None, f"{failure.problem} after {self._settings.tries} tries{words}")
+
+    async def _wait(self, seconds: float, *, give_place: bool) -> None:
+        """Wait before a further try. One that asked too much gives its place away: there are fewer places now.
+
+        Others keep theirs, or every request would be tried on a server that is gone before the first is given up.
+        """
+        seconds = max(seconds, self._pace.seconds_to_wait())
+        if not give_place:
+            await asyncio.sleep(seconds)
+            return
+        self._pace.leave()
+        await asyncio.sleep(seconds)
+        await self._pace.enter(again=True)
 
     def _send(self, client: Any, request: Request) -> Awaitable[Any]:
         sampling: dict[str, Any] = {
@@ -161,6 +202,8 @@ class ServerModel:
         }
         for name in self._settings.omit:
             del sampling[name]
+        if "max_tokens" in sampling:
+            sampling[self._settings.max_tokens_as] = sampling.pop("max_tokens")
         if request.schema is not None:
             schema = {"name": "reply", "schema": request.schema, "strict": True}
             sampling["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -186,7 +229,8 @@ class ServerModel:
             wait = _retry_after(error.response.headers)
             raise _Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
         except (TimeoutError, self._openai.APITimeoutError):
-            raise _Failure(f"no answer within {self._settings.timeout_seconds:g} s", answered=False) from None
+            problem = f"no answer within {self._settings.timeout_seconds:g} s"
+            raise _Failure(problem, answered=False, timed_out=True) from None
         except self._openai.APIConnectionError as error:
             raise _Failure("broken connection", error.__cause__ or error, answered=False) from None
         except (ValueError, RecursionError):
@@ -227,8 +271,11 @@ class ServerModel:
             return failure.answered
         return True
 
-    def _choose(self, models: list[dict[str, Any]]) -> tuple[str, str]:
-        """Return name and revision of the model that is meant. A name that is not listed is tried all the same."""
+    def _choose(self, models: list[dict[str, Any]]) -> tuple[str, str, Any]:
+        """Return name and revision of the model that is meant, and what llama.cpp's server tells about its weights.
+
+        A name that is not listed is tried all the same.
+        """
         name = self._settings.model
         if name is None:
             if len(models) != 1:
@@ -237,8 +284,8 @@ class ServerModel:
                     f"server {self._shown} lists {len(models)} models; {self._section}.model must name one: {listed}"
                 )
             name = str(models[0]["id"])
-        root = next((model.get("root") for model in models if model["id"] == name), None)
-        return name, f"server-said {root or name}"
+        listed_so = next((model for model in models if model["id"] == name), {})
+        return name, f"server-said {listed_so.get('root') or name}", listed_so.get("meta")
 
     def _client(self) -> Any:
         return self._openai.AsyncOpenAI(
@@ -257,6 +304,8 @@ class ServerModel:
         if not named:
             return ""
         section = self._section
+        if named[0] == "max_tokens" and "max_completion_tokens" in words:
+            return f"; {section}.max_tokens_as=max_completion_tokens sends it under the new name"
         return f"; {section}.omit=[{named[0]}] leaves it out, {section}.extra_body sends what is wanted instead"
 
     def _quote(self, words: object) -> str:
@@ -277,9 +326,14 @@ def _read_reply(body: Any, request: Request, section: str) -> Reply:
         cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise _Failure("an answer without choices") from None
-    problem = None
-    if finish == "length":
-        problem = cut_off(generated or request.max_tokens)
+    problem, reasons = None, False
+    if isinstance(text, str):
+        try:
+            text = without_reasoning(text)
+        except StillReasoning:
+            reasons = True
+    if finish == "length" or reasons:
+        problem = cut_off(generated or request.max_tokens) + (" of reasoning" if reasons else "")
     elif finish == "content_filter" or message.get("refusal"):
         problem = "refused by the server's content filter or by the model"
     elif not isinstance(text, str) or not text.strip():

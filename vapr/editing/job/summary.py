@@ -79,6 +79,10 @@ def show(result: Mapping[str, Any]) -> str:
     if tokens["prompt"]:
         prompt = f"{tokens['prompt']:,} prompt ({tokens['cached']:,} cached)"
         lines.append(_line("tokens", f"{prompt}, {tokens['generated']:,} generated"))
+    for name, model in result["models"].items():
+        counted = f"{model['asked']:,} replies asked for, {model['found']:,} kept from before"
+        cost = f", cost {model['cost']:,}" if model["cost"] is not None else ""
+        lines.append(_line("model", f"{name}: {counted}{cost}"))
     if result["accepted_per_second"] is not None:
         lines.append(_line("speed", f"{result['accepted_per_second']:,} accepted pairs a second of work"))
     if turns["left"] and rest["seconds"] is not None:

@@ -1,9 +1,10 @@
 """One worker of a job: takes a unit, edits it, writes its files and its manifest, and so on until nothing is left."""
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vapr.editing.draft.editor import Draft, Editor, Tokens
@@ -78,17 +79,18 @@ class Worker:
             self.job.write_manifest({
                 "unit": unit.name, "shard": unit.shard, "round": unit.round,
                 **_counts(drafts),
-                "tokens": {"prompt": tokens.prompt, "cached": tokens.cached, "generated": tokens.generated},
+                "tokens": _total(tokens),
+                "models": {name: dataclasses.asdict(of_model) for name, of_model in tokens.items()},
                 "seconds": round(time.monotonic() - began, 3),
                 "num_gpus": self.editor.llm.num_gpus if self.editor.llm is not None else 0,
                 "times_taken": lease.times_taken,
                 "files": files,
             })  # fmt: skip
 
-    def _edit_turns(self, turns: Sequence[Turn], unit: Unit) -> tuple[list[Draft], Tokens]:
-        return self.editor.edit(turns, unit.name, self.display, self.job.identities.read)
+    def _edit_turns(self, turns: Sequence[Turn], unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
+        return self.editor.edit(turns, unit.name, self.display, self.job.identities.read, unit.round)
 
-    def _edit_again(self, unit: Unit) -> tuple[list[Draft], Tokens]:
+    def _edit_again(self, unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
         """Edit anew what failed and what was lost with it, and restore what only the target was against.
 
         Where nothing failed, what has lost its partner stays lost unless --retry-failed asks: growing targets shall end
@@ -102,7 +104,7 @@ class Worker:
             stays = row.get("as_it_was") or (row["status"] == "partner_lost" and not retry_lost)
             (to_restore if stays else to_edit).append(row)
         turns = self.job.turns_at([(row["row"], row["turn"]) for row in (*to_edit, *to_restore)])
-        edited, tokens = self._edit_turns(turns[: len(to_edit)], unit) if to_edit else ([], Tokens())
+        edited, tokens = self._edit_turns(turns[: len(to_edit)], unit) if to_edit else ([], {})
         restored = restore_drafts(to_restore, turns[len(to_edit) :], self.editor.categories, len(to_edit))
         if restored:
             self.display.advance("", len(restored))
@@ -135,6 +137,11 @@ class Worker:
         if digest := write_identities(folder / name, drafts):
             files[name] = digest
         return files
+
+
+def _total(tokens: Mapping[str, Tokens]) -> dict[str, int]:
+    kinds = ("prompt", "cached", "generated")
+    return {kind: sum(getattr(of_model, kind) for of_model in tokens.values()) for kind in kinds}
 
 
 def _counts(drafts: Sequence[Draft]) -> dict[str, Any]:
