@@ -187,6 +187,9 @@ class EngineConfig:
     """More keys of every request, as the server knows them: {chat_template_kwargs: {enable_thinking: false}}. Server
     only."""
 
+    batch: bool = False
+    """Send requests as files to the server's batch endpoint, which is cheaper and slower: the command ends, and
+    the same command later takes the replies and goes on. Server only."""
     reasoning_tokens: WholeNumber = Field(default=0, ge=0)
     """Tokens that a model which reasons first may use for that, on top of those of each reply."""
     prices: dict[str, PriceConfig] = Field(default={})

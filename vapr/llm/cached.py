@@ -28,7 +28,7 @@ class CachedModel:
         self._llm, self._cache, self._start = llm, cache, start
         self._model = [llm.name, llm.revision, llm.settings]
         self._started = False
-        if not cache.knows_model(_digest(self._model)):
+        if not cache.knows_model(digest(self._model)):
             self.start()
 
     def start(self) -> None:
@@ -36,7 +36,7 @@ class CachedModel:
         if not self._started:
             self._start(self._llm)
             self._started = True
-            self._cache.note_model(_digest(self._model))
+            self._cache.note_model(digest(self._model))
 
     def ask(
         self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
@@ -76,8 +76,9 @@ class CachedModel:
         temperature = None if "temperature" in omitted else request.temperature
         seed = None if temperature == 0 else request.seed  # where it is not sent, it still tells one try from another
         asked = [request.messages, request.schema, request.max_tokens, temperature, seed]
-        return _digest([*self._model, *asked])
+        return digest([*self._model, *asked])
 
 
-def _digest(value: Any) -> bytes:
+def digest(value: Any) -> bytes:
+    """Return 16 bytes that are the same for the same JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:16]

@@ -30,6 +30,18 @@ class Reply:
     found: bool = False  # among replies that were kept: this time no model was asked
 
 
+class BatchUnderWay(Exception):
+    """Replies that are not there yet: their requests are in batches that the server works on at its leisure.
+
+    Attributes:
+        lines: what the server says of each batch.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
 def tell_nobody() -> None:
     """Do nothing: the ``on_reply`` of whoever wants no progress."""
 

@@ -10,28 +10,22 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from vapr.errors import UserError
+from vapr.llm.answer import Failure, read_reply, retry_after
 from vapr.llm.pace import TOO_MUCH, Pace
-from vapr.llm.reasoning import StillReasoning, without_reasoning
-from vapr.llm.request import SAMPLING, Reply, Request, cut_off, keep_nowhere, tell_nobody
+from vapr.llm.request import SAMPLING, Reply, Request, keep_nowhere, tell_nobody
 
 MAX_BACKOFF_SECONDS = 60.0
-MAX_RETRY_AFTER_SECONDS = 300.0
 REFUSED = {
     401: "it wants another key",
     403: "the key may not use this model",
     404: "check the URL and {section}.model",
 }
 """Statuses that say what is wrong with every request, not with one."""
-TRY_AGAIN = (408, 409, 425, 429)
-"""Statuses that may pass, besides every 5xx."""
-THOUGHTS = ("reasoning_content", "reasoning")
-"""Where servers put what a model says before its answer."""
 
 
 class ServerSettings(Protocol):
@@ -53,32 +47,6 @@ class ServerSettings(Protocol):
     def max_tokens_as(self) -> str: ...
     @property
     def extra_body(self) -> dict[str, Any] | None: ...
-
-
-class _Failure(Exception):
-    """A call that has brought nothing usable.
-
-    Attributes:
-        problem: what went wrong.
-        said: the words of the server or of the connection, if there were any.
-        status: the HTTP status; None if it was 200 or there was no answer.
-        retry_after: seconds that the server asks to wait.
-        answered: False if no answer came.
-        timed_out: whether it did not come in time.
-    """
-
-    def __init__(
-        self, problem: str, said: object = None, *, status: int | None = None, retry_after: float = 0.0,
-        answered: bool = True, timed_out: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(problem)
-        self.problem, self.said, self.status = problem, said, status
-        self.retry_after, self.answered, self.timed_out = retry_after, answered, timed_out
-
-    @property
-    def may_pass(self) -> bool:
-        """Tell whether the same request may be answered later; proxies also send HTTP 200 with nothing in it."""
-        return self.status is None or self.status in TRY_AGAIN or self.status >= 500
 
 
 class ServerModel:
@@ -150,7 +118,7 @@ class ServerModel:
 
         try:
             with self._pace.running():
-                async with self._client() as client, asyncio.TaskGroup() as group:
+                async with self.client() as client, asyncio.TaskGroup() as group:
                     tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -160,10 +128,10 @@ class ServerModel:
         for attempt in range(1, self._settings.tries + 1):
             sent_at = time.monotonic()
             try:
-                reply = _read_reply(await self._body(self._send(client, request)), request, self._section)
+                reply = read_reply(await self._body(self._send(client, request)), request.max_tokens, self._section)
                 self._pace.answered(sent_at)
                 return reply
-            except _Failure as error:
+            except Failure as error:
                 failure = error
             words = self._quote(failure.said) if failure.answered else ""
             if failure.status in REFUSED:
@@ -194,7 +162,8 @@ class ServerModel:
         await asyncio.sleep(seconds)
         await self._pace.enter(again=True)
 
-    def _send(self, client: Any, request: Request) -> Awaitable[Any]:
+    def body_of(self, request: Request) -> dict[str, Any]:
+        """Return the body of a request, without the keys of ``extra_body``."""
         sampling: dict[str, Any] = {
             "seed": request.seed,
             "max_tokens": request.max_tokens,
@@ -207,44 +176,80 @@ class ServerModel:
         if request.schema is not None:
             schema = {"name": "reply", "schema": request.schema, "strict": True}
             sampling["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return {"model": self.name, "messages": list(request.messages), **sampling}
+
+    def _send(self, client: Any, request: Request) -> Awaitable[Any]:
         return client.chat.completions.with_raw_response.create(
-            model=self.name,
-            messages=list(request.messages),
-            extra_body=self._settings.extra_body,
-            **sampling,
+            **self.body_of(request), extra_body=self._settings.extra_body
         )
 
     async def _body(self, call: Awaitable[Any]) -> Any:
-        """Wait for an answer and return its body, parsed. One timeout for all of it: bytes may come now and then.
+        """Wait for an answer and return its body, parsed.
 
         Raises:
-            _Failure: if nothing usable comes.
+            Failure: if nothing usable comes.
+        """
+        try:
+            body = json.loads(await self._text(call))
+        except (ValueError, RecursionError):
+            raise Failure("an answer that is not JSON") from None
+        if isinstance(body, dict) and (refusal := body.get("error")):  # as gateways send it with HTTP 200
+            said = (refusal.get("message") or refusal) if isinstance(refusal, dict) else refusal
+            raise Failure("an error in place of an answer", said)
+        return body
+
+    async def _text(self, call: Awaitable[Any]) -> str:
+        """Wait for an answer and return it. One timeout for all of it: bytes may come now and then.
+
+        Raises:
+            Failure: if nothing comes, or an error.
         """
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 response = await call
-            body = json.loads(response.http_response.text)
+            return str(response.http_response.text)
         except self._openai.APIStatusError as error:
             said = error.body.get("message") if isinstance(error.body, dict) else None
-            wait = _retry_after(error.response.headers)
-            raise _Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
+            wait = retry_after(error.response.headers)
+            raise Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
         except (TimeoutError, self._openai.APITimeoutError):
             problem = f"no answer within {self._settings.timeout_seconds:g} s"
-            raise _Failure(problem, answered=False, timed_out=True) from None
+            raise Failure(problem, answered=False, timed_out=True) from None
         except self._openai.APIConnectionError as error:
-            raise _Failure("broken connection", error.__cause__ or error, answered=False) from None
-        except (ValueError, RecursionError):
-            raise _Failure("an answer that is not JSON") from None
-        if isinstance(body, dict) and (refusal := body.get("error")):  # as gateways send it with HTTP 200
-            said = (refusal.get("message") or refusal) if isinstance(refusal, dict) else refusal
-            raise _Failure("an error in place of an answer", said)
-        return body
+            raise Failure("broken connection", error.__cause__ or error, answered=False) from None
+        except ValueError:
+            raise Failure("an answer that is no text") from None
+
+    async def call(self, what: Callable[[], Awaitable[Any]], *, unless_silent: bool = False) -> str:
+        """Return the text that a call of the client brings, after some tries.
+
+        Args:
+            what: makes the call.
+            unless_silent: no further try where no answer came.
+
+        Raises:
+            Failure: with the last problem.
+        """
+        for attempt in range(1, self._settings.tries + 1):
+            try:
+                return await self._text(what())
+            except Failure as error:
+                failure = error
+            if not failure.may_pass or (unless_silent and not failure.answered):
+                break
+            if attempt < self._settings.tries:
+                await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
+        raise failure
+
+    def told(self, failure: Failure) -> str:
+        """Say in one line what has failed."""
+        return f"server {self._shown}: {failure.problem}{self._quote(failure.said)}"
 
     async def _list_models(self) -> list[dict[str, Any]]:
-        async with self._client() as client:
+        async with self.client() as client:
             try:
                 return await self._models(client)
-            except _Failure as error:
+            except Failure as error:
                 failure = error
         problem, words = failure.problem, self._quote(failure.said)
         if failure.status == 404 and self._settings.model is not None:  # some gateways list nothing
@@ -261,13 +266,13 @@ class ServerModel:
         body = await self._body(client.models.with_raw_response.list())
         models = body.get("data") if isinstance(body, dict) else None
         if not isinstance(models, list) or not all(isinstance(m, dict) and m.get("id") for m in models):
-            raise _Failure("it sent no list of models")
+            raise Failure("it sent no list of models")
         return models
 
     async def _is_there(self, client: Any) -> bool:
         try:
             await self._models(client)
-        except _Failure as failure:
+        except Failure as failure:
             return failure.answered
         return True
 
@@ -287,7 +292,8 @@ class ServerModel:
         listed_so = next((model for model in models if model["id"] == name), {})
         return name, f"server-said {listed_so.get('root') or name}", listed_so.get("meta")
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """Return a client of the openai package, which whoever uses it closes."""
         return self._openai.AsyncOpenAI(
             base_url=self._base_url, api_key=self._key or "none", max_retries=0, timeout=None
         )
@@ -316,57 +322,9 @@ class ServerModel:
         return f": {' '.join(text.split())[:300]}" if text else ""
 
 
-def _read_reply(body: Any, request: Request, section: str) -> Reply:
-    try:
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
-        usage = body.get("usage") or {}
-        prompt, generated = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise _Failure("an answer without choices") from None
-    problem, reasons = None, False
-    if isinstance(text, str):
-        try:
-            text = without_reasoning(text)
-        except StillReasoning:
-            reasons = True
-    if finish == "length" or reasons:
-        problem = cut_off(generated or request.max_tokens) + (" of reasoning" if reasons else "")
-    elif finish == "content_filter" or message.get("refusal"):
-        problem = "refused by the server's content filter or by the model"
-    elif not isinstance(text, str) or not text.strip():
-        problem = _empty_reply(message, section)
-    return Reply(text if problem is None else None, problem, prompt, cached, generated)
-
-
-def _empty_reply(message: dict[str, Any], section: str) -> str:
-    for key in THOUGHTS:
-        if isinstance(thought := message.get(key), str) and thought.strip():
-            return (
-                f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not "
-                f"think, for instance with {section}.extra_body={{chat_template_kwargs: {{enable_thinking: false}}}}, "
-                "or without its reasoning parser"
-            )
-    return "an empty reply"
-
-
 def _backoff(attempt: int) -> float:
     """Return the seconds before a further try: about 1, 2, 4, ... with jitter, so that not all come back at once."""
     return min(2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds that the server asks to wait (RFC 9110, 10.2.3: a whole number or a date), within reason."""
-    value = headers.get("retry-after", "").strip()
-    if value.isdecimal():
-        return min(float(value), MAX_RETRY_AFTER_SECONDS)
-    try:
-        seconds = parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def _read_key(variable: str) -> str:

@@ -305,7 +305,7 @@ def a_folder(file: Path) -> None:
     ("spoil", "message"),
     [
         (cut_short, "is damaged or cut short (database disk image is malformed); delete it (what it held is asked for again)"),
-        (text_file, "is no cache of replies (file is not a database); delete it"),
+        (text_file, "is no database of vapr (file is not a database); delete it"),
         (another_database, "is a database of something else; name another folder with engine.cache_dir, or leave it out with --no-cache"),
         (newer, "was written by another version of vapr; delete it"),
         (a_folder, "cannot be used (unable to open database file); name another folder"),

@@ -61,6 +61,16 @@ def check_model_names(start: Start) -> None:
         raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 
 
+def check_batches(start: Start) -> None:
+    """Check that one process alone sends and fetches batches.
+
+    Raises:
+        UserError: if several are to.
+    """
+    if start.config.engine.batch and (start.workers > 1 or start.ray):
+        raise UserError("engine.batch: one process sends and fetches all batches; leave --workers and --ray out")
+
+
 def open_job(start: Start) -> Job:
     """Make or find the job's folder."""
     # A server may move; who answers there is in editor.json.

@@ -29,6 +29,7 @@ WAYS_OUT = {
     "verifier: ": "another checks.verifier",
     CUT_OFF: "a higher ask.max_tokens, or another --editor",
     "prompt has": "a higher engine.max_model_len",
+    "not answered in its batch": "--retry-failed sends it again",
     "HTTP": "the server's log, then --retry-failed",
     "no answer within": "a higher engine.timeout_seconds, then --retry-failed",
     "broken connection": "--retry-failed",

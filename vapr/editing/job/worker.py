@@ -17,10 +17,15 @@ from vapr.editing.job.pair_rows import pair_id, pair_row, plan_row, reject_row, 
 from vapr.editing.job.start import Start
 from vapr.editing.rules.turns import Turn
 from vapr.errors import reason_kind
+from vapr.interrupts import Stopped
+from vapr.llm.request import BatchUnderWay
 from vapr.progress import Display
 from vapr.text import polarity
 
 DROPPED = "dropped in review"
+LATER = 75
+"""The exit code of a command that is to be run again later: EX_TEMPFAIL of sysexits.h."""
+LINES_SHOWN = 3
 
 
 class Worker:
@@ -35,15 +40,22 @@ class Worker:
 
     def __init__(self, start: Start, job: Job, editor: Editor, display: Display) -> None:
         self.start, self.job, self.editor, self.display = start, job, editor, display
+        self._at_server: dict[Unit, Sequence[str]] = {}
 
     def work(self) -> None:
-        """Edit what is left until the target is reached, and wait for the units that other workers hold."""
+        """Edit what is left until the target is reached, and wait for the units that other workers hold.
+
+        Raises:
+            Stopped: if nothing is left but what the server's batches are to bring.
+        """
         left = self.job.units_left(retry_failed=self.start.retry_failed)
         while left:
-            left = [unit for unit in left if not self._finish(unit)]
+            left = [unit for unit in left if not self._finish(unit) and unit not in self._at_server]
             if left:
                 self.display.note(f"waiting for {len(left)} shards that other workers hold")
                 time.sleep(WAIT_SECONDS)
+        if self._at_server and not self._target_is_reached():
+            raise batches_under_way([line for lines in self._at_server.values() for line in lines])
 
     def _finish(self, unit: Unit) -> bool:
         """Edit a unit unless that is done or not needed; return False if another worker has it."""
@@ -53,7 +65,10 @@ class Worker:
         if lease is not None:
             with lease:
                 if not self.job.is_finished(unit):  # in the meantime
-                    self._edit(unit, lease)
+                    try:
+                        self._edit(unit, lease)
+                    except BatchUnderWay as batches:
+                        self._at_server[unit] = batches.lines
         return self.job.is_finished(unit)
 
     def _target_is_reached(self) -> bool:
@@ -137,6 +152,12 @@ class Worker:
         if digest := write_identities(folder / name, drafts):
             files[name] = digest
         return files
+
+
+def batches_under_way(lines: Sequence[str]) -> Stopped:
+    """Return the exception that ends the command until a server has answered batches."""
+    shown = "; ".join(lines[:LINES_SHOWN]) + (f"; {len(lines) - LINES_SHOWN:,} more" if lines[LINES_SHOWN:] else "")
+    return Stopped(f"{len(lines):,} batches are at the server; the same command takes what has come ({shown})", LATER)
 
 
 def _total(tokens: Mapping[str, Tokens]) -> dict[str, int]:

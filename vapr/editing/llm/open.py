@@ -29,10 +29,17 @@ def open_llm(model: str, engine: EngineConfig, cache: ReplyCache | None = None) 
         UserError: if it does not open, or if its replies do not follow a schema.
     """
     llm: LanguageModel
+    server: LanguageModel | None = None
     if is_server(model):
         from vapr.llm.server import ServerModel
 
-        llm = ServerModel(model, engine)
+        llm = server = ServerModel(model, engine)
+        if engine.batch:
+            from vapr.llm.batched import BatchedServer
+
+            if cache is None:
+                raise UserError("engine.batch: replies come back by the cache; leave --no-cache out")
+            llm = BatchedServer(server, engine.extra_body, cache, engine.cache_dir)
     else:
         from vapr.editing.llm.vllm_offline import OfflineModel
 
@@ -40,7 +47,8 @@ def open_llm(model: str, engine: EngineConfig, cache: ReplyCache | None = None) 
 
     def start(llm: LanguageModel) -> None:
         llm.start()
-        prove_structured_output(llm, engine.reasoning_tokens)
+        # A batch would bring the proof a day later.
+        prove_structured_output(llm if server is None else server, engine.reasoning_tokens)
 
     with contextlib.ExitStack() as unless_proven:
         unless_proven.callback(llm.close)
