@@ -172,6 +172,8 @@ def test_what_the_server_says_in_place_of_the_model_is_asked_again(folder, serve
     edit(*job(source, server, "out", "ask.attempts=1"))
     assert [reject["reason"] for reject in rejects_of(folder)] == ["HTTP 500 after 1 tries: boom"]
     server.answer = editor
+    assert edit(*job(source, server, "again", "ask.attempts=1")) == (0, "")
+    assert len(pairs_in(folder / "again")) == 1
     assert edit(*job(source, server, "out", "ask.attempts=1", more=("--retry-failed",))) == (0, "")
     assert len(pairs_of(folder)) == 1 and ledger_of(folder)["failed"] == {}
 
@@ -358,6 +360,16 @@ def test_a_killed_process_spoils_nothing():
     keys = [number.to_bytes(16) for number in range(6 * REPLIES_AT_ONCE)]
     assert list(cache.find(keys)) == keys[: 5 * REPLIES_AT_ONCE]
     assert cache._database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_whoever_looks_holds_up_nobody():
+    """A look is a transaction of its own, also one that finds nothing or half of it damaged."""
+    cache, other = ReplyCache(), ReplyCache()
+    cache.find([KEY])
+    other.keep(KEY, REPLY)
+    other.write()
+    assert cache.find([KEY, b"x"]) == other.find([KEY])
+    assert not cache._database.in_transaction and other.fault is None
 
 
 def keep_many(first: int) -> None:
