@@ -2,6 +2,7 @@
 
     python -m bench.editing overhead        # against vLLM alone on the same prompts; needs vLLM
     python -m bench.editing scale           # the rules editor on 10,000 to 1,000,000 rows; no GPU needed
+    python -m bench.editing replies         # replies kept and found among 10,000 to 1,000,000; no GPU, no vLLM
 
 How to read the rows: bench/README.md.
 """
@@ -40,6 +41,8 @@ def main() -> None:
         images = write_images(Path(folder), options.images)
         if options.part == "overhead":
             overhead(options, Path(folder), images, keep)
+        elif options.part == "replies":
+            replies(options.rows, Path(folder), keep)
         else:
             for num_rows in options.rows:
                 scale(num_rows, options.workers, Path(folder), images, keep)
@@ -47,11 +50,13 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("overhead", "scale"))
+    parser.add_argument("part", choices=("overhead", "scale", "replies"))
     parser.add_argument("--model", default=str(SMALL_MODEL), help="overhead: folder or hub id of the language model")
     parser.add_argument("--turns", type=int, default=None, help="overhead: answers of the unit, all asked")
     parser.add_argument("--rounds", type=int, default=None, help="overhead: times each arm is timed")
-    parser.add_argument("--rows", type=int, nargs="+", default=None, help="scale: rows of each file")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=None, help="scale: rows of each file; replies: how many are kept"
+    )
     parser.add_argument("--workers", type=int, default=2, help="scale: processes")
     parser.add_argument("--images", type=int, default=1_000, help="distinct images")
     parser.add_argument("--quick", action="store_true", help="small numbers; nothing is recorded")
@@ -67,7 +72,7 @@ def parse_options() -> argparse.Namespace:
 
 def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep: Callable[..., dict[str, Any]]) -> None:
     """A unit of vapr edit, the part of it that asks, and vLLM's own chat on the same prompts, one each a round."""
-    from bench.editing_arms import Asking, Bare, Known, WholeUnit, timed_alone
+    from bench.editing_arms import Asking, Bare, Known, WholeUnit, WholeUnitKept, timed_alone
     from vapr.editing.config import EditConfig
     from vapr.editing.draft.editor import Editor
     from vapr.editing.job.start import Start, open_editor
@@ -75,7 +80,7 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
     source = write_rows(folder / "open.jsonl", open_rows(options.turns, images))
     settings = ("ask.attempts=1", "ask.max_tokens=128", "engine.max_model_len=2048")
     config = EditConfig.load(None, settings)
-    start = Start(source=str(source), folder=folder, editor=options.model, config=config)
+    start = Start(source=str(source), folder=folder, editor=options.model, config=config, cache=False)
     with open_editor(start) as editor:
         known = Known(editor.llm)
         alone = WholeUnit(start, Editor(config, editor.categories, known), folder)
@@ -86,7 +91,9 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
                 f"{len(known.requests)} requests for {options.turns} answers: not all of them were asked"
             )
         arms = {
-            "vapr edit": WholeUnit(start, editor, folder), "vapr ask": Asking(editor.llm, known.requests),
+            "vapr edit": WholeUnit(start, editor, folder),
+            "vapr edit, replies kept": WholeUnitKept(start, editor, folder),
+            "vapr ask": Asking(editor.llm, known.requests),
             "vLLM chat": Bare(editor.llm, known.requests), "vapr alone": alone,
         }  # fmt: skip
         timings = measure(arms, rounds=options.rounds, warmup=1, device=torch.device("cpu"), clock=timed_alone)
@@ -132,6 +139,53 @@ def scale(num_rows: int, workers: int, folder: Path, images: list[str], keep: Ca
     }  # fmt: skip
     print(json.dumps(keep("editing", **fields)), flush=True)
     source.unlink()
+
+
+# Replies that are kept
+
+SHARD = 5_000
+
+
+def replies(counts: list[int], folder: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    """Keep replies of a model that needs no time, a shard after the other, and find each shard's again."""
+    from bench.editing_arms import Instant
+    from vapr.editing.draft import prompts
+    from vapr.editing.rules.categories import load_categories
+    from vapr.llm.cached import CachedModel
+    from vapr.llm.reply_cache import ReplyCache
+    from vapr.llm.request import Request
+
+    category = load_categories()["object"]
+    schema, system = prompts.edit_schema(category), "Change one detail of the answer and keep everything else. " * 60
+    cache = ReplyCache(str(folder / "kept"))
+    llm = CachedModel(Instant(), cache, lambda llm: None)
+    at = 0
+    for count in counts:
+        kept = found = bare = 0.0
+        began_at = at
+        while at < count:
+            requests = [
+                Request(({"role": "system", "content": system}, {"role": "user", "content": f"The cup {n} is blue."}),
+                        schema, seed=n, max_tokens=512, temperature=0.7)
+                for n in range(at, min(at + SHARD, count))
+            ]  # fmt: skip
+            times = []
+            for model in (Instant(), llm, llm):
+                began = time.perf_counter()
+                model.ask(requests)
+                times.append(time.perf_counter() - began)
+            bare, kept, found = bare + times[0], kept + times[1], found + times[2]
+            at += len(requests)
+        memory = resident_mib(os.getpid())
+        fields = {
+            "part": "replies", "replies": count, "timed": count - began_at,
+            "us_per_kept": 1e6 * (kept - bare) / (count - began_at),
+            "us_per_found": 1e6 * found / (count - began_at),
+            "private_mib": memory["all"] - memory["file"], "file_mib": cache.file.stat().st_size / 2**20,
+        }  # fmt: skip
+        print(json.dumps(keep("editing", **fields)), flush=True)
+    if cache.fault:
+        raise RuntimeError(cache.fault)
 
 
 def watch(process: subprocess.Popen, scan: Path, began: float) -> dict[str, float]:

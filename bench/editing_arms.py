@@ -14,7 +14,9 @@ from vapr.editing.job.folder import Job
 from vapr.editing.job.start import Start, open_job
 from vapr.editing.job.worker import Worker
 from vapr.editing.llm.vllm_offline import OfflineModel
-from vapr.llm.request import LanguageModel, Reply, Request, tell_nobody
+from vapr.llm.cached import CachedModel
+from vapr.llm.reply_cache import ReplyCache
+from vapr.llm.request import LanguageModel, Reply, Request, keep_nowhere, tell_nobody
 from vapr.progress import Display
 
 
@@ -51,16 +53,36 @@ class WholeUnit:
         self.generated = self._job.manifests()[0]["tokens"]["generated"]
 
 
+class WholeUnitKept(WholeUnit):
+    """The same unit, whose replies are looked for among none and then kept, as in a first run."""
+
+    def __init__(self, start: Start, editor: Editor, folder: Path) -> None:
+        super().__init__(start, editor, folder)
+        self._without = editor
+
+    def prepare(self) -> None:
+        """Besides, a cache with nothing in it."""
+        without = self._without
+        cache = ReplyCache(str(self._folder / uuid.uuid4().hex))
+        kept = CachedModel(without.llm, cache, lambda llm: None)
+        self._editor = Editor(without.config, without.categories, kept)
+        super().prepare()
+        forget(without.llm)
+
+
 class Known:
     """A language model that has answered before: each request's reply is there at once."""
 
     def __init__(self, llm: OfflineModel) -> None:
         self.name, self.revision, self.engine, self.num_gpus = llm.name, llm.revision, llm.engine, llm.num_gpus
-        self._llm = llm
+        self.settings, self._llm = llm.settings, llm
         self.replies: dict[str, Reply] = {}
         self.requests: list[Request] = []
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
         new = [request for request in requests if repr(request) not in self.replies]
         if new:
             self.requests += new
@@ -68,6 +90,22 @@ class Known:
         for _ in requests:
             on_reply()
         return [self.replies[repr(request)] for request in requests]
+
+
+class Instant:
+    """A model that needs no time: what it answers is as long as an edit."""
+
+    name, revision, engine, num_gpus, settings = "instant", "1", "none", 0, {"engine": "none"}
+    TEXT = '{"edits": [{"find": "apple", "replace": "pear", "category": "object", "why_wrong": "It is an apple."}]}'
+
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
+        replies = [Reply(self.TEXT, None, 900, 800, 40) for _ in requests]
+        for number, reply in enumerate(replies):
+            keep(number, reply)
+        return replies
 
 
 class Asking:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -39,17 +40,23 @@ class FakeServer:
     Attributes:
         chats, keys, paths: bodies of the chat requests, and every request's authorization and path.
         most_in_flight: largest number of chat requests at once.
+        meta: what it tells about its models' weights; by default they are no other server's.
         dead: drops everything, the list of models included.
+        batches: answers what is below /files and /batches; None: it has no such thing.
         going: set when the server closes; hanging answers wait for it.
     """
 
-    def __init__(self, answer: Callable[[int, dict], Any] = lambda number, body: obedient(body), models=("fake",)):
+    def __init__(
+        self, answer: Callable[[int, dict], Any] = lambda number, body: obedient(body), models=("fake",), meta=None
+    ):  # fmt: skip
         self.answer, self.models = answer, models
+        self.meta = meta or {"weights": uuid.uuid4().hex}
         self.chats: list[dict] = []
         self.keys: list[str] = []
         self.paths: list[str] = []
         self.most_in_flight = self._in_flight = 0
         self.dead = False
+        self.batches: Any = None
         self.going = threading.Event()
         self._lock = threading.Lock()
         self._http = _Http(("127.0.0.1", 0), self._handler())
@@ -92,10 +99,23 @@ class FakeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self._reply({"object": "list", "data": [{"id": m, "root": f"/models/{m}"} for m in server.models]})
+                if server.batches is not None and not self.path.endswith("/models"):
+                    self._reply(server.batches.get(self.path))
+                    return
+                self._reply(
+                    {
+                        "object": "list",
+                        "data": [{"id": m, "root": f"/models/{m}", "meta": server.meta} for m in server.models],
+                    }
+                )
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                payload = self.rfile.read(int(self.headers["Content-Length"]))
+                if not self.path.endswith("/chat/completions"):
+                    none = (404, {}, {"error": {"message": "Not Found"}})
+                    self._reply(none if server.batches is None else server.batches.post(self.path, payload))
+                    return
+                body = json.loads(payload)
                 try:
                     answer = {} if server.dead else server.chat(body)
                 except Drop:

@@ -70,15 +70,9 @@ class _NormedAttention(torch.autograd.Function):
         dx, dweight = dtotal, None
         if dnormed is not None:
             dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
-        return (
-            dx if needs_x else None,
-            dx if needs_residual else None,
-            dweight,
-            *[None] * 7,
-            *of_qkv,
-            *of_output,
-            *(next(of_learned) if need else None for need in needed[last:]),
-        )
+        of_attend = [next(of_learned) if need else None for need in needed[last:]]
+        dresidual = dx if needs_residual else None
+        return (dx if needs_x else None, dresidual, dweight, *[None] * 7, *of_qkv, *of_output, *of_attend)
 
 
 def normed_attention(

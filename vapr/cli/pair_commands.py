@@ -39,6 +39,9 @@ from vapr.errors import UserError
     "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes, each with its own GPUs."
 )
 @click.option("--ray", is_flag=True, help="Spread the shards over a Ray cluster.")
+@click.option(
+    "--cache/--no-cache", default=True, help="Ask the model only what no job has asked it before.  [default: on]"
+)
 @click.option("--verdicts", type=A_PATH, help="Verdicts exported by vapr view; pairs they drop are taken out.")
 @click.option(
     "--push-to", metavar="NAMESPACE/NAME",

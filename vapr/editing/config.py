@@ -174,6 +174,18 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
+class PriceConfig:
+    """What a million tokens of a model cost."""
+
+    prompt: Number = Field(ge=0)
+    """Tokens of prompts."""
+    cached: Number | None = Field(default=None, ge=0)
+    """Tokens of prompts that were in the server's prefix cache; null: as ``prompt``."""
+    generated: Number = Field(ge=0)
+    """Tokens of replies, reasoning included."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class EngineConfig:
     """What runs the language model: vLLM in this process, or an OpenAI-compatible server."""
 
@@ -188,7 +200,8 @@ class EngineConfig:
     enforce_eager: bool = False
     """Start without compiling and capturing graphs: sooner ready, slower afterwards. vLLM only; always so on a CPU."""
     concurrency: WholeNumber = Field(default=64, ge=1, le=1000)  # the openai package opens no more at once
-    """Requests in flight. Server only."""
+    """Most requests in flight; half as many whenever the server refuses some (HTTP 429 or 503) or takes more than half
+    of ``timeout_seconds``, and slowly more again. Server only."""
     timeout_seconds: Number = Field(default=120.0, gt=0)
     """Longest wait for a reply, the server's queue included. Server only."""
     tries: WholeNumber = Field(default=6, ge=1)
@@ -199,9 +212,22 @@ class EngineConfig:
     """The model's name at the server; null: the only one that it lists. Server only."""
     omit: list[Literal["seed", "max_tokens", "temperature"]] = Field(default=[])
     """Parameters that are not sent, for a server that refuses them. Server only."""
+    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which the limit of tokens is sent; newer models of OpenAI take only the second. Server only."""
     extra_body: dict[str, Any] | None = None
     """More keys of every request, as the server knows them: {chat_template_kwargs: {enable_thinking: false}}. Server
     only."""
+
+    batch: bool = False
+    """Send requests as files to the server's batch endpoint, which is cheaper and slower: the command ends, and
+    the same command later takes the replies and goes on. Server only."""
+    reasoning_tokens: WholeNumber = Field(default=0, ge=0)
+    """Tokens that a model which reasons first may use for that, on top of those of each reply."""
+    prices: dict[str, PriceConfig] = Field(default={})
+    """What a million tokens cost, by model: {gpt-4o-mini: {prompt: 0.15, generated: 0.6}}, in any currency. Tokens of
+    other models are counted alone."""
+    cache_dir: str | None = None
+    """Where replies are kept for all jobs; null: the user's cache folder."""
 
     @field_validator("extra_body")
     @classmethod

@@ -27,10 +27,27 @@ class Reply:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt's tokens, those that were found in the prefix cache
     generated_tokens: int = 0
+    found: bool = False  # among replies that were kept: this time no model was asked
+
+
+class BatchUnderWay(Exception):
+    """Replies that are not there yet: their requests are in batches that the server works on at its leisure.
+
+    Attributes:
+        lines: what the server says of each batch.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 def tell_nobody() -> None:
     """Do nothing: the ``on_reply`` of whoever wants no progress."""
+
+
+def keep_nowhere(number: int, reply: Reply) -> None:
+    """Do nothing: the ``keep`` of whoever waits for all replies."""
 
 
 class LanguageModel(Protocol):
@@ -40,9 +57,26 @@ class LanguageModel(Protocol):
     revision: str  # sha256 of a folder's files, commit of a hub id, or what the server says
     engine: str  # what runs it, with its version where that is known
     num_gpus: int  # that this process keeps busy; 0 for a server, which does not say
+    settings: dict[str, Any]  # what else changes a reply, beside name, revision and the request
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
-        """Return replies in the order of the requests. ``on_reply`` is called once for each, as they come.
+    def start(self) -> None:
+        """Load what has to be loaded before the first :meth:`ask`; name and revision are known without.
+
+        Raises:
+            UserError: if it does not start.
+        """
+        ...
+
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
+        """Return replies in the order of the requests.
+
+        Args:
+            requests: what is asked.
+            on_reply: called once for each, as they come.
+            keep: called with the number of each request and its reply, as soon as the engine gives it away.
 
         Raises:
             UserError: if the engine is gone or refuses everything; what concerns one request is its reply's problem.

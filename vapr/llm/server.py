@@ -1,4 +1,4 @@
-"""A language model behind any OpenAI-compatible server: bounded concurrency, retries, and rows that fail alone.
+"""A language model behind any OpenAI-compatible server: as fast as it bears, retries, and rows that fail alone.
 
 The openai package's own retries are off: they do not wait for a server that asks for more than two minutes, never wait
 longer than 8 seconds otherwise, and take what a proxy sends with HTTP 200 for an answer.
@@ -10,26 +10,22 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from vapr.errors import UserError
-from vapr.llm.request import SAMPLING, Reply, Request, cut_off, tell_nobody
+from vapr.llm.answer import Failure, read_reply, retry_after
+from vapr.llm.pace import TOO_MUCH, Pace
+from vapr.llm.request import SAMPLING, Reply, Request, keep_nowhere, tell_nobody
 
 MAX_BACKOFF_SECONDS = 60.0
-MAX_RETRY_AFTER_SECONDS = 300.0
 REFUSED = {
     401: "it wants another key",
     403: "the key may not use this model",
     404: "check the URL and {section}.model",
 }
 """Statuses that say what is wrong with every request, not with one."""
-TRY_AGAIN = (408, 409, 425, 429)
-"""Statuses that may pass, besides every 5xx."""
-THOUGHTS = ("reasoning_content", "reasoning")
-"""Where servers put what a model says before its answer."""
 
 
 class ServerSettings(Protocol):
@@ -48,32 +44,9 @@ class ServerSettings(Protocol):
     @property
     def omit(self) -> Sequence[str]: ...
     @property
-    def extra_body(self) -> dict[str, Any] | None: ...
-
-
-class _Failure(Exception):
-    """A call that has brought nothing usable.
-
-    Attributes:
-        problem: what went wrong.
-        said: the words of the server or of the connection, if there were any.
-        status: the HTTP status; None if it was 200 or there was no answer.
-        retry_after: seconds that the server asks to wait.
-        answered: False if no answer came.
-    """
-
-    def __init__(
-        self, problem: str, said: object = None, *, status: int | None = None, retry_after: float = 0.0,
-        answered: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__(problem)
-        self.problem, self.said, self.status = problem, said, status
-        self.retry_after, self.answered = retry_after, answered
-
+    def max_tokens_as(self) -> str: ...
     @property
-    def may_pass(self) -> bool:
-        """Tell whether the same request may be answered later; proxies also send HTTP 200 with nothing in it."""
-        return self.status is None or self.status in TRY_AGAIN or self.status >= 500
+    def extra_body(self) -> dict[str, Any] | None: ...
 
 
 class ServerModel:
@@ -101,15 +74,28 @@ class ServerModel:
         self._shown = _without_secrets(url)
         self._base_url = _with_version(url)
         self.engine = f"openai-compatible server at {self._shown}"
-        self.name, self.revision = self._choose(asyncio.run(self._list_models()))
+        self._pace = Pace(settings.concurrency, settings.timeout_seconds)
+        self.name, self.revision, about = self._choose(asyncio.run(self._list_models()))
+        self.settings = {"omit": sorted(settings.omit), "extra_body": settings.extra_body, "about": about}
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
+    def start(self) -> None:
+        """Do nothing: somebody else has started it."""
+
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
         """Return replies in the order of the requests; a row that fails after every try is a reply with a problem.
 
         Raises:
             UserError: if the server refuses the key or the model, or is gone.
         """
-        return self.ask_each(requests, lambda number, reply: on_reply())
+
+        def came(number: int, reply: Reply) -> None:
+            keep(number, reply)
+            on_reply()
+
+        return self.ask_each(requests, came)
 
     def ask_each(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
         """Do as :meth:`ask`; ``on_each`` is called with the number of a request and its reply, as they come."""
@@ -119,41 +105,65 @@ class ServerModel:
         """Give nothing back: connections live as long as one :meth:`ask`."""
 
     async def _ask(self, requests: Sequence[Request], on_each: Callable[[int, Reply], None]) -> list[Reply]:
-        free = asyncio.Semaphore(self._settings.concurrency)
-
         async def answer(number: int, request: Request) -> Reply:
-            async with free:
+            await self._pace.enter()
+            if (wait := self._pace.seconds_to_wait()) > 0:
+                await asyncio.sleep(wait)
+            try:
                 reply = await self._answer(client, request)
-                on_each(number, reply)
-                return reply
+            finally:
+                self._pace.leave()
+            on_each(number, reply)
+            return reply
 
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
+            with self._pace.running():
+                async with self.client() as client, asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(answer(*one)) for one in enumerate(requests)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _answer(self, client: Any, request: Request) -> Reply:
         for attempt in range(1, self._settings.tries + 1):
+            sent_at = time.monotonic()
             try:
-                return _read_reply(await self._body(self._send(client, request)), request, self._section)
-            except _Failure as error:
+                reply = read_reply(await self._body(self._send(client, request)), request.max_tokens, self._section)
+                self._pace.answered(sent_at)
+                return reply
+            except Failure as error:
                 failure = error
             words = self._quote(failure.said) if failure.answered else ""
             if failure.status in REFUSED:
                 raise UserError(f"server {self._shown}: {failure.problem}{words}; {self._way_out(failure.status)}")
             if not failure.may_pass:
                 return Reply(None, failure.problem + words + self._refused_parameter(words))
+            too_much = failure.status in TOO_MUCH or failure.timed_out
+            if too_much:
+                self._pace.too_much(sent_at, failure.retry_after)
             if attempt < self._settings.tries:
-                await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
+                await self._wait(max(failure.retry_after, _backoff(attempt)), give_place=too_much)
         if not failure.answered and not await self._is_there(client):
             raise UserError(
                 f"server {self._shown} is not reachable any more; what is finished is kept, run the same command again"
             )
         return Reply(None, f"{failure.problem} after {self._settings.tries} tries{words}")
 
-    def _send(self, client: Any, request: Request) -> Awaitable[Any]:
+    async def _wait(self, seconds: float, *, give_place: bool) -> None:
+        """Wait before a further try. One that asked too much gives its place away: there are fewer places now.
+
+        Others keep theirs, or every request would be tried on a server that is gone before the first is given up.
+        """
+        seconds = max(seconds, self._pace.seconds_to_wait())
+        if not give_place:
+            await asyncio.sleep(seconds)
+            return
+        self._pace.leave()
+        await asyncio.sleep(seconds)
+        await self._pace.enter(again=True)
+
+    def body_of(self, request: Request) -> dict[str, Any]:
+        """Return the body of a request, without the keys of ``extra_body``."""
         sampling: dict[str, Any] = {
             "seed": request.seed,
             "max_tokens": request.max_tokens,
@@ -161,46 +171,85 @@ class ServerModel:
         }
         for name in self._settings.omit:
             del sampling[name]
+        if "max_tokens" in sampling:
+            sampling[self._settings.max_tokens_as] = sampling.pop("max_tokens")
         if request.schema is not None:
             schema = {"name": "reply", "schema": request.schema, "strict": True}
             sampling["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return {"model": self.name, "messages": list(request.messages), **sampling}
+
+    def _send(self, client: Any, request: Request) -> Awaitable[Any]:
         return client.chat.completions.with_raw_response.create(
-            model=self.name,
-            messages=list(request.messages),
-            extra_body=self._settings.extra_body,
-            **sampling,
+            **self.body_of(request), extra_body=self._settings.extra_body
         )
 
     async def _body(self, call: Awaitable[Any]) -> Any:
-        """Wait for an answer and return its body, parsed. One timeout for all of it: bytes may come now and then.
+        """Wait for an answer and return its body, parsed.
 
         Raises:
-            _Failure: if nothing usable comes.
+            Failure: if nothing usable comes.
+        """
+        try:
+            body = json.loads(await self._text(call))
+        except (ValueError, RecursionError):
+            raise Failure("an answer that is not JSON") from None
+        if isinstance(body, dict) and (refusal := body.get("error")):  # as gateways send it with HTTP 200
+            said = (refusal.get("message") or refusal) if isinstance(refusal, dict) else refusal
+            raise Failure("an error in place of an answer", said)
+        return body
+
+    async def _text(self, call: Awaitable[Any]) -> str:
+        """Wait for an answer and return it. One timeout for all of it: bytes may come now and then.
+
+        Raises:
+            Failure: if nothing comes, or an error.
         """
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 response = await call
-            body = json.loads(response.http_response.text)
+            return str(response.http_response.text)
         except self._openai.APIStatusError as error:
             said = error.body.get("message") if isinstance(error.body, dict) else None
-            wait = _retry_after(error.response.headers)
-            raise _Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
+            wait = retry_after(error.response.headers)
+            raise Failure(f"HTTP {error.status_code}", said, status=error.status_code, retry_after=wait) from None
         except (TimeoutError, self._openai.APITimeoutError):
-            raise _Failure(f"no answer within {self._settings.timeout_seconds:g} s", answered=False) from None
+            problem = f"no answer within {self._settings.timeout_seconds:g} s"
+            raise Failure(problem, answered=False, timed_out=True) from None
         except self._openai.APIConnectionError as error:
-            raise _Failure("broken connection", error.__cause__ or error, answered=False) from None
-        except (ValueError, RecursionError):
-            raise _Failure("an answer that is not JSON") from None
-        if isinstance(body, dict) and (refusal := body.get("error")):  # as gateways send it with HTTP 200
-            said = (refusal.get("message") or refusal) if isinstance(refusal, dict) else refusal
-            raise _Failure("an error in place of an answer", said)
-        return body
+            raise Failure("broken connection", error.__cause__ or error, answered=False) from None
+        except ValueError:
+            raise Failure("an answer that is no text") from None
+
+    async def call(self, what: Callable[[], Awaitable[Any]], *, unless_silent: bool = False) -> str:
+        """Return the text that a call of the client brings, after some tries.
+
+        Args:
+            what: makes the call.
+            unless_silent: no further try where no answer came.
+
+        Raises:
+            Failure: with the last problem.
+        """
+        for attempt in range(1, self._settings.tries + 1):
+            try:
+                return await self._text(what())
+            except Failure as error:
+                failure = error
+            if not failure.may_pass or (unless_silent and not failure.answered):
+                break
+            if attempt < self._settings.tries:
+                await asyncio.sleep(max(failure.retry_after, _backoff(attempt)))
+        raise failure
+
+    def told(self, failure: Failure) -> str:
+        """Say in one line what has failed."""
+        return f"server {self._shown}: {failure.problem}{self._quote(failure.said)}"
 
     async def _list_models(self) -> list[dict[str, Any]]:
-        async with self._client() as client:
+        async with self.client() as client:
             try:
                 return await self._models(client)
-            except _Failure as error:
+            except Failure as error:
                 failure = error
         problem, words = failure.problem, self._quote(failure.said)
         if failure.status == 404 and self._settings.model is not None:  # some gateways list nothing
@@ -217,18 +266,21 @@ class ServerModel:
         body = await self._body(client.models.with_raw_response.list())
         models = body.get("data") if isinstance(body, dict) else None
         if not isinstance(models, list) or not all(isinstance(m, dict) and m.get("id") for m in models):
-            raise _Failure("it sent no list of models")
+            raise Failure("it sent no list of models")
         return models
 
     async def _is_there(self, client: Any) -> bool:
         try:
             await self._models(client)
-        except _Failure as failure:
+        except Failure as failure:
             return failure.answered
         return True
 
-    def _choose(self, models: list[dict[str, Any]]) -> tuple[str, str]:
-        """Return name and revision of the model that is meant. A name that is not listed is tried all the same."""
+    def _choose(self, models: list[dict[str, Any]]) -> tuple[str, str, Any]:
+        """Return name and revision of the model that is meant, and what llama.cpp's server tells about its weights.
+
+        A name that is not listed is tried all the same.
+        """
         name = self._settings.model
         if name is None:
             if len(models) != 1:
@@ -237,10 +289,11 @@ class ServerModel:
                     f"server {self._shown} lists {len(models)} models; {self._section}.model must name one: {listed}"
                 )
             name = str(models[0]["id"])
-        root = next((model.get("root") for model in models if model["id"] == name), None)
-        return name, f"server-said {root or name}"
+        listed_so = next((model for model in models if model["id"] == name), {})
+        return name, f"server-said {listed_so.get('root') or name}", listed_so.get("meta")
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """Return a client of the openai package, which whoever uses it closes."""
         return self._openai.AsyncOpenAI(
             base_url=self._base_url, api_key=self._key or "none", max_retries=0, timeout=None
         )
@@ -257,6 +310,8 @@ class ServerModel:
         if not named:
             return ""
         section = self._section
+        if named[0] == "max_tokens" and "max_completion_tokens" in words:
+            return f"; {section}.max_tokens_as=max_completion_tokens sends it under the new name"
         return f"; {section}.omit=[{named[0]}] leaves it out, {section}.extra_body sends what is wanted instead"
 
     def _quote(self, words: object) -> str:
@@ -267,52 +322,9 @@ class ServerModel:
         return f": {' '.join(text.split())[:300]}" if text else ""
 
 
-def _read_reply(body: Any, request: Request, section: str) -> Reply:
-    try:
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
-        usage = body.get("usage") or {}
-        prompt, generated = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise _Failure("an answer without choices") from None
-    problem = None
-    if finish == "length":
-        problem = cut_off(generated or request.max_tokens)
-    elif finish == "content_filter" or message.get("refusal"):
-        problem = "refused by the server's content filter or by the model"
-    elif not isinstance(text, str) or not text.strip():
-        problem = _empty_reply(message, section)
-    return Reply(text if problem is None else None, problem, prompt, cached, generated)
-
-
-def _empty_reply(message: dict[str, Any], section: str) -> str:
-    for key in THOUGHTS:
-        if isinstance(thought := message.get(key), str) and thought.strip():
-            return (
-                f"an empty reply: all of it is in {key} ({' '.join(thought.split())[:60]!r}); have the server not "
-                f"think, for instance with {section}.extra_body={{chat_template_kwargs: {{enable_thinking: false}}}}, "
-                "or without its reasoning parser"
-            )
-    return "an empty reply"
-
-
 def _backoff(attempt: int) -> float:
     """Return the seconds before a further try: about 1, 2, 4, ... with jitter, so that not all come back at once."""
     return min(2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds that the server asks to wait (RFC 9110, 10.2.3: a whole number or a date), within reason."""
-    value = headers.get("retry-after", "").strip()
-    if value.isdecimal():
-        return min(float(value), MAX_RETRY_AFTER_SECONDS)
-    try:
-        seconds = parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def _read_key(variable: str) -> str:

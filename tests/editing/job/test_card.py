@@ -32,6 +32,7 @@ LEDGER = {
     "polarity": {"llava.json": {"rejected_yes": 210, "rejected_no": 211}},
     "decided_by": {"rules": 6001, "model": 299},
     "tokens": {"prompt": 1234567, "cached": 1100000, "generated": 98765},
+    "models": {"Qwen3-8B": {"asked": 6011, "found": 289, "prompt": 1234567, "cached": 1100000, "generated": 98765, "cost": 0.4321}},
     "seconds": 1830.4, "accepted_per_second": 2.318,
     "shards": {"total": 7, "done": 7, "redone": 1},
     "rest": {"seconds": None, "gpu_hours": None, "cost": None, "price_per_gpu_hour": None},
@@ -98,6 +99,7 @@ def test_the_figures_are_those_of_the_ledger(tmp_path):
         "filtered: no image": "1,001", "filtered: box answer": "110", "turns of the job": "6,300", "turns done": "6,300",
         "turns left": "0", "accepted pairs": "4,242", "rejected: same_meaning": "1,203", "rejected: length": "555",
         "failed: no JSON": "300", "prompt tokens": "1,234,567", "cached tokens": "1,100,000", "generated tokens": "98,765",
+        "Qwen3-8B: replies asked for": "6,011", "Qwen3-8B: replies kept from before": "289", "Qwen3-8B: cost": "0.432",
         "seconds": "1,830", "accepted pairs a second": "2.32", "shards: total": "7", "shards: done": "7", "shards: redone": "1",
     }  # fmt: skip
     assert {name: values[0] for name, values in shown.items() if name in expected} == expected
@@ -127,7 +129,7 @@ def test_a_job_that_is_not_finished_says_what_is_left(tmp_path):
     shown = figures(text)
     assert shown["estimated for the rest: seconds"] == ["913"]
     assert shown["estimated for the rest: gpu hours"] == ["0.254"]
-    assert not any("cost" in name or "price" in name for name in shown)
+    assert not any("rest: cost" in name or "price" in name for name in shown)
 
 
 def test_an_empty_job_of_the_rules(tmp_path):

@@ -91,6 +91,18 @@ def test_what_is_sent_can_be_changed(serve):
     }
 
 
+def test_the_limit_of_tokens_has_a_newer_name(serve):
+    words = "Unsupported parameter: 'max_tokens' is not supported; use 'max_completion_tokens' instead."
+    server = serve(lambda number, body: failing(400, words) if "max_tokens" in body else obedient(body))
+    with pytest.raises(
+        UserError, match=r"instead\.; engine\.max_tokens_as=max_completion_tokens sends it under the new"
+    ):
+        open_llm(server.url, EngineConfig())
+    llm = open_llm(server.url, EngineConfig(max_tokens_as="max_completion_tokens", reasoning_tokens=1_000))
+    llm.ask([ask_for("a")])
+    assert [chat["max_completion_tokens"] for chat in server.chats[1:]] == [128 + 1_000, 50]
+
+
 @pytest.mark.parametrize("refused", ["max_tokens", "temperature", "seed"])
 def test_a_server_that_refuses_a_parameter_opens_without_it(serve, refused):
     words = f"Unsupported parameter: '{refused}' is not supported with this model."
@@ -219,6 +231,24 @@ def test_the_server_may_name_a_date(serve):
     assert 30 < slept[0] <= 60
 
 
+def test_a_server_that_was_asked_too_much_is_asked_half_as_much(serve):
+    full, limits = failing(429, "full"), []
+    llm, slept = opened(serve(lambda number, body: full if number == 5 else obedient(body)), concurrency=16)
+    replies = llm.ask([ask_for(f"row {n}") for n in range(50)], lambda: limits.append(llm._pace.limit))
+    assert replies == [echo(f"row {n}") for n in range(50)]  # the refused one, too
+    assert len(slept) == 1
+    assert 8 < min(limits) < 9 < limits[-1] < 13  # half, and a bit more with each of about 44 replies
+
+
+def test_what_was_learned_of_a_server_stays_for_the_next_requests(serve):
+    full = failing(429, "full", {"Retry-After": "30"})
+    llm, slept = opened(serve(lambda number, body: full if number == 0 else obedient(body)), concurrency=8)
+    llm.ask([ask_for("a")])
+    assert 4 < llm._pace.limit < 5
+    llm.ask([ask_for("b")])
+    assert slept[0] == 30 and 0 < slept[1] < 30  # no time has passed here since the server has asked everybody to wait
+
+
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "soon"}, {"Retry-After": "-5"}, {"Retry-After": "nan"}])
 def test_without_such_a_word_each_wait_doubles(serve, headers):
     server = serve(lambda number, body: failing(500, "out of\nluck", headers))
@@ -292,6 +322,9 @@ def dropped():
         ({"error": {"message": "model is\nloading", "code": 503}}, "an error in place of an answer after 2 tries: model is loading"),
         ({"error": "out of quota", "choices": None}, "an error in place of an answer after 2 tries: out of quota"),
         ({"error": {"code": 7}}, "an error in place of an answer after 2 tries: {'code': 7}"),
+        (completion("<think>It is a"), "cut off after 12 tokens of reasoning"),
+        (completion("<think>It is a", finish="length"), "cut off after 12 tokens of reasoning"),
+        (completion("<think>It is a</think>"), "an empty reply"),
         (completion(None, reasoning_content='{"echo":\n"b"}'), f"an empty reply: all of it is in reasoning_content ('{{\"echo\": \"b\"}}'); {NOT_THINK}"),
         (completion("", reasoning="Let me see"), f"an empty reply: all of it is in reasoning ('Let me see'); {NOT_THINK}"),
         ({"choices": [{"message": {"role": "assistant"}, "finish_reason": "stop"}]}, "an empty reply"),
@@ -302,6 +335,12 @@ def dropped():
 def test_one_row_fails_alone(serve, bad, problem):
     llm, _ = opened(serve(badly(bad)), tries=2)
     assert others_are_fine(llm) == problem
+
+
+@pytest.mark.parametrize("said", [{"content": '<think>So be it.</think>\n{"echo": "a"}'}, {"content": '{"echo": "a"}', "reasoning_content": "So be it."}], ids=str)  # fmt: skip
+def test_the_answer_comes_after_the_reasoning(serve, said):
+    llm, _ = opened(serve(lambda number, body: completion(said["content"], **said)))
+    assert llm.ask([ask_for("a")]) == [echo("a")]
 
 
 def test_a_row_that_hangs_fails_alone(serve):

@@ -68,19 +68,31 @@ class Draft:
 
 @dataclass(slots=True)
 class Tokens:
-    """The tokens of all requests of a shard."""
+    """What the requests of a shard have cost, those of one model or all."""
 
+    asked: int = 0  # replies that a model was asked for
+    found: int = 0  # replies that were kept from before, and cost nothing
     prompt: int = 0
     cached: int = 0
     generated: int = 0
+
+    def count(self, reply: Reply) -> None:
+        """Add one reply."""
+        if reply.found:
+            self.found += 1
+            return
+        self.asked += 1
+        self.prompt += reply.prompt_tokens
+        self.cached += reply.cached_tokens
+        self.generated += reply.generated_tokens
 
 
 class _Asker:
     """Sends the requests of one shard: each has its own seed, tokens are added up, replies are shown as progress."""
 
-    def __init__(self, config: EditConfig, shard: str, display: Display | None) -> None:
-        self._seed, self._temperature, self._display = f"{config.seed}|{shard}", config.ask.temperature, display
-        self.tokens = Tokens()
+    def __init__(self, config: EditConfig, round: int, display: Display | None) -> None:
+        self._config, self._round, self._display = config, round, display
+        self.tokens: dict[str, Tokens] = defaultdict(Tokens)  # of each model
 
     def advance(self, turns: int) -> None:
         """Show that so many turns more are through."""
@@ -90,9 +102,15 @@ class _Asker:
     def request(
         self, draft: Draft, purpose: str, messages: prompts.Messages, schema: dict[str, Any], max_tokens: int
     ) -> Request:
-        """Make a request about a draft; the same one for the same purpose, whatever else is in the shard."""
-        digest = hashlib.sha256(f"{self._seed}|{purpose}|{draft.turn.digest()}".encode()).digest()
-        return Request(messages, schema, int.from_bytes(digest[:4], "little") >> 1, max_tokens, self._temperature)
+        """Make a request about a draft; the same one for the same purpose in the same round, whatever shard it is in.
+
+        So a reply that is kept is found again by jobs that divide or filter the source otherwise; --retry-failed, which
+        begins another round, gets another reply.
+        """
+        seed = f"{self._config.seed}|{self._round}|{purpose}|{draft.turn.digest()}"
+        number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little") >> 1
+        max_tokens += self._config.engine.reasoning_tokens
+        return Request(messages, schema, number, max_tokens, self._config.ask.temperature)
 
     def ask(self, llm: LanguageModel, requests: Sequence[Request], what: str) -> list[Reply]:
         """Return the replies, in the order of the requests."""
@@ -105,9 +123,7 @@ class _Asker:
 
         replies = llm.ask(requests, show)
         for reply in replies:
-            self.tokens.prompt += reply.prompt_tokens
-            self.tokens.cached += reply.cached_tokens
-            self.tokens.generated += reply.generated_tokens
+            self.tokens[llm.name].count(reply)
         return replies
 
 
@@ -145,17 +161,21 @@ class Editor:
 
     def edit(
         self, turns: Sequence[Turn], shard: str, display: Display | None = None,
-        published: Callable[[], AbstractSet[int]] = frozenset,
-    ) -> tuple[list[Draft], Tokens]:  # fmt: skip
+        published: Callable[[], AbstractSet[int]] = frozenset, round: int = 0,
+    ) -> tuple[list[Draft], dict[str, Tokens]]:  # fmt: skip
         """Make a draft of each turn, in their order, each accepted, rejected or failed.
 
         Args:
             turns: the turns of one shard.
-            shard: its name; with the job's seed it decides trades and the model's sampling.
+            shard: its name; with the job's seed it decides trades.
             display: shows progress.
             published: gives the identities of pairs that are written already; no draft becomes one of them again.
+            round: how often these turns were through before; with the job's seed it decides the model's sampling.
+
+        Returns:
+            The drafts, and what each model has cost, by its name.
         """
-        asker = _Asker(self.config, shard, display)
+        asker = _Asker(self.config, round, display)
         drafts = [Draft(turn, self.planner.by_rules(turn, number)) for number, turn in enumerate(turns)]
         self._label(drafts, asker)
         self.planner.trade([draft.plan for draft in drafts], f"{self.config.seed}|{shard}")

@@ -81,8 +81,8 @@ class PictureEditor:
 
     def edit(
         self, turns: Sequence[Turn], shard: str, display: Display | None = None,
-        published: Callable[[], AbstractSet[int]] = frozenset,
-    ) -> tuple[list[Draft], Tokens]:  # fmt: skip
+        published: Callable[[], AbstractSet[int]] = frozenset, round: int = 0,
+    ) -> tuple[list[Draft], dict[str, Tokens]]:  # fmt: skip
         """Make a draft of each turn, in their order, each accepted, rejected or failed.
 
         Each turn has the kinds of change in an order of its own, drawn by the job's seed, and gets the first that can
@@ -94,6 +94,7 @@ class PictureEditor:
             shard: its name; with the job's seed it decides who swaps pictures with whom.
             display: shows progress.
             published: not asked for: no two turns of a job have the same images, prompt and answer.
+            round: not asked for: nothing is sampled.
         """
         drafts = [Draft(turn) for turn in turns]
         swaps = Swaps(self._planner, turns) if "other" in self._picture.change else None
@@ -128,7 +129,7 @@ class PictureEditor:
         for draft, tried in zip(drafts, reasons, strict=True):
             if draft.status == "open":
                 draft.end("rejected", tried[0])
-        return drafts, Tokens()
+        return drafts, {}
 
     def _order(self, turn: Turn) -> list[str]:
         kinds: list[str] = list(dict.fromkeys(self._picture.change))

@@ -67,6 +67,7 @@ class Manifest:
     num_gpus: int
     times_taken: int
     files: dict[str, str]  # sha256 of each
+    models: dict[str, dict[str, int]] = field(default_factory=dict)  # what each has cost
     reviewed: dict[str, str] = field(default_factory=dict)  # sha256 of parts that a review may have left so
 
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from vapr.editing.config import PriceConfig
 from vapr.editing.job.folder import RETRIED, Job
 from vapr.editing.job.review import count_verdicts
 from vapr.editing.job.worker import DROPPED
@@ -19,14 +20,17 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         job: the folder.
         price_per_gpu_hour: in any currency; None: no estimate of the cost.
     """
-    editor, manifests = job.editor, job.manifests()
+    editor, manifests, prices = job.editor, job.manifests(), job.config.engine.prices
     first_rounds = [manifest for manifest in manifests if manifest["round"] == 0]
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
     reasons, categories = _count_reasons(manifests, newest), _count_categories(manifests, newest)
     polarity: Counts = defaultdict(Counter)
     tokens, decided_by = Counter[str](), Counter[str]()
+    models: Counts = defaultdict(Counter)
     for manifest in manifests:
         tokens.update(manifest["tokens"])
+        for name, counts in manifest.get("models", {}).items():  # an older version has not told them apart
+            models[name].update(counts)
         for source, counts in manifest["polarity"].items():
             polarity[source].update(counts)
     for manifest in first_rounds:
@@ -52,6 +56,7 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         },
         "decided_by": dict(decided_by),
         "tokens": {kind: tokens[kind] for kind in ("prompt", "cached", "generated")},
+        "models": {name: _with_cost(counts, prices.get(name)) for name, counts in sorted(models.items())},
         "seconds": round(seconds, 3),
         "accepted_per_second": round(accepted / seconds, 3) if seconds else None,
         "shards": {
@@ -100,6 +105,16 @@ def _with_rate(counts: Counter[str]) -> dict[str, Any]:
         "failed": counts["failed"],
     }
     return {**shown, "accept_rate": round(counts["accepted"] / counts["turns"], 4) if counts["turns"] else None}
+
+
+def _with_cost(counts: Counter[str], price: PriceConfig | None) -> dict[str, Any]:
+    """Return what a model was asked and how many tokens that took, with the cost if the user has said its price."""
+    shown = {kind: counts[kind] for kind in ("asked", "found", "prompt", "cached", "generated")}
+    if price is None:
+        return {**shown, "cost": None}
+    cached = price.prompt if price.cached is None else price.cached
+    cost = (counts["prompt"] - counts["cached"]) * price.prompt + counts["cached"] * cached
+    return {**shown, "cost": round((cost + counts["generated"] * price.generated) / 1e6, 4)}
 
 
 def _estimate_rest(first_rounds: Manifests, left: int, done: int, price: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vapr.editing.job.ledger import ledger
 from vapr.editing.job.push import Hub
 from vapr.editing.job.review import apply_verdicts
 from vapr.editing.job.scan import unreadable_rows
-from vapr.editing.job.start import Start, check_model_names, open_job
+from vapr.editing.job.start import Start, check_batches, check_model_names, open_job
 from vapr.editing.job.workers import run_workers
 from vapr.interrupts import stopped_at_once
 
@@ -34,6 +34,7 @@ def run(start: Start, say: Callable[[str], None]) -> dict[str, Any]:
     """
     with stopped_at_once(lambda: _say_what_is_kept(start.folder)):
         check_model_names(start)
+        check_batches(start)
         with contextlib.closing(open_job(start)) as job:
             # Before hours of work: a name that is none, or no token, is told at once.
             hub = Hub(start.push_to, job.described) if start.push_to is not None else None

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from vapr.editing.job.folder import Job
 from vapr.editing.llm.open import is_server, open_llm
 from vapr.editing.rules.categories import Categories, load_categories
 from vapr.errors import UserError
+from vapr.llm.reply_cache import ReplyCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Start:
     price_per_gpu_hour: float | None = None
     verdicts: Path | None = None
     push_to: str | None = None
+    cache: bool = True
 
     @property
     def loaded_models(self) -> list[str]:
@@ -62,6 +65,16 @@ def check_model_names(start: Start) -> None:
         raise UserError(f"--editor {editor}: did you mean '{RULES}'?")
 
 
+def check_batches(start: Start) -> None:
+    """Check that one process alone sends and fetches batches.
+
+    Raises:
+        UserError: if several are to.
+    """
+    if start.config.engine.batch and (start.workers > 1 or start.ray):
+        raise UserError("engine.batch: one process sends and fetches all batches; leave --workers and --ray out")
+
+
 def open_job(start: Start) -> Job:
     """Make or find the job's folder."""
     # A server may move; who answers there is in editor.json.
@@ -79,15 +92,28 @@ def open_editor(start: Start, *, keep: bool = True) -> Iterator[Editor | Picture
         return
     if len(start.loaded_models) > 1:  # they share the GPUs
         engine = replace(engine, gpu_memory_utilization=engine.gpu_memory_utilization / 2)
-    llm, verifier = None, None
+    llm, verifier, cache = None, None, None
     with contextlib.ExitStack() as stack:
+        if start.cache and (start.editor != RULES or config.checks.verifier is not None):
+            cache = stack.enter_context(_cache(engine.cache_dir))
         if start.editor != RULES:
-            llm = stack.enter_context(contextlib.closing(open_llm(start.editor, engine)))
+            llm = stack.enter_context(contextlib.closing(open_llm(start.editor, engine, cache)))
         elif config.checks.blind:
             raise UserError("checks.blind: the rules editor has no language model to ask; give one with --editor")
         if config.checks.verifier is not None:
-            verifier = stack.enter_context(contextlib.closing(open_llm(config.checks.verifier, engine)))
+            verifier = stack.enter_context(contextlib.closing(open_llm(config.checks.verifier, engine, cache)))
         yield Editor(config, _categories(config), llm, verifier, _picture)
+
+
+@contextlib.contextmanager
+def _cache(folder: str | None) -> Iterator[ReplyCache]:
+    """Open the replies that are kept; a fault that has ended their use in the middle is told at the end."""
+    with contextlib.closing(ReplyCache(folder)) as cache:
+        try:
+            yield cache
+        finally:
+            if cache.fault is not None:
+                print(f"{cache.fault}; {cache.lost:,} replies were not kept", file=sys.stderr)
 
 
 def _categories(config: EditConfig) -> Categories:

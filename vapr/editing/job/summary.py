@@ -41,6 +41,7 @@ WAYS_OUT = {
     "boxes ": "rows as docs/edit.md shows them",
     "less of the picture": "picture.changed",
     "more of the picture": "picture.changed",
+    "not answered in its batch": "--retry-failed sends it again",
     "HTTP": "the server's log, then --retry-failed",
     "no answer within": "a higher engine.timeout_seconds, then --retry-failed",
     "broken connection": "--retry-failed",
@@ -92,6 +93,10 @@ def show(result: Mapping[str, Any]) -> str:
     if tokens["prompt"]:
         prompt = f"{tokens['prompt']:,} prompt ({tokens['cached']:,} cached)"
         lines.append(_line("tokens", f"{prompt}, {tokens['generated']:,} generated"))
+    for name, model in result["models"].items():
+        counted = f"{model['asked']:,} replies asked for, {model['found']:,} kept from before"
+        cost = f", cost {model['cost']:,}" if model["cost"] is not None else ""
+        lines.append(_line("model", f"{name}: {counted}{cost}"))
     if result["accepted_per_second"] is not None:
         lines.append(_line("speed", f"{result['accepted_per_second']:,} accepted pairs a second of work"))
     if turns["left"] and rest["seconds"] is not None:

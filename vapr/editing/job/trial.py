@@ -11,9 +11,11 @@ from vapr.editing.draft.editor import Draft
 from vapr.editing.job.scan import DUPLICATE, RowReader, unreadable_images
 from vapr.editing.job.start import Start, open_editor
 from vapr.editing.job.summary import list_commands, list_reasons
+from vapr.editing.job.worker import batches_under_way
 from vapr.editing.rules.turns import InstructionData, Turn
 from vapr.errors import UserError, reason_kind
 from vapr.interrupts import stopped_at_once
+from vapr.llm.request import BatchUnderWay
 from vapr.progress import Display
 
 
@@ -46,7 +48,10 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
         for line in unreadable:
             say(line)
         with open_editor(start, keep=False) as editor, Display("edit", len(turns), unit="answer") as display:
-            drafts, _ = editor.edit(turns, "trial", display)
+            try:
+                drafts, _ = editor.edit(turns, "trial", display)
+            except BatchUnderWay as batches:
+                raise batches_under_way(batches.lines) from None
         no_pair = Counter(reason_kind(draft.reason) for draft in drafts if draft.reason)
         return {
             "rows": len(rows),

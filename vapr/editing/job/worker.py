@@ -1,9 +1,10 @@
 """One worker of a job: takes a unit, edits it, writes its files and its manifest, and so on until nothing is left."""
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vapr.editing.draft.editor import Draft, Editor, Tokens
@@ -17,10 +18,15 @@ from vapr.editing.job.pair_rows import pair_id, pair_row, plan_row, reject_row, 
 from vapr.editing.job.start import Start
 from vapr.editing.rules.turns import Turn
 from vapr.errors import reason_kind
+from vapr.interrupts import Stopped
+from vapr.llm.request import BatchUnderWay
 from vapr.progress import Display
 from vapr.text import polarity
 
 DROPPED = "dropped in review"
+LATER = 75
+"""The exit code of a command that is to be run again later: EX_TEMPFAIL of sysexits.h."""
+LINES_SHOWN = 3
 
 
 class Worker:
@@ -35,15 +41,22 @@ class Worker:
 
     def __init__(self, start: Start, job: Job, editor: Editor | PictureEditor, display: Display) -> None:
         self.start, self.job, self.editor, self.display = start, job, editor, display
+        self._at_server: dict[Unit, Sequence[str]] = {}
 
     def work(self) -> None:
-        """Edit what is left until the target is reached, and wait for the units that other workers hold."""
+        """Edit what is left until the target is reached, and wait for the units that other workers hold.
+
+        Raises:
+            Stopped: if nothing is left but what the server's batches are to bring.
+        """
         left = self.job.units_left(retry_failed=self.start.retry_failed)
         while left:
-            left = [unit for unit in left if not self._finish(unit)]
+            left = [unit for unit in left if not self._finish(unit) and unit not in self._at_server]
             if left:
                 self.display.note(f"waiting for {len(left)} shards that other workers hold")
                 time.sleep(WAIT_SECONDS)
+        if self._at_server and not self._target_is_reached():
+            raise batches_under_way([line for lines in self._at_server.values() for line in lines])
 
     def _finish(self, unit: Unit) -> bool:
         """Edit a unit unless that is done or not needed; return False if another worker has it."""
@@ -53,7 +66,10 @@ class Worker:
         if lease is not None:
             with lease:
                 if not self.job.is_finished(unit):  # in the meantime
-                    self._edit(unit, lease)
+                    try:
+                        self._edit(unit, lease)
+                    except BatchUnderWay as batches:
+                        self._at_server[unit] = batches.lines
         return self.job.is_finished(unit)
 
     def _target_is_reached(self) -> bool:
@@ -79,17 +95,18 @@ class Worker:
             self.job.write_manifest({
                 "unit": unit.name, "shard": unit.shard, "round": unit.round,
                 **_counts(drafts),
-                "tokens": {"prompt": tokens.prompt, "cached": tokens.cached, "generated": tokens.generated},
+                "tokens": _total(tokens),
+                "models": {name: dataclasses.asdict(of_model) for name, of_model in tokens.items()},
                 "seconds": round(time.monotonic() - began, 3),
                 "num_gpus": self.editor.llm.num_gpus if self.editor.llm is not None else 0,
                 "times_taken": lease.times_taken,
                 "files": files,
             })  # fmt: skip
 
-    def _edit_turns(self, turns: Sequence[Turn], unit: Unit) -> tuple[list[Draft], Tokens]:
-        return self.editor.edit(turns, unit.name, self.display, self.job.identities.read)
+    def _edit_turns(self, turns: Sequence[Turn], unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
+        return self.editor.edit(turns, unit.name, self.display, self.job.identities.read, unit.round)
 
-    def _edit_again(self, unit: Unit) -> tuple[list[Draft], Tokens]:
+    def _edit_again(self, unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
         """Edit anew what failed and what was lost with it, and restore what only the target was against.
 
         Where nothing failed, what has lost its partner stays lost unless --retry-failed asks: growing targets shall end
@@ -103,7 +120,7 @@ class Worker:
             stays = row.get("as_it_was") or (row["status"] == "partner_lost" and not retry_lost)
             (to_restore if stays else to_edit).append(row)
         turns = self.job.turns_at([(row["row"], row["turn"]) for row in (*to_edit, *to_restore)])
-        edited, tokens = self._edit_turns(turns[: len(to_edit)], unit) if to_edit else ([], Tokens())
+        edited, tokens = self._edit_turns(turns[: len(to_edit)], unit) if to_edit else ([], {})
         restored = restore_drafts(to_restore, turns[len(to_edit) :], self.editor.categories, len(to_edit))
         if restored:
             self.display.advance("", len(restored))
@@ -136,6 +153,17 @@ class Worker:
         if digest := write_identities(folder / name, drafts):
             files[name] = digest
         return files
+
+
+def batches_under_way(lines: Sequence[str]) -> Stopped:
+    """Return the exception that ends the command until a server has answered batches."""
+    shown = "; ".join(lines[:LINES_SHOWN]) + (f"; {len(lines) - LINES_SHOWN:,} more" if lines[LINES_SHOWN:] else "")
+    return Stopped(f"{len(lines):,} batches are at the server; the same command takes what has come ({shown})", LATER)
+
+
+def _total(tokens: Mapping[str, Tokens]) -> dict[str, int]:
+    kinds = ("prompt", "cached", "generated")
+    return {kind: sum(getattr(of_model, kind) for of_model in tokens.values()) for kind in kinds}
 
 
 def _counts(drafts: Sequence[Draft]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from vapr.editing.config import EngineConfig
 from vapr.errors import UserError
+from vapr.llm.cached import CachedModel
+from vapr.llm.reply_cache import ReplyCache
 from vapr.llm.request import CUT_OFF, LanguageModel, Request
 
 
@@ -15,29 +17,50 @@ def is_server(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
-def open_llm(model: str, engine: EngineConfig) -> LanguageModel:
+def open_llm(model: str, engine: EngineConfig, cache: ReplyCache | None = None) -> LanguageModel:
     """Open a server (``http://`` or ``https://``), or load a folder or hub id with vLLM.
+
+    Args:
+        model: the server, folder or hub id.
+        engine: how it is run or asked.
+        cache: replies that are kept. A model with some among them is loaded and proven only if others are wanted.
 
     Raises:
         UserError: if it does not open, or if its replies do not follow a schema.
     """
     llm: LanguageModel
+    server: LanguageModel | None = None
     if is_server(model):
         from vapr.llm.server import ServerModel
 
-        llm = ServerModel(model, engine)
+        llm = server = ServerModel(model, engine)
+        if engine.batch:
+            from vapr.llm.batched import BatchedServer
+
+            if cache is None:
+                raise UserError("engine.batch: replies come back by the cache; leave --no-cache out")
+            llm = BatchedServer(server, engine.extra_body, cache, engine.cache_dir)
     else:
         from vapr.editing.llm.vllm_offline import OfflineModel
 
         llm = OfflineModel(model, engine)
+
+    def start(llm: LanguageModel) -> None:
+        llm.start()
+        # A batch would bring the proof a day later.
+        prove_structured_output(llm if server is None else server, engine.reasoning_tokens)
+
     with contextlib.ExitStack() as unless_proven:
         unless_proven.callback(llm.close)
-        prove_structured_output(llm)
+        if cache is None:
+            start(llm)
+        else:
+            llm = CachedModel(llm, cache, start)
         unless_proven.pop_all()
     return llm
 
 
-def prove_structured_output(llm: LanguageModel) -> None:
+def prove_structured_output(llm: LanguageModel, reasoning_tokens: int = 0) -> None:
     """Ask for prose under a schema that allows one random word only.
 
     An engine that ignores schemas answers with prose, and nothing else would tell: vLLM dropped the ``guided_*`` keys
@@ -50,7 +73,7 @@ def prove_structured_output(llm: LanguageModel) -> None:
     code = {"type": "string", "const": word}
     schema = {"type": "object", "properties": {"code": code}, "required": ["code"], "additionalProperties": False}
     question = {"role": "user", "content": "Describe a rainy afternoon in two sentences of plain prose."}
-    reply = llm.ask([Request((question,), schema, seed=0, max_tokens=128, temperature=0.0)])[0]
+    reply = llm.ask([Request((question,), schema, seed=0, max_tokens=128 + reasoning_tokens, temperature=0.0)])[0]
     where = f"{llm.name} ({llm.engine})"
     # Whoever ignores the schema may well write on until it is cut off.
     if reply.problem is not None and not reply.problem.startswith(CUT_OFF):

