@@ -142,6 +142,8 @@ def test_no_key_for_a_number_takes_yes(config):
     for *sections, key in keys:
         data = {"train": {"path": "x"}, "eval": {"path": "x"}}
         raw: dict = {"policy": {"model": "m"}, "run_dir": "x", "data": data} if config is Config else {}
+        if "picture" in sections:
+            raw["picture"] = {"change": "mask"}
         node = raw
         for section in sections:
             node = node.setdefault(section, {})
