@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,20 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests import oracles
+from tests.runs import metrics
+from vapr.batches.loader import open_processor
+from vapr.batches.model_config import load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
+from vapr.data.images import read_image
+from vapr.data.pairs import write_pairs
+from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.errors import UserError
+from vapr.evaluation.generation.answer import answer_questions
+from vapr.evaluation.generation.settings import Settings
+from vapr.evaluation.scoring.prediction import Question
 from vapr.families import FAMILIES
 from vapr.families.qwen2_vl import Qwen2VL
 from vapr.families.qwen3_vl import Qwen3VL
@@ -26,6 +36,8 @@ from vapr.model import policy as policy_module
 from vapr.model.image_features import ImageFeatures
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import hidden_states, image_features, load_policy
+from vapr.training import trainer
+from vapr.training.export import export
 
 CPU = torch.device("cpu")
 
@@ -212,3 +224,69 @@ def test_adapters_leave_experts_alone_and_a_run_says_so(tiny):
     assert {"gate.weight", "experts.gate_up_proj", "experts.down_proj"} <= {
         name.split(".mlp.")[1] for name in everything if ".mlp." in name
     }
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+def test_a_run_from_cached_features_to_an_export_that_transformers_loads(family, lora, make_config, photo_rows, photo_root, tmp_path, capsys):  # fmt: skip
+    """Untouched transformers gives the exported model the log-probs that the run logged."""
+    write_pairs(tmp_path / "held_out.jsonl", photo_rows[24:30])
+    files = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    features = {"cache": True, "cache_dir": str(tmp_path / "features")}
+    config = make_config(
+        family=family, lora=lora, data={**files, "image_root": str(photo_root), "workers": 0}, features=features
+    )
+    trainer.train(config)
+    said = capsys.readouterr().out
+    assert said.count("the router's auxiliary loss is off") == int(family == "qwen3_vl_moe")
+    assert said.count("experts and routers are single parameters") == int(family == "qwen3_vl_moe" and lora)
+    export(Path(config.run_dir), tmp_path / "out")
+    pairs = read_pairs(config.data.eval, image_root=photo_root)
+    batch = pack([open_processor(config).tokenize_pair(pair) for pair in pairs])
+    model = oracles.load_model(tmp_path / "out", family)
+    with torch.no_grad():
+        chosen, rejected = oracles.pair_logps(model, family, batch).mean(0)
+    logged = [entry for entry in metrics(config) if "eval/loss" in entry]
+    assert logged[0]["eval/logps/chosen"] != pytest.approx(logged[-1]["eval/logps/chosen"], abs=5e-3)  # it learned
+    assert float(chosen) == pytest.approx(logged[-1]["eval/logps/chosen"], abs=1e-3)
+    assert float(rejected) == pytest.approx(logged[-1]["eval/logps/rejected"], abs=1e-3)
+    start = oracles.load_model(Path(config.policy.model), family).state_dict()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, start[name])}
+    assert any("q_proj" in name for name in changed) and not any("visual" in name for name in changed)
+    assert any(".experts." in name for name in changed) == (family == "qwen3_vl_moe" and not lora)
+
+
+def test_batched_answers_are_those_of_each_question_alone(family, tiny, photo_pairs):
+    """As ``vapr eval`` asks several questions at once, padded, with one picture, two and none."""
+    folder = tiny(family)
+    processor = Processor(str(folder), load_model_config(str(folder)), "pil")
+    theirs = oracles.hugging_face_processor(folder, family)
+    model = oracles.CLASSES[family].from_pretrained(folder, dtype=torch.float32).eval()
+    shown = {len(pair.images): pair.images for pair in photo_pairs}
+    questions = [
+        Question(benchmark="pope", id=f"q{n}", question=f"What is in {n} pictures?", answer=None, images=shown[n])
+        for n in (1, 0, 2)
+    ]  # fmt: skip
+    answers = answer_questions(model, processor, questions, Settings(max_new_tokens=8, batch_size=3), quiet=True)
+    for question, answer in zip(questions, answers, strict=True):
+        content = [{"type": "image", "image": read_image(image)} for image in question.images]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.question}]}]
+        inputs = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            said = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer.prediction == processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert len({answer.prediction for answer in answers}) == 3
+
+
+def test_a_spare_image_changes_nothing(family, tiny, photo_pairs):
+    """The smallest picture, which keeps ranks of ZeRO 3 in step, has weight 0."""
+    folder = tiny(family)
+    policy = policy_of(folder, train=TrainConfig(language_model=False, projector=True))
+    batch = batch_of(folder, policy, [next(pair for pair in photo_pairs if not pair.images)])
+    spare = FAMILIES[family].spare_image(policy.base.config)
+    assert spare.num_tokens == len(image_features(policy, [spare])) == 1
+    out = hidden_states(policy, batch, spare=[spare])
+    assert torch.equal(out, hidden_states(policy, batch))
+    out.sum().backward()
+    assert all(float(p.grad.abs().max()) == 0.0 for p in policy.trained_parameters().values())
