@@ -132,19 +132,25 @@ def joint_attention(
     else:
         total, (k, v) = run(first, residual, linears=joint.kv.now(), adapted=joint.kv.adapted)
         _, (q,) = run(total.index_select(0, only.tokens), None, linears=joint.q.now(), adapted=joint.q.adapted)
-    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
-    if has_head_norms(attention):
-        q, k = (
-            rms_norm(x.flatten(0, 1), norm.weight, norm.variance_epsilon).view(x.shape)
-            for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
-        )
+    q, k, v = heads_of(attention, q, k, v)
     attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
     return attended if only is None else attended.index_select(0, only.predicting), total
 
 
-def has_head_norms(attention: Any) -> bool:
-    """Return whether queries and keys are normed head by head before they are rotated, as Qwen3 does."""
-    return hasattr(attention, "q_norm")
+def head_norms(attention: Any) -> list[Any]:
+    """Return the norms of Qwen3's queries and keys, which run over each head before it is rotated; Qwen2 has none."""
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
+def heads_of(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return heads (T, H, E) and twice (T, G, E), normed, of what the projections give."""
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
+    if norms := head_norms(attention):
+        q, k = (
+            rms_norm(x.flatten(0, 1), norm.weight, norm.variance_epsilon).view(x.shape)
+            for norm, x in zip(norms, (q, k), strict=True)
+        )
+    return q, k, v
 
 
 def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
@@ -168,8 +174,8 @@ def plain_attention(
     q = attention.q_proj(normed if only is None else normed.index_select(0, only.tokens))
     k, v = attention.k_proj(normed), attention.v_proj(normed)
     q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
-    if has_head_norms(attention):
-        q, k = attention.q_norm(q), attention.k_norm(k)
+    if norms := head_norms(attention):
+        q, k = (norm(x) for norm, x in zip(norms, (q, k), strict=True))
     if kernels:
         attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
     else:
