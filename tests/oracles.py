@@ -17,6 +17,8 @@ CLASSES = {
     "llava": transformers.LlavaForConditionalGeneration,
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
 }
 
 
@@ -25,7 +27,8 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     video processor; its attributes are set one by one, its methods stay untouched."""
     if family == "llava":
         return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
-    cls = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
+    classes = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
+    cls = classes.get(family, transformers.Qwen3VLProcessor)
     processor = cls.__new__(cls)
     processor.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     processor.image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -37,7 +40,8 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
 
 
 def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    return CLASSES[family].from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    slow = {"experts_implementation": "eager"} if family.endswith("_moe") else {}
+    return CLASSES[family].from_pretrained(folder, dtype=dtype, attn_implementation="eager", **slow)
 
 
 def with_adapters_of(

@@ -6,13 +6,18 @@ import re
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 
+from vapr.batches.model_config import load_model_config
+from vapr.batches.tokenize import Processor
 from vapr.cli import main
 from vapr.config import Config
 from vapr.demo import trainings
 from vapr.demo.questions import CATEGORIES
 from vapr.demo.report import line_plot
-from vapr.demo.run import DemoSizes, run_demo
+from vapr.demo.run import COMMON, POLICY, DemoSizes, run_demo
+from vapr.demo.scenes import GRID, SIDE
+from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.demo.trainings import Training, Trainings
 from vapr.errors import UserError
 from vapr.training import trainer
@@ -103,6 +108,19 @@ def test_what_was_said_of_the_time_is_kept(demo):
     assert [one["stage"] for one in result["estimates"]] == ["draw", "teach", "ask", "align", "ask again", "write"]
     lefts = [one["were_left"] for one in result["estimates"]]
     assert lefts == sorted(lefts, reverse=True) and lefts[0] == pytest.approx(result["seconds"]["total"], abs=0.1)
+
+
+@pytest.mark.parametrize("family", POLICY)
+def test_an_image_token_is_a_cell(family, tmp_path):
+    """Whatever the family: 3 x 3 cells, 9 tokens; and every family can be asked for on the command line."""
+    folder = build_tiny_policy(
+        family, tmp_path / family, ["It is red. What colour is it?"] * 50, **COMMON, **POLICY[family]
+    )
+    processor = Processor(str(folder), load_model_config(str(folder)))
+    image = processor.process(Image.new("RGB", (SIDE, SIDE), (255, 0, 0)), "red.png")
+    assert image.num_tokens == processor.expected_image_tokens(SIDE, SIDE) == GRID**2
+    [option] = [option for option in main.commands["demo"].params if option.name == "family"]
+    assert set(option.type.choices) == set(POLICY) and option.default in POLICY
 
 
 def test_a_training_that_fails_is_one_line_with_its_log(tmp_path):

@@ -34,8 +34,9 @@ CPU = torch.device("cpu")
         (transformers.Gemma3Config(), "lets image tokens see later ones"),
         (transformers.PaliGemmaConfig(), "lets image tokens see later ones"),
         (transformers.Qwen3NextConfig(), "recurrent layers .linear_attention."),
+        (transformers.Qwen3_5Config(), "recurrent layers .linear_attention.; packing cannot fork their state"),
         (transformers.MambaConfig(), "recurrent layers"),
-        (transformers.LlamaConfig(), "is not supported; vapr trains llava, qwen2_vl, qwen2_5_vl"),
+        (transformers.LlamaConfig(), "is not supported; vapr trains llava, qwen2_vl, qwen2_5_vl, "),
         (transformers.LlavaConfig(text_config=transformers.MistralConfig(sliding_window=64)), "sliding-window"),
         (transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig()), "Pixtral"),
         (

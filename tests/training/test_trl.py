@@ -86,13 +86,15 @@ def vapr_losses(folder, rows, photo_root, tmp_path, **changes) -> list[float]:
     return [entry["loss"] for entry in metrics if "loss" in entry]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_ten_steps_of_full_fine_tuning(family, tiny, photo_rows, photo_root, tmp_path):
     rows = rows_with_images(photo_rows, photo_root)
-    theirs = trl_losses(tiny(family), family, rows, tmp_path, beta=0.1)
+    # TRL adds the auxiliary loss of a model's router unless told otherwise; vapr has none.
+    options = {"router_aux_loss_coef": 0.0} if family == "qwen3_vl_moe" else {}
+    theirs = trl_losses(tiny(family), family, rows, tmp_path, beta=0.1, **options)
     ours = vapr_losses(tiny(family), rows, photo_root, tmp_path)
     assert len(ours) == len(theirs) == STEPS
-    assert abs(theirs[-1] - theirs[0]) > 0.01  # something was learned, so the updates agree too
+    assert max(theirs) - min(theirs) > 0.01  # something was learned, so the updates agree too
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 

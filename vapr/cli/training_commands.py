@@ -185,11 +185,14 @@ def study(config: Path, overrides: tuple[str, ...], plan: bool, as_json: bool) -
 @click.command()
 @click.option("--out", default=Path("demo-out"), type=A_PATH, show_default=True, help="A new or empty folder.")
 @click.option("--seed", default=0, type=AT_LEAST_0, show_default=True, help="Seed of pictures, weights and order.")
-def demo(out: Path, seed: int) -> None:
+@click.option(
+    "--family", default="llava", type=click.Choice(["llava", "qwen3_vl"]), show_default=True, help="Of the tiny policy."
+)
+def demo(out: Path, seed: int, family: str) -> None:
     """Draw pictures, train a tiny policy, align it with DPO and show what changed: minutes on a CPU, no network."""
     from vapr.demo.run import run_demo
 
-    run_demo(out, seed)
+    run_demo(out, seed, family=family)
 
 
 COMMANDS = (train, data, plan, prepare, compare, export, study, demo)

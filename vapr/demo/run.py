@@ -67,13 +67,14 @@ COSTS = {"draw": 8.0, "teach": 175.0, "ask": 5.0, "align": 90.0, "ask again": 14
 """Seconds of the stages on two quiet cores, in the proportions that were measured."""
 
 
-def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[str, Any]:
+def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None, family: str = "llava") -> dict[str, Any]:
     """Run all stages of the demo, and leave everything that they make in ``out``.
 
     Args:
         out: a new or empty folder.
         seed: seed of the pictures, the weights and the order.
         sizes: how much is drawn and trained; small sizes make a quick check that teaches the policy nothing.
+        family: of the policy, one of ``POLICY``.
 
     Returns:
         The content of ``out/result.json``.
@@ -85,12 +86,12 @@ def run_demo(out: Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[s
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run_stages(out, seed, sizes or DemoSizes())
+        return _run_stages(out, seed, sizes or DemoSizes(), family)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
+def _run_stages(out: Path, seed: int, sizes: DemoSizes, family: str) -> dict[str, Any]:
     began = time.monotonic()
     _make_folder(out)
     console = Console(highlight=False, soft_wrap=True)
@@ -100,7 +101,7 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
         console.print(f"\n[bold]{explained}[/bold] ({remaining.begin(name)})")
 
     stage("draw", "Drawing pictures of coloured toys, with questions and true answers")
-    instructions, held_out = _draw_everything(out, seed, sizes, console)
+    instructions, held_out = _draw_everything(out, seed, sizes, family, console)
     with Trainings(out, seed, sizes.at_a_time) as trainings:
         stage("teach", f"Teaching with sft; to {sizes.yes_share:.0%} of its yes/no questions the answer is Yes")
         easy, teaching = _teaching(out, sizes)
@@ -121,6 +122,7 @@ def _run_stages(out: Path, seed: int, sizes: DemoSizes) -> dict[str, Any]:
     stage("write", "Writing the page")
     result = {
         "seed": seed,
+        "family": family,
         "sizes": asdict(sizes),
         "editing": ledger,
         "audit": audited,
@@ -147,7 +149,7 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
 
 
-def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -> tuple[Path, list[Asked]]:
+def _draw_everything(out: Path, seed: int, sizes: DemoSizes, family: str, console: Console) -> tuple[Path, list[Asked]]:
     """Draw the three sets and build the untrained policy; return the instruction file and the held-out questions."""
     random = np.random.default_rng(seed)
     share = sizes.yes_share
@@ -165,17 +167,26 @@ def _draw_everything(out: Path, seed: int, sizes: DemoSizes, console: Console) -
         share = truths.count("yes") / max(1, len(truths))
         console.print(f"   {name:12} {len(one):6,} questions; the answer to {share:.0%} of the yes/no ones is Yes")
     corpus = [f"USER: {a.question.text} ASSISTANT: {a.question.answer}" for a in (*asked, *easy[::-1][:2000])]
-    build_tiny_policy("llava", out / "policy", corpus, seed=seed, **POLICY)
+    build_tiny_policy(family, out / "policy", corpus, seed=seed, **COMMON, **POLICY[family])
     return write_instructions(out / "instructions", asked), held_out
 
 
 # Weights of about 1 / sqrt(hidden_size): with the usual 0.02 a model this narrow takes many times as long to learn.
-# A patch is a cell of the grid. The position embeddings are about as large as what a patch gives: at CLIP's own scale,
-# about 1/40 of that, where something is would hardly be told.
-POLICY: dict[str, Any] = {
-    "vocab_size": 640, "initializer_range": 0.08, "position_scale": 25.0,
-    "vision": {"image_size": SIDE, "patch_size": CELL, "hidden_size": 128, "intermediate_size": 256},
+COMMON: dict[str, Any] = {"vocab_size": 640, "initializer_range": 0.08}
+
+# An image token is a cell of the grid. The position embeddings are about as large as what a patch gives: at their own
+# scale, about 1/40 of that in CLIP and 1/20 in Qwen3-VL, where something is would hardly be told.
+POLICY: dict[str, dict[str, Any]] = {
+    "llava": {
+        "position_scale": 25.0,
+        "vision": {"image_size": SIDE, "patch_size": CELL, "hidden_size": 128, "intermediate_size": 256},
+    },
+    "qwen3_vl": {
+        "position_scale": 12.0,
+        "vision": {"patch_size": CELL // 2, "hidden_size": 128, "intermediate_size": 256},
+    },
 }  # fmt: skip
+"""Families of which the demo trains a policy, and the sizes of each."""
 
 
 def _teaching(out: Path, sizes: DemoSizes) -> list[Training]:

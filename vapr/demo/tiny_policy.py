@@ -1,6 +1,6 @@
 """Tiny random policies of real architecture, with real tokenizers, image processors and chat templates.
 
-Built from configuration, without a download: the demo trains one, the tests and benchmarks use all three families.
+Built from configuration, without a download: the demo trains one, the tests and benchmarks use every family.
 """
 
 import json
@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vapr.cache import give_ordinary_permissions
+from vapr.demo import tiny_qwen3_vl
 
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -49,14 +50,15 @@ def build_tiny_policy(
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
-        family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
+        family: ``llava``, ``qwen2_vl``, ``qwen2_5_vl``, ``qwen3_vl`` or ``qwen3_vl_moe``.
         folder: created; loads with ``from_pretrained``.
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
-        vision: of ``llava``, entries that replace those of the vision config, such as ``patch_size``.
-        position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are about 1/40 of what a
-            patch of even colour gives, so that a model of few steps does not learn where in the picture something is.
+        vision: of ``llava`` and Qwen3-VL, entries that replace those of the vision config, such as ``patch_size``.
+        position_scale: of ``llava`` and Qwen3-VL, factor on the tower's initial position embeddings. CLIP's are about
+            1/40 of what a patch of even colour gives, so that a model of few steps does not learn where in the picture
+            something is.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
 
     Returns:
@@ -72,6 +74,12 @@ def build_tiny_policy(
         model = _llava(tokenizer, text, vision or {})
         with torch.no_grad():
             model.model.vision_tower.embeddings.position_embedding.weight.mul_(position_scale)
+    elif family.startswith("qwen3_vl"):
+        model = tiny_qwen3_vl.tiny_qwen3_vl(
+            family, _qwen_marks(tokenizer), {**text, **_qwen_ends(tokenizer)}, vision or {}
+        )
+        with torch.no_grad():
+            model.model.visual.pos_embed.weight.mul_(position_scale)
     else:
         model = _qwen(family, tokenizer, text)
     model.save_pretrained(folder)
@@ -90,7 +98,10 @@ def build_tiny_policy(
     else:
         tokenizer.chat_template = QWEN_TEMPLATE
         tokenizer.save_pretrained(folder)
-        transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
+        pictures: Any = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+        if family.startswith("qwen3_vl"):
+            pictures = tiny_qwen3_vl.image_processor(model.config.vision_config)
+        pictures.save_pretrained(folder)
     give_ordinary_permissions(folder / "model.safetensors")
     return folder
 
@@ -177,18 +188,11 @@ def _llava(
 def _qwen(
     family: str, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any]
 ) -> transformers.PreTrainedModel:
-    ids = tokenizer.get_vocab()
     half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, split over three axes
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
     mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    text_config = {
-        **text, "rope_parameters": mrope, "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
-    }  # fmt: skip
-    special: dict[str, Any] = {
-        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
-    }  # fmt: skip
+    text_config = {**text, "rope_parameters": mrope, **_qwen_ends(tokenizer)}
+    special: dict[str, Any] = _qwen_marks(tokenizer)
     patches: dict[str, Any] = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
         sizes = {"depth": 2, "embed_dim": 64, "hidden_size": text["hidden_size"], "num_heads": 4, "mlp_ratio": 2}
@@ -203,3 +207,15 @@ def _qwen(
     return transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(text_config=text_config, vision_config=vision, **special)
     )
+
+
+def _qwen_ends(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, int | None]:
+    ids = tokenizer.get_vocab()
+    return {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+
+
+def _qwen_marks(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, int]:
+    ids = tokenizer.get_vocab()
+    marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    marks |= {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")}
+    return {name: ids[mark] for name, mark in marks.items()}

@@ -4,6 +4,9 @@ from vapr.families.family import Family
 from vapr.families.llava import Llava
 from vapr.families.qwen2_5_vl import Qwen2_5_VL
 from vapr.families.qwen2_vl import Qwen2VL
+from vapr.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llava(), Qwen2VL(), Qwen2_5_VL())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (Llava(), Qwen2VL(), Qwen2_5_VL(), Qwen3VL(), Qwen3VLMoe())
+}
 """By the ``model_type`` of config.json."""

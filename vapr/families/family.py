@@ -113,6 +113,14 @@ class Family:
         """Return layers of the tower whose outputs nobody reads."""
         return []
 
+    def notes(self, *, adapted: Sequence[str]) -> list[str]:
+        """Return lines on what a run trains that its user may not expect.
+
+        Args:
+            adapted: names of the linear layers that have adapters, without their places; empty: there are none.
+        """
+        return []
+
     # Images in a prompt.
 
     def written(self, files: ModelFiles) -> str:

@@ -12,9 +12,13 @@ from PIL import Image
 from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
+from vapr.errors import UserError
 from vapr.families.family import Family, ModelFiles, TowerWork
 from vapr.families.processed_image import ProcessedImage, Run
 from vapr.to_device import sent
+
+SIZES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
+"""Of the image processor, and what the vision config calls them."""
 
 
 class Qwen2VL(Family):
@@ -23,9 +27,19 @@ class Qwen2VL(Family):
     model_type = "qwen2_vl"
     architecture = "Qwen2VLForConditionalGeneration"
     tower = ("visual",)
-    projector = ("visual.merger",)
+    projector: tuple[str, ...] = ("visual.merger",)
     image_processor = "Qwen2VLImageProcessor"
     position_axes = 3
+
+    def check_files(self, files: ModelFiles) -> None:
+        """Hold the sizes of the image processor's patches against the tower's."""
+        for name, of_tower in SIZES.items():
+            got, wanted = getattr(files.image_processor, name), getattr(files.config.vision_config, of_tower)
+            if got != wanted:
+                raise UserError(
+                    f"{files.model}: the image processor's {name} is {got} but the vision tower's {of_tower} is "
+                    f"{wanted} (config.json); in preprocessor_config.json set {name}: {wanted}"
+                )
 
     def process(self, files: ModelFiles, image: Image.Image) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """Return patches and grid."""

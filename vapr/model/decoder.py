@@ -1,4 +1,4 @@
-"""The decoder of Llama and Qwen2 written out over packed tokens, as :mod:`vapr.model.patches` lets it run.
+"""The decoder of Llama, Qwen2 and Qwen3 written out over packed tokens, as :mod:`vapr.model.patches` lets it run.
 
 A layer whose linear layers are joined runs in functions that are differentiated by hand; others run module by module,
 and those that compute something else run transformers' own code.
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vapr.batches.packing import LastQueries, PackedBatch
-from vapr_kernels import gated_mlp, normed_attention, normed_linears
+from vapr_kernels import gated_mlp, normed_attention, normed_linears, rms_norm
 
 Attend = Callable[..., Tensor]
 
@@ -36,7 +36,7 @@ def run_decoder(
     """Run the layers and the last norm of a language model over packed tokens.
 
     Args:
-        decoder: transformers' Llama or Qwen2 language model.
+        decoder: transformers' Llama, Qwen2 or Qwen3 language model.
         x: embeddings, shape (T, D).
         tables: what :func:`rotary_tables` returns for the tokens' positions.
         attend: ``segment_attention`` over the batch's forest.
@@ -98,7 +98,7 @@ def decoder_layer(
     layer: Any, stream: Stream, tables: tuple[Tensor, Tensor], attend: Attend, *,
     kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
 ) -> Stream:  # fmt: skip
-    """Run a layer of Llama or Qwen2 on (T, D). Returns (T, D); of the last layer the tokens that predict something.
+    """Run a layer of Llama, Qwen2 or Qwen3 on (T, D). Returns (T, D); of the last one what predicts something.
 
     Keys and values of every token are attended to. That is all that tokens that predict nothing need of the last layer:
     no query, no output projection and no MLP.
@@ -106,10 +106,10 @@ def decoder_layer(
     At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
     products.
     """
-    joint = layer.joint is not None
-    attend_part, mlp_part = (joint_attention, joint_mlp) if joint else (plain_attention, plain_mlp)
+    attend_part = plain_attention if layer.joint is None else joint_attention
+    mlp_part = plain_mlp if layer.joint is None or layer.joint.gate_up is None else joint_mlp
     again = checkpointing == "attention"
-    if joint and kernels and only is None:
+    if layer.joint is not None and kernels and only is None:
         update, x = whole_attention(layer, stream.x, stream.update, tables, attend, again=again)
     else:
         attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
@@ -130,12 +130,12 @@ def whole_attention(
     attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
 
     def attended(*heads: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in heads)
-        return attend(q, k, v, scale=attention.scaling, rotary=tables).flatten(1)
+        return attend(*heads_of(attention, *heads), scale=attention.scaling, rotary=tables).flatten(1)
 
+    learned = tuple(head_norm.weight for head_norm in head_norms(attention))
     first, residual = (x, None) if update is None else (update, x)
     return normed_attention(
-        first, residual, norm.weight, norm.variance_epsilon, joint.qkv.now(), joint.output.now(), attended,
+        first, residual, norm.weight, norm.variance_epsilon, joint.qkv.now(), joint.output.now(), attended, learned,
         adapted=joint.qkv.adapted or joint.output.adapted, recompute=again,
     )  # fmt: skip
 
@@ -156,9 +156,25 @@ def joint_attention(
     else:
         total, (k, v) = run(first, residual, linears=joint.kv.now(), adapted=joint.kv.adapted)
         _, (q,) = run(total.index_select(0, only.tokens), None, linears=joint.q.now(), adapted=joint.q.adapted)
-    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))  # (T, H, E) and twice (T, G, E)
+    q, k, v = heads_of(attention, q, k, v)
     attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
     return attended if only is None else attended.index_select(0, only.predicting), total
+
+
+def head_norms(attention: Any) -> list[Any]:
+    """Return the norms of Qwen3's queries and keys, which run over each head before it is rotated; Qwen2 has none."""
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
+def heads_of(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return heads (T, H, E) and twice (T, G, E), normed, of what the projections give."""
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
+    if norms := head_norms(attention):
+        q, k = (
+            rms_norm(x.flatten(0, 1), norm.weight, norm.variance_epsilon).view(x.shape)
+            for norm, x in zip(norms, (q, k), strict=True)
+        )
+    return q, k, v
 
 
 def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
@@ -182,6 +198,8 @@ def plain_attention(
     q = attention.q_proj(normed if only is None else normed.index_select(0, only.tokens))
     k, v = attention.k_proj(normed), attention.v_proj(normed)
     q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in (q, k, v))
+    if norms := head_norms(attention):
+        q, k = (norm(x) for norm, x in zip(norms, (q, k), strict=True))
     if kernels:
         attended = attend(q, k, v, scale=attention.scaling, rotary=tables, only=only).flatten(1)
     else:
@@ -200,7 +218,7 @@ def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bo
         else:
             x = x + update
             normed = layer.post_attention_layernorm(x)
-        return x, layer.mlp(normed)
+        return x, layer.mlp(normed[None])[0]  # a mixture of experts asks for (1, T, D)
 
     return checkpoint(run, update, x, use_reentrant=False) if again else run(update, x)
 

@@ -53,29 +53,34 @@ class JointLayers:
 
 @dataclass(frozen=True, slots=True)
 class JointDecoderLayer:
-    """The linear layers of a decoder layer; the last one's queries read other rows than its keys and values."""
+    """The linear layers of a decoder layer; the last one's queries read other rows than its keys and values.
+
+    A mixture of experts has neither ``gate_up`` nor ``down``.
+    """
 
     qkv: JointLayers | None
     q: JointLayers | None
     kv: JointLayers | None
     output: JointLayers
-    gate_up: JointLayers
-    down: JointLayers
+    gate_up: JointLayers | None
+    down: JointLayers | None
 
     @classmethod
     def of(cls, layer: Any, *, is_last: bool) -> "JointDecoderLayer | None":
-        """Join the linear layers of a layer of Llama or Qwen2; None where one is something else."""
+        """Join the linear layers of a layer of Llama, Qwen2 or Qwen3; None where one is something else."""
         attention, mlp = layer.self_attn, layer.mlp
-        if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-            return None
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        groups = ([q], [k, v]) if is_last else ([q, k, v],)
-        others = ([attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
-        parts = [join(group) for group in (*groups, *others)]
+        groups = [*([[q], [k, v]] if is_last else [[q, k, v]]), [attention.o_proj]]
+        if not hasattr(mlp, "experts"):
+            if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+                return None
+            groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        parts = [join(group) for group in groups]
         if any(part is None for part in parts):
             return None
-        *attending, output, gate_up, down = parts
-        assert output is not None and gate_up is not None and down is not None
+        gate_up, down = (None, None) if hasattr(mlp, "experts") else (parts.pop(-2), parts.pop())
+        *attending, output = parts
+        assert output is not None
         if is_last:
             return cls(None, attending[0], attending[1], output, gate_up, down)
         return cls(attending[0], None, None, output, gate_up, down)

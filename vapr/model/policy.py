@@ -17,6 +17,7 @@ import peft
 import safetensors
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -89,6 +90,12 @@ class Policy:
         if not self.left_unfused:
             return "fused kernels"
         return f"fused kernels except in {', '.join(self.left_unfused)} (the kernels compute something else)"
+
+    @property
+    def adapted(self) -> list[str]:
+        """Return the names of the linear layers that have adapters, without their places."""
+        layers = [name for name, module in self.base.named_modules() if isinstance(module, LoraLayer)]
+        return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the policy is its own reference, if it has adapters."""

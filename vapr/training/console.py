@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vapr.batches.loader import PairLoader
 from vapr.config import Config
+from vapr.families import FAMILIES
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.training import checkpoint
@@ -26,6 +27,8 @@ def print_setup(
     print(f"policy     {config.policy.model} ({policy.family}), {size}")
     runs_on = f"{policy.device}, attention {policy.attention_backend}, {policy.operations}"
     print(f"runs on    {runs_on}, images by {loader.image_backend}")
+    for note in FAMILIES[policy.family].notes(adapted=policy.adapted):
+        print(f"note       {note}")
     if policy.quantized is not None:
         print(f"frozen     {policy.quantized}")
     if policy.tower.rests:
