@@ -115,8 +115,10 @@ def build_tiny_rows(
         merged, longest = 1, 84
         model = transformers.LlavaForConditionalGeneration(
             transformers.LlavaConfig(
-                text_config=transformers.MistralConfig(**text), vision_feature_layer=-1,
-                vision_feature_select_strategy="full", **named,
+                text_config=transformers.MistralConfig(**text),
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+                **named,
             )  # fmt: skip
         )
     else:

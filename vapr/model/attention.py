@@ -179,6 +179,8 @@ def _vision_attention(
 
 
 LANGUAGE_MODEL = "vapr_segments"
+
+
 def _image_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     varlen: bool, scaling: float, bounds: tuple[Tensor, tuple[int, ...]] | None = None, **kwargs: Any,
