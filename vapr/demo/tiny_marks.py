@@ -119,7 +119,7 @@ def build_tiny_rows(
                 vision_feature_layer=-1,
                 vision_feature_select_strategy="full",
                 **named,
-            )  # fmt: skip
+            )
         )
     else:
         merged, longest = 2, 112

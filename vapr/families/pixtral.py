@@ -121,8 +121,8 @@ class Pixtral(Family):
     def features(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """Run tower and projector over the patches of all images as one sequence, each image attending to itself.
 
-        Layer by layer: the tower's own forward wants whole pictures of one size, and makes positions and a mask for each
-        pair of patches on the device.
+        Layer by layer: the tower's own forward wants whole pictures of one size, and makes a mask of all pairs of
+        patches.
         """
         tower = model.vision_tower
         side = tower.patch_size
