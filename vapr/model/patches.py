@@ -105,7 +105,8 @@ def patch(
             tower.config._attn_implementation = VISION_TOWER
             left += patch_tower(tower) if kernels else []
     if FAMILIES[family].attends_by_image:
-        for module in FAMILIES[family].modules(base, FAMILIES[family].tower):
+        attending: list[Any] = FAMILIES[family].modules(base, FAMILIES[family].tower)
+        for module in attending:
             module.config._attn_implementation = BY_IMAGE[backend]
     if kernels:
         norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
