@@ -41,7 +41,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
 """On which whatever depends on a family is tested."""
 
-EVERY_FAMILY = (*FAMILIES, "qwen3_vl", "qwen3_vl_moe")
+EVERY_FAMILY = (
+    *FAMILIES, "qwen3_vl", "qwen3_vl_moe", "idefics3", "smolvlm", "llava_pixtral", "mistral3", "ministral3",
+)  # fmt: skip
 """On which tokens, pixels, positions and exactness are tested."""
 
 

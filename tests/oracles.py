@@ -1,6 +1,11 @@
 """Independent ways to the same numbers: untouched Hugging Face processors and models, one sequence at a time."""
 
-from collections.abc import Iterable
+import importlib
+import json
+import sys
+import types
+import unittest.mock
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import peft
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
-from vapr.families.processed_image import places
+from vapr.families.processed_image import ProcessedImage, places
 from vapr.model.policy import Policy
 
 CLASSES = {
@@ -19,7 +24,21 @@ CLASSES = {
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
     "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
+    "idefics3": transformers.Idefics3ForConditionalGeneration,
+    "smolvlm": transformers.SmolVLMForConditionalGeneration,
+    "llava_pixtral": transformers.LlavaForConditionalGeneration,
+    "mistral3": transformers.Mistral3ForConditionalGeneration,
+    "ministral3": transformers.Mistral3ForConditionalGeneration,
 }
+
+PIXTRAL = ("llava_pixtral", "mistral3", "ministral3")
+"""Families with Pixtral's tower; ministral3 is a Mistral3 with that language model."""
+
+END_OF_TURN = {
+    "idefics3": "<end_of_utterance>\n", "smolvlm": "<end_of_utterance>\n",
+    **dict.fromkeys(("llava", *PIXTRAL), "</s>"),
+}  # fmt: skip
+"""What follows an answer; ``<|im_end|>`` and a line break for the others."""
 
 
 def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
@@ -27,6 +46,10 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     video processor; its attributes are set one by one, its methods stay untouched."""
     if family == "llava":
         return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
+    if family in ("idefics3", "smolvlm"):
+        return _tile_processor(folder, family)
+    if family in PIXTRAL:
+        return _pixtral_processor(folder)
     classes = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
     cls = classes.get(family, transformers.Qwen3VLProcessor)
     processor = cls.__new__(cls)
@@ -37,6 +60,59 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     processor.video_token_id = processor.tokenizer.convert_tokens_to_ids(processor.video_token)
     return processor
+
+
+def _tile_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
+    """SmolVLM's class insists on num2words and on a video processor: set what pictures need attribute by attribute."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    if family == "idefics3":
+        images = transformers.Idefics3ImageProcessorPil.from_pretrained(folder)
+        return transformers.Idefics3Processor(
+            images, tokenizer, image_seq_len=settings["image_seq_len"], chat_template=tokenizer.chat_template
+        )
+    processor = transformers.SmolVLMProcessor.__new__(transformers.SmolVLMProcessor)
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    processor.image_processor = transformers.SmolVLMImageProcessorPil.from_pretrained(folder)
+    processor.video_processor = types.SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
+    processor.image_seq_len = settings["image_seq_len"]
+    processor.image_token, processor.video_token = "<image>", "<video>"
+    processor.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
+    return processor
+
+
+def _pixtral_processor(folder: Path) -> transformers.ProcessorMixin:
+    """Its module imports torchvision for the sake of one function, which the PIL processor has as well."""
+    settings = json.loads((folder / "processor_config.json").read_text())
+    models = "transformers.models.pixtral."
+    pil = importlib.import_module(models + "image_processing_pil_pixtral")
+    with unittest.mock.patch.dict(sys.modules, {models + "image_processing_pixtral": pil}):
+        cls = importlib.import_module(models + "processing_pixtral").PixtralProcessor
+    processor = cls.__new__(cls)
+    processor.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.image_processor = transformers.PixtralImageProcessorPil.from_pretrained(folder)
+    processor.patch_size, processor.spatial_merge_size = settings["patch_size"], settings["spatial_merge_size"]
+    for name, mark in (("", "[IMG]"), ("break_", "[IMG_BREAK]"), ("end_", "[IMG_END]")):
+        setattr(processor, f"image_{name}token", mark)
+        setattr(processor, f"image_{name}token_id", processor.tokenizer.convert_tokens_to_ids(mark))
+    return processor
+
+
+def pixel_values(family: str, images: Sequence[ProcessedImage]) -> Tensor:
+    """The pixels of a sequence's images as transformers' own model takes them."""
+    pixels = [image.pixel_values for image in images]
+    if family not in PIXTRAL:
+        return torch.cat(pixels)[None] if family in ("idefics3", "smolvlm") else torch.cat(pixels)
+    pictures = torch.zeros(len(images), 3, *(max(sides) for sides in zip(*(i.layout for i in images), strict=True)))
+    for picture, image in zip(pictures, images, strict=True):
+        height, width = image.layout
+        patches = iter(image.pixel_values.view(-1, 3, 14, 14))
+        for top in range(0, height, 14):
+            for left in range(0, width, 14):
+                picture[:, top : top + 14, left : left + 14] = next(patches)
+    return pictures
 
 
 def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -62,9 +138,11 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
     input_ids = torch.from_numpy(path.input_ids)[None]
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     if path.images:
-        pixels = torch.cat([image.pixel_values for image in path.images])
+        pixels = pixel_values(family, path.images)
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
-    if family != "llava":
+        if family in PIXTRAL:
+            inputs["image_sizes"] = torch.tensor([image.layout for image in path.images])
+    if family.startswith("qwen"):
         if path.images:
             inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)

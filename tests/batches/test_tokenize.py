@@ -16,6 +16,7 @@ from vapr.config import TokenWeights
 from vapr.data.images import read_image
 from vapr.data.pair import Edit, PreferencePair
 from vapr.errors import UserError
+from vapr.families import FAMILIES
 
 
 @pytest.fixture(params=EVERY_FAMILY)
@@ -50,9 +51,9 @@ def test_prompt_is_what_the_processor_gives_at_inference(family, tiny, processor
         ]
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         path = processor.tokenize_pair(pair).paths[0]
-        assert path.input_ids[: path.completion_start].tolist() == expected["input_ids"][0]
+        assert path.input_ids[: path.completion_start].tolist() == list(expected["input_ids"][0])
         if pair.images:
-            ours = np.concatenate([image.pixel_values for image in path.images])
+            ours = oracles.pixel_values(family, path.images).numpy()
             assert np.array_equal(ours, np.concatenate(list(expected["pixel_values"])).reshape(ours.shape))
             assert sum(image.num_tokens for image in path.images) == (path.input_ids == processor.image_token_id).sum()
 
@@ -63,7 +64,7 @@ def test_completion_is_the_rest_of_the_conversation(processor, photo_pairs):
         for path, messages in zip(tokenized.paths, (pair.chosen, pair.rejected), strict=True):
             text = processor.tokenizer.decode(path.input_ids[path.completion_start :])
             answer = "".join(part["text"] for part in messages[0]["content"])
-            end_of_turn = "</s>" if processor.family == "llava" else "<|im_end|>\n"
+            end_of_turn = oracles.END_OF_TURN.get(processor.family, "<|im_end|>\n")
             assert text.removeprefix(" ") == answer + end_of_turn
 
 
@@ -86,7 +87,7 @@ def test_positions_equal_the_models_own(family, tiny, processor, photo_pairs):
     model = oracles.load_model(tiny(family), family)
     for pair in photo_pairs:
         for path in processor.tokenize_pair(pair).paths:
-            if family == "llava" or not path.images:
+            if FAMILIES[processor.family].position_axes == 1 or not path.images:
                 expected = torch.arange(len(path.input_ids)).expand(3, -1)
             else:
                 ids = torch.from_numpy(path.input_ids)[None]
@@ -206,7 +207,7 @@ def test_torchvision_backend_equals_auto_processor(family, tiny, photo_pairs):
         path = ours.tokenize_pair(pair).paths[0]
         assert path.input_ids[: path.completion_start].tolist() == expected["input_ids"][0].tolist()
         if pair.images:
-            pixels = np.concatenate([image.pixel_values for image in path.images])
+            pixels = oracles.pixel_values(family, path.images).numpy()
             assert np.array_equal(pixels, expected["pixel_values"].numpy().reshape(pixels.shape))
 
 

@@ -38,7 +38,6 @@ CPU = torch.device("cpu")
         (transformers.MambaConfig(), "recurrent layers"),
         (transformers.LlamaConfig(), "is not supported; vapr trains llava, qwen2_vl, qwen2_5_vl, "),
         (transformers.LlavaConfig(text_config=transformers.MistralConfig(sliding_window=64)), "sliding-window"),
-        (transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig()), "Pixtral"),
         (
             transformers.Qwen2_5_VLConfig(
                 text_config={"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}

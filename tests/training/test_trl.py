@@ -86,7 +86,13 @@ def vapr_losses(folder, rows, photo_root, tmp_path, **changes) -> list[float]:
     return [entry["loss"] for entry in metrics if "loss" in entry]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "idefics3", "smolvlm", "llava_pixtral", "mistral3",
+        "ministral3",
+    ],
+)  # fmt: skip
 def test_ten_steps_of_full_fine_tuning(family, tiny, photo_rows, photo_root, tmp_path):
     rows = rows_with_images(photo_rows, photo_root)
     # TRL adds the auxiliary loss of a model's router unless told otherwise; vapr has none.

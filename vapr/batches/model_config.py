@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from vapr.batches.model_folder import is_path
 from vapr.errors import UserError
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 
 TRANSFORMERS = ">=5.17,<5.25"
 """Versions whose modules and pixels were tested, as in pyproject.toml."""
@@ -52,9 +52,9 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         raise UserError(
             f"{where} lets image tokens see later ones (bidirectional), which causal packing cannot express"
         )
-    if config.model_type not in FAMILIES:
+    if (family := family_name(config)) not in FAMILIES:
         raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")
-    if reason := FAMILIES[config.model_type].refusal(config):
+    if reason := FAMILIES[family].refusal(config):
         raise UserError(f"{where} {reason}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where} is quantized, which is not supported yet; use the unquantized model")

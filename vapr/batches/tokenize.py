@@ -27,7 +27,7 @@ from vapr.data.images import image_name, read_image
 from vapr.data.pair import Message, PreferencePair
 from vapr.data.rendered import rendered_marker
 from vapr.errors import BadRow, UserError, one_line
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 from vapr.families.family import ModelFiles
 from vapr.families.processed_image import Placeholder, ProcessedImage, Run
 
@@ -97,7 +97,7 @@ class Processor:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._dtype = dtype
-        self.family = config.model_type
+        self.family = family_name(config)
         self.image_backend = resolve_backend(image_backend)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -224,8 +224,12 @@ class Processor:
         return ProcessedImage(values, layout, num_tokens, content.hexdigest(), seen, placeholder)
 
     def expected_image_tokens(self, width: int, height: int) -> int:
-        """Placeholders that an image of this size will get, without processing it."""
-        return self._family.expected_tokens(self.files, width, height)
+        """Tokens that an image of this size will be in a prompt, marks included, without processing it."""
+        stands = self._family.expected_tokens(self.files, width, height)
+        if isinstance(stands, int):
+            return stands
+        with_one_a_run = self.tokenizer(stands.text, add_special_tokens=False)["input_ids"]
+        return len(with_one_a_run) - len(stands.runs) + stands.num_tokens
 
     def tokenize_prompt(self, messages: list[Message]) -> Prompt:
         """Render and tokenise what the model is asked. Raises UserError if the template refuses it."""

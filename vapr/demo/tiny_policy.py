@@ -14,11 +14,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from vapr.cache import give_ordinary_permissions
 from vapr.demo import tiny_qwen3_vl
+from vapr.demo.byte_tokenizer import byte_level_tokenizer
+from vapr.demo.tiny_marks import build_tiny_rows, build_tiny_tiles
 
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+OTHERS = {
+    "idefics3": build_tiny_tiles, "smolvlm": build_tiny_tiles,
+    "llava_pixtral": build_tiny_rows, "mistral3": build_tiny_rows, "ministral3": build_tiny_rows,
+}  # fmt: skip
+"""Builders of the families that have a file of their own."""
+
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
@@ -50,7 +58,7 @@ def build_tiny_policy(
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
-        family: ``llava``, ``qwen2_vl``, ``qwen2_5_vl``, ``qwen3_vl`` or ``qwen3_vl_moe``.
+        family: one that ``vapr.families`` names, or ``ministral3`` for a Mistral3 with that language model.
         folder: created; loads with ``from_pretrained``.
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
@@ -64,11 +72,16 @@ def build_tiny_policy(
     Returns:
         ``folder``.
     """
-    tokenizer = _train_tokenizer(family, corpus, vocab_size)
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
+    if family in OTHERS:
+        OTHERS[family](family, folder, corpus, seed=seed, vocab_size=vocab_size, **sizes)
+        give_ordinary_permissions(folder / "model.safetensors")
+        return folder
+    tokenizer = _train_tokenizer(family, corpus, vocab_size)
+    text = {"vocab_size": len(tokenizer), **sizes}
     torch.manual_seed(seed)
     if family == "llava":
         model = _llava(tokenizer, text, vision or {})
@@ -112,18 +125,8 @@ def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> tra
 
 def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Qwen's special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=QWEN_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    return byte_level_tokenizer(
+        corpus, vocab_size, QWEN_SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     )  # fmt: skip
 

@@ -74,6 +74,9 @@ class Family:
     position_axes: int = 1
     """Rows of rotary positions: 1, or 3 for time, height and width."""
 
+    attends_by_image: bool = False
+    """Whether :meth:`features` tells the tower's attention where images begin and end, by the keyword ``bounds``."""
+
     @property
     def model_class(self) -> Any:
         """Return the class of transformers."""
@@ -137,8 +140,8 @@ class Family:
         """Return what stands for an image with pixels of ``shape`` in a prompt; a number: so many placeholders."""
         raise NotImplementedError
 
-    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> int:
-        """Return how many placeholders an image of this size will get, without processing it."""
+    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> Placeholder | int:
+        """Return what :meth:`placeholder` will return for an image of this size, without processing it."""
         raise NotImplementedError
 
     def positions(

@@ -25,11 +25,9 @@ class Llava(Family):
     image_processor = "CLIPImageProcessor"
 
     def refusal(self, config: Any) -> str | None:
-        """Refuse sliding windows, and Pixtral's tower, whose images have many sizes."""
+        """Refuse sliding windows."""
         if getattr(config.get_text_config(), "sliding_window", None):
             return "uses sliding-window attention, which packing does not support"
-        if getattr(config.vision_config, "model_type", "") == "pixtral":
-            return "has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP"
         return super().refusal(config)
 
     def check_files(self, files: ModelFiles) -> None:
@@ -71,10 +69,14 @@ class Llava(Family):
 
 
 def num_layers_used(config: Any) -> int:
-    """Return how many layers of the tower lead to its features: hidden states of one layer or of several."""
+    """Return how many layers of the tower lead to its features."""
+    return max(feature_layers(config))
+
+
+def feature_layers(config: Any) -> list[int]:
+    """Return of which layers the hidden states become features; number 0 is what goes into the first layer."""
     wanted, depth = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
-    numbers = wanted if isinstance(wanted, list | tuple) else [wanted]
-    return max(number % (depth + 1) for number in numbers)  # number 0 is what goes into the first layer
+    return [number % (depth + 1) for number in (wanted if isinstance(wanted, list | tuple) else [wanted])]
 
 
 def num_llava_tokens(settings: dict[str, Any], patch_size: int, height: int, width: int) -> int:

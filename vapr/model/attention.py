@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vapr.batches.packing import LastQueries, SegmentAttention
 from vapr.errors import UserError
@@ -178,7 +179,36 @@ def _vision_attention(
 
 
 LANGUAGE_MODEL = "vapr_segments"
+
+
+def _image_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    varlen: bool, scaling: float, bounds: tuple[Tensor, tuple[int, ...]] | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend inside the images of a tower that lays them end to end.
+
+    ``bounds``: where they begin and the last one ends, on the device, and their lengths. Without it transformers' own
+    forward runs the tower (a policy answers while it trains), and masks what lies in other images.
+    """
+    if bounds is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=False, **kwargs
+        )
+    cu_seqlens, lengths = bounds
+    if varlen:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return varlen_attention(q, k, v, cu_seqlens, max(lengths), scale=scaling)[None], None
+    images = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = [F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in images]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+BY_IMAGE = {"sdpa": "vapr_images", "varlen": "vapr_images_varlen", "flash-attn": "vapr_images_varlen"}
+"""Attention of a tower that lays images end to end, for each backend."""
+
 VISION_TOWER = "vapr_flash_vision"  # transformers hands over cu_seqlens only where the name contains "flash"
 
 AttentionInterface.register(LANGUAGE_MODEL, _language_model_attention)
 AttentionInterface.register(VISION_TOWER, _vision_attention)
+AttentionInterface.register(BY_IMAGE["sdpa"], functools.partial(_image_attention, varlen=False))
+AttentionInterface.register(BY_IMAGE["varlen"], functools.partial(_image_attention, varlen=True))

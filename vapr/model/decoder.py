@@ -53,17 +53,19 @@ def run_decoder(
     last = len(decoder.layers) - 1
     assert len(deep) <= last
     level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
+    own = functools.partial(transformers_layer, position_ids=batch.position_ids[:1])
+    attend_scaled = scaled_queries(attend, query_scales(decoder, batch.position_ids[0]))
     stream = Stream(x)
     for number, layer in enumerate(decoder.layers):
         if number not in written_out:
-            stream = Stream(_run(transformers_layer, layer, stream.total(), tables, attend, again=level != "none"))
+            stream = Stream(_run(own, layer, stream.total(), tables, attend, again=level != "none"))
             stream = _with_deep(stream, deep[number : number + 1], batch)
             continue
         only = batch.last_queries if number == last else None
         run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
         if level in ("attention", "full"):
             stream = Stream(stream.total())  # one tensor to keep, not two
-        stream = _run(run, layer, stream, tables, attend, again=level == "full")
+        stream = _run(run, layer, stream, tables, attend_scaled, again=level == "full")
         stream = _with_deep(stream, deep[number : number + 1], batch)
     if last not in written_out:
         return decoder.norm(stream.total().index_select(0, batch.predicting))
@@ -229,7 +231,46 @@ def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
     return out
 
 
-def transformers_layer(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-    """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D)."""
+def transformers_layer(
+    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend,
+    position_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D).
+
+    ``position_ids``, (1, T), are for Ministral3, which scales its queries by them.
+    """
     cos, sin = tables
-    return layer(x[None], attention_mask=None, position_embeddings=(cos[None], sin[None]), attend=attend)[0]
+    return layer(
+        x[None], attention_mask=None, position_ids=position_ids, position_embeddings=(cos[None], sin[None]),
+        attend=attend,
+    )[0]  # fmt: skip
+
+
+# Queries that grow with their position, as in Llama 4 and Ministral3: scores of far tokens stay apart.
+
+
+def query_scale_step(decoder: Any) -> int:
+    """Return after how many tokens a decoder's queries are next scaled by more, or 1 where they never are."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("llama_4_scaling_beta") else 1
+
+
+def query_scales(decoder: Any, positions: Tensor) -> Tensor | None:
+    """Return the factors of the queries of tokens at positions (T,), (T, 1, 1); None where there are none."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    if not (beta := rope.get("llama_4_scaling_beta")):
+        return None
+    steps = torch.floor(positions / query_scale_step(decoder))
+    return (1 + beta * torch.log(1 + steps)).to(decoder.norm.weight.dtype)[:, None, None]
+
+
+def scaled_queries(attend: Attend, scales: Tensor | None) -> Attend:
+    """Return ``attend`` on queries times ``scales``. Rotation is linear, so they may be rotated before or after."""
+    if scales is None:
+        return attend
+
+    def attend_scaled(q: Tensor, k: Tensor, v: Tensor, *, only: LastQueries | None = None, **options: Any) -> Tensor:
+        factors = scales if only is None else scales.index_select(0, only.tokens)
+        return attend(q * factors, k, v, only=only, **options)
+
+    return attend_scaled

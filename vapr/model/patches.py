@@ -4,7 +4,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 
 | what | by what | why | the test that would miss it |
 | --- | --- | --- | --- |
-| attention of the decoder and of Qwen's tower | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; the tower makes one call for all windows | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
+| attention of the decoder, and of Qwen's and Pixtral's towers | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; a tower makes one call for all windows or images | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
 | dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
 | peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
 | patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
@@ -40,8 +40,17 @@ from transformers.activations import ACT2FN
 
 from vapr.batches.packing import LastQueries
 from vapr.families import FAMILIES
-from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
-from vapr.model.decoder import Attend, Stream, decoder_layer, rotary_tables, transformers_layer
+from vapr.model.attention import BY_IMAGE, LANGUAGE_MODEL, VISION_TOWER, varlen_attention
+from vapr.model.decoder import (
+    Attend,
+    Stream,
+    decoder_layer,
+    query_scale_step,
+    query_scales,
+    rotary_tables,
+    scaled_queries,
+    transformers_layer,
+)
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
@@ -84,8 +93,9 @@ def patch(
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
         if isinstance(module, LoraLinear):
             _replace([module], adapted_linear)
     _replace(FAMILIES[family].unused_layers(base), hand_through)
@@ -94,26 +104,32 @@ def patch(
         if backend != "sdpa":  # whose path loops over windows
             tower.config._attn_implementation = VISION_TOWER
             left += patch_tower(tower) if kernels else []
+    if FAMILIES[family].attends_by_image:
+        attending: list[Any] = FAMILIES[family].modules(base, FAMILIES[family].tower)
+        for module in attending:
+            module.config._attn_implementation = BY_IMAGE[backend]
     if kernels:
         norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
         mlps = [module for module in base.modules() if _is_gated_mlp(module) and "forward" not in vars(module)]
         left += _replace_where_same(norms, fused_norm, _try_norm)
         left += _replace_where_same(mlps, fused_mlp, _try_mlp)
-    positions = torch.arange(ROWS, device=decoder.norm.weight.device).expand(3, -1)
+    step = query_scale_step(decoder)  # far apart where queries are scaled by how far they are
+    positions = (torch.arange(ROWS, device=decoder.norm.weight.device) * step).expand(3, -1)
     tables = rotary_tables(decoder, positions[: FAMILIES[family].position_axes])
     try_layer = functools.partial(_try_layer, tables=tables)
-    written_out = functools.partial(_written_out, kernels=kernels)
+    written_out = functools.partial(_written_out, kernels=kernels, scales=query_scales(decoder, positions[0]))
+    own = functools.partial(transformers_layer, position_ids=positions[:1])
     for layer in decoder.layers:
         layer.joint = None
-    same, different = same_with(written_out, decoder.layers, try_layer, transformers_layer)
+    same, different = same_with(written_out, decoder.layers, try_layer, own)
     if joint:
-        _join(decoder.layers, same, written_out, try_layer)
+        _join(decoder.layers, same, written_out, try_layer, own)
     numbers = frozenset(number for number, layer in enumerate(decoder.layers) if layer in same)
     return numbers, tuple(dict.fromkeys([*left, *different]))
 
 
 def _join(
-    layers: Iterable[Any], written_out: Iterable[Any], run: Forward, attempt: Callable[..., list[Tensor]]
+    layers: Iterable[Any], written_out: Iterable[Any], run: Forward, attempt: Callable[..., list[Tensor]], own: Forward
 ) -> None:
     """Join what reads the same rows in the layers that are written out, where that computes the same."""
     *others, last = layers
@@ -122,7 +138,7 @@ def _join(
         for layer in candidates:
             layer.joint = JointDecoderLayer.of(layer, is_last=number == 1)
         candidates = [layer for layer in candidates if layer.joint is not None]
-        same, _ = same_with(run, candidates, attempt, transformers_layer)
+        same, _ = same_with(run, candidates, attempt, own)
         for layer in candidates:
             layer.joint = layer.joint if layer in same else None
 
@@ -318,8 +334,11 @@ def _try_tower_attention(attention: Any, forward: Forward) -> list[Tensor]:
     return [forward(attention, x, cu_seqlens=cu_seqlens, position_embeddings=tables, max_seqlen=len(x) - 5)]
 
 
-def _written_out(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *, kernels: bool) -> Tensor:
-    only = None
+def _written_out(
+    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *, kernels: bool,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    only, attend = None, scaled_queries(attend, scales)
     if layer.joint is not None and layer.joint.qkv is None:  # the last one, which runs on some rows
         every = torch.arange(len(x), device=x.device)
         only = LastQueries(every, every, (len(x),), every)

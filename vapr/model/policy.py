@@ -30,7 +30,7 @@ from vapr.batches.packing import PackedBatch
 from vapr.batches.processed_image import joined_pixels
 from vapr.config import Checkpointing, PolicyConfig
 from vapr.errors import UserError
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 from vapr.families.processed_image import ProcessedImage
 from vapr.model import patches
 from vapr.model.adapters import merge_adapter
@@ -132,7 +132,7 @@ def load_modules(config: PolicyConfig, device: torch.device | None = None) -> Mo
     """
     check_available(config.base_weights)
     source = find_model(config.model, config.base)
-    family = load_model_config(source.model).model_type
+    family = family_name(load_model_config(source.model))
     dtype = getattr(torch, config.dtype)
     base, merged = load_base(family, source, config.model, dtype)
     trained = _freeze(base, config, family)

@@ -14,7 +14,7 @@ from vapr.batches.model_config import load_model_config
 from vapr.batches.model_folder import find_model
 from vapr.config import PolicyConfig
 from vapr.errors import UserError, one_line
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 from vapr.model import policy as policy_module
 from vapr.model.policy import lora_targets
 
@@ -90,7 +90,7 @@ def read_shapes(policy: PolicyConfig) -> Shapes:
         UserError: if there is no such model, or no such layer to put an adapter on.
     """
     config = load_model_config(find_model(policy.model, policy.base).model)
-    family = config.model_type
+    family = family_name(config)
     base = build(config, policy, torch.device("meta"))
     trained = policy_module._freeze(base, policy, family)
     targets = set(lora_targets(base, policy, trained)) if policy.lora else set()
@@ -123,7 +123,7 @@ def build(config: Any, policy: PolicyConfig, device: torch.device) -> transforme
     Raises:
         UserError: if transformers cannot build it.
     """
-    model_class: Any = FAMILIES[config.model_type].model_class
+    model_class: Any = FAMILIES[family_name(config)].model_class
     try:
         with torch.device(device), _without_initial_weights():
             base: transformers.PreTrainedModel = model_class._from_config(

@@ -15,6 +15,7 @@ from vapr.batches.model_folder import ADAPTER_FILES, find_model
 from vapr.batches.tokenize import Processor
 from vapr.cache import files_hash, user_cache
 from vapr.errors import UserError, one_line
+from vapr.families import family_name
 from vapr.model.adapters import attach_adapter
 from vapr.model.policy import load_weights
 
@@ -79,7 +80,7 @@ def find_answerer(model: str) -> Answerer:
 
     def load(dtype: torch.dtype) -> transformers.PreTrainedModel:
         try:
-            base = load_weights(config.model_type, dataclasses.replace(source, adapter=None), model, dtype)
+            base = load_weights(family_name(config), dataclasses.replace(source, adapter=None), model, dtype)
             if source.adapter is not None:
                 attach_adapter(base, source.adapter)
         except UserError as error:
