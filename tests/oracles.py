@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import transformers
 from torch import Tensor
 
+from tests import tiled
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
 from vapr.families.processed_image import places
@@ -17,12 +19,15 @@ CLASSES = {
     "llava": transformers.LlavaForConditionalGeneration,
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    **tiled.CLASSES,
 }
 
 
 def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
     """transformers' own processor class. Qwen's cannot be constructed without torchvision, because it insists on a
     video processor; its attributes are set one by one, its methods stay untouched."""
+    if family in tiled.CLASSES:
+        return tiled.processor(folder, family)
     if family == "llava":
         return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
     cls = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
@@ -34,6 +39,11 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     processor.video_token_id = processor.tokenizer.convert_tokens_to_ids(processor.video_token)
     return processor
+
+
+def pixels(family: str, out: transformers.BatchFeature) -> np.ndarray:
+    """The pixels of all images that a processor returned, without what pads them."""
+    return tiled.pixels(family, out) if family in tiled.CLASSES else np.concatenate(list(out["pixel_values"]))
 
 
 def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -60,7 +70,9 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
     if path.images:
         pixels = torch.cat([image.pixel_values for image in path.images])
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
-    if family != "llava":
+    if family in tiled.CLASSES:
+        inputs |= tiled.inputs(family, path)
+    elif family != "llava":
         if path.images:
             inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)

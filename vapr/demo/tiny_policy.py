@@ -13,11 +13,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vapr.cache import give_ordinary_permissions
+from vapr.demo.tiny_tiled import TILED, TILED_SPECIAL, write_tiled
 
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+QWEN_IMAGES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
@@ -49,12 +51,12 @@ def build_tiny_policy(
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
-        family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
+        family: ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or one of :mod:`vapr.demo.tiny_tiled`.
         folder: created; loads with ``from_pretrained``.
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
-        vision: of ``llava``, entries that replace those of the vision config, such as ``patch_size``.
+        vision: of families other than Qwen, entries that replace those of the vision config, such as ``patch_size``.
         position_scale: of ``llava``, factor on the tower's initial position embeddings. CLIP's are about 1/40 of what a
             patch of even colour gives, so that a model of few steps does not learn where in the picture something is.
         sizes: entries that replace those of the text config, such as ``hidden_size``.
@@ -68,6 +70,8 @@ def build_tiny_policy(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
     torch.manual_seed(seed)
+    if family in TILED:
+        return write_tiled(family, folder, tokenizer, text, vision or {})
     if family == "llava":
         model = _llava(tokenizer, text, vision or {})
         with torch.no_grad():
@@ -96,24 +100,30 @@ def build_tiny_policy(
 
 
 def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    return _train_llama(corpus, vocab_size) if family == "llava" else _train_qwen(corpus, vocab_size)
+    if family in ("llava", "llava_next"):
+        return _train_llama(corpus, vocab_size)
+    if family in TILED:
+        return _train_qwen(corpus, vocab_size, TILED_SPECIAL[family])
+    return _train_qwen(corpus, vocab_size)
 
 
-def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with Qwen's special tokens."""
+def _train_qwen(
+    corpus: Iterable[str], vocab_size: int, special: Mapping[str, str] = QWEN_IMAGES
+) -> transformers.PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with Qwen's special tokens; those of ``special`` have names."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=QWEN_SPECIAL,
+        special_tokens=[*QWEN_SPECIAL, *(token for token in special.values() if token not in QWEN_SPECIAL)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, padding_side="left", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        extra_special_tokens=dict(special),
     )  # fmt: skip
 
 
