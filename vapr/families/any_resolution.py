@@ -119,9 +119,7 @@ class AnyResolution(Llava):
         return None
 
     def process(self, files: ModelFiles, image: Image.Image) -> tuple[np.ndarray, tuple[int, ...] | None]:
-        """Return the whole picture and its tiles, and its size. Raises ValueError if it becomes no tile."""
-        if select_best_resolution((image.height, image.width), files.image_processor.image_grid_pinpoints) is None:
-            raise ValueError(f"{image.width} x {image.height} pixels become no tile; it is too narrow")
+        """Return the whole picture and its tiles, and its size."""
         return _pixels(files, [image])[0], (image.height, image.width)
 
     def placeholder(self, files: ModelFiles, shape: tuple[int, ...], layout: tuple[int, ...] | None) -> int:
@@ -129,12 +127,11 @@ class AnyResolution(Llava):
         return self.packing(files.config, shape[0], layout).num_tokens
 
     def expected_tokens(self, files: ModelFiles, width: int, height: int) -> int:
-        """Count without tiles; a picture that becomes none counts as a whole."""
-        canvas = select_best_resolution((height, width), files.image_processor.image_grid_pinpoints)
-        return self.packing(files.config, 1 if canvas is None else 2, (height, width)).num_tokens
+        """Count without making tiles, of which there are at least one beside the whole picture."""
+        return self.packing(files.config, 2, (height, width)).num_tokens
 
     def packing(self, config: Any, num_tiles: int, layout: tuple[int, ...] | None) -> TilePacking:
-        """Lay out the features of an image of this size, whose tiles are more than one or the whole picture alone."""
+        """Lay out the features of an image of this size; with one tile it is the whole picture alone."""
         assert layout is not None
         side = config.vision_config.image_size // config.vision_config.patch_size
         whole = side * side
