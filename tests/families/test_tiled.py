@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests import oracles
 from tests.model.test_exactness import (
@@ -113,6 +114,21 @@ def test_features_are_the_models_own(family, tiny, processor):
     expected = torch.cat(list(expected)).reshape(-1, got.shape[1])
     assert len(got) == sum(image.num_tokens for image in images)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_host_waits_for_nothing_while_features_are_computed(family, tiny, processor):
+    """Fake tensors have no values, so whoever asks for one fails; transformers' own packing of tiles does."""
+    model = oracles.load_model(tiny(family), family).model
+    images = [processor.process_image(png(picture(*size))) for size in ((640, 480), (57, 56))]
+    arguments = FAMILIES[family].tower_arguments(model, images, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pixels = torch.empty(sum(len(image.pixel_values) for image in images), 3, 56, 56)
+        features = FAMILIES[family].features(model, pixels, **arguments)
+        assert len(features) == sum(image.num_tokens for image in images)
+        if family in ANY_RESOLUTION:
+            with pytest.raises(DataDependentOutputException):
+                model.get_image_features(pixels, torch.empty(2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
