@@ -8,11 +8,13 @@ import unittest.mock
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import transformers
 from torch import Tensor
 
+from tests import tiled
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
 from vapr.families.processed_image import ProcessedImage, places
@@ -29,6 +31,7 @@ CLASSES = {
     "llava_pixtral": transformers.LlavaForConditionalGeneration,
     "mistral3": transformers.Mistral3ForConditionalGeneration,
     "ministral3": transformers.Mistral3ForConditionalGeneration,
+    **tiled.CLASSES,
 }
 
 PIXTRAL = ("llava_pixtral", "mistral3", "ministral3")
@@ -36,14 +39,18 @@ PIXTRAL = ("llava_pixtral", "mistral3", "ministral3")
 
 END_OF_TURN = {
     "idefics3": "<end_of_utterance>\n", "smolvlm": "<end_of_utterance>\n",
+    "llava_next": "</s>  ", "llava_onevision": "<|im_end|>",
     **dict.fromkeys(("llava", *PIXTRAL), "</s>"),
 }  # fmt: skip
-"""What follows an answer; ``<|im_end|>`` and a line break for the others."""
+"""What follows an answer; ``<|im_end|>`` and a line break for the others. LLaVA-NeXT's template writes a space after
+``</s>``, and its tokenizer marks what goes on there with another one."""
 
 
 def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
     """transformers' own processor class. Qwen's cannot be constructed without torchvision, because it insists on a
     video processor; its attributes are set one by one, its methods stay untouched."""
+    if family in tiled.CLASSES:
+        return tiled.processor(folder, family)
     if family == "llava":
         return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
     if family in ("idefics3", "smolvlm"):
@@ -115,6 +122,11 @@ def pixel_values(family: str, images: Sequence[ProcessedImage]) -> Tensor:
     return pictures
 
 
+def pixels(family: str, out: transformers.BatchFeature) -> np.ndarray:
+    """The pixels of all images that a processor returned, without what pads them."""
+    return tiled.pixels(family, out) if family in tiled.CLASSES else np.concatenate(list(out["pixel_values"]))
+
+
 def load_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     slow = {"experts_implementation": "eager"} if family.endswith("_moe") else {}
     return CLASSES[family].from_pretrained(folder, dtype=dtype, attn_implementation="eager", **slow)
@@ -142,7 +154,9 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
         if family in PIXTRAL:
             inputs["image_sizes"] = torch.tensor([image.layout for image in path.images])
-    if family.startswith("qwen"):
+    if family in tiled.CLASSES:
+        inputs |= tiled.inputs(family, path)
+    elif family.startswith("qwen"):
         if path.images:
             inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)

@@ -118,7 +118,7 @@ def test_an_image_token_is_a_cell(family, tmp_path):
     )
     processor = Processor(str(folder), load_model_config(str(folder)))
     image = processor.process(Image.new("RGB", (SIDE, SIDE), (255, 0, 0)), "red.png")
-    assert image.num_tokens == processor.expected_image_tokens(SIDE, SIDE) == GRID**2
+    assert image.num_tokens == processor.expected_image_tokens([(SIDE, SIDE)]) == GRID**2
     [option] = [option for option in main.commands["demo"].params if option.name == "family"]
     assert set(option.type.choices) == set(POLICY) and option.default in POLICY
 

@@ -123,7 +123,7 @@ def test_a_real_window_is_refused(family, changed):
 @pytest.mark.parametrize("family", ["llava_pixtral", "mistral3"])
 def test_a_picture_that_becomes_no_row_is_one_line(family, tiny):
     processor = processor_of(tiny(family))
-    assert processor.expected_image_tokens(2000, 1) == 0
+    assert processor.expected_image_tokens([(2000, 1)]) == 0
     with pytest.raises(UserError, match="is refused by the image processor") as caught:
         processor.process_image(picture(2000, 1))
     assert "\n" not in str(caught.value)

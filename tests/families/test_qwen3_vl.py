@@ -149,7 +149,7 @@ def test_pictures_of_odd_sizes_and_several_of_them(family, tiny):
     assert torch.equal(torch.cat([image.pixel_values for image in images]), expected["pixel_values"])
     assert [list(image.layout) for image in images] == expected["image_grid_thw"].tolist()
     for image, picture in zip(images, pictures, strict=True):
-        assert processor.expected_image_tokens(*picture.size) == image.num_tokens
+        assert processor.expected_image_tokens([picture.size]) == image.num_tokens
     runs = processor.image_runs(ids, images)
     positions = FAMILIES[family].positions(processor.files, len(ids), images, runs)
     model = oracles.load_model(folder, family)

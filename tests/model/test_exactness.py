@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -103,7 +104,8 @@ def oracle_loss_and_grads(model, family: str, parameters, pairs: list[TokenizedP
 def assert_same(got, truth, tolerance: float) -> None:
     for pair, logps in truth[0].items():
         torch.testing.assert_close(got[0][pair].double(), logps.double(), rtol=tolerance, atol=tolerance)
-    assert got[1] == pytest.approx(truth[1], rel=tolerance)
+    largest = max(float(logps.abs().max()) for logps in truth[0].values())
+    assert got[1] == pytest.approx(truth[1], abs=0.1 * tolerance * largest)  # beta is 0.1, the most that a loss follows
     assert got[2].keys() == truth[2].keys()
     assert oracles.worst_relative_error(got[2], truth[2]) < 50 * tolerance
 
@@ -157,7 +159,14 @@ def test_in_double_precision(family, tiny, photo_pairs):
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
     model = oracles.load_model(folder, family).double()
     truth = oracle_loss_and_grads(model, family, dict(model.named_parameters()), pairs)
-    assert_same(packed_loss_and_grads(policy, [pairs], "image"), truth, 2e-7)
+    got = packed_loss_and_grads(policy, [pairs], "image")
+    assert_same((*got[:2], judged(got[2])), (*truth[:2], judged(truth[2])), 2e-7)
+
+
+def judged(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the key biases of towers that rotate nothing: they move all scores of a query alike, so that their
+    gradient is nothing but rounding."""
+    return {name: grad for name, grad in grads.items() if not re.search(r"vision_tower\..*\.k_proj\.bias", name)}
 
 
 @pytest.mark.parametrize("checkpointing", LEVELS[1:])

@@ -84,33 +84,36 @@ class OtherViews:
             if pair.rejected_images is None:
                 return "the row has no rejected_images"
         elif self._second.make == "retrieved":
-            found = [self._retrieved(pair, place, image) for place, image in enumerate(chosen)]
+            found = [self._retrieved(pair, place, chosen) for place in range(len(chosen))]
             second = tuple(image for image in found if image is not None)
             if len(second) < len(chosen):
                 return f"none of {ROWS_TRIED} other rows has another image"
         else:
             second = tuple(
-                self._changed(image, self._second, self._random(pair, n)) for n, image in enumerate(pair.images)
+                self._changed(image, self._second, self._random(pair, n), several=len(chosen) > 1)
+                for n, image in enumerate(pair.images)
             )
         return "the second image looks the same" if _hashes(second) == _hashes(chosen) else second
 
-    def _changed(self, image: Path | bytes, config: SecondImageConfig, random: np.random.Generator) -> ProcessedImage:
+    def _changed(
+        self, image: Path | bytes, config: SecondImageConfig, random: np.random.Generator, *, several: bool
+    ) -> ProcessedImage:
         picture = np.asarray(as_rgb(read_image(image)))
-        return self._processor.process(
-            Image.fromarray(changed(picture, config, random)), f"made of {image_name(image)}"
-        )
+        made = Image.fromarray(changed(picture, config, random))
+        return self._processor.process(made, f"made of {image_name(image)}", several=several)
 
     def _random(self, pair: PreferencePair, place: int) -> np.random.Generator:
         """Return the random numbers of the image at a place of a row."""
         digest = hashlib.blake2b(repr((self._seed, pair.id, place)).encode(), digest_size=16)
         return np.random.default_rng(int.from_bytes(digest.digest(), "little"))
 
-    def _retrieved(self, pair: PreferencePair, place: int, own: ProcessedImage) -> ProcessedImage | None:
-        """Return the first image of another row drawn at random, unlike ``own``; None where none is found."""
+    def _retrieved(self, pair: PreferencePair, place: int, chosen: Shown) -> ProcessedImage | None:
+        """Return the first image of another row drawn at random, unlike the row's own; None where none is found."""
+        own, several = chosen[place], len(chosen) > 1
         for number in self._random(pair, place).integers(len(self._pairs), size=ROWS_TRIED).tolist():
             try:
                 other = self._pairs[number]
-                image = self._processor.process_image(other.images[0]) if other.images else own
+                image = self._processor.process_image(other.images[0], several=several) if other.images else own
             except UserError:  # reported when that row is read itself
                 continue
             if other.id != pair.id and image.content_hash != own.content_hash:

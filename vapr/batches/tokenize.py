@@ -7,6 +7,7 @@ class where torchvision does not import. The results equal ``AutoProcessor``'s (
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,13 @@ from vapr.families.processed_image import Placeholder, ProcessedImage, Run
 
 if TYPE_CHECKING:
     from vapr.batches.second_image import OtherViews
+
+
+PROBED: list[Message] = [
+    {"role": role, "content": [{"type": "text", "text": text}]}
+    for role, text in (("user", "What is it?"), ("assistant", PROBE))
+]
+"""A conversation of which the chat template's own words are read off."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +125,7 @@ class Processor:
         try:
             self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
             self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
+            self._heads = self._read_heads()
         except UserError as error:
             raise UserError(f"{model}: {error}") from None
         self.notes = self._notes()
@@ -138,14 +147,34 @@ class Processor:
         return text
 
     def _read_end_of_turn(self, eos_token_ids: list[int]) -> EndOfTurn:
-        probe = [
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in (("user", "What is it?"), ("assistant", PROBE))
-        ]
-        return end_of_turn(self.render(probe, add_generation_prompt=False), eos_token_ids, self.tokenizer)
+        return end_of_turn(self.render(PROBED, add_generation_prompt=False), eos_token_ids, self.tokenizer)
+
+    def _read_heads(self) -> tuple[str, str]:
+        """What the template writes before an answer: where the model is asked, and in a conversation that has it.
+
+        Of LLaVA-OneVision's they differ in white space. Empty where there is no such difference.
+        """
+        texts = self.render(PROBED[:1], add_generation_prompt=True), self.render(PROBED, add_generation_prompt=False)
+        question = len(self.render(PROBED[:1], add_generation_prompt=False))  # characters
+        asked, answered = texts[0][question:], texts[1][question : texts[1].rfind(PROBE)]
+        goes_on = answered.startswith(asked)
+        return ("", "") if goes_on or asked.split() != answered.split() else (asked, answered)
+
+    def _as_asked(self, conversation: str, prompt: str) -> str:
+        """A rendered conversation whose first answer after ``prompt`` follows what the model is asked with."""
+        asked, answered = self._heads
+        before = prompt.removesuffix(asked)
+        if conversation.startswith(prompt) or not conversation.startswith(before + answered):
+            return conversation
+        return prompt + conversation[len(before) + len(answered) :]
 
     def _notes(self) -> list[str]:
         notes = []
+        if self._heads[0] != self._heads[1]:
+            asked, answered = (repr(head) for head in self._heads)
+            notes.append(
+                f"the chat template asks with {asked} but writes answers after {answered}; they are scored as asked"
+            )
         if (token := self._end_of_turn.token_id) is not None:
             written = f"{self._end_of_turn.template!r}" if self._end_of_turn.template else "nothing"
             named = self.tokenizer.convert_ids_to_tokens(token)
@@ -172,9 +201,9 @@ class Processor:
         try:
             weights = weights or TokenWeights()
             prompt = self.tokenize_prompt(list(pair.prompt))
-            images = [tuple(self.process_image(image) for image in pair.images)] * 2
+            images = [self.process_images(pair.images)] * 2
             if pair.rejected_images is not None:
-                images[1] = tuple(self.process_image(image) for image in pair.rejected_images)
+                images[1] = self.process_images(pair.rejected_images)
             said = {side: self._completion(pair, side, prompt, weights) for side in ("chosen", "rejected")}
             paths = [
                 self._path(prompt, shown, *answer) for shown, answer in zip(images, said.values(), strict=True)
@@ -191,25 +220,33 @@ class Processor:
             roles=tuple(view.role for view in views), left_out=tuple(left_out), beta=pair.beta, margin=pair.margin,
         )  # fmt: skip
 
-    def process_image(self, source: Path | bytes) -> ProcessedImage:
+    def process_images(self, sources: Sequence[Path | bytes]) -> tuple[ProcessedImage, ...]:
+        """Process the images of a prompt, as :meth:`process_image` does each."""
+        return tuple(self.process_image(source, several=len(sources) > 1) for source in sources)
+
+    def process_image(self, source: Path | bytes, *, several: bool = False) -> ProcessedImage:
         """Decode, turn upright and process one image; the most recent ones are remembered.
+
+        ``several``: it is one of several in its prompt, which matters to some families.
 
         Pixels are those of the image processor for the picture in its own mode: what becomes of transparency is its
         own to say, and differs between versions of transformers.
         """
-        key = image_key(source)
+        key = image_key(source), several and self._family.differs_among_several
         if (known := self._recent.get(key)) is not None:
             return known
-        processed = self.process(read_image(source), image_name(source))
+        processed = self.process(read_image(source), image_name(source), several=several)
         self._recent.put(key, processed)
         return processed
 
-    def process(self, image: Image.Image, name: str) -> ProcessedImage:
+    def process(self, image: Image.Image, name: str, *, several: bool = False) -> ProcessedImage:
         """Process a picture that messages call ``name``. Raises UserError if the image processor refuses it."""
         if not getattr(self.image_processor, "do_convert_rgb", False):
             image = image.convert("RGB")
+        among = several and self._family.differs_among_several
+        process = self._family.process_one_of_several if among else self._family.process
         try:
-            pixels, layout = self._family.process(self.files, image)
+            pixels, layout = process(self.files, image)
         except ValueError as error:  # e.g. Qwen: aspect ratio above 200
             raise UserError(f"image {name} is refused by the image processor: {one_line(error)}") from None
         pixels = np.ascontiguousarray(pixels)
@@ -223,9 +260,16 @@ class Processor:
         values = torch.from_numpy(pixels).to(self._dtype)
         return ProcessedImage(values, layout, num_tokens, content.hexdigest(), seen, placeholder)
 
-    def expected_image_tokens(self, width: int, height: int) -> int:
-        """Tokens that an image of this size will be in a prompt, marks included, without processing it."""
-        stands = self._family.expected_tokens(self.files, width, height)
+    def expected_image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that the images of a prompt, of these widths and heights, will be, marks included.
+
+        No image is processed for it.
+        """
+        among = len(sizes) > 1 and self._family.differs_among_several
+        expected = self._family.expected_tokens_of_one_of_several if among else self._family.expected_tokens
+        return sum(self._length(expected(self.files, width, height)) for width, height in sizes)
+
+    def _length(self, stands: Placeholder | int) -> int:
         if isinstance(stands, int):
             return stands
         with_one_a_run = self.tokenizer(stands.text, add_special_tokens=False)["input_ids"]
@@ -286,7 +330,7 @@ class Processor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (tokens,) and weights (tokens,) of one completion."""
         messages = getattr(pair, side)
-        full = self.render([*pair.prompt, *messages], add_generation_prompt=False)
+        full = self._as_asked(self.render([*pair.prompt, *messages], add_generation_prompt=False), prompt.text)
         if not full.startswith(prompt.text):
             raise UserError("the chat template renders the prompt differently once an answer follows it")
         text = full[len(prompt.text) :]
@@ -315,10 +359,13 @@ class Processor:
         self, pair: PreferencePair, messages: tuple[Message, ...], prompt_text: str
     ) -> list[tuple[int, int]]:
         """Character ranges of a completion of several turns that the user, not the model, is to say."""
+        asked, answered = self._heads
         spans = []
         for n in range(1, len(messages), 2):
             before = self.render([*pair.prompt, *messages[:n]], add_generation_prompt=False)
             after = self.render([*pair.prompt, *messages[: n + 1]], add_generation_prompt=True)
+            after = after.removesuffix(asked) + answered  # another answer follows there
+            before, after = (self._as_asked(text, prompt_text) for text in (before, after))
             spans.append((len(before) - len(prompt_text), len(after) - len(prompt_text)))
         return spans
 

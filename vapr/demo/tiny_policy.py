@@ -16,6 +16,7 @@ from vapr.cache import give_ordinary_permissions
 from vapr.demo import tiny_qwen3_vl
 from vapr.demo.byte_tokenizer import byte_level_tokenizer
 from vapr.demo.tiny_marks import build_tiny_rows, build_tiny_tiles
+from vapr.demo.tiny_tiled import TILED, TILED_SPECIAL, write_tiled
 
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -27,6 +28,7 @@ OTHERS = {
 }  # fmt: skip
 """Builders of the families that have a file of their own."""
 
+QWEN_IMAGES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
 
@@ -63,7 +65,8 @@ def build_tiny_policy(
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the tokenizer's vocabulary, special tokens included.
-        vision: of ``llava`` and Qwen3-VL, entries that replace those of the vision config, such as ``patch_size``.
+        vision: of families other than Qwen2-VL and Qwen2.5-VL, entries that replace those of the vision config, such as
+            ``patch_size``.
         position_scale: of ``llava`` and Qwen3-VL, factor on the tower's initial position embeddings. CLIP's are about
             1/40 of what a patch of even colour gives, so that a model of few steps does not learn where in the picture
             something is.
@@ -83,6 +86,8 @@ def build_tiny_policy(
     tokenizer = _train_tokenizer(family, corpus, vocab_size)
     text = {"vocab_size": len(tokenizer), **sizes}
     torch.manual_seed(seed)
+    if family in TILED:
+        return write_tiled(family, folder, tokenizer, text, vision or {})
     if family == "llava":
         model = _llava(tokenizer, text, vision or {})
         with torch.no_grad():
@@ -120,14 +125,20 @@ def build_tiny_policy(
 
 
 def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    return _train_llama(corpus, vocab_size) if family == "llava" else _train_qwen(corpus, vocab_size)
+    if family in ("llava", "llava_next"):
+        return _train_llama(corpus, vocab_size)
+    if family in TILED:
+        return _train_qwen(corpus, vocab_size, TILED_SPECIAL[family])
+    return _train_qwen(corpus, vocab_size)
 
 
-def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with Qwen's special tokens."""
+def _train_qwen(
+    corpus: Iterable[str], vocab_size: int, special: Mapping[str, str] = QWEN_IMAGES
+) -> transformers.PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with Qwen's special tokens; those of ``special`` have names."""
     return byte_level_tokenizer(
-        corpus, vocab_size, QWEN_SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        corpus, vocab_size, [*QWEN_SPECIAL, *(token for token in special.values() if token not in QWEN_SPECIAL)],
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=dict(special),
     )  # fmt: skip
 
 

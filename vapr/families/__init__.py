@@ -4,7 +4,10 @@ from typing import Any
 
 from vapr.families.family import Family
 from vapr.families.idefics3 import Idefics3
+from vapr.families.internvl import InternVL
 from vapr.families.llava import Llava
+from vapr.families.llava_next import LlavaNext
+from vapr.families.llava_onevision import LlavaOnevision
 from vapr.families.mistral3 import Mistral3
 from vapr.families.pixtral import Pixtral
 from vapr.families.qwen2_5_vl import Qwen2_5_VL
@@ -20,10 +23,13 @@ FAMILIES: dict[str, Family] = {
         family.model_type: family
         for family in (
             Llava(),
+            LlavaNext(),
+            LlavaOnevision(),
             Qwen2VL(),
             Qwen2_5_VL(),
             Qwen3VL(),
             Qwen3VLMoe(),
+            InternVL(),
             Idefics3(),
             SmolVLM(),
             Mistral3(),

@@ -82,6 +82,9 @@ class Family:
         """Return the class of transformers."""
         return getattr(transformers, self.architecture)
 
+    differs_among_several: bool = False
+    """Whether an image is taken otherwise where a prompt shows several."""
+
     # Files.
 
     def refusal(self, config: Any) -> str | None:
@@ -134,6 +137,12 @@ class Family:
         """Return an image's pixels (rows, ...) and its layout. Raises ValueError if the image processor refuses it."""
         return files.image_processor(images=[image], return_tensors="np")["pixel_values"], None
 
+    def process_one_of_several(
+        self, files: ModelFiles, image: Image.Image
+    ) -> tuple[np.ndarray, tuple[int, ...] | None]:
+        """Return what :meth:`process` does, for an image among others; asked only where that differs."""
+        return self.process(files, image)
+
     def placeholder(
         self, files: ModelFiles, shape: tuple[int, ...], layout: tuple[int, ...] | None
     ) -> Placeholder | int:
@@ -143,6 +152,10 @@ class Family:
     def expected_tokens(self, files: ModelFiles, width: int, height: int) -> Placeholder | int:
         """Return what :meth:`placeholder` will return for an image of this size, without processing it."""
         raise NotImplementedError
+
+    def expected_tokens_of_one_of_several(self, files: ModelFiles, width: int, height: int) -> Placeholder | int:
+        """Return what :meth:`expected_tokens` does, for an image among others; asked only where that differs."""
+        return self.expected_tokens(files, width, height)
 
     def positions(
         self, files: ModelFiles, num_tokens: int, images: Sequence[ProcessedImage], runs: Sequence[Sequence[Run]]

@@ -159,7 +159,7 @@ def answer(policy: Policy, processor: Processor, pairs: Sequence[PreferencePair]
 def _question(processor: Processor, number: int, pair: PreferencePair) -> Asked:
     question = Question(benchmark="probe", id=str(number), question="", answer="", images=pair.images)
     prompt = processor.tokenize_prompt(list(pair.prompt))
-    more = sum(processor.expected_image_tokens(*image_size(image)) - 1 for image in pair.images)
+    more = processor.expected_image_tokens([image_size(image) for image in pair.images]) - len(pair.images)
     return Asked(question, prompt, pair.images, len(prompt.ids) + more)
 
 

@@ -52,7 +52,7 @@ def known_answers(
 
 
 def _known_answer(model: Any, processor: Processor, one: Asked) -> KnownAnswer:
-    pictures = [tuple(processor.process_image(image) for image in one.images)]
+    pictures = [processor.process_images(one.images)]
     inputs = collate(processor, [one], pictures, model.device, model.dtype)
     start = inputs["input_ids"].shape[1]
     whole = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)

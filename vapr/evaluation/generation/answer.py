@@ -110,7 +110,10 @@ def _with_pictures(
     """Yield batches with their processed pictures; threads are a few batches ahead."""
 
     def start(batch: Sequence[Asked]) -> list[list[Future[ProcessedImage]]]:
-        return [[pool.submit(processor.process_image, image) for image in one.images] for one in batch]
+        return [
+            [pool.submit(processor.process_image, image, several=len(one.images) > 1) for image in one.images]
+            for one in batch
+        ]
 
     waiting: deque[tuple[Sequence[Asked], list[list[Future[ProcessedImage]]]]] = deque()
     left = iter(batches)

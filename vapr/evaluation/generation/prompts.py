@@ -86,7 +86,7 @@ def tokenize_questions(
         images = () if blind else question.images
         try:
             prompt = processor.tokenize_prompt(messages_of(question, blind=blind))
-            image_tokens = sum(processor.expected_image_tokens(*sizes[image]) for image in images)
+            image_tokens = processor.expected_image_tokens([sizes[image] for image in images])
         except (UserError, ValueError) as error:
             raise UserError(f"{where}: {one_line(error)}") from None
         placeholders = int((prompt.ids == processor.image_token_id).sum())
