@@ -41,7 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
 """On which whatever depends on a family is tested."""
 
-EVERY_FAMILY = (*FAMILIES,)
+EVERY_FAMILY = (*FAMILIES, "gemma3")
 """On which tokens, pixels, positions and exactness are tested."""
 
 

@@ -17,6 +17,7 @@ CLASSES = {
     "llava": transformers.LlavaForConditionalGeneration,
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "gemma3": transformers.Gemma3ForConditionalGeneration,
 }
 
 
@@ -25,6 +26,8 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
     video processor; its attributes are set one by one, its methods stay untouched."""
     if family == "llava":
         return transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
+    if family == "gemma3":
+        return transformers.Gemma3Processor.from_pretrained(folder, backend="pil")
     cls = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
     processor = cls.__new__(cls)
     processor.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -61,12 +64,12 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
         pixels = torch.cat([image.pixel_values for image in path.images])
         inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
     if family != "llava":
-        if path.images:
+        if path.images and family.startswith("qwen"):
             inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)
         for runs in path.image_runs:
             is_image[0, places(runs)] = 1
-        inputs["mm_token_type_ids"] = is_image
+        inputs["token_type_ids" if family == "gemma3" else "mm_token_type_ids"] = is_image
     logits = model(**inputs).logits[0, path.completion_start - 1 : -1]
     return logits.log_softmax(-1).gather(-1, input_ids[0, path.completion_start :, None])[:, 0]
 

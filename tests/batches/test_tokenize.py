@@ -63,7 +63,8 @@ def test_completion_is_the_rest_of_the_conversation(processor, photo_pairs):
         for path, messages in zip(tokenized.paths, (pair.chosen, pair.rejected), strict=True):
             text = processor.tokenizer.decode(path.input_ids[path.completion_start :])
             answer = "".join(part["text"] for part in messages[0]["content"])
-            end_of_turn = "</s>" if processor.family == "llava" else "<|im_end|>\n"
+            ends = {"llava": "</s>", "gemma3": "<end_of_turn>\n"}
+            end_of_turn = ends.get(processor.family, "<|im_end|>\n")
             assert text.removeprefix(" ") == answer + end_of_turn
 
 
@@ -86,7 +87,7 @@ def test_positions_equal_the_models_own(family, tiny, processor, photo_pairs):
     model = oracles.load_model(tiny(family), family)
     for pair in photo_pairs:
         for path in processor.tokenize_pair(pair).paths:
-            if family == "llava" or not path.images:
+            if family in ("llava", "gemma3") or not path.images:
                 expected = torch.arange(len(path.input_ids)).expand(3, -1)
             else:
                 ids = torch.from_numpy(path.input_ids)[None]

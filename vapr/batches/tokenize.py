@@ -45,6 +45,7 @@ class TokenPath:
     token_weights: np.ndarray  # (completion tokens,) float32
     images: tuple[ProcessedImage, ...]
     image_runs: tuple[tuple[Run, ...], ...]  # the placeholders of each image
+    blocks: tuple[Run, ...] = ()  # tokens that see one another both ways
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -338,7 +339,8 @@ class Processor:
         input_ids = np.concatenate([prompt_ids, ids])
         runs = self.image_runs(prompt_ids, images)
         positions = self._family.positions(self.files, len(input_ids), images, runs)
-        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, runs)
+        blocks = tuple(run for of_image in runs for run in of_image) if self._family.both_ways else ()
+        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, runs, blocks)
 
 
 def _run_lengths(image: ProcessedImage) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vapr.cache import give_ordinary_permissions
+from vapr.demo.tiny_gemma3 import OWN_PIECES, build_tiny_gemma3
 
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -49,7 +50,7 @@ def build_tiny_policy(
     """Write a random model of a family, its tokenizer, image processor and chat template into ``folder``.
 
     Args:
-        family: ``llava``, ``qwen2_vl`` or ``qwen2_5_vl``.
+        family: one that ``vapr.families`` names.
         folder: created; loads with ``from_pretrained``.
         corpus: lines the tokenizer is trained on.
         seed: seed of the weights.
@@ -62,11 +63,16 @@ def build_tiny_policy(
     Returns:
         ``folder``.
     """
-    tokenizer = _train_tokenizer(family, corpus, vocab_size)
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
+    if family == "gemma3":
+        build_tiny_gemma3(folder, *train_pieces(corpus, vocab_size - OWN_PIECES), seed, sizes)
+        give_ordinary_permissions(folder / "model.safetensors")
+        return folder
+    tokenizer = _train_tokenizer(family, corpus, vocab_size)
+    text = {"vocab_size": len(tokenizer), **sizes}
     torch.manual_seed(seed)
     if family == "llava":
         model = _llava(tokenizer, text, vision or {})
@@ -119,6 +125,13 @@ def _train_qwen(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrain
 
 def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Train a tokenizer of SentencePiece's kind, in which a mark begins each word and bytes spell unknown letters."""
+    trained, merges = train_pieces(corpus, vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>")))
+    pieces = [*LLAMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *trained]
+    return llama_tokenizer({piece: n for n, piece in enumerate(pieces)}, merges)
+
+
+def train_pieces(corpus: Iterable[str], size: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Train BPE as SentencePiece does, and return pieces and merges in order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # While training only: a piece is part of one word or a mark, and no piece holds a line break.
@@ -129,14 +142,10 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
-    size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
-    tokenizer.train_from_iterator(
-        (f" {line}" for line in corpus), trainers.BpeTrainer(vocab_size=size, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
+    tokenizer.train_from_iterator((f" {line}" for line in corpus), trainer)
     trained = json.loads(tokenizer.to_str())["model"]
-    pieces = [*LLAMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += sorted(trained["vocab"], key=trained["vocab"].__getitem__)
-    return llama_tokenizer({piece: n for n, piece in enumerate(pieces)}, [tuple(pair) for pair in trained["merges"]])
+    return sorted(trained["vocab"], key=trained["vocab"].__getitem__), [tuple(pair) for pair in trained["merges"]]
 
 
 def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> transformers.PreTrainedTokenizerFast:

@@ -25,9 +25,7 @@ class Llava(Family):
     image_processor = "CLIPImageProcessor"
 
     def refusal(self, config: Any) -> str | None:
-        """Refuse sliding windows, and Pixtral's tower, whose images have many sizes."""
-        if getattr(config.get_text_config(), "sliding_window", None):
-            return "uses sliding-window attention, which packing does not support"
+        """Refuse Pixtral's tower, whose images have many sizes."""
         if getattr(config.vision_config, "model_type", "") == "pixtral":
             return "has a Pixtral vision tower, which is not supported; LLaVA-1.5 has CLIP"
         return super().refusal(config)

@@ -29,7 +29,7 @@ size of a linear layer.
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from transformers.activations import ACT2FN
 from vapr.batches.packing import LastQueries
 from vapr.families import FAMILIES
 from vapr.model.attention import LANGUAGE_MODEL, VISION_TOWER, varlen_attention
-from vapr.model.decoder import Attend, Stream, decoder_layer, rotary_tables, transformers_layer
+from vapr.model.decoder import Attend, Stream, Tables, decoder_layer, rotary_tables, transformers_layer
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
@@ -318,7 +318,7 @@ def _try_tower_attention(attention: Any, forward: Forward) -> list[Tensor]:
     return [forward(attention, x, cu_seqlens=cu_seqlens, position_embeddings=tables, max_seqlen=len(x) - 5)]
 
 
-def _written_out(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *, kernels: bool) -> Tensor:
+def _written_out(layer: Any, x: Tensor, tables: Tables, attend: Attend, *, kernels: bool) -> Tensor:
     only = None
     if layer.joint is not None and layer.joint.qkv is None:  # the last one, which runs on some rows
         every = torch.arange(len(x), device=x.device)
@@ -326,7 +326,7 @@ def _written_out(layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: A
     return decoder_layer(layer, Stream(x), tables, attend, only=only, kernels=kernels).total()
 
 
-def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _try_layer(layer: Any, forward: Forward, tables: Sequence[Tables]) -> list[Tensor]:
     """Return queries, keys and values as attention gets them, and what the layer makes of what attention returns."""
     seen: list[Tensor] = []
 
@@ -338,5 +338,6 @@ def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> l
         seen.extend((q * scale, k, v))
         return q
 
-    out = forward(layer, _random_rows(layer.self_attn.q_proj.in_features, tables[0]), tables, attend)
+    here = tables[layer.self_attn.layer_idx]
+    out = forward(layer, _random_rows(layer.self_attn.q_proj.in_features, here[0]), here, attend)
     return [*seen, out]
