@@ -86,7 +86,7 @@ def vapr_losses(folder, rows, photo_root, tmp_path, **changes) -> list[float]:
     return [entry["loss"] for entry in metrics if "loss" in entry]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_ten_steps_of_full_fine_tuning(family, tiny, photo_rows, photo_root, tmp_path):
     rows = rows_with_images(photo_rows, photo_root)
     theirs = trl_losses(tiny(family), family, rows, tmp_path, beta=0.1)

@@ -113,8 +113,8 @@ class Processor:
         self.files = ModelFiles(model, config, self._settings, self.image_processor, self.tokenizer)
         self.image_token_id = self.files.image_token_id
         self.image_token = self.files.image_token
-        self._written = self._family.written(self.files)
         self._family.check_files(self.files)
+        self._written = self._family.written(self.files)
         try:
             self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
             self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
@@ -225,8 +225,16 @@ class Processor:
         return ProcessedImage(values, layout, num_tokens, content.hexdigest(), seen, placeholder)
 
     def expected_image_tokens(self, width: int, height: int) -> int:
-        """Placeholders that an image of this size will get, without processing it."""
-        return self._family.expected_tokens(self.files, width, height)
+        """Tokens that an image of this size will be in a prompt, marks included, without processing it."""
+        stands = self._family.expected_tokens(self.files, width, height)
+        if isinstance(stands, int):
+            return stands
+        with_one_a_run = self.tokenizer(stands.text, add_special_tokens=False)["input_ids"]
+        return len(with_one_a_run) - len(stands.runs) + stands.num_tokens
+
+    def places_for_images(self, prompt: Prompt) -> int:
+        """How many images the text of a prompt has a place for."""
+        return prompt.text.count(self._written)
 
     def tokenize_prompt(self, messages: list[Message]) -> Prompt:
         """Render and tokenise what the model is asked. Raises UserError if the template refuses it."""
@@ -244,7 +252,7 @@ class Processor:
             UserError: if the prompt has another number of placeholders than there are images.
         """
         ids = prompt.ids
-        if (written := prompt.text.count(self._written)) != len(images):
+        if (written := self.places_for_images(prompt)) != len(images):
             raise self._miscounted(written, self._written, len(images))
         if self._written != self.image_token and (found := prompt.text.count(self.image_token)):
             raise self._miscounted(found, self.image_token, 0)

@@ -57,7 +57,9 @@ def build_tiny_gemma3(
     model.save_pretrained(folder)
     side = model.config.vision_config.image_size
     transformers.Gemma3Processor(
-        image_processor=transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side}),
+        image_processor=transformers.Gemma3ImageProcessorPil(
+            size={"height": side, "width": side}, do_convert_rgb=None, do_pan_and_scan=None
+        ),
         tokenizer=tokenizer,
         image_seq_length=model.config.mm_tokens_per_image,
         chat_template=GEMMA_TEMPLATE,

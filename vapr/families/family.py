@@ -150,8 +150,8 @@ class Family:
         """Return what stands for an image with pixels of ``shape`` in a prompt; a number: so many placeholders."""
         raise NotImplementedError
 
-    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> int:
-        """Return how many placeholders an image of this size will get, without processing it."""
+    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> Placeholder | int:
+        """Return what :meth:`placeholder` will return for an image of this size, without processing it."""
         raise NotImplementedError
 
     def positions(

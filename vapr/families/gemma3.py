@@ -54,9 +54,9 @@ class Gemma3(Family):
         before, image, behind = (getattr(files.tokenizer, name) for name in MARKS)
         return Placeholder(f"\n\n{before}{image}{behind}\n\n", (_seq_length(files),))
 
-    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> int:
+    def expected_tokens(self, files: ModelFiles, width: int, height: int) -> Placeholder:
         """Return what every image gets."""
-        return _seq_length(files)
+        return self.placeholder(files, (), None)
 
     def inputs(self, images: Sequence[ProcessedImage], is_image: Tensor) -> dict[str, Any]:
         """Return pixels, and which tokens are placeholders: those see one another both ways."""

@@ -11,7 +11,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | the loop over decoder layers | `run_decoder`, `decoder_layer` of `decoder.py` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
 | norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` there | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
 | layers of LLaVA's tower behind the one whose output is taken | `hand_through` | nobody reads what they compute | `test_policy`: `unused_layers` |
-| RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
+| RMSNorms, with kernels | `fused_norm`, Gemma's `fused_norm_around_one` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
 | attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
 | frozen gated MLPs of Qwen2.5-VL's tower, likewise | `padded_mlp` | rows that begin at multiples of 16 bytes; cuBLAS is slow at others | `test_tower_patches`: `padded` |
@@ -97,7 +97,9 @@ def patch(
     if kernels:
         norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
         mlps = [module for module in base.modules() if _is_gated_mlp(module) and "forward" not in vars(module)]
-        left += _replace_where_same(norms, fused_norm, _try_norm)
+        for forward, gemmas in ((fused_norm, False), (fused_norm_around_one, True)):
+            kind = [norm for norm in norms if hasattr(norm, "eps") == gemmas]
+            left += _replace_where_same(kind, forward, _try_norm)
         left += _replace_where_same(mlps, fused_mlp, _try_mlp)
     positions = torch.arange(ROWS, device=decoder.norm.weight.device).expand(3, -1)
     tables = rotary_tables(decoder, positions[: FAMILIES[family].position_axes])
@@ -159,6 +161,12 @@ def fused_norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x.flatten(0, -2), weight, eps).view_as(x)
     normed, total = add_rms_norm(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
     return normed.view_as(x), total.view_as(x)
+
+
+def fused_norm_around_one(module: Any, x: Tensor) -> Tensor:
+    """Run Gemma's RMSNorm on (..., D): it scales by 1 more than its weight, a sum that half precision would round."""
+    weight = 1.0 + module.weight.to(torch.promote_types(x.dtype, torch.float32))
+    return rms_norm(x.flatten(0, -2), weight, module.eps).view_as(x)
 
 
 def fused_mlp(mlp: Any, x: Tensor) -> Tensor:
