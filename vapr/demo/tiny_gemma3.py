@@ -56,10 +56,9 @@ def build_tiny_gemma3(
     model = _model(tokenizer, sizes)
     model.save_pretrained(folder)
     side = model.config.vision_config.image_size
+    left_open: dict[str, Any] = {"do_convert_rgb": None, "do_pan_and_scan": None}  # as in Gemma's file
     transformers.Gemma3Processor(
-        image_processor=transformers.Gemma3ImageProcessorPil(
-            size={"height": side, "width": side}, do_convert_rgb=None, do_pan_and_scan=None
-        ),
+        image_processor=transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side}, **left_open),
         tokenizer=tokenizer,
         image_seq_length=model.config.mm_tokens_per_image,
         chat_template=GEMMA_TEMPLATE,
