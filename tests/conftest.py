@@ -43,7 +43,7 @@ FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
 
 EVERY_FAMILY = (
     *FAMILIES, "qwen3_vl", "qwen3_vl_moe", "idefics3", "smolvlm", "llava_pixtral", "mistral3", "ministral3",
-    "llava_next", "llava_onevision", "internvl",
+    "llava_next", "llava_onevision", "internvl", "gemma3",
 )  # fmt: skip
 """On which tokens, pixels, positions and exactness are tested."""
 

@@ -32,6 +32,7 @@ CLASSES = {
     "mistral3": transformers.Mistral3ForConditionalGeneration,
     "ministral3": transformers.Mistral3ForConditionalGeneration,
     **tiled.CLASSES,
+    "gemma3": transformers.Gemma3ForConditionalGeneration,
 }
 
 PIXTRAL = ("llava_pixtral", "mistral3", "ministral3")
@@ -39,7 +40,7 @@ PIXTRAL = ("llava_pixtral", "mistral3", "ministral3")
 
 END_OF_TURN = {
     "idefics3": "<end_of_utterance>\n", "smolvlm": "<end_of_utterance>\n",
-    "llava_next": "</s>  ", "llava_onevision": "<|im_end|>",
+    "llava_next": "</s>  ", "llava_onevision": "<|im_end|>", "gemma3": "<end_of_turn>\n",
     **dict.fromkeys(("llava", *PIXTRAL), "</s>"),
 }  # fmt: skip
 """What follows an answer; ``<|im_end|>`` and a line break for the others. LLaVA-NeXT's template writes a space after
@@ -57,6 +58,8 @@ def hugging_face_processor(folder: Path, family: str) -> transformers.ProcessorM
         return _tile_processor(folder, family)
     if family in PIXTRAL:
         return _pixtral_processor(folder)
+    if family == "gemma3":
+        return transformers.Gemma3Processor.from_pretrained(folder, backend="pil")
     classes = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
     cls = classes.get(family, transformers.Qwen3VLProcessor)
     processor = cls.__new__(cls)
@@ -156,13 +159,13 @@ def completion_logps(model: torch.nn.Module, family: str, path: TokenPath) -> Te
             inputs["image_sizes"] = torch.tensor([image.layout for image in path.images])
     if family in tiled.CLASSES:
         inputs |= tiled.inputs(family, path)
-    elif family.startswith("qwen"):
-        if path.images:
+    elif family.startswith("qwen") or family == "gemma3":
+        if path.images and family != "gemma3":
             inputs["image_grid_thw"] = torch.tensor([image.layout for image in path.images])
         is_image = torch.zeros_like(input_ids)
         for runs in path.image_runs:
             is_image[0, places(runs)] = 1
-        inputs["mm_token_type_ids"] = is_image
+        inputs["token_type_ids" if family == "gemma3" else "mm_token_type_ids"] = is_image
     logits = model(**inputs).logits[0, path.completion_start - 1 : -1]
     return logits.log_softmax(-1).gather(-1, input_ids[0, path.completion_start :, None])[:, 0]
 

@@ -4,6 +4,7 @@ Every check is a plain function of a device. scripts/gpu_smoke.py takes each onc
 script on the CPU, so that a typing mistake shows there too.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -73,14 +74,19 @@ def random_forest(lengths: list[tuple[int, int]], device: torch.device) -> Segme
     ).to(device)
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, scale: float) -> Tensor:
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, scale: float, window: int | None = None
+) -> Tensor:
     """Scores with an explicit mask, sequence by sequence, in the dtype of ``q``; heads repeated."""
     k, v = (x[segments.keys.rows].repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outs = []
     pieces = (q.split(segments.lengths_q), k.split(segments.lengths_k), v.split(segments.lengths_k))
-    for q_n, k_n, v_n in zip(*pieces, strict=True):
+    kinds = segments.both_ways or (False,) * len(segments.lengths_q)
+    for q_n, k_n, v_n, both_ways in zip(*pieces, kinds, strict=True):
         scores = torch.einsum("qhe,khe->hqk", q_n, k_n) * scale
-        sees = torch.ones(len(q_n), len(k_n), dtype=torch.bool, device=q.device).tril(len(k_n) - len(q_n))
+        distance = torch.arange(len(k_n) - len(q_n), len(k_n))[:, None] - torch.arange(len(k_n))
+        sees = ((distance >= 0) | both_ways) & (distance < (window or len(k_n)))
+        sees = sees.to(q.device)
         outs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(~sees, -torch.inf).softmax(-1), v_n))
     return torch.cat(outs)
 
@@ -93,20 +99,21 @@ FORESTS = {
 
 
 def check_attention(
-    lengths: list[tuple[int, int]], heads: tuple[int, int], device: torch.device, dtype: torch.dtype, backend: str
-) -> None:
+    lengths: list[tuple[int, int]], heads: tuple[int, int], device: torch.device, dtype: torch.dtype, backend: str, *,
+    head_dim: int = 128, both_ways: tuple[bool, ...] | None = None, window: int | None = None,
+) -> None:  # fmt: skip
     """Output and gradients of a backend against explicit masks in fp64."""
-    segments = random_forest(lengths, device)
-    num_tokens, scale = segments.keys.num_rows, 128**-0.5
+    segments = dataclasses.replace(random_forest(lengths, device), both_ways=both_ways)
+    num_tokens, scale = segments.keys.num_rows, head_dim**-0.5
     q, k, v = (
-        torch.randn(num_tokens, num_heads, 128, device=device, dtype=dtype, requires_grad=True)
+        torch.randn(num_tokens, num_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
         for num_heads in (heads[0], heads[1], heads[1])
     )
-    dout = torch.randn(num_tokens, heads[0], 128, device=device, dtype=dtype)
-    out = attention.segment_attention(q, k, v, segments, scale=scale, backend=backend)
+    dout = torch.randn(num_tokens, heads[0], head_dim, device=device, dtype=dtype)
+    out = attention.segment_attention(q, k, v, segments, scale=scale, backend=backend, window=window)
     got = [out, *torch.autograd.grad(out, (q, k, v), dout)]
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    true_out = naive_attention(*wide, segments, scale)
+    true_out = naive_attention(*wide, segments, scale, window)
     truth = [true_out, *torch.autograd.grad(true_out, wide, dout.double())]
     allowed = 1.5e-2 if dtype == torch.bfloat16 else 1e-4
     for name, g, t in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
@@ -118,6 +125,17 @@ def check_attention(
 @pytest.mark.parametrize("forest", FORESTS)
 def test_varlen_attention_is_bottom_right_causal_with_grouped_heads(forest, heads):
     check_attention(FORESTS[forest], heads, CUDA, torch.bfloat16, "varlen")
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("both_ways", [None, (False, True, False, True)], ids=["causal", "both ways"])
+def test_blocks_and_windows_as_gemma_has_them(both_ways, window):
+    """Heads of 256 go to varlen attention where it has a gradient for them, else to the loop over SDPA."""
+    options = {"head_dim": 256, "both_ways": both_ways, "window": window}
+    backend = attention.choose_backend("auto", CUDA, torch.bfloat16, head_dim=256, windows=True)
+    forest = FORESTS["queries_shorter_than_keys"]
+    check_attention(forest, (8, 4), CUDA, torch.bfloat16, backend, **options)
+    check_attention(forest, (8, 4), CUDA, torch.float32, "sdpa", **options)
 
 
 @pytest.mark.parametrize("forest", FORESTS)

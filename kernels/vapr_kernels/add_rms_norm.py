@@ -284,7 +284,7 @@ _add_rms_norm.register_autograd(_backward_add, setup_context=_setup_context_add)
 
 def _check(x: Tensor, weight: Tensor) -> None:
     expect_float("x", x, "(T, D)")
-    expect_like("weight", weight, x.shape[1:], x)
+    expect_like("weight", weight, x.shape[1:], x, torch.float32)
     if not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(f"x must have between 1 and {MAX_WIDTH} columns, got {x.shape[1]}")
 
@@ -294,7 +294,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: shape (T, D), any float dtype, D up to 8192.
-        weight: shape (D,), dtype and device of ``x``.
+        weight: shape (D,), on the device of ``x``, in its dtype or fp32.
         eps: added to the mean square.
 
     Returns:
@@ -313,7 +313,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Args:
         x: shape (T, D), any float dtype, D up to 8192.
         residual: shape, dtype and device of ``x``.
-        weight: shape (D,), dtype and device of ``x``.
+        weight: shape (D,), on the device of ``x``, in its dtype or fp32.
         eps: added to the mean square.
 
     Returns:

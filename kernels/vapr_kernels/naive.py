@@ -38,14 +38,23 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], *, scale: float
-) -> Tensor:
-    """Attention inside each sequence, (T, H, E): a query sees the keys up to its own, the last query all of them."""
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], *, scale: float,
+    both_ways: Sequence[bool] | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention inside each sequence, (T, H, E): a query sees the keys up to its own, the last query all of them.
+
+    Where a sequence looks ``both_ways`` a query sees later keys, too; and no key ``window`` or more before its own.
+    """
     outs = []
-    for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+    splits = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    for q_n, k_n, v_n, later in zip(*splits, both_ways or [False] * len(lengths_q), strict=True):
         num_q, num_k, group = len(q_n), len(k_n), q.shape[1] // k.shape[1]
         scores = torch.einsum("qhe,khe->hqk", q_n, k_n.repeat_interleave(group, 1)) * scale
-        hidden = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).triu(num_k - num_q + 1)
+        keys = torch.arange(num_k, device=q.device)
+        own = keys[num_k - num_q :, None]
+        hidden = (keys > own) & (not later)
+        if window is not None:
+            hidden = hidden | (keys <= own - window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khe->qhe", weights, v_n.repeat_interleave(group, 1)))
     return torch.cat(outs)

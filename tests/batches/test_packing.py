@@ -1,5 +1,6 @@
 """The radix tree, on paths small enough to draw."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -189,3 +190,17 @@ def test_moving_a_batch_keeps_everything():
     moved = batch.to("cpu")
     assert moved.pairs == batch.pairs and torch.equal(moved.input_ids, batch.input_ids)
     assert torch.equal(moved.attention.keys.rows, batch.attention.keys.rows)
+
+
+def test_blocks_are_sequences_of_their_own():
+    """Prompt 1 [0 0 0] 2, then two answers: text, block, rest of the first path; the second sees all of the prompt."""
+    shown = image("a")
+    paths = [dataclasses.replace(path([1, 0, 0, 0, 2], c, shown), blocks=((1, 3),)) for c in ([7, 8], [9])]
+    attention = pack([TokenizedPair("a", tuple(paths), 1.0, "x:1")]).attention
+    assert attention.both_ways == (False, True, False, False)
+    assert attention.lengths_q == (1, 3, 3, 1)
+    assert attention.lengths_k == (1, 4, 7, 6)
+    assert attention.keys.rows.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 7]
+    assert attention.cu_seqlens_q.tolist() == [0, 1, 4, 7, 8]
+    apart = pack([TokenizedPair("a", tuple(paths), 1.0, "x:1")], "none").attention
+    assert apart.both_ways == (False, True, False) * 2

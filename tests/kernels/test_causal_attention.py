@@ -39,6 +39,36 @@ def test_against_naive(forest, heads):
 
 
 @HEADS
+@pytest.mark.parametrize("window", [None, 1, 5, 100, 290])
+@pytest.mark.parametrize("both_ways", [None, (True, False, True)], ids=["causal", "both ways"])
+@pytest.mark.parametrize("scratch", [2**22, 1000], ids=["usual blocks", "short blocks"])
+def test_both_ways_and_windows(scratch, both_ways, window, heads, monkeypatch):
+    """Sequences of several blocks and of one: what is seen, against the naive twin's explicit masks."""
+    monkeypatch.setattr(MODULE, "SCRATCH", scratch)
+    tensors, lengths = arguments("several blocks", heads, torch.float64)
+    options = {"scale": 0.7, "both_ways": both_ways, "window": window}
+    douts = [torch.randn_like(tensors[0])]
+    got, truth = (
+        outputs_and_grads(lambda *x, of=of: of(*x, *lengths, **options), (*tensors,), douts)
+        for of in (causal_attention, naive.causal_attention)
+    )
+    for g, t in zip(got, truth, strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-12, atol=1e-12)
+
+
+def test_which_values_are_in_sight():
+    """Equal scores give the mean of the values in sight: by eye."""
+    v = torch.tensor([1.0, 2.0, 3.0, 10.0])[:, None, None]
+    q, k = torch.zeros(2, 1, 1), torch.randn(4, 1, 1)  # queries at the third and the fourth key
+    see = lambda **options: causal_attention(q, k, v, (2,), (4,), scale=1.0, **options).flatten().tolist()
+    assert see() == see(both_ways=[False]) == see(window=4) == [2.0, 4.0]
+    assert see(both_ways=[True]) == [4.0, 4.0]
+    assert see(window=1) == [3.0, 10.0]
+    assert see(window=2) == [2.5, 6.5]
+    assert see(window=2, both_ways=[True]) == [5.0, 6.5]
+
+
+@HEADS
 @pytest.mark.parametrize("scratch", [2**22, 1000], ids=["usual blocks", "short blocks"])
 def test_against_pytorch_in_fp64(heads, scratch, monkeypatch):
     monkeypatch.setattr(MODULE, "SCRATCH", scratch)
@@ -96,6 +126,7 @@ def test_keeps_queries_keys_and_values_only():
 def test_runs_on_fake_tensors():
     tensors, lengths = arguments("one block", (4, 2), torch.float32)
     torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7))
+    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7, [True, False, True], 3))
     tensors = [x.detach() for x in (tensors[0], *tensors)]
     torch.library.opcheck(MODULE._causal_attention_bwd, (*tensors, *lengths, 0.7))
 
@@ -110,6 +141,8 @@ def test_runs_on_fake_tensors():
         ({"v": torch.zeros(5, 2, 6)}, r"v must have shape \(5, 2, 8\)"),
         ({"lengths_q": (0, 3)}, "from 1 query to as many as keys, got 0 and 4"),
         ({"lengths_q": (1, 2)}, "from 1 query to as many as keys, got 2 and 1"),
+        ({"both_ways": [True]}, "both_ways must have an entry for each of 2 sequences, got 1"),
+        ({"window": 0}, "window must be at least 1, got 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

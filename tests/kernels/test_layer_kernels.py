@@ -108,6 +108,16 @@ def test_norms_of_extreme_rows(scale, dtype, device):
     assert_matches_naive(rms_norm, naive.rms_norm, x, weight, EPS)
 
 
+def test_norms_whose_weight_is_wider_than_the_rows(either_device):
+    """Of Gemma: 1 and a small weight, which would be 1 in the rows' dtype."""
+    x, residual = (leaf(9, 40, device=either_device, dtype=HALF) for _ in range(2))
+    weight = (1 + leaf(40, device=either_device, scale=1e-3)).detach().requires_grad_()
+    assert_matches_naive(add_rms_norm, naive.add_rms_norm, x, residual, weight, EPS, floor=1e-5)
+    assert_matches_naive(rms_norm, naive.rms_norm, x, weight, EPS, floor=1e-5)
+    (dweight,) = torch.autograd.grad(rms_norm(x, weight, EPS).sum(), weight)
+    assert dweight.dtype == torch.float32
+
+
 @DTYPES
 def test_norms_of_strided_rows(dtype, device):
     x, residual = (leaf(9, 40, device=device, dtype=dtype) for _ in range(2))

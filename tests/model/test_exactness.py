@@ -352,9 +352,27 @@ def _ungrouped_heads(config):
     config.text_config.num_key_value_heads = config.text_config.num_attention_heads
 
 
+def _windows(config):
+    """Narrower than most prompts, in every layer but the first."""
+    text = config.text_config
+    text.use_sliding_window, text.sliding_window = True, 9
+    text.layer_types = ["full_attention", *["sliding_attention"] * (text.num_hidden_layers - 1)]
+
+
+def _mistral(config):
+    """Mistral's window is every layer's."""
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")  # fmt: skip
+    config.text_config = transformers.MistralConfig(
+        sliding_window=9, **{name: getattr(config.text_config, name) for name in shared}
+    )
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [
+        ("qwen2_vl", _windows),
+        ("qwen2_5_vl", _windows),
+        ("llava", _mistral),
         ("qwen2_vl", _tied),
         ("qwen2_5_vl", _tied),
         ("llava", _full_strategy),

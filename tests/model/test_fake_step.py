@@ -54,7 +54,7 @@ def as_on_a_gpu():
 
     with (
         mock.patch.object(launch, "runs_triton", lambda x: True),
-        mock.patch.object(model, "choose_backend", lambda *wanted: "varlen"),
+        mock.patch.object(model, "choose_backend", lambda *wanted, **options: "varlen"),
         mock.patch.object(patches, "_agree", lambda got, own: got.shape == own.shape),  # there is nothing to compare
         mock.patch.object(model, "_tower_arguments", arguments_of_real_sizes),
         mock.patch.object(HEAD, "_budget", lambda device: 2**30),

@@ -174,7 +174,7 @@ def test_without_kernels_a_layer_is_transformers_own_to_the_bit(family, tiny, ph
     batch = pack([processor.tokenize_pair(pair) for pair in photo_pairs[:2]])
     decoder = policy.base.model.language_model
     assert policy.written_out == set(range(len(decoder.layers)))
-    tables = decoder_module.rotary_tables(decoder, batch.position_ids[: FAMILIES[family].position_axes])
+    tables = decoder_module.rotary_tables(decoder, batch.position_ids[: FAMILIES[family].position_axes])[0]
     attend = functools.partial(segment_attention, segments=batch.attention, backend="sdpa")
     results = []
     for run in (functools.partial(patches._written_out, kernels=False), decoder_module.transformers_layer):

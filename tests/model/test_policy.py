@@ -31,19 +31,34 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (transformers.Gemma3Config(), "lets image tokens see later ones"),
-        (transformers.PaliGemmaConfig(), "lets image tokens see later ones"),
+        (transformers.PaliGemmaConfig(), "lets a prompt's text see later text .prefix-LM."),
+        (transformers.Gemma3nConfig(), "takes? keys and values from others, and embeddings for each layer"),
+        (transformers.Gemma4Config(), "takes? keys and values from others, and embeddings for each layer"),
+        (
+            transformers.Gemma3Config(text_config=transformers.Gemma3TextConfig(final_logit_softcapping=30.0)),
+            "sets final_logit_softcapping, which transformers' Gemma3ForConditionalGeneration does not apply",
+        ),
+        (
+            transformers.Gemma3Config(text_config=transformers.Gemma3TextConfig(attn_logit_softcapping=50.0)),
+            "sets attn_logit_softcapping, which transformers' Gemma3ForConditionalGeneration does not apply",
+        ),
+        (
+            transformers.Gemma3Config(text_config=transformers.Gemma3TextConfig(use_bidirectional_attention=True)),
+            "lets all tokens see later ones",
+        ),
         (transformers.Qwen3NextConfig(), "recurrent layers .linear_attention."),
         (transformers.Qwen3_5Config(), "recurrent layers .linear_attention.; packing cannot fork their state"),
         (transformers.MambaConfig(), "recurrent layers"),
-        (transformers.LlamaConfig(), "is not supported; vapr trains llava, qwen2_vl, qwen2_5_vl, "),
-        (transformers.LlavaConfig(text_config=transformers.MistralConfig(sliding_window=64)), "sliding-window"),
+        (transformers.LlamaConfig(), "is not supported; vapr trains llava, "),
         (
-            transformers.Qwen2_5_VLConfig(
-                text_config={"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
-            ),
-            "sliding-window",
+            transformers.LlavaConfig(text_config=transformers.LlamaConfig(layer_types=["chunked_attention"] * 32)),
+            "layers whose attention packing does not support .chunked_attention.",
         ),
+        (
+            transformers.LlavaConfig(text_config=transformers.PhiConfig(sliding_window=64)),
+            "a sliding_window in config.json but no layer_types",
+        ),
+        (transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig()), "Pixtral"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -90,7 +90,7 @@ def vapr_losses(folder, rows, photo_root, tmp_path, **changes) -> list[float]:
     "family",
     [
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "idefics3", "smolvlm", "llava_pixtral", "mistral3",
-        "ministral3",
+        "ministral3", "gemma3",
     ],
 )  # fmt: skip
 def test_ten_steps_of_full_fine_tuning(family, tiny, photo_rows, photo_root, tmp_path):

@@ -39,7 +39,8 @@ def load_image_processor(model: str, family: str, backend: str) -> Any:
         OSError: if there are none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(model, backend=backend, trust_remote_code=False)
+        options = FAMILIES[family].image_options
+        return AutoImageProcessor.from_pretrained(model, backend=backend, trust_remote_code=False, **options)
     except ValueError as error:
         reason = one_line(error).split(". Should have")[0]
         raise UserError(

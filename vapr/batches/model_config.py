@@ -13,7 +13,8 @@ from vapr.families import FAMILIES, family_name
 TRANSFORMERS = ">=5.17,<5.25"
 """Versions whose modules and pixels were tested, as in pyproject.toml."""
 
-BIDIRECTIONAL = ("gemma3", "gemma3n", "gemma4", "paligemma")
+BIDIRECTIONAL = ("paligemma",)
+SHARED_LAYERS = ("gemma3n", "gemma4")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv")
 
 
@@ -48,9 +49,12 @@ def load_model_config(model: str) -> transformers.PreTrainedConfig:
         raise UserError(
             f"{where} has recurrent layers ({', '.join(sorted(recurrent))}); packing cannot fork their state"
         )
-    if config.model_type in BIDIRECTIONAL or getattr(text, "use_bidirectional_attention", None):
+    if config.model_type in BIDIRECTIONAL:
+        raise UserError(f"{where} lets a prompt's text see later text (prefix-LM), where completions cannot share it")
+    if config.model_type in SHARED_LAYERS:
         raise UserError(
-            f"{where} lets image tokens see later ones (bidirectional), which causal packing cannot express"
+            f"{where} has layers that take keys and values from others, and embeddings for each layer; vapr's loop "
+            "over layers knows neither"
         )
     if (family := family_name(config)) not in FAMILIES:
         raise UserError(f"{where} is not supported; vapr trains {', '.join(FAMILIES)}")

@@ -5,6 +5,7 @@ once per completion, C = completions, P = pairs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ class SegmentAttention:
     A sequence is a chain of segments, each the first child of the one before it, so its queries lie side by side in the
     pack. Its keys are the tokens above the chain and the chain itself; the last query sees the last key
     (bottom-right causal).
+
+    Tokens that see one another both ways are a sequence by themselves: the chain is cut before and behind them. Such a
+    block never straddles a fork, because equal images are equal to their ends.
     """
 
     cu_seqlens_q: Tensor  # (S + 1,) int32
@@ -36,14 +40,14 @@ class SegmentAttention:
     lengths_q: tuple[int, ...]  # the same on the host, for backends that loop
     lengths_k: tuple[int, ...]
     keys: RowIndex  # (K,) into T
+    both_ways: tuple[bool, ...] | None = None  # of each sequence, whether its queries see later keys; None: none does
 
     def to(self, device: torch.device | str) -> "SegmentAttention":
-        return SegmentAttention(
-            self.cu_seqlens_q.to(device, non_blocking=True),
-            self.cu_seqlens_k.to(device, non_blocking=True),
-            self.lengths_q,
-            self.lengths_k,
-            self.keys.to(device),
+        return dataclasses.replace(
+            self,
+            cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
+            cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
+            keys=self.keys.to(device),
         )
 
 
@@ -182,24 +186,33 @@ def _image_groups(pairs: list[TokenizedPair], share: str) -> list[list[Tokenized
     return list(groups.values())
 
 
-def _attention(starts: np.ndarray, parents: list[int]) -> SegmentAttention:
-    """Chains of first children become attention sequences; ``starts`` (N + 1,) are the segments' packed offsets."""
+def _attention(starts: np.ndarray, parents: list[int], blocks: np.ndarray | None) -> SegmentAttention:
+    """Chains of first children become attention sequences, cut at blocks of tokens that see one another both ways.
+
+    Args:
+        starts: packed offsets of the segments, (N + 1,).
+        parents: of each segment.
+        blocks: a number for each token of a block, (T,), and -1 for others; None: there are no blocks.
+    """
     ancestors: list[np.ndarray] = []  # of each segment, in path order, itself left out
     for parent in parents:
         above = np.empty(0, np.int64)
         if parent != NO_PARENT:
             above = np.concatenate([ancestors[parent], np.arange(starts[parent], starts[parent + 1])])
         ancestors.append(above)
-    lengths_q, lengths_k, keys = [], [], []
+    lengths_q, lengths_k, keys, both_ways = [], [], [], []
     n = 0
     while n < len(parents):
         last = n
         while last + 1 < len(parents) and parents[last + 1] == last:  # the first child follows its parent
             last += 1
         own = np.arange(starts[n], starts[last + 1])
-        keys += [ancestors[n], own]
-        lengths_q.append(len(own))
-        lengths_k.append(len(ancestors[n]) + len(own))
+        cuts = [0, len(own)] if blocks is None else [0, *(np.flatnonzero(np.diff(blocks[own])) + 1), len(own)]
+        for start, end in itertools.pairwise(cuts):
+            keys += [ancestors[n], own[:end]]
+            lengths_q.append(int(end - start))
+            lengths_k.append(int(len(ancestors[n]) + end))
+            both_ways.append(blocks is not None and bool(blocks[own[start]] >= 0))
         n = last + 1
     return SegmentAttention(
         cu_seqlens_q=_cumulative(lengths_q),
@@ -207,7 +220,19 @@ def _attention(starts: np.ndarray, parents: list[int]) -> SegmentAttention:
         lengths_q=tuple(lengths_q),
         lengths_k=tuple(lengths_k),
         keys=RowIndex.build(torch.from_numpy(np.concatenate(keys)), int(starts[-1])),
+        both_ways=None if blocks is None else tuple(both_ways),
     )
+
+
+def _blocks(paths: list[TokenPath], packed_index: list[np.ndarray], num_tokens: int) -> np.ndarray | None:
+    """Number the tokens that see one another both ways, (T,): that of their block's first one; None: there are none."""
+    if not any(path.blocks for path in paths):
+        return None
+    blocks = np.full(num_tokens, -1)
+    for path, where in zip(paths, packed_index, strict=True):
+        for start, length in path.blocks:
+            blocks[where[start : start + length]] = where[start]
+    return blocks
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:
@@ -248,7 +273,7 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
         position_ids[:, where] = token_path.position_ids
 
     first_path = np.cumsum([0, *(len(pair.paths) for pair in pairs)])[:-1]
-    attention = _attention(starts, parents)
+    attention = _attention(starts, parents, _blocks(paths, packed_index, num_tokens))
     predictions = _predictions(paths, packed_index, input_ids)
     return PackedBatch(
         pairs=tuple(pairs),

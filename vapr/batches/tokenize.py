@@ -53,6 +53,7 @@ class TokenPath:
     token_weights: np.ndarray  # (completion tokens,) float32
     images: tuple[ProcessedImage, ...]
     image_runs: tuple[tuple[Run, ...], ...]  # the placeholders of each image
+    blocks: tuple[Run, ...] = ()  # tokens that see one another both ways
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +121,8 @@ class Processor:
         self.files = ModelFiles(model, config, self._settings, self.image_processor, self.tokenizer)
         self.image_token_id = self.files.image_token_id
         self.image_token = self.files.image_token
-        self._written = self._family.written(self.files)
         self._family.check_files(self.files)
+        self._written = self._family.written(self.files)
         try:
             self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
             self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
@@ -275,6 +276,10 @@ class Processor:
         with_one_a_run = self.tokenizer(stands.text, add_special_tokens=False)["input_ids"]
         return len(with_one_a_run) - len(stands.runs) + stands.num_tokens
 
+    def places_for_images(self, prompt: Prompt) -> int:
+        """How many images the text of a prompt has a place for."""
+        return prompt.text.count(self._written)
+
     def tokenize_prompt(self, messages: list[Message]) -> Prompt:
         """Render and tokenise what the model is asked. Raises UserError if the template refuses it."""
         text = self.render(messages, add_generation_prompt=True)
@@ -291,7 +296,7 @@ class Processor:
             UserError: if the prompt has another number of placeholders than there are images.
         """
         ids = prompt.ids
-        if (written := prompt.text.count(self._written)) != len(images):
+        if (written := self.places_for_images(prompt)) != len(images):
             raise self._miscounted(written, self._written, len(images))
         if self._written != self.image_token and (found := prompt.text.count(self.image_token)):
             raise self._miscounted(found, self.image_token, 0)
@@ -389,7 +394,8 @@ class Processor:
         input_ids = np.concatenate([prompt_ids, ids])
         runs = self.image_runs(prompt_ids, images)
         positions = self._family.positions(self.files, len(input_ids), images, runs)
-        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, runs)
+        blocks = tuple(run for of_image in runs for run in of_image) if self._family.both_ways else ()
+        return TokenPath(input_ids, positions, len(prompt_ids), token_weights, images, runs, blocks)
 
 
 def _run_lengths(image: ProcessedImage) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from vapr.cache import give_ordinary_permissions
 from vapr.demo import tiny_qwen3_vl
 from vapr.demo.byte_tokenizer import byte_level_tokenizer
+from vapr.demo.tiny_gemma3 import OWN_PIECES, build_tiny_gemma3
 from vapr.demo.tiny_marks import build_tiny_rows, build_tiny_tiles
 from vapr.demo.tiny_tiled import TILED, TILED_SPECIAL, write_tiled
 
@@ -79,8 +80,11 @@ def build_tiny_policy(
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
-    if family in OTHERS:
-        OTHERS[family](family, folder, corpus, seed=seed, vocab_size=vocab_size, **sizes)
+    if family in OTHERS or family == "gemma3":
+        if family == "gemma3":
+            build_tiny_gemma3(folder, *train_pieces(corpus, vocab_size - OWN_PIECES), seed, sizes)
+        else:
+            OTHERS[family](family, folder, corpus, seed=seed, vocab_size=vocab_size, **sizes)
         give_ordinary_permissions(folder / "model.safetensors")
         return folder
     tokenizer = _train_tokenizer(family, corpus, vocab_size)
@@ -144,6 +148,13 @@ def _train_qwen(
 
 def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Train a tokenizer of SentencePiece's kind, in which a mark begins each word and bytes spell unknown letters."""
+    trained, merges = train_pieces(corpus, vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>")))
+    pieces = [*LLAMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *trained]
+    return llama_tokenizer({piece: n for n, piece in enumerate(pieces)}, merges)
+
+
+def train_pieces(corpus: Iterable[str], size: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Train BPE as SentencePiece does, and return pieces and merges in order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # While training only: a piece is part of one word or a mark, and no piece holds a line break.
@@ -154,14 +165,10 @@ def _train_llama(corpus: Iterable[str], vocab_size: int) -> transformers.PreTrai
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
-    size = vocab_size - len(LLAMA_SPECIAL) - 256 - len(("<image>", "<pad>"))
-    tokenizer.train_from_iterator(
-        (f" {line}" for line in corpus), trainers.BpeTrainer(vocab_size=size, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
+    tokenizer.train_from_iterator((f" {line}" for line in corpus), trainer)
     trained = json.loads(tokenizer.to_str())["model"]
-    pieces = [*LLAMA_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += sorted(trained["vocab"], key=trained["vocab"].__getitem__)
-    return llama_tokenizer({piece: n for n, piece in enumerate(pieces)}, [tuple(pair) for pair in trained["merges"]])
+    return sorted(trained["vocab"], key=trained["vocab"].__getitem__), [tuple(pair) for pair in trained["merges"]]
 
 
 def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> transformers.PreTrainedTokenizerFast:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vapr.families.family import Family
+from vapr.families.gemma3 import Gemma3
 from vapr.families.idefics3 import Idefics3
 from vapr.families.internvl import InternVL
 from vapr.families.llava import Llava
@@ -33,6 +34,7 @@ FAMILIES: dict[str, Family] = {
             Idefics3(),
             SmolVLM(),
             Mistral3(),
+            Gemma3(),
         )
     },
     LLAVA_PIXTRAL: Pixtral(),

@@ -6,9 +6,10 @@ differs from :class:`Family`. docs/families.md shows how one is added.
 D = hidden size of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vapr.families.processed_image import Placeholder, ProcessedImage, Run
+
+WINDOW_IN_EVERY_LAYER = ("mistral", "ministral3")
+"""Language models whose ``sliding_window``, if there is one, is every layer's; others say so layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,16 @@ class Family:
     image_processor: str
     """The class that a model without ``image_processor_type`` is told to name."""
 
+    image_options: Mapping[str, Any] = MappingProxyType({})
+    """What the family's processor class tells its image processor, whatever the model's files say."""
+
     position_axes: int = 1
     """Rows of rotary positions: 1, or 3 for time, height and width."""
 
     attends_by_image: bool = False
     """Whether :meth:`features` tells the tower's attention where images begin and end, by the keyword ``bounds``."""
+    both_ways: bool = False
+    """Whether the tokens of an image, run by run, see one another both ways. No two runs may lie side by side."""
 
     @property
     def model_class(self) -> Any:
@@ -90,9 +99,20 @@ class Family:
     def refusal(self, config: Any) -> str | None:
         """Return why a model of this family cannot be trained, to follow its name; None: it can."""
         text = config.get_text_config()
-        if set(getattr(text, "layer_types", None) or []) - {"full_attention"}:
-            return "uses sliding-window attention, which packing does not support"
+        kinds = getattr(text, "layer_types", None) or []
+        if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            return f"has layers whose attention packing does not support ({', '.join(other)})"
+        if getattr(text, "sliding_window", None) and not kinds and text.model_type not in WINDOW_IN_EVERY_LAYER:
+            return "has a sliding_window in config.json but no layer_types that say which layers it is for"
         return None
+
+    def windows(self, config: Any) -> list[int | None]:
+        """Return how many tokens up to its own a token sees in each layer of the language model; None: all."""
+        text = config.get_text_config()
+        if text.model_type in WINDOW_IN_EVERY_LAYER:
+            return [text.sliding_window] * text.num_hidden_layers
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        return [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
     def check_files(self, files: ModelFiles) -> None:
         """Hold the processor's files against the model. Raises UserError if they do not fit."""

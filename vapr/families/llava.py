@@ -24,12 +24,6 @@ class Llava(Family):
     projector = ("multi_modal_projector",)
     image_processor = "CLIPImageProcessor"
 
-    def refusal(self, config: Any) -> str | None:
-        """Refuse sliding windows."""
-        if getattr(config.get_text_config(), "sliding_window", None):
-            return "uses sliding-window attention, which packing does not support"
-        return super().refusal(config)
-
     def check_files(self, files: ModelFiles) -> None:
         """Hold the placeholders of an image against the features that the model makes of it."""
         _check(files)

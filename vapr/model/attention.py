@@ -2,7 +2,8 @@
 
 One variable-length call serves the whole forest: keys and values are gathered (ancestors, then the chain itself) and
 queries are aligned to the end of their keys. The cost grows with the sum of the squared path lengths, never with the
-square of the pack.
+square of the pack. Where tokens see one another both ways, a second call without the causal triangle serves their
+sequences. A window counts tokens of the path, which gathered keys are in the order of.
 
 T = packed tokens, S = attention sequences, K = gathered keys, H = query heads, G = key heads, E = head dim.
 """
@@ -20,12 +21,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vapr.batches.packing import LastQueries, SegmentAttention
 from vapr.errors import UserError
+from vapr.to_device import sent
 from vapr_kernels import causal_attention, gather_keys_values, gather_rows
 from vapr_kernels.rotary import rotary as rotate
 
+LARGE_HEAD = 192
+LARGE_HEADS_ON = ((8, 0), (9, 0))
+"""Where PyTorch lets FlashAttention differentiate larger heads: elsewhere they do not fit the shared memory."""
 
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 128, windows: bool = False
+) -> str:
     """The backend to use: flash-attn where it imports, PyTorch's varlen FlashAttention on a GPU, else SDPA.
+
+    SDPA, too, where PyTorch's has no windows, or no gradient for so large heads.
+
+    Args:
+        wanted: ``auto``, or one of the three.
+        device, dtype: of queries, keys and values.
+        head_dim: of the language model.
+        windows: whether some of its layers see a window only.
 
     Raises:
         UserError: if the wanted one cannot run here.
@@ -34,12 +50,25 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     if wanted == "auto":
         if device.type != "cuda" or not half_precision:
             return "sdpa"
-        return "flash-attn" if _flash_attn() else "varlen"
+        if _flash_attn():
+            return "flash-attn"
+        return "sdpa" if _varlen_lacks(device, head_dim, windows=windows) else "varlen"
     if wanted in ("flash-attn", "varlen") and (device.type != "cuda" or not half_precision):
         raise UserError(f"policy.attention: {wanted} needs a CUDA device and dtype bfloat16; use auto or sdpa")
     if wanted == "flash-attn" and not _flash_attn():
         raise UserError("policy.attention: flash-attn is not installed; use auto or varlen")
+    if wanted == "varlen" and (lacks := _varlen_lacks(device, head_dim, windows=windows)):
+        raise UserError(f"policy.attention: varlen knows no {lacks}; use auto or sdpa")
     return wanted
+
+
+def _varlen_lacks(device: torch.device, head_dim: int, *, windows: bool) -> str | None:
+    """Return what a model needs that PyTorch's varlen attention does not have here."""
+    if windows and "window_size" not in _varlen_options():
+        return f"windows in torch {torch.__version__}"
+    if head_dim > LARGE_HEAD and torch.cuda.get_device_capability(device) not in LARGE_HEADS_ON:
+        return f"gradient for heads of {head_dim} on this GPU"
+    return None
 
 
 @functools.cache
@@ -60,7 +89,7 @@ def _varlen_options() -> frozenset[str]:
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
-    rotary: tuple[Tensor, Tensor] | None = None, only: LastQueries | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None, only: LastQueries | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over a forest of segments.
 
@@ -72,6 +101,7 @@ def segment_attention(
         backend: ``flash-attn``, ``varlen`` or ``sdpa``; that is causal_attention on a CPU in fp32 or fp64.
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
         only: which queries there are; None: all.
+        window: how many tokens of its path a token sees up to its own; None: all.
 
     Returns:
         The shape of ``q``: what each token would get within its own path.
@@ -84,31 +114,62 @@ def segment_attention(
         k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
     else:
         k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
+    if window is not None and window >= max(segments.lengths_k):
+        window = None  # it hides nothing
+    see: dict[str, Any] = {"both_ways": segments.both_ways, "window": window}
     if backend == "sdpa":
         if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
-            return causal_attention(q, k, v, lengths_q, segments.lengths_k, scale=scale)
+            return causal_attention(q, k, v, lengths_q, segments.lengths_k, scale=scale, **see)
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _sdpa(q, k, v, lengths_q, segments.lengths_k, scale=scale)
+        return _sdpa(q, k, v, lengths_q, segments.lengths_k, scale=scale, **see)
+    call = functools.partial(_varlen, scale=scale, backend=backend, window=window)
+    if segments.both_ways is not None:
+        return _by_kind(q, k, v, lengths_q, segments.lengths_k, segments.both_ways, call)
     bounds = (cu_seqlens_q, segments.cu_seqlens_k, max(lengths_q), max(segments.lengths_k))
-    return _varlen(q, k, v, bounds, scale=scale, causal=True, backend=backend)
+    return call(q, k, v, bounds, causal=True)
+
+
+def _by_kind(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...],
+    both_ways: tuple[bool, ...], call: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
+    """Serve causal sequences in one call of FlashAttention, and those that look both ways in another."""
+    splits = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    outs: dict[int, Tensor] = {}
+    for kind in set(both_ways):
+        numbers = [n for n, later in enumerate(both_ways) if later == kind]
+        count_q, count_k = (tuple(lengths[n] for n in numbers) for lengths in (lengths_q, lengths_k))
+        bounds = (_cumulative(count_q, q.device), _cumulative(count_k, q.device), max(count_q), max(count_k))
+        out = call(*(torch.cat([parts[n] for n in numbers]) for parts in splits), bounds, causal=not kind)
+        outs |= zip(numbers, out.split(count_q), strict=True)
+    return torch.cat([outs[n] for n in range(len(both_ways))])
+
+
+@functools.lru_cache(maxsize=32)  # every layer of a batch asks for the same ones
+def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return sent(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
 
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor, int, int], *,
-    scale: float, causal: bool, backend: str,
+    scale: float, causal: bool, backend: str, window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Call FlashAttention; ``bounds`` are cumulative lengths and longest lengths, of queries and of keys."""
     cu_q, cu_k, max_q, max_k = bounds
+    window_size = (-1 if window is None else window - 1, 0 if causal else -1)  # keys before and behind the query's own
     if backend == "flash-attn":
-        return _flash_attn()(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+        return _flash_attn()(
+            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal, window_size=window_size
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in _varlen_options():
-        options["window_size"] = (-1, 0) if causal else (-1, -1)
+        options["window_size"] = window_size
     else:
+        assert window is None  # choose_backend saw to it
         options["is_causal"] = causal
     if k.shape[1] != q.shape[1] and "enable_gqa" in _varlen_options():
         options["enable_gqa"] = True  # torch 2.11 has no such option: its FlashAttention always takes grouped heads
@@ -122,16 +183,23 @@ def _varlen(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], *, scale: float
-) -> Tensor:
-    """Call PyTorch's causal attention once per sequence: in half precision on a CPU, in fp32 on a GPU."""
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], *, scale: float,
+    both_ways: tuple[bool, ...] | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Call PyTorch's attention once per sequence: in half precision on a CPU, in fp32 on a GPU."""
     outs = []
-    for q_n, k_n, v_n in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+    splits = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    for q_n, k_n, v_n, later in zip(*splits, both_ways or (False,) * len(lengths_q), strict=True):
         num_q, num_k = len(q_n), len(k_n)
-        mask = _bottom_right(num_q, num_k, q.device) if 1 < num_q < num_k else None
+        causal = not later and num_q > 1
+        mask = None
+        if window is not None and window < num_k:
+            mask = _in_window(num_q, num_k, window, q.device, causal=causal)
+        elif causal and num_q < num_k:
+            mask = _bottom_right(num_q, num_k, q.device)
         q_n, k_n, v_n = (x.transpose(0, 1)[None] for x in (q_n, k_n, v_n))  # (1, H, tokens, E)
         out = F.scaled_dot_product_attention(
-            q_n, k_n, v_n, mask, is_causal=num_q == num_k, scale=scale, enable_gqa=q_n.shape[1] != k_n.shape[1]
+            q_n, k_n, v_n, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q_n.shape[1] != k_n.shape[1]
         )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
@@ -143,11 +211,18 @@ def _bottom_right(num_q: int, num_k: int, device: torch.device) -> Tensor:
     return torch.ones(num_q, num_k, dtype=torch.bool, device=device).tril(num_k - num_q)
 
 
+@functools.lru_cache(maxsize=32)
+def _in_window(num_q: int, num_k: int, window: int, device: torch.device, *, causal: bool) -> Tensor:
+    """The keys that are less than ``window`` before the query's own, and if causal not behind it."""
+    mask = torch.ones(num_q, num_k, dtype=torch.bool, device=device).triu(num_k - num_q - window + 1)
+    return mask.tril_(num_k - num_q) if causal else mask
+
+
 def _language_model_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
     attend: Callable[..., Tensor], scaling: float, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Let transformers' own attention call ``attend``, which its model was given: segment_attention over a forest."""
+    """Let transformers' own attention call ``attend``, which its layer was given: segment_attention over a forest."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, E) and twice (T, G, E)
     return attend(q, k, v, scale=scaling)[None], None
 

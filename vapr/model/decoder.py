@@ -20,18 +20,27 @@ from vapr.batches.packing import LastQueries, PackedBatch
 from vapr_kernels import gated_mlp, normed_attention, normed_linears, rms_norm
 
 Attend = Callable[..., Tensor]
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines, each (T, E)."""
 
 
-def rotary_tables(decoder: Any, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each (T, E), of positions (1, T), or (3, T) in time, height and width."""
+def rotary_tables(decoder: Any, position_ids: Tensor) -> list[Tables]:
+    """Return the tables of each layer for positions (1, T), or (3, T) in time, height and width."""
     positions = position_ids if len(position_ids) == 1 else position_ids[:, None]
-    cos, sin = decoder.rotary_emb(decoder.norm.weight.new_empty(0), positions)  # in the dtype of the weights
-    return cos[0], sin[0]
+    like = decoder.norm.weight.new_empty(0)  # tables are in the dtype of the weights
+    # Where layers are of several types, transformers has frequencies for each.
+    kinds = decoder.config.layer_types if hasattr(decoder.rotary_emb, "layer_types") else [None] * len(decoder.layers)
+    tables = {}
+    for kind in dict.fromkeys(kinds):
+        cos, sin = decoder.rotary_emb(like, positions, *(() if kind is None else (kind,)))
+        tables[kind] = cos[0], sin[0]
+    return [tables[kind] for kind in kinds]
 
 
 def run_decoder(
-    decoder: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, batch: PackedBatch, *,
-    written_out: frozenset[int], kernels: bool, checkpointing: str = "none", deep: Sequence[Tensor] = (),
+    decoder: Any, x: Tensor, tables: Sequence[Tables], attend: Attend, batch: PackedBatch, *,
+    written_out: frozenset[int], kernels: bool, windows: Sequence[int | None], checkpointing: str = "none",
+    deep: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """Run the layers and the last norm of a language model over packed tokens.
 
@@ -43,6 +52,7 @@ def run_decoder(
         batch: which tokens predict something.
         written_out: numbers of the layers that run as :func:`decoder_layer`; the others run transformers' code.
         kernels: as :func:`patch` was given.
+        windows: how many tokens up to its own a token sees in each layer; None: all.
         checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
             are not written out have no parts: they are computed again as a whole, at any level but none.
         deep: features of the image tokens that are added to what the first layers return, one (image tokens, D) each.
@@ -57,15 +67,17 @@ def run_decoder(
     attend_scaled = scaled_queries(attend, query_scales(decoder, batch.position_ids[0]))
     stream = Stream(x)
     for number, layer in enumerate(decoder.layers):
+        mine = attend_scaled if number in written_out else attend
+        here = tables[number], functools.partial(mine, window=windows[number])
         if number not in written_out:
-            stream = Stream(_run(own, layer, stream.total(), tables, attend, again=level != "none"))
+            stream = Stream(_run(own, layer, stream.total(), *here, again=level != "none"))
             stream = _with_deep(stream, deep[number : number + 1], batch)
             continue
         only = batch.last_queries if number == last else None
         run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
         if level in ("attention", "full"):
             stream = Stream(stream.total())  # one tensor to keep, not two
-        stream = _run(run, layer, stream, tables, attend_scaled, again=level == "full")
+        stream = _run(run, layer, stream, *here, again=level == "full")
         stream = _with_deep(stream, deep[number : number + 1], batch)
     if last not in written_out:
         return decoder.norm(stream.total().index_select(0, batch.predicting))
@@ -97,7 +109,7 @@ class Stream:
 
 
 def decoder_layer(
-    layer: Any, stream: Stream, tables: tuple[Tensor, Tensor], attend: Attend, *,
+    layer: Any, stream: Stream, tables: Tables, attend: Attend, *,
     kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
 ) -> Stream:  # fmt: skip
     """Run a layer of Llama, Qwen2 or Qwen3 on (T, D). Returns (T, D); of the last one what predicts something.
@@ -143,7 +155,7 @@ def whole_attention(
 
 
 def joint_attention(
-    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    layer: Any, x: Tensor, update: Tensor | None, tables: Tables, attend: Attend,
     only: LastQueries | None, kernels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add, norm and project in one function, and attend: (T, D) -> (T, H E), and the sum.
@@ -190,7 +202,7 @@ def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bo
 
 
 def plain_attention(
-    layer: Any, x: Tensor, update: Tensor | None, tables: tuple[Tensor, Tensor], attend: Attend,
+    layer: Any, x: Tensor, update: Tensor | None, tables: Tables, attend: Attend,
     only: LastQueries | None, kernels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Do what :func:`joint_attention` does, module by module."""
@@ -232,9 +244,8 @@ def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
 
 
 def transformers_layer(
-    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend,
-    position_ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    layer: Any, x: Tensor, tables: Tables, attend: Attend, position_ids: Tensor | None = None
+) -> Tensor:
     """Run transformers' own code of a decoder layer, which attends through ``LANGUAGE_MODEL``, on (T, D).
 
     ``position_ids``, (1, T), are for Ministral3, which scales its queries by them.

@@ -11,7 +11,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | the loop over decoder layers | `run_decoder`, `decoder_layer` of `decoder.py` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
 | norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` there | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
 | layers of LLaVA's tower behind the one whose output is taken | `hand_through` | nobody reads what they compute | `test_policy`: `unused_layers` |
-| RMSNorms, with kernels | `fused_norm` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
+| RMSNorms, with kernels | `fused_norm`, Gemma's `fused_norm_around_one` | 8 passes over the memory become 4 | `test_patches`: `every_module` |
 | gated MLPs, with kernels | `fused_mlp` | silu(gate) is neither stored nor read again | `test_patches`: `every_module` |
 | attention of Qwen's tower, with kernels on a GPU in half precision | `tower_attention` | rotation in one pass, not one in fp32 for each product and sum | `test_tower_patches`: `features` |
 | frozen gated MLPs of Qwen2.5-VL's tower, likewise | `padded_mlp` | rows that begin at multiples of 16 bytes; cuBLAS is slow at others | `test_tower_patches`: `padded` |
@@ -29,7 +29,7 @@ size of a linear layer.
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from vapr.model.attention import BY_IMAGE, LANGUAGE_MODEL, VISION_TOWER, varlen_
 from vapr.model.decoder import (
     Attend,
     Stream,
+    Tables,
     decoder_layer,
     query_scale_step,
     query_scales,
@@ -111,7 +112,9 @@ def patch(
     if kernels:
         norms = [module for module in base.modules() if type(module).__name__.endswith("RMSNorm")]
         mlps = [module for module in base.modules() if _is_gated_mlp(module) and "forward" not in vars(module)]
-        left += _replace_where_same(norms, fused_norm, _try_norm)
+        for forward, gemmas in ((fused_norm, False), (fused_norm_around_one, True)):
+            kind = [norm for norm in norms if hasattr(norm, "eps") == gemmas]
+            left += _replace_where_same(kind, forward, _try_norm)
         left += _replace_where_same(mlps, fused_mlp, _try_mlp)
     step = query_scale_step(decoder)  # far apart where queries are scaled by how far they are
     positions = (torch.arange(ROWS, device=decoder.norm.weight.device) * step).expand(3, -1)
@@ -175,6 +178,12 @@ def fused_norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x.flatten(0, -2), weight, eps).view_as(x)
     normed, total = add_rms_norm(x.flatten(0, -2), residual.flatten(0, -2), weight, eps)
     return normed.view_as(x), total.view_as(x)
+
+
+def fused_norm_around_one(module: Any, x: Tensor) -> Tensor:
+    """Run Gemma's RMSNorm on (..., D): it scales by 1 more than its weight, a sum that half precision would round."""
+    weight = 1.0 + module.weight.to(torch.promote_types(x.dtype, torch.float32))
+    return rms_norm(x.flatten(0, -2), weight, module.eps).view_as(x)
 
 
 def fused_mlp(mlp: Any, x: Tensor) -> Tensor:
@@ -335,9 +344,8 @@ def _try_tower_attention(attention: Any, forward: Forward) -> list[Tensor]:
 
 
 def _written_out(
-    layer: Any, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attend, *, kernels: bool,
-    scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    layer: Any, x: Tensor, tables: Tables, attend: Attend, *, kernels: bool, scales: Tensor | None = None
+) -> Tensor:
     only, attend = None, scaled_queries(attend, scales)
     if layer.joint is not None and layer.joint.qkv is None:  # the last one, which runs on some rows
         every = torch.arange(len(x), device=x.device)
@@ -345,7 +353,7 @@ def _written_out(
     return decoder_layer(layer, Stream(x), tables, attend, only=only, kernels=kernels).total()
 
 
-def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _try_layer(layer: Any, forward: Forward, tables: Sequence[Tables]) -> list[Tensor]:
     """Return queries, keys and values as attention gets them, and what the layer makes of what attention returns."""
     seen: list[Tensor] = []
 
@@ -357,11 +365,12 @@ def _try_layer(layer: Any, forward: Forward, tables: tuple[Tensor, Tensor]) -> l
         seen.extend((q * scale, k, v))
         return q
 
+    here = tables[layer.self_attn.layer_idx]
     routed = hasattr(layer.mlp, "experts")
     if routed:  # experts run transformers' own code in any case, and a rounding chooses between those that nearly tie
         _replace([layer.mlp], hand_through)
     try:
-        out = forward(layer, _random_rows(layer.self_attn.q_proj.in_features, tables[0]), tables, attend)
+        out = forward(layer, _random_rows(layer.self_attn.q_proj.in_features, here[0]), here, attend)
     finally:
         if routed:
             del layer.mlp.forward

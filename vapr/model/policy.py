@@ -174,9 +174,14 @@ def load_policy(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
-    backend = choose_backend(config.attention, device, dtype)
+    choose_backend(config.attention, device, dtype)  # refuses what cannot run here before weights are read
     modules = load_modules(config, device)
     base, family = modules.base, modules.family
+    layers = FAMILIES[family].decoder(base).layers
+    backend = choose_backend(
+        config.attention, device, dtype, head_dim=max(layer.self_attn.head_dim for layer in layers),
+        windows=any(FAMILIES[family].windows(base.config)),
+    )  # fmt: skip
     nn.Module.to(base, device)
     kernels_run = kernels == "auto" and patches.kernels_run(device, dtype)
     written_out, left_unfused = patches.patch(base, family, backend, kernels=kernels_run, joint=kernels == "auto")
@@ -299,6 +304,7 @@ def hidden_states(
         batch,
         written_out=policy.written_out,
         kernels=policy.kernels,
+        windows=family.windows(policy.base.config),
         checkpointing=policy.checkpointing,
         deep=deep,
     )
@@ -315,7 +321,8 @@ def _embed(embedding: nn.Embedding, input_ids: Tensor) -> Tensor:
     embeds = embedding.weight.index_select(0, input_ids)
     if embedding.padding_idx is not None:  # nn.Embedding gives it no gradient
         embeds = torch.where((input_ids == embedding.padding_idx)[:, None], embeds.detach(), embeds)
-    return embeds
+    scale = getattr(embedding, "embed_scale", None)  # of Gemma
+    return embeds if scale is None else embeds * scale.to(embeds.dtype)
 
 
 def image_features(policy: Policy, images: Sequence[ProcessedImage]) -> Tensor:

@@ -254,11 +254,14 @@ def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
     if choices.gpu:
         replaced.append((launch, "runs_triton", lambda x: choices.kernels))
         replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
-    attention._bottom_right.cache_clear()  # of real masks, and below of fake ones
+    caches = (attention._bottom_right, attention._in_window, attention._cumulative)
+    for cache in caches:
+        cache.cache_clear()  # of real tensors, and below of fake ones
     with contextlib.ExitStack() as stack:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
-        stack.callback(attention._bottom_right.cache_clear)
+        for cache in caches:
+            stack.callback(cache.cache_clear)
         yield stack.enter_context(fake)
 
 
@@ -278,7 +281,7 @@ def _policy(config: Any, choices: Choices) -> Policy:
         mock.patch.object(policy_module, "load_weights", lambda *arguments: build(config, wanted, cpu)),
         mock.patch.object(policy_module, "merge_adapter", lambda *arguments: ""),  # into weights of the same shapes
         # The tower takes what a GPU takes in any case: transformers' own code loops over images.
-        mock.patch.object(policy_module, "choose_backend", lambda *arguments: "varlen"),
+        mock.patch.object(policy_module, "choose_backend", lambda *arguments, **options: "varlen"),
     ):
         policy = policy_module.load_policy(wanted, cpu, kernels="auto" if choices.kernels else "off")
     varlen = choices.gpu and wanted.dtype == "bfloat16" and choices.policy.attention != "sdpa"

@@ -161,7 +161,7 @@ def _head_backward_flops(
     return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, **out: Any) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, *rest: Any, **out: Any) -> int:
     return 2 * 2 * q[1] * q[2] * sum(num_q * num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
 
 

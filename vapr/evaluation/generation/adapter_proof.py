@@ -58,8 +58,8 @@ def _known_answer(model: Any, processor: Processor, one: Asked) -> KnownAnswer:
     whole = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
     said = whole[0, start:]
     inputs |= {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = (whole == processor.image_token_id).int()
+    for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        inputs[name] = (whole == processor.image_token_id).int()
 
     def log_probs() -> list[float]:
         logps = model(**inputs, use_cache=False).logits[0, start - 1 : -1].float().log_softmax(-1)

@@ -89,7 +89,7 @@ def tokenize_questions(
             image_tokens = processor.expected_image_tokens([sizes[image] for image in images])
         except (UserError, ValueError) as error:
             raise UserError(f"{where}: {one_line(error)}") from None
-        placeholders = int((prompt.ids == processor.image_token_id).sum())
+        placeholders = processor.places_for_images(prompt)
         if placeholders != len(images):
             raise UserError(
                 f"{where}: its prompt holds {placeholders} '{processor.image_token}' for {len(images)} "
