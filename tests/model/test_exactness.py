@@ -191,7 +191,8 @@ def test_order_pack_size_and_accumulation(family, share, full_oracle):
     ("family", "tuning", "checkpointing"),
     [(family, "everything", "none") for family in oracles.CLASSES]
     + [("qwen2_5_vl", "everything", level) for level in LEVELS[1:]]
-    + [("qwen2_5_vl", "lora", "none"), ("qwen2_5_vl", "lora", "mlp")],
+    + [("qwen2_5_vl", "lora", "none"), ("qwen2_5_vl", "lora", "mlp")]
+    + [("qwen3_vl", "lora", "none"), ("qwen3_vl", "everything", "attention"), ("qwen3_vl_moe", "lora", "full")],
 )
 def test_with_fused_kernels(family, tuning, checkpointing, tiny, photo_pairs, device):
     """Head, norms, MLPs, rotary embeddings and gathers through Triton."""
