@@ -12,7 +12,8 @@ from vapr.model import attention
 from vapr.model.logps import token_logps
 from vapr.model.policy import image_features, load_policy
 from vapr.plan import fake_step
-from vapr.plan.fake_step import Choices, profile
+from vapr.plan.fake_policy import Choices
+from vapr.plan.fake_step import profile
 from vapr.plan.live_bytes import LiveBytes
 from vapr_kernels import naive
 

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vapr.batches.loader import open_loaders
 from vapr.config import LEVELS, LoraConfig, PackingConfig, TrainConfig
 from vapr.model.policy import load_policy
-from vapr.plan.flops import COUNTED, Flops, pack_flops, useful_flops
+from vapr.plan.counted import COUNTED
+from vapr.plan.flops import Flops, pack_flops, useful_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import read_shapes
 from vapr.training import metrics
