@@ -1,8 +1,8 @@
 """Measured rates of whole training steps, from bench/results: none is ever made up."""
 
+import itertools
 import json
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def find_rate(gpu: Gpu | None, family: str, tuning: str, arm: str, tokens: float
     newest = max(row["time"][:10] for row in rows)
 
     def distance(row: dict[str, Any]) -> tuple[int, float, str]:
-        alike = len(commonprefix([_letters(family), _letters(row["model"])]))
+        both = zip(_letters(family), _letters(row["model"]), strict=False)
+        alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
         return -alike, abs(row["tokens"] - tokens), "".join(chr(255 - ord(c)) for c in row["time"])
 
     row = min((row for row in rows if row["time"][:10] == newest), key=distance)
