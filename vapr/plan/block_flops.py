@@ -19,6 +19,11 @@ def role(name: str) -> Role:
     return OUT_OF_MLP if name.endswith("down_proj") else INTO_MLP
 
 
+def is_of_experts(name: str) -> bool:
+    """Tell whether a layer stands for the experts that a token is sent to, by its name in a decoder layer."""
+    return ".experts." in name
+
+
 def forward_flops(linear: Linear, rows: int) -> float:
     """Count a linear layer and its adapter."""
     return 2.0 * rows * (linear.outputs * linear.inputs + linear.adapter)
@@ -79,8 +84,9 @@ def recomputed_flops(
 
     What leads to nothing that learns is kept by nobody, so it is not computed again. And it stops where all that the
     backward pass wants is there: before a last layer without an adapter, which wants its input but not its output.
-    An MLP that is one function (``by_hand``) runs to its end; its own level computes its first products again, alone.
-    The other arguments are those of :func:`block_backward`.
+    What experts put out is wanted, because it is scaled by scores. An MLP that is one function (``by_hand``) runs to
+    its end; its own level computes its first products again, alone. The other arguments are those of
+    :func:`block_backward`.
     """
 
     def forward(names: list[str]) -> float:
@@ -90,7 +96,8 @@ def recomputed_flops(
     passed_on = attended or any(learns(linear) for linear in block.values())
     into_attention = forward(_found(block, INTO_ATTENTION)) + 2 * attention
     into_mlp = forward(_found(block, INTO_MLP))
-    mlp = into_mlp + forward([name for name in _found(block, OUT_OF_MLP) if block[name].rank or by_hand])
+    wanted = [x for x in _found(block, OUT_OF_MLP) if block[x].rank or by_hand or is_of_experts(x)]
+    mlp = into_mlp + forward(wanted)
     if level == "attention":
         return into_attention if attended else 0.0
     if level == "mlp":

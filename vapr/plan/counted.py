@@ -1,7 +1,7 @@
 """COUNTED teaches PyTorch's FlopCounterMode operations that it does not know.
 
-They are vapr's head, attention on a CPU and over sequences of different lengths, and a product that is added in place
-(an adapter's second).
+They are vapr's head, attention on a CPU and over sequences of different lengths, a product that is added in place (an
+adapter's second), and those of experts.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def _head_backward_flops(
     return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, **out: Any) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, *rest: Any, **out: Any) -> int:
     return 2 * 2 * q[1] * q[2] * sum(num_q * num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
 
 
@@ -54,8 +54,14 @@ def _added_product_flops(out: Any, a: Any, b: Any, **rest: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def _grouped_product_flops(a: Any, b: Any, *rest: Any, **out: Any) -> int:
+    """Count the products of experts: rows (S, D) and experts (E, D, O), or (D, S) and (S, O) for their gradient."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 COUNTED = {
     torch.ops.aten.addmm_: _added_product_flops,
+    torch.ops.aten._grouped_mm: _grouped_product_flops,
     torch.ops.vapr.linear_logps: _head_flops,
     torch.ops.vapr.linear_logps_backward: _head_backward_flops,
     torch.ops.vapr.causal_attention: _attention_flops,

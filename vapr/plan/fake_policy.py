@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -80,12 +81,21 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
     else:
         replaced.append((launch, "runs_triton", lambda x: choices.kernels))
         replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
-    attention._bottom_right.cache_clear()  # of real masks, and below of fake ones
+    forget = [value.cache_clear for value in vars(attention).values() if hasattr(value, "cache_clear")]
     with contextlib.ExitStack() as stack:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
-        stack.callback(attention._bottom_right.cache_clear)
+        for clear in forget:  # of real masks, and then of fake ones
+            clear()
+            stack.callback(clear)
+        stack.enter_context(mock.patch.dict(op_implementations_dict, {torch.ops.aten._grouped_mm.default: _grouped_mm}))
         yield stack.enter_context(fake)
+
+
+def _grouped_mm(fake: FakeTensorMode, op: Any, a: Tensor, b: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+    """Return the output of experts' products, or the gradient of their weights; PyTorch's own knows bfloat16 alone."""
+    with fake:
+        return a.new_empty(len(a), b.shape[-1]) if b.ndim == 3 else a.new_empty(len(offsets), len(a), b.shape[-1])
 
 
 def _attention_of_a_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, *, scale: float) -> Tensor:
@@ -132,7 +142,7 @@ def fake_policy(config: Any, choices: Choices) -> Policy:
         mock.patch.object(policy_module, "merge_adapter", lambda *arguments: ""),  # into weights of the same shapes
         mock.patch.object(patches, "patch", patch_as_tried),
         # The tower takes what a GPU takes in any case: transformers' own code loops over images.
-        mock.patch.object(policy_module, "choose_backend", lambda *arguments: "varlen"),
+        mock.patch.object(policy_module, "choose_backend", lambda *arguments, **options: "varlen"),
     ):
         policy = policy_module.load_policy(wanted, CPU, kernels="auto" if choices.kernels else "off")
     varlen = choices.gpu and wanted.dtype == "bfloat16" and choices.policy.attention != "sdpa"

@@ -20,6 +20,7 @@ from vapr.plan import opaque
 from vapr.plan.fake_policy import Choices, fake_policy, faked, shortened
 from vapr.plan.live_bytes import LiveBytes, Peak
 from vapr.plan.opaque import HeadCall
+from vapr.plan.trials import trials_of
 from vapr_kernels import naive, preference_loss
 from vapr_kernels.gather_rows import RowIndex
 
@@ -67,11 +68,12 @@ class Profile:
 def profile(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
     """Run a pack through a model of ``config`` (of transformers) and count.
 
-    Layers of a decoder are alike: a model of many is run with a few, once with one more, and what that one adds is
-    added for all others. A frozen tower keeps nothing for the backward pass and runs apart, once.
+    Where the layers of a decoder are alike, a model of many is run with a few, once with one more, and what that one
+    adds is added for all others. A frozen tower keeps nothing for the backward pass and runs apart, once.
     """
     num_layers = int(config.get_text_config().num_hidden_layers)
-    counts = (num_layers,) if num_layers <= FEW_LAYERS + 1 else (FEW_LAYERS, FEW_LAYERS + 1)
+    few = num_layers > FEW_LAYERS + 1 and trials_of(config).alike
+    counts = (FEW_LAYERS, FEW_LAYERS + 1) if few else (num_layers,)
     frozen = not (choices.policy.train.vision_tower or choices.policy.train.projector)
     apart = dataclasses.replace(choices, cached_features=choices.cached_features or frozen)
     runs = [_run(shortened(config, count), apart, batch) for count in counts]

@@ -31,6 +31,7 @@ class Trials:
     """By the name of the trial and of the module, in the order of trials."""
     written_out: frozenset[int] = frozenset()  # numbers of the decoder layers that are written out
     joint: dict[int, frozenset[Role]] = field(default_factory=dict)  # what of their linear layers is joined
+    alike: bool = True  # whether all layers have the same parameters
 
     def told(self, base: nn.Module) -> Callable[..., tuple[list[Any], list[str]]]:
         """Return what stands for ``same_with`` while ``base`` is patched: it knows the answers.
@@ -93,7 +94,8 @@ def _tried(config: Any) -> Trials:
     with naive, mock.patch.object(patches, "same_with", seen):
         written_out, _ = patches.patch(base, config.model_type, "sdpa", kernels=True)
     joint = {number: _joined(layer.joint) for number, layer in enumerate(decoder.layers)}
-    return Trials(verdicts, written_out, joint)
+    sizes = {tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in decoder.layers}
+    return Trials(verdicts, written_out, joint, alike=len(sizes) == 1)
 
 
 def _joined(joint: JointDecoderLayer | None) -> frozenset[Role]:
