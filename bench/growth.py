@@ -28,7 +28,7 @@ from bench.workloads import SHAPES, SMALL_QWEN, Subject, Workload
 from vapr.batches.loader import load_pairs
 from vapr.model.policy import Policy
 from vapr.model.reference import Reference
-from vapr.plan.flops import COUNTED
+from vapr.plan.counted import COUNTED
 from vapr.training.engine import Engine
 from vapr.training.step import train_step
 

@@ -57,7 +57,7 @@ def ideal_work(shapes: Shapes, packs: Iterable[PackSizes], itemsize: int) -> dic
         vocabulary, width = shapes.head
         logits = 2.0 * pack.predictions * vocabulary * width
         _add(work[HEAD].flops, logits, logits * (2 if shapes.head_trained else 1))
-        work[TOWER].flops[0] += tower_flops(shapes, pack, checkpointing="none")[0] if pack.layouts else 0.0
+        work[TOWER].flops[0] += tower_flops(shapes, pack, checkpointing="none")[0] if pack.images else 0.0
         _add(work[COPIES].bytes, 2.0 * itemsize * pack.tokens * width, 0.0)  # embeddings
     # The norm of a gradient reads it; AdamW reads it, weight and two moments in fp32, and writes the last three.
     work[OPTIMIZER].bytes[0] = 8.0 * 4 * shapes.num_trained

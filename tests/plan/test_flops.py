@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.conftest import EVERY_FAMILY, FAMILIES
 from vapr.batches.loader import open_loaders
 from vapr.config import LEVELS, LoraConfig, PackingConfig, TrainConfig
 from vapr.model.policy import load_policy
-from vapr.plan.flops import COUNTED, Flops, pack_flops, useful_flops
+from vapr.plan.counted import COUNTED
+from vapr.plan.flops import Flops, pack_flops, useful_flops
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import read_shapes
 from vapr.training import metrics
@@ -39,6 +41,16 @@ TUNINGS = {
 def test_a_step_takes_what_is_predicted(make_config, family, tuning, checkpointing):
     if family == "qwen2_vl" and tuning not in ("lora", "full with tower"):
         pytest.skip("two tunings of Qwen2-VL are enough, the others are covered by Qwen2.5-VL")
+    compare(make_config, family, tuning, checkpointing)
+
+
+@pytest.mark.parametrize("family", sorted({*EVERY_FAMILY} - {*FAMILIES}))
+@pytest.mark.parametrize(("tuning", "checkpointing"), [("lora on everything", "full"), ("full with tower", "none")])
+def test_so_it_does_in_every_family(make_config, family, tuning, checkpointing):
+    compare(make_config, family, tuning, checkpointing)
+
+
+def compare(make_config, family, tuning, checkpointing):
     lora, train = TUNINGS[tuning]
     config = make_config(family=family, packing={"max_tokens": 400})
     policy_config = dataclasses.replace(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.conftest import EVERY_FAMILY, FAMILIES
 from tests.runs import metrics
 from vapr.cli import main
-from vapr.config import LEVELS, Config, FeaturesConfig, PackingConfig, ParallelConfig
+from vapr.config import LEVELS, Config, FeaturesConfig, PackingConfig, ParallelConfig, TrainConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.model.policy import load_policy
@@ -51,6 +52,20 @@ def test_tokens_are_those_of_the_run(make_config):
     assert data["tokens_by_step"] == [entry["tokens"] for entry in entries[:3]]
     assert data["tokens_saved_by_step"] == [entry["tokens_saved"] for entry in entries[:3]]
     assert data["tokens"] + data["tokens_saved"] == data["tokens_unshared"]
+
+
+@pytest.mark.parametrize("family", sorted({*EVERY_FAMILY} - {*FAMILIES}))
+@pytest.mark.parametrize("tower", [False, True])
+def test_every_family_has_a_plan(make_config, family, tower):
+    config = make_config(family=family, lora=not tower)
+    train = TrainConfig(vision_tower=tower, projector=tower)
+    found = plan(
+        dataclasses.replace(config, policy=dataclasses.replace(config.policy, dtype="bfloat16", train=train)),
+        gpu_memory=24,
+    )
+    (gpu,) = found["gpus"]
+    assert found["fits"] and found["flops"]["parts_per_pair"]["tower"] > 0
+    assert all(size > 0 for name, size in gpu["parts_gib"].items() if name.startswith("weights"))
 
 
 def test_names_the_longest_rows_and_those_that_fit_no_pack(bf16, photo_rows):

@@ -36,7 +36,7 @@ from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.families import FAMILIES
 from vapr.model import logps
 from vapr.model.policy import Policy, load_policy
-from vapr.plan.flops import COUNTED
+from vapr.plan.counted import COUNTED
 from vapr.training.engine import Engine
 from vapr.training.fill_caches import open_reference
 from vapr.training.out_of_memory import FittingPacks

@@ -24,8 +24,8 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.utils import output_capturing
 
 from vapr.errors import UserError
-from vapr.families.family import ModelFiles, TowerWork
-from vapr.families.llava import EXTRA_FEATURES, Llava, num_layers_used
+from vapr.families.family import ModelFiles
+from vapr.families.llava import EXTRA_FEATURES, Llava
 from vapr.families.processed_image import ProcessedImage
 from vapr.to_device import sent
 from vapr_kernels import gather_rows
@@ -195,16 +195,6 @@ class AnyResolution(Llava):
         side = vision.image_size
         pixels = torch.zeros(1, vision.num_channels, side, side)
         return ProcessedImage(pixels, (side, side), (side // vision.patch_size) ** 2 + 1, "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count the patches of tiles, and their class tokens."""
-        vision, num_tiles = config.vision_config, sum(shape[0] for shape in shapes)
-        patches = (vision.image_size // vision.patch_size) ** 2
-        embedding = 2.0 * num_tiles * patches * vision.hidden_size * vision.num_channels * vision.patch_size**2
-        length = patches + EXTRA_FEATURES[vision.model_type]
-        return TowerWork(embedding, vision.hidden_size, [[length] * num_tiles] * num_layers_used(config))
 
 
 def _pixels(files: ModelFiles, images: Sequence[Any]) -> np.ndarray:

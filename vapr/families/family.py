@@ -45,15 +45,6 @@ class ModelFiles:
         return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
 
-@dataclass(frozen=True, slots=True)
-class TowerWork:
-    """What a tower does for some images, in sizes."""
-
-    embedding_flops: float  # of embedding the patches
-    width: int  # of the residual stream
-    lengths: list[list[int]]  # of the sequences that attention runs on, for each block
-
-
 class Family:
     """A model family: its modules, its placeholders, and what its tower takes."""
 
@@ -228,10 +219,4 @@ class Family:
 
     def spare_image(self, config: Any) -> ProcessedImage:
         """Return the smallest grey image that the tower takes."""
-        raise NotImplementedError
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Return what the tower does for images of these layouts, whose pixels have these shapes."""
         raise NotImplementedError

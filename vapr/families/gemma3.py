@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
+from vapr.families.family import Family, ModelFiles
 from vapr.families.processed_image import Placeholder, ProcessedImage
 
 SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
@@ -67,15 +67,6 @@ class Gemma3(Family):
         vision = config.vision_config
         pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
         return ProcessedImage(pixels, None, num_features(config), "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count patches."""
-        vision = config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        embedding = 2.0 * len(layouts) * patches * vision.hidden_size * vision.num_channels * vision.patch_size**2
-        return TowerWork(embedding, vision.hidden_size, [[patches] * len(layouts)] * vision.num_hidden_layers)
 
 
 def num_features(config: Any) -> int:

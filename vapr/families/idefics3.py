@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
+from vapr.families.family import Family, ModelFiles
 from vapr.families.processed_image import Placeholder, ProcessedImage
 
 LONGEST_SIDE = 4096
@@ -117,15 +117,6 @@ class Idefics3(Family):
         return ProcessedImage(
             pixels, (0, 0), (vision.image_size // vision.patch_size // config.scale_factor) ** 2, "spare"
         )
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count the patches of tiles; attention stays inside of a tile."""
-        vision = config.vision_config
-        tiles = [(shape[-1] // vision.patch_size) ** 2 for shape in shapes for _ in range(shape[0])]
-        embedding = 2.0 * sum(tiles) * vision.hidden_size * 3 * vision.patch_size**2
-        return TowerWork(embedding, vision.hidden_size, [tiles] * vision.num_hidden_layers)
 
 
 def _tile_side(files: ModelFiles) -> int:

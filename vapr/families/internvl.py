@@ -4,7 +4,6 @@ Pixels of an image are tiles, (tiles, channels, height, width), and behind sever
 one. Each has as many features; those of an image stand in one run between marks.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
+from vapr.families.family import Family, ModelFiles
 from vapr.families.llava import num_layers_used
 from vapr.families.processed_image import Placeholder, ProcessedImage
 
@@ -92,15 +91,6 @@ class InternVL(Family):
         """Return a grey tile."""
         pixels = torch.zeros(1, config.vision_config.num_channels, *config.vision_config.image_size)
         return ProcessedImage(pixels, None, features_of_a_tile(config), "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count the patches of tiles, and their class tokens."""
-        vision, num_tiles = config.vision_config, sum(shape[0] for shape in shapes)
-        patches, values = _patches_of_a_tile(config), vision.num_channels * int(np.prod(vision.patch_size))
-        embedding = 2.0 * num_tiles * patches * vision.hidden_size * values
-        return TowerWork(embedding, vision.hidden_size, [[patches + 1] * num_tiles] * num_layers_used(config))
 
 
 def features_of_a_tile(config: Any) -> int:

@@ -1,6 +1,5 @@
 """LLaVA-1.5: a CLIP or SigLIP tower of one size, an MLP, and Llama or Vicuna (arXiv 2310.03744)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
+from vapr.families.family import Family, ModelFiles
 from vapr.families.processed_image import ProcessedImage
 
 EXTRA_FEATURES = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -51,15 +50,6 @@ class Llava(Family):
         vision = config.vision_config
         pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
         return ProcessedImage(pixels, None, (vision.image_size // vision.patch_size) ** 2, "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count patches and a class token."""
-        vision, num_images = config.vision_config, len(layouts)
-        patches = (vision.image_size // vision.patch_size) ** 2
-        embedding = 2.0 * num_images * patches * vision.hidden_size * 3 * vision.patch_size**2
-        return TowerWork(embedding, vision.hidden_size, [[patches + 1] * num_images] * num_layers_used(config))
 
 
 def num_layers_used(config: Any) -> int:

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
-from vapr.families.llava import feature_layers, num_layers_used
+from vapr.families.family import Family, ModelFiles
+from vapr.families.llava import feature_layers
 from vapr.families.processed_image import Placeholder, ProcessedImage
 from vapr.to_device import sent
 
@@ -158,15 +158,6 @@ class Pixtral(Family):
         patches, side = self.merged(config), config.vision_config.patch_size
         pixels = torch.zeros(patches**2, 3 * side * side)
         return ProcessedImage(pixels, (patches * side, patches * side), 1, "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count patches; attention stays inside of an image."""
-        vision = config.vision_config
-        patches = [shape[0] for shape in shapes]
-        embedding = 2.0 * sum(patches) * vision.hidden_size * 3 * vision.patch_size**2
-        return TowerWork(embedding, vision.hidden_size, [patches] * num_layers_used(config))
 
 
 def _marks(files: ModelFiles) -> dict[str, str]:

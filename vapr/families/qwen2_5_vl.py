@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from vapr.families.processed_image import ProcessedImage
@@ -28,14 +27,3 @@ class Qwen2_5_VL(Qwen2VL):
         layout["window_index"], layout["cu_window_seqlens"] = sent(index, device), sent(windows, device)
         layout["max_window_seqlen"] = int(windows.diff().max())
         return layout
-
-    def tower_width(self, vision: Any) -> int:
-        """Return the width of the tower's residual stream."""
-        return int(vision.hidden_size)
-
-    def attended(self, vision: Any, grid: Tensor) -> list[list[int]]:
-        """Return windows, and whole images in the blocks that attend to all."""
-        whole = super().attended(vision, grid)
-        _, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        windows = bounds.unique_consecutive().diff().tolist()
-        return [whole[n] if n in vision.fullatt_block_indexes else windows for n in range(vision.depth)]

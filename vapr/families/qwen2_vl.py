@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from vapr.errors import UserError
-from vapr.families.family import Family, ModelFiles, TowerWork
+from vapr.families.family import Family, ModelFiles
 from vapr.families.processed_image import ProcessedImage, Run
 from vapr.to_device import sent
 
@@ -108,23 +108,6 @@ class Qwen2VL(Family):
         side = vision.spatial_merge_size
         values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
         return ProcessedImage(torch.zeros(side * side, values), (1, side, side), 1, "spare")
-
-    def tower_work(
-        self, config: Any, layouts: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int, ...]]
-    ) -> TowerWork:
-        """Count patches; attention stays inside of an image."""
-        vision, grid = config.vision_config, torch.tensor([layout for layout in layouts if layout is not None])
-        width = self.tower_width(vision)
-        values = 3 * vision.temporal_patch_size * vision.patch_size**2
-        return TowerWork(2.0 * int(grid.prod(1).sum()) * width * values, width, self.attended(vision, grid))
-
-    def tower_width(self, vision: Any) -> int:
-        """Return the width of the tower's residual stream."""
-        return int(vision.embed_dim)
-
-    def attended(self, vision: Any, grid: Tensor) -> list[list[int]]:
-        """Return the lengths of the sequences that each block attends in, for images of these grids."""
-        return [get_vision_cu_seqlens(grid).diff().tolist()] * int(vision.depth)
 
 
 def _merged(files: ModelFiles) -> int:

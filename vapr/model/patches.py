@@ -218,10 +218,20 @@ def patch_tower(tower: Any) -> list[str]:
     Returns the classes that stay as they are, because they compute something else.
     """
     left = _replace_where_same([block.attn for block in tower.blocks], tower_attention, _try_tower_attention)
-    mlps = [block.mlp for block in tower.blocks if _is_odd(block.mlp)]
+    mlps = odd_mlps(tower)
     for mlp in mlps:
         _pad_mlp(mlp)
     return left + _replace_where_same(mlps, padded_mlp, _try_mlp)
+
+
+def odd_mlps(tower: Any) -> list[Any]:
+    """Return the MLPs of Qwen's tower that are padded."""
+    return [block.mlp for block in tower.blocks if _is_odd(block.mlp)]
+
+
+def padded_width(width: int) -> int:
+    """Return the multiple of :data:`MULTIPLE` that a width is padded to."""
+    return -(-width // MULTIPLE) * MULTIPLE
 
 
 def _is_gated_mlp(module: Any) -> bool:
@@ -233,7 +243,7 @@ def _is_odd(mlp: Any) -> bool:
     """Return whether a gated MLP is frozen and its matrix products are slow at its width: Qwen2.5-VL's 3,420."""
     layers = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     plain = all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers)
-    return plain and mlp.down_proj.in_features % MULTIPLE != 0
+    return plain and mlp.down_proj.in_features != padded_width(mlp.down_proj.in_features)
 
 
 def _pad_mlp(mlp: Any) -> None:
@@ -241,7 +251,7 @@ def _pad_mlp(mlp: Any) -> None:
 
     Its weights stay parameters of the same names and shapes: they become parts of the padded ones, which are not saved.
     """
-    width = -(-mlp.down_proj.in_features // MULTIPLE) * MULTIPLE
+    width = padded_width(mlp.down_proj.in_features)
     for name, layer in (("padded_gate", mlp.gate_proj), ("padded_up", mlp.up_proj)):
         mlp.register_buffer(name, _padded(layer.weight, 0, width), persistent=False)
         bias = None if layer.bias is None else _padded(layer.bias, 0, width)

@@ -1,13 +1,27 @@
-"""FLOPs of linear layers and of blocks of attention and MLP, in the decoder and in the tower."""
+"""FLOPs of linear layers and of the decoder layers that they are in."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from vapr.plan.shapes import Linear
 
-INTO_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv")
-OUT_OF_ATTENTION = ("o_proj", "out_proj", "proj")
-INTO_MLP = ("gate_proj", "up_proj", "fc1")
-OUT_OF_MLP = ("down_proj", "fc2")
+Role = Literal["into attention", "out of attention", "into mlp", "out of mlp"]
+INTO_ATTENTION: Role = "into attention"
+OUT_OF_ATTENTION: Role = "out of attention"
+INTO_MLP: Role = "into mlp"
+OUT_OF_MLP: Role = "out of mlp"
+
+
+def role(name: str) -> Role:
+    """Return what a linear layer is for, by its name in a decoder layer. A router leads into an MLP of experts."""
+    if name.startswith("self_attn."):
+        return OUT_OF_ATTENTION if name.endswith("o_proj") else INTO_ATTENTION
+    return OUT_OF_MLP if name.endswith("down_proj") else INTO_MLP
+
+
+def is_of_experts(name: str) -> bool:
+    """Tell whether a layer stands for the experts that a token is sent to, by its name in a decoder layer."""
+    return ".experts." in name
 
 
 def forward_flops(linear: Linear, rows: int) -> float:
@@ -34,7 +48,7 @@ def block_backward(
     """Count a block's backward pass: autograd skips what leads to nothing that learns.
 
     Args:
-        block: its linear layers by the end of their names.
+        block: its linear layers by their names in it.
         rows: that each of them runs on.
         attention: FLOPs of one of attention's products.
         x_learns: whether its input has a gradient.
@@ -49,14 +63,17 @@ def block_backward(
         (INTO_MLP, OUT_OF_MLP, 0.0),
     ):
         normed = x_learns or norms_learn
-        first = [name for name in block if name in into and (normed or learns(block[name]))]
+        first = [name for name in _found(block, into) if normed or learns(block[name])]
         flops += sum(backward_flops(block[name], rows[name], x_learns=normed) for name in first)
         flops += between if first else 0.0
-        (last,) = (name for name in block if name in out_of)
-        if first or learns(block[last]):
-            flops += backward_flops(block[last], rows[last], x_learns=bool(first))
-            x_learns = True
+        last = [name for name in _found(block, out_of) if first or learns(block[name])]
+        flops += sum(backward_flops(block[name], rows[name], x_learns=bool(first)) for name in last)
+        x_learns = x_learns or bool(last)
     return flops, x_learns
+
+
+def _found(block: Mapping[str, Linear], *roles: Role) -> list[str]:
+    return [name for name in block if role(name) in roles]
 
 
 def recomputed_flops(
@@ -67,24 +84,24 @@ def recomputed_flops(
 
     What leads to nothing that learns is kept by nobody, so it is not computed again. And it stops where all that the
     backward pass wants is there: before a last layer without an adapter, which wants its input but not its output.
-    An MLP that is one function (``by_hand``) runs to its end; its own level computes its first products again, alone.
-    The other arguments are those of :func:`block_backward`.
+    What experts put out is wanted, because it is scaled by scores. An MLP that is one function (``by_hand``) runs to
+    its end; its own level computes its first products again, alone. The other arguments are those of
+    :func:`block_backward`.
     """
-
-    def found(names: tuple[str, ...]) -> list[str]:
-        return [name for name in block if name in names]
 
     def forward(names: list[str]) -> float:
         return sum(forward_flops(block[name], rows[name]) for name in names)
 
-    attended = x_learns or norms_learn or any(learns(block[name]) for name in found(INTO_ATTENTION))
-    passed_on = attended or any(learns(block[name]) for name in found(OUT_OF_ATTENTION + INTO_MLP + OUT_OF_MLP))
-    into_attention = forward(found(INTO_ATTENTION)) + 2 * attention
-    mlp = forward(found(INTO_MLP)) + forward([name for name in found(OUT_OF_MLP) if block[name].rank or by_hand])
+    attended = x_learns or norms_learn or any(learns(block[name]) for name in _found(block, INTO_ATTENTION))
+    passed_on = attended or any(learns(linear) for linear in block.values())
+    into_attention = forward(_found(block, INTO_ATTENTION)) + 2 * attention
+    into_mlp = forward(_found(block, INTO_MLP))
+    wanted = [x for x in _found(block, OUT_OF_MLP) if block[x].rank or by_hand or is_of_experts(x)]
+    mlp = into_mlp + forward(wanted)
     if level == "attention":
         return into_attention if attended else 0.0
     if level == "mlp":
-        return forward(found(INTO_MLP)) if passed_on else 0.0
+        return (into_mlp if by_hand else mlp) if passed_on else 0.0
     if level == "full":
-        return into_attention + forward(found(OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
+        return into_attention + forward(_found(block, OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
     return 0.0

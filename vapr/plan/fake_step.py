@@ -1,42 +1,29 @@
-"""Run forward and backward of one pack on FakeTensors, which have shapes and dtypes but no memory, and count bytes.
+"""Run forward and backward of one pack on FakeTensors, as :mod:`vapr.plan.fake_policy` makes them, and count bytes."""
 
-Everything runs as a GPU would run it: kernels, varlen attention, the tower's own operations. The tensors are of the
-CPU all the same: a build of PyTorch without CUDA refuses to index fake tensors of a GPU, and autograd asks a GPU's
-driver for streams.
-"""
-
-import contextlib
-import copy
 import dataclasses
-import importlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vapr.batches.packing import PackedBatch, SegmentAttention
-from vapr.batches.processed_image import joined_pixels
-from vapr.config import LossConfig, PolicyConfig
-from vapr.model import attention, patches
+from vapr.families import FAMILIES
 from vapr.model import logps as logps_module
 from vapr.model import policy as policy_module
 from vapr.model.logps import token_logps
 from vapr.model.policy import Policy, image_features
 from vapr.plan import opaque
+from vapr.plan.fake_policy import Choices, fake_policy, faked, shortened
 from vapr.plan.live_bytes import LiveBytes, Peak
 from vapr.plan.opaque import HeadCall
-from vapr.plan.shapes import build
-from vapr_kernels import launch, naive, preference_loss
+from vapr.plan.trials import trials_of
+from vapr_kernels import naive, preference_loss
 from vapr_kernels.gather_rows import RowIndex
 
-_HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has a function of that name
 BLOCK = 512
 """Bytes that PyTorch's allocator on a GPU rounds to."""
 
@@ -46,18 +33,6 @@ WITHOUT_LAYERS = ("start", "head", "loss")
 
 FEW_LAYERS = 4
 """Decoder layers of a shortened model: the last, which skips tokens, two between, and the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """The settings that decide how a pack is computed."""
-
-    policy: PolicyConfig
-    loss: tuple[LossConfig, ...]
-    kernels: bool
-    gpu: bool  # what a GPU would run; False: what a CPU does
-    keep_logits: bool  # whether the exponentials of a trained head are kept for its gradient
-    cached_features: bool  # whether the image features come from the cache, and no tower runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +68,19 @@ class Profile:
 def profile(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
     """Run a pack through a model of ``config`` (of transformers) and count.
 
-    Layers of a decoder are alike: a model of many is run with a few, once with one more, and what that one adds is
-    added for all others. A frozen tower keeps nothing for the backward pass and runs apart, once and with few blocks.
+    Where the layers of a decoder are alike, a model of many is run with a few, once with one more, and what that one
+    adds is added for all others. A frozen tower keeps nothing for the backward pass and runs apart, once.
     """
     num_layers = int(config.get_text_config().num_hidden_layers)
-    counts = (num_layers,) if num_layers <= FEW_LAYERS + 1 else (FEW_LAYERS, FEW_LAYERS + 1)
-    if choices.policy.train.vision_tower or choices.policy.train.projector:
-        runs = [_run(_shortened(config, count), choices, batch) for count in counts]
-        return _extrapolated(runs[0], runs[-1], num_layers - counts[0])
-    with_features = dataclasses.replace(choices, cached_features=True)
-    runs = [_run(_shortened(config, count, blocks=1), with_features, batch) for count in counts]
+    few = num_layers > FEW_LAYERS + 1 and trials_of(config).alike
+    counts = (FEW_LAYERS, FEW_LAYERS + 1) if few else (num_layers,)
+    frozen = not (choices.policy.train.vision_tower or choices.policy.train.projector)
+    apart = dataclasses.replace(choices, cached_features=choices.cached_features or frozen)
+    runs = [_run(shortened(config, count), apart, batch) for count in counts]
     result = _extrapolated(runs[0], runs[-1], num_layers - counts[0])
-    if choices.cached_features or not batch.images:
+    if choices.cached_features or not frozen or not batch.images:
         return result
-    tower = _run_tower(_shortened(config, 1, blocks=2), choices, batch)
-    return dataclasses.replace(result, peaks={**result.peaks, TOWER: tower})
+    return dataclasses.replace(result, peaks={**result.peaks, TOWER: _run_tower(config, choices, batch)})
 
 
 def _extrapolated(few: Profile, more: Profile, times: int) -> Profile:
@@ -135,30 +108,10 @@ def _extrapolated(few: Profile, more: Profile, times: int) -> Profile:
     )
 
 
-def _shortened(config: Any, num_layers: int, blocks: int | None = None) -> Any:
-    """Return a config of fewer decoder layers, and of fewer blocks in Qwen's tower: one attends in windows, if any do.
-
-    LLaVA's tower stays whole where it runs, because transformers keeps what each of its layers puts out.
-    """
-    config = copy.deepcopy(config)
-    text, vision = config.get_text_config(), config.vision_config
-    text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_layers]
-    if blocks is not None and hasattr(vision, "depth"):
-        if hasattr(vision, "fullatt_block_indexes"):
-            full = [min(n, blocks - 1) for n in vision.fullatt_block_indexes if n < vision.depth]
-            vision.fullatt_block_indexes = full[:1]
-        vision.depth = min(blocks, vision.depth)
-    elif blocks == 1:
-        vision.num_hidden_layers = 1
-    return config
-
-
 def _run_tower(config: Any, choices: Choices, batch: PackedBatch) -> Peak:
     """Run the frozen tower and projector over a pack's images."""
-    with _fake(choices):
-        policy = _policy(config, choices)
+    with faked(choices):
+        policy = fake_policy(shortened(config, 1), choices)
         live = LiveBytes(opaque.inside if choices.gpu else None, BLOCK if choices.gpu else 1)
         with live:
             live.enter(TOWER)
@@ -168,8 +121,8 @@ def _run_tower(config: Any, choices: Choices, batch: PackedBatch) -> Peak:
 
 def _run(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
     """Run forward and backward of a pack, phase by phase."""
-    with _fake(choices) as fake:
-        policy = _policy(config, choices)
+    with faked(choices) as fake:
+        policy = fake_policy(config, choices)
         pack = _as_fakes(batch, fake)
         calls: list[HeadCall] = []
         marks: list[int] = []
@@ -210,7 +163,8 @@ def _features(policy: Policy, batch: PackedBatch, choices: Choices) -> Tensor | 
     if not batch.images:
         return None
     if choices.cached_features:
-        width = policy.base.config.get_text_config().hidden_size
+        config = policy.base.config
+        width = config.get_text_config().hidden_size * (1 + FAMILIES[policy.family].num_deep(config))
         return torch.empty(sum(image.num_tokens for image in batch.images), width, dtype=policy.dtype)
     return image_features(policy, batch.images)
 
@@ -228,73 +182,11 @@ def _sizes(hidden: Tensor, head: Tensor) -> tuple[int, int, int]:
     return len(hidden), len(head), int(head.shape[1])
 
 
-@contextlib.contextmanager
-def _fake(choices: Choices) -> Iterator[FakeTensorMode]:
-    """Make every tensor fake, and take the choices that load_policy makes on a GPU."""
-    tower_arguments = policy_module._tower_arguments
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def arguments_of_real_sizes(policy: Any, images: Any) -> dict[str, Any]:
-        with _disable_current_modes():
-            return tower_arguments(policy, images)
-
-    def pixels(images: Any, device: Any) -> Tensor:
-        with _disable_current_modes():
-            real = joined_pixels(images)
-        return torch.empty(real.shape, dtype=real.dtype) if choices.gpu else fake.from_tensor(real)  # a GPU has a copy
-
-    replaced: list[tuple[Any, str, Any]] = [
-        (patches, "_agree", lambda got, own: got.shape == own.shape),  # there are no values to compare
-        (policy_module, "_tower_arguments", arguments_of_real_sizes),
-        (policy_module, "_pixels", pixels),
-        (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _make_adapter_beside_its_layer),
-        (nn.Module, "to", lambda module, *where, **options: module),  # built in the right place
-        (_HEAD, "_budget", lambda device: 2**60 if choices.keep_logits else 1),
-    ]
-    if choices.gpu:
-        replaced.append((launch, "runs_triton", lambda x: choices.kernels))
-        replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
-    caches = (attention._bottom_right, attention._in_window, attention._cumulative)
-    for cache in caches:
-        cache.cache_clear()  # of real tensors, and below of fake ones
-    with contextlib.ExitStack() as stack:
-        for place, name, value in replaced:
-            stack.enter_context(mock.patch.object(place, name, value))
-        for cache in caches:
-            stack.callback(cache.cache_clear)
-        yield stack.enter_context(fake)
-
-
-def _make_adapter_beside_its_layer(layer: Any, adapter_name: str, device: Any = None) -> None:
-    """Do what peft does by assigning to a parameter's data, which fake tensors refuse."""
-    weight = layer.get_base_layer().weight
-    for name in ("lora_A", "lora_B"):
-        linear = getattr(layer, name)[adapter_name]
-        linear.weight = nn.Parameter(torch.empty(linear.weight.shape, device=weight.device, dtype=weight.dtype))
-
-
-def _policy(config: Any, choices: Choices) -> Policy:
-    """Build the policy through load_policy itself; only reading its weights is replaced."""
-    cpu = torch.device("cpu")
-    wanted = dataclasses.replace(choices.policy, base_weights="bfloat16", attention="auto")
-    with (
-        mock.patch.object(policy_module, "load_weights", lambda *arguments: build(config, wanted, cpu)),
-        mock.patch.object(policy_module, "merge_adapter", lambda *arguments: ""),  # into weights of the same shapes
-        # The tower takes what a GPU takes in any case: transformers' own code loops over images.
-        mock.patch.object(policy_module, "choose_backend", lambda *arguments, **options: "varlen"),
-    ):
-        policy = policy_module.load_policy(wanted, cpu, kernels="auto" if choices.kernels else "off")
-    varlen = choices.gpu and wanted.dtype == "bfloat16" and choices.policy.attention != "sdpa"
-    return dataclasses.replace(policy, attention_backend="varlen" if varlen else "sdpa")
-
-
 def _collect_gradients(policy: Policy, live: LiveBytes) -> None:
     """Do with gradients what the engine does: each is added to an fp32 one as soon as it is finished.
 
     What they take in fp32 is counted apart, and the layer that they belong to names the phase.
     """
-    num_layers = int(policy.base.config.get_text_config().num_hidden_layers)
-    names = {num_layers - 1: "last", num_layers - 2: "last but one", 1: "second", 0: "first"}
 
     def hook(phase: str) -> Any:
         def take(weight: Tensor) -> None:
@@ -307,14 +199,23 @@ def _collect_gradients(policy: Policy, live: LiveBytes) -> None:
 
         return take
 
+    phases = _phases(policy)
     for name, weight in policy.trained_parameters().items():
-        if layer := re.search(r"language_model\.layers\.(\d+)\.", name):
-            phase = f"backward, {names.get(int(layer[1]), 'between')} layer"
-        elif "embed_tokens" in name:
-            phase = "backward, embeddings"
-        else:
-            phase = "backward, head" if name.startswith(("lm_head", "model.language_model.norm")) else "backward, tower"
-        weight.register_post_accumulate_grad_hook(hook(phase))
+        weight.register_post_accumulate_grad_hook(hook(phases.get(name, "backward, tower")))
+
+
+def _phases(policy: Policy) -> dict[str, str]:
+    """Name the phase of the backward pass in which each parameter's gradient is finished, all but the tower's."""
+    decoder, names = policy.decoder, {}
+    last = len(decoder.layers) - 1
+    numbers = {last: "last", last - 1: "last but one", 1: "second", 0: "first"}
+    parts = [(decoder.norm, "head"), (policy.base.get_output_embeddings(), "head")]
+    parts += [(layer, f"{numbers.get(n, 'between')} layer") for n, layer in enumerate(decoder.layers)]
+    parts += [(decoder.get_input_embeddings(), "embeddings")]  # the last of them names tied ones
+    known = {id(weight): name for name, weight in policy.base.named_parameters()}
+    for module, part in parts:
+        names.update({known[id(weight)]: f"backward, {part}" for weight in module.parameters()})
+    return names
 
 
 def _as_fakes(batch: PackedBatch, fake: FakeTensorMode) -> PackedBatch:

@@ -19,9 +19,6 @@ MOMENTS_BLOCK = 256
 SMALLEST_8BIT = 4096
 """Parameters of fewer values keep 32-bit moments (bitsandbytes)."""
 
-ODD_WIDTH = 8
-"""Kernels want the tower's frozen gated MLPs to be as wide as a multiple of this; see vapr.model.patches."""
-
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -67,22 +64,11 @@ def base_bytes(need: Need, base_weights: BaseWeights) -> dict[str, int]:
 def weight_bytes(weight: Weight, base_weights: BaseWeights, need: Need) -> int:
     """Return the bytes that one weight is stored in."""
     if base_weights == "bfloat16" or not weight.quantizable:
-        return _padded(weight, need) * need.itemsize
+        return (weight.padded if need.kernels else weight.numel) * need.itemsize
     if base_weights == "nf4":
         groups = -(-weight.numel // (NF4_BLOCK * NF4_GROUP))
         return -(-weight.numel // 2) + groups * (NF4_GROUP + 4)
     return weight.numel + 4 * weight.shape[0]
-
-
-def _padded(weight: Weight, need: Need) -> int:
-    """Return the number of values, with the columns that frozen MLPs of Qwen2.5-VL's tower are padded by."""
-    name, shape = weight.name, weight.shape
-    gated = need.shapes.family == "qwen2_5_vl" and weight.part == "image tower and projector" and ".mlp." in name
-    if not (need.kernels and gated and "blocks" in name and not need.shapes.trains_tower):
-        return weight.numel
-    inner = shape[1] if "down_proj" in name and len(shape) == 2 else shape[0]
-    width = -(-inner // ODD_WIDTH) * ODD_WIDTH
-    return weight.numel if "down_proj.bias" in name else weight.numel // inner * width
 
 
 def restored_bytes(need: Need, base_weights: BaseWeights) -> int:

@@ -9,16 +9,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vapr.batches.loader import PairLoader, open_loaders
 from vapr.batches.packing import PackedBatch, count_tokens, pack
 from vapr.batches.tokenize import TokenizedPair
 from vapr.config import Config
 from vapr.errors import UserError, reason_kind
+from vapr.families.processed_image import ProcessedImage
 from vapr.progress import Display
 
 LONGEST = 5
 LIMIT = 1000
 """Rows that are read where a data set has more, unless asked otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSizes:
+    """What of an image decides what it costs."""
+
+    pixels: tuple[int, ...]  # their shape
+    layout: tuple[int, ...] | None
+    num_tokens: int
+
+    @classmethod
+    def of(cls, image: ProcessedImage) -> "ImageSizes":
+        return cls(tuple(image.pixel_values.shape), image.layout, image.num_tokens)
+
+    def without_pixels(self) -> ProcessedImage:
+        """Return an image of these sizes whose pixels take no memory."""
+        return ProcessedImage(torch.empty(self.pixels, device="meta"), self.layout, self.num_tokens, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +51,7 @@ class PackSizes:
     lengths_q: tuple[int, ...]  # queries of each attention sequence
     lengths_k: tuple[int, ...]  # its keys
     last_lengths_q: tuple[int, ...]  # its queries in the last layer
-    layouts: tuple[tuple[int, ...] | None, ...]  # of its images
-    pixel_shapes: tuple[tuple[int, ...], ...]  # of their pixels
-    image_tokens: int  # of its distinct images
+    images: tuple[ImageSizes, ...]  # its distinct images
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "PackSizes":
@@ -44,9 +62,7 @@ class PackSizes:
             lengths_q=batch.attention.lengths_q,
             lengths_k=batch.attention.lengths_k,
             last_lengths_q=batch.last_queries.lengths,
-            layouts=tuple(image.layout for image in batch.images),
-            pixel_shapes=tuple(tuple(image.pixel_values.shape) for image in batch.images),
-            image_tokens=sum(image.num_tokens for image in batch.images),
+            images=tuple(ImageSizes.of(image) for image in batch.images),
         )
 
 

@@ -1,5 +1,6 @@
 """Measured rates of whole training steps, from bench/results: none is ever made up."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ def find_rate(gpu: Gpu | None, family: str, tuning: str, arm: str, tokens: float
     """Return the measured rate that is nearest to a run: of this GPU and tuning (``lora``, ``full``), the newest, of a
     step of about so many tokens.
 
-    Rows of another model serve, because the rate is in FLOP/s; those of its family come first. None: nothing was
-    measured on such a GPU, or there are no results here.
+    Rows of another model serve, because the rate is in FLOP/s; those whose name begins as its family's come first.
+    None: nothing was measured on such a GPU, or there are no results here.
     """
     if gpu is None:
         return None
@@ -45,12 +46,17 @@ def find_rate(gpu: Gpu | None, family: str, tuning: str, arm: str, tokens: float
         return None
     newest = max(row["time"][:10] for row in rows)
 
-    def distance(row: dict[str, Any]) -> tuple[bool, float, str]:
-        same = family.replace("_", ".", 1) in row["model"].replace("-", "_") or family.split("_")[0] in row["model"]
-        return not same, abs(row["tokens"] - tokens), "".join(chr(255 - ord(c)) for c in row["time"])
+    def distance(row: dict[str, Any]) -> tuple[int, float, str]:
+        both = zip(_letters(family), _letters(row["model"]), strict=False)
+        alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
+        return -alike, abs(row["tokens"] - tokens), "".join(chr(255 - ord(c)) for c in row["time"])
 
     row = min((row for row in rows if row["time"][:10] == newest), key=distance)
     return Rate(row["useful_tflops"] * 1e12, row)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name))
 
 
 def _is(gpu: Gpu, device: str) -> bool:

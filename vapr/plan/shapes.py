@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from vapr.batches.model_folder import find_model
 from vapr.config import PolicyConfig
 from vapr.errors import UserError, one_line
 from vapr.families import FAMILIES, family_name
+from vapr.model import patches
 from vapr.model import policy as policy_module
 from vapr.model.policy import lora_targets
 
@@ -29,6 +30,7 @@ class Weight:
     shape: tuple[int, ...]
     part: Part
     trained: bool  # changed itself, not through an adapter
+    padded: int  # values that it is stored in where kernels want the tower's frozen MLPs wider; see vapr.model.patches
     quantizable: bool  # of a frozen linear layer other than the head: what a base in nf4, fp8 or int8 stores as such
 
     @property
@@ -56,9 +58,11 @@ class Shapes:
     """A model and what a run trains of it."""
 
     config: Any  # of transformers
+    policy: PolicyConfig
     family: str
     weights: tuple[Weight, ...]
     linears: dict[str, Linear]  # by module name, all but the LM head
+    experts: dict[str, Linear]  # likewise: routers, and the experts that a token is sent to as one layer
     head: tuple[int, int]  # V, D
     head_trained: bool
     trains_language_model: bool
@@ -91,6 +95,7 @@ def read_shapes(policy: PolicyConfig) -> Shapes:
     """
     config = load_model_config(find_model(policy.model, policy.base).model)
     family = family_name(config)
+    trains_tower = policy.train.projector or policy.train.vision_tower
     base = build(config, policy, torch.device("meta"))
     trained = policy_module._freeze(base, policy, family)
     targets = set(lora_targets(base, policy, trained)) if policy.lora else set()
@@ -101,19 +106,25 @@ def read_shapes(policy: PolicyConfig) -> Shapes:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+    padded = {} if trains_tower else _padded(base)
     weights = tuple(
-        Weight(name, tuple(weight.shape), _part(name, family), name in own, name.removesuffix(".weight") in linears)
+        Weight(
+            name, tuple(weight.shape), _part(name, family), name in own, padded.get(weight, weight.numel()),
+            name.removesuffix(".weight") in linears,
+        )
         for name, weight in base.named_parameters()
-    )
+    )  # fmt: skip
     return Shapes(
         config=config,
+        policy=policy,
         family=family,
         weights=weights,
         linears=linears,
+        experts=_experts(weights, linears, config.get_text_config(), family),
         head=(head.out_features, head.in_features),
         head_trained=bool(head.weight.requires_grad),
         trains_language_model=policy.train.language_model,
-        trains_tower=policy.train.projector or policy.train.vision_tower,
+        trains_tower=trains_tower,
     )
 
 
@@ -148,7 +159,40 @@ def _rank(policy: PolicyConfig, adapted: bool) -> int:
     return policy.lora.rank if policy.lora is not None and adapted else 0
 
 
+def _experts(
+    weights: Sequence[Weight], linears: Mapping[str, Linear], text: Any, family: str
+) -> dict[str, Linear]:  # fmt: skip
+    """Find the matrices of decoder layers that are parameters by themselves: (O, D), or (experts, O, D)."""
+    found = {}
+    for weight in weights:
+        name = weight.name.removesuffix(".weight")
+        if len(weight.shape) > 1 and name not in linears and decoder_place(name, family) is not None:
+            *experts, outputs, inputs = weight.shape
+            chosen = text.num_experts_per_tok if experts else 1
+            found[name] = Linear(outputs * chosen, inputs, 0, weight.trained)
+    return found
+
+
+def _padded(base: Any) -> dict[nn.Parameter, int]:
+    """Return the numbers of values of those weights that kernels keep wider than they are."""
+    tower, found = getattr(base.model, "visual", None), {}
+    for mlp in [] if tower is None else patches.odd_mlps(tower):
+        inner = mlp.down_proj.in_features
+        for weight in (*mlp.gate_proj.parameters(), *mlp.up_proj.parameters(), mlp.down_proj.weight):
+            found[weight] = weight.numel() // inner * patches.padded_width(inner)
+    return found
+
+
+def decoder_place(name: str, family: str) -> tuple[int, str] | None:
+    """Return the number of the decoder layer that a module or parameter is in, and its name there; None: in none."""
+    layers = f"model.{FAMILIES[family].language_model}.layers."
+    if not name.startswith(layers):
+        return None
+    number, _, rest = name.removeprefix(layers).partition(".")
+    return int(number), rest
+
+
 def _part(name: str, family: str) -> Part:
     if FAMILIES[family].part_of(name) != "language_model":
         return "image tower and projector"
-    return "language model" if ".layers." in name else "embeddings and head"
+    return "embeddings and head" if decoder_place(name, family) is None else "language model"

@@ -239,8 +239,9 @@ def in_words(values: dict[str, Any]) -> str:
 class UsefulFlops:
     """Counts the FLOPs that steps need: neither what sharing saves nor what is computed twice.
 
-    Linear layers 2 FLOPs a weight and token, attention 4 E H for each (query, key) that attend, the head only on
-    predicted tokens; backward twice the forward, or once where only adapters are trained. The vision tower is left out.
+    Linear layers 2 FLOPs a weight and token (of experts, those that a token is sent to), attention 4 E H for each
+    (query, key) that attend, the head only on predicted tokens; backward twice the forward, or once where only adapters
+    are trained. The vision tower is left out.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -248,12 +249,15 @@ class UsefulFlops:
         layers = policy.decoder.layers
         shapes = {name: whole_shape(weight) for name, weight in layers.named_parameters()}
         weights = sum(shape.numel() for name, shape in shapes.items() if len(shape) == 2 and "lora_" not in name)
+        active = getattr(config, "num_experts_per_tok", 0)
+        weights += sum(shape.numel() // shape[0] * active for shape in shapes.values() if len(shape) == 3)
         weights += sum(q.in_features * q.out_features for q in layers.modules() if isinstance(q, QuantizedLinear))
         adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
         passes = 2 if policy.adapters is not None else 3
         self._a_token = 2.0 * (weights * passes + adapters * 3)
         self._a_prediction = 2.0 * passes * whole_shape(policy.head).numel()
-        self._a_key = 3.5 * 4.0 * config.num_hidden_layers * config.hidden_size
+        width = layers[0].self_attn.head_dim * config.num_attention_heads
+        self._a_key = 3.5 * 4.0 * config.num_hidden_layers * width
 
     def of(self, step: Step) -> float:
         """Count those of this process's packs."""
