@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from tests import tiled
+from vapr.batches.image_processor import pil_class
 from vapr.batches.packing import PackedBatch
 from vapr.batches.tokenize import TokenPath
 from vapr.families.processed_image import ProcessedImage, places
@@ -77,13 +78,13 @@ def _tile_processor(folder: Path, family: str) -> transformers.ProcessorMixin:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     settings = json.loads((folder / "processor_config.json").read_text())
     if family == "idefics3":
-        images = transformers.Idefics3ImageProcessorPil.from_pretrained(folder)
+        images = pil_class("Idefics3ImageProcessor").from_pretrained(folder)
         return transformers.Idefics3Processor(
             images, tokenizer, image_seq_len=settings["image_seq_len"], chat_template=tokenizer.chat_template
         )
     processor = transformers.SmolVLMProcessor.__new__(transformers.SmolVLMProcessor)
     processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    processor.image_processor = transformers.SmolVLMImageProcessorPil.from_pretrained(folder)
+    processor.image_processor = pil_class("SmolVLMImageProcessor").from_pretrained(folder)
     processor.video_processor = types.SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
     processor.image_seq_len = settings["image_seq_len"]
     processor.image_token, processor.video_token = "<image>", "<video>"

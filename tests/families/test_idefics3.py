@@ -103,3 +103,14 @@ def test_the_towers_dropout_is_off(changed):
     policy = policy_of(folder)
     batch = pack([processor_of(folder).tokenize_pair(pair_of(picture()))])
     assert torch.equal(logps_of(policy, batch), logps_of(policy, batch))
+
+
+def test_the_pil_class_serves_where_transformers_puts_it_away(tiny, family, monkeypatch):
+    """As 5.17 does without torchvision."""
+
+    def refuse(*arguments, **options):
+        raise ValueError("None of these classes could be imported. Missing optional dependencies: torchvision.")
+
+    expected = processor_of(tiny(family)).process_image(picture(112, 50))
+    monkeypatch.setattr("vapr.batches.image_processor.AutoImageProcessor.from_pretrained", refuse)
+    assert torch.equal(processor_of(tiny(family)).process_image(picture(112, 50)).pixel_values, expected.pixel_values)

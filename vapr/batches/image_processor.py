@@ -3,9 +3,11 @@
 Loaded by itself, because transformers cannot build Qwen's processor class where torchvision does not import.
 """
 
+import importlib
 from typing import Any
 
 import transformers
+from transformers.image_processing_base import ImageProcessingMixin
 
 # From its module: where torchvision does not import, transformers 5.17 puts an object that refuses in its place.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -42,12 +44,29 @@ def load_image_processor(model: str, family: str, backend: str) -> Any:
         options = FAMILIES[family].image_options
         return AutoImageProcessor.from_pretrained(model, backend=backend, trust_remote_code=False, **options)
     except ValueError as error:
+        named, _ = ImageProcessingMixin.get_image_processor_dict(model)
+        if backend == "pil" and named.get("image_processor_type") in PIL_CLASSES:
+            return pil_class(named["image_processor_type"]).from_pretrained(model)
         reason = one_line(error).split(". Should have")[0]
         raise UserError(
             f"{model}: transformers {transformers.__version__} does not load its image processor ({reason}); in "
             f"preprocessor_config.json set image_processor_type to {FAMILIES[family].image_processor}, or try another "
             "version of transformers"
         ) from None
+
+
+PIL_CLASSES = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
+"""Folders of the PIL classes that transformers 5.17 puts away where torchvision does not import.
+
+It does so because the name of torchvision's class stands in their docstrings. They need nothing of it.
+"""
+
+
+def pil_class(name: str) -> Any:
+    """Return the PIL class beside one of ``PIL_CLASSES``, from its module."""
+    folder = PIL_CLASSES[name]
+    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
+    return getattr(module, f"{name}Pil")
 
 
 def seen_box(image_processor: Any, width: int, height: int) -> tuple[int, int, int, int]:

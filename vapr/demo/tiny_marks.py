@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from vapr.batches.image_processor import pil_class
 from vapr.demo.byte_tokenizer import byte_level_tokenizer
 
 TILE_SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
@@ -62,9 +63,9 @@ def build_tiny_tiles(
     getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(folder)
     tokenizer.chat_template = begin + TILE_TEMPLATE
     tokenizer.save_pretrained(folder)
-    getattr(transformers, f"{kind}ImageProcessorPil")(
-        size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
-    ).save_pretrained(folder)
+    pil_class(f"{kind}ImageProcessor")(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}).save_pretrained(
+        folder
+    )
     write_settings(folder, f"{kind}Processor", image_seq_len=4)
 
 
