@@ -43,7 +43,7 @@ class WholeUnit:
     def prepare(self) -> None:
         """A new folder with the source scanned."""
         self._job = open_job(replace(self._start, folder=self._folder / uuid.uuid4().hex))
-        forget(self._editor.llm)
+        forget(self._editor.mix.models[0])
 
     def __call__(self) -> None:
         with Display("edit", self._job.num_turns, unit="answer") as display:

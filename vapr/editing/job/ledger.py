@@ -22,11 +22,15 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
     editor, manifests = job.editor, job.manifests()
     first_rounds = [manifest for manifest in manifests if manifest["round"] == 0]
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
-    reasons, categories = _count_reasons(manifests, newest), _count_categories(manifests, newest)
+    reasons, categories = _count_reasons(manifests, newest), _count_ends("categories", manifests, newest)
+    editors = _count_ends("editors", manifests, newest)
     polarity: Counts = defaultdict(Counter)
     tokens, decided_by = Counter[str](), Counter[str]()
+    candidates, points = Counter[str](), Counter[str]()
     for manifest in manifests:
         tokens.update(manifest["tokens"])
+        candidates.update(manifest.get("candidates", {}))  # an older version has not counted them
+        points.update(manifest.get("judge", {}))
         for source, counts in manifest["polarity"].items():
             polarity[source].update(counts)
     for manifest in first_rounds:
@@ -46,6 +50,9 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         "failed": dict(reasons["failed"].most_common()),
         "over_target": sum(manifest["over_target"] for manifest in newest.values()),
         "categories": {name: _with_rate(counts) for name, counts in sorted(categories.items())},
+        "editors": {name: _with_rate(counts) for name, counts in sorted(editors.items())},
+        "candidates": dict(candidates.most_common()) if job.config.ask.candidates > 1 else None,
+        "judge": {"model": job.config.ask.judge or editor["name"], **points} if job.config.ask.rubric else None,
         "polarity": {
             source: {said: counts[said] for said in ("rejected_yes", "rejected_no")}
             for source, counts in sorted(polarity.items())
@@ -80,15 +87,16 @@ def _count_reasons(manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]
     return reasons
 
 
-def _count_categories(manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]) -> Counts:
-    categories: Counts = defaultdict(Counter)
+def _count_ends(of: str, manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]) -> Counts:
+    """Count how turns have ended, by ``categories`` or ``editors``."""
+    ends: Counts = defaultdict(Counter)
     for manifest in manifests:
-        for name, counts in manifest["categories"].items():
+        for name, counts in manifest.get(of, {}).items():
             for status, count in counts.items():
                 counts_once = manifest["round"] == 0 if status == "turns" else _counts_here(status, manifest, newest)
                 if counts_once:
-                    categories[name][status] += count
-    return categories
+                    ends[name][status] += count
+    return ends
 
 
 def _with_rate(counts: Counter[str]) -> dict[str, Any]:

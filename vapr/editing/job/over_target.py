@@ -8,7 +8,7 @@ from typing import Any
 
 from vapr.data.pair import Edit
 from vapr.editing.draft.checks import Verdict
-from vapr.editing.draft.editor import Draft
+from vapr.editing.draft.draft import Draft
 from vapr.editing.draft.trades import Plan, Trade
 from vapr.editing.rules.categories import Categories, Value
 from vapr.editing.rules.turns import Turn
@@ -62,6 +62,7 @@ def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "checks": [[v.name, v.passed, v.value, v.note] for v in draft.verdicts],
         "why_wrong": draft.why,
         "asked": draft.plan.ask,
+        "model": draft.model,
         "trades": [
             {
                 **trade_row(trade),
@@ -116,7 +117,7 @@ def _draft(row: Mapping[str, Any], turn: Turn, categories: Categories, number: i
         draft.rejected, draft.why = kept["rejected"], kept["why_wrong"]
         draft.edits = [Edit(*edit) for edit in kept["edits"]]
         draft.verdicts = [Verdict(*verdict) for verdict in kept["checks"]]
-        draft.plan.ask = kept["asked"]
+        draft.plan.ask, draft.model = kept["asked"], kept.get("model")
         sets = {closed.name: closed for closed in category.values}
         for trade in kept["trades"]:
             start, text, closed = trade["start"], trade["value"], sets[trade["set"]]
