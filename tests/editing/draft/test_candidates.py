@@ -194,7 +194,7 @@ def test_of_equal_candidates_the_words_stay_in_balance():
     """One candidate of each answer is "rope", which would tell; the others differ."""
     others = ["belt", "bowl", "cane", "coin", "drum", "fork", "lamp", "leaf", "mask", "vase"]
     replies = [edit_to(word) for other in others for word in ("rope", other)]
-    drafts = edited(Model(edits=replies), [turn(n) for n in range(10)], "ask.candidates=2")
+    drafts = edited(Model(edits=list(replies)), [turn(n) for n in range(10)], "ask.candidates=2")
     assert max(Counter(draft.edits[0].to for draft in drafts).values()) == 1
     first = edited(Model(edits=replies[::2]), [turn(n) for n in range(10)])
     assert Counter(draft.edits[0].to for draft in first) == {"rope": 10}

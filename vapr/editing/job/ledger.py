@@ -24,6 +24,8 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
     reasons, categories = _count_reasons(manifests, newest), _count_ends("categories", manifests, newest)
     editors = _count_ends("editors", manifests, newest)
+    for name in editor.get("editors") or ():
+        editors.setdefault(name, Counter())  # one that has had no answer yet
     polarity: Counts = defaultdict(Counter)
     tokens, decided_by = Counter[str](), Counter[str]()
     candidates, points = Counter[str](), Counter[str]()
