@@ -27,7 +27,7 @@ def write_audit_report(path: Path, result: Result) -> None:
     sets: Mapping[str, Result] = result["sets"]
     part_tables = [
         (title, [(name, part_rows(one[key])) for name, one in sets.items() if one[key]])
-        for title, key in (("By category", "categories"), ("By source", "sources"))
+        for title, key in (("By category", "categories"), ("By source", "sources"), ("By editor", "editors"))
     ]
     heads, rows = figure_rows(sets)
     write_page(
