@@ -1,6 +1,7 @@
 """The user's own checks: a Python function in a process of its own, and regular expressions."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 from tests.editing.draft.test_reply_schema import EDIT, Says, turn
 from tests.editing.edit_command import assert_refused, edit, ledger_of, pairs_of, rejects_of, write
 from tests.editing.edit_command import row as cats
+from tests.editing.edit_jobs import SECONDS, in_a_process
 from vapr.data.pair import Edit
 from vapr.editing.config import CheckConfig, EditConfig
 from vapr.editing.draft import own_checks
@@ -90,7 +92,7 @@ NO_REASON = "instead of True, None, False or a reason"
     ids=lambda value: None if "\n" in value else value[:30],
 )  # fmt: skip
 def test_without_a_verdict(check, code, reason):
-    own = check(code, python_seconds=0.3)
+    own = check(code, python_seconds=0.3 if "no answer" in reason else 60)
     with pytest.raises(NoVerdict) as told:
         judged(own)
     assert str(told.value) == reason
@@ -199,8 +201,38 @@ def test_a_process_ends_with_what_it_has_started(check, tmp_path):
     )
     child = int(judged(own)[0][2])
     own.close()
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split(")")[1].split()[0] in "ZX"
+    wait_until(lambda: ended(child))
+
+
+def judge_and_hang(check: Path) -> None:
+    OwnChecks(CheckConfig(python=f"{check}:judge", python_seconds=3)).judge(
+        SOFA, "On the blue sofa.", EDITS, CATEGORIES["attribute"]
+    )
+
+
+def test_a_hanging_process_outlives_a_killed_job_by_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_checks, "GRACE_SECONDS", 0.1)
+    note, check = tmp_path / "pid", tmp_path / "check.py"
+    check.write_text(
+        f"import os\ndef judge(pair):\n    os.symlink(str(os.getpid()), {str(note)!r})\n    while True:\n        pass\n"
+    )
+    job = in_a_process(judge_and_hang, check)
+    wait_until(note.is_symlink)
+    job.kill()
+    job.join()
+    wait_until(lambda: ended(int(os.readlink(note))))
+
+
+def wait_until(happened) -> None:
+    end = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def ended(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().split(")")[1].split()[0] in "ZX"
 
 
 # In a job
@@ -248,12 +280,12 @@ def three_traps(folder: Path) -> Path:
 
 def test_a_job_outlives_its_check(folder, capsys):
     source = three_traps(folder)
-    settings = ("checks.python_seconds=0.3", f"checks.python={folder}/check.py:judge")
+    settings = ("checks.python_seconds=3", f"checks.python={folder}/check.py:judge")
     assert edit(source, *(part for setting in settings for part in ("--set", setting))) == (0, "")
     ends = {reject["source_id"]: (reject["status"], reject["reason"]) for reject in rejects_of(folder)}
     assert ends["c"] == ("rejected", "own check: not c")
     assert ends["e"] == ("failed", "own check without verdict: KeyError: 'e' (check.py line 5)")
-    assert ends["g"] == ("failed", "own check without verdict: no answer within 0.3 s")
+    assert ends["g"] == ("failed", "own check without verdict: no answer within 3 s")
     lost = [id for id, (status, _) in ends.items() if status == "partner_lost"]
     kept = [pair["provenance"]["source_id"] for pair in pairs_of(folder)]
     assert sorted([*"ceg", *lost, *kept]) == list("abcdefgh") and len(lost) <= 3

@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytest.importorskip("openai", reason="the openai package is not installed")
 
 from tests.editing.edit_command import assert_refused, edit, folder, ledger_of, pairs_of, row, talk, write
-from tests.editing.edit_jobs import CATEGORY, contents, killed, run_until, start_of
+from tests.editing.edit_jobs import CATEGORY, contents, killed, pairs_in, run_until, start_of
 from tests.fake_server import FakeServer, completion, obedient
+from vapr.cli import main
 from vapr.editing.config import EditConfig
 from vapr.editing.job.folder import CANDIDATES
 from vapr.editing.job.run import run
@@ -96,6 +98,41 @@ def test_what_was_not_chosen_is_kept_and_counted(fruits, serve):
     assert edit(*arguments(fruits), "--editor", server.url, "--out", fruits.parent / "one") == (0, "")
     assert not (fruits.parent / "one" / CANDIDATES).exists()
     assert json.loads((fruits.parent / "one" / "ledger.json").read_text())["candidates"] is None
+
+
+def test_an_explanation_shows_prompt_and_candidates(fruits, serve):
+    server = serve()
+    given = (*arguments(fruits, "ask.candidates=3"), "--editor", server.url)
+    assert edit(*given) == (0, "")
+    result = CliRunner().invoke(
+        main, ["edit", *map(str, given), "--out", str(fruits.parent / "out"), "--explain", "5", "--json"]
+    )
+    [answer] = json.loads(result.stdout)["answers"]
+    sent = [chat for chat in server.chats if "shelf 4" in json.dumps(chat["messages"])]
+    assert len(sent) == 3 and all(chat["messages"] == answer["prompt"] for chat in sent)
+    rows = [row for row in candidates_of(fruits.parent) if row["place"] == f"{fruits}:5"]
+    assert [(one["status"], one["raw"]) for one in answer["candidates"]] == [
+        (row["status"], row["raw"]) for row in rows
+    ]
+    assert answer["candidates"][0]["status"] == "chosen" and answer["reply"] == answer["candidates"][0]["raw"]
+    assert (answer["editor"], answer["status"], answer["attempts"]) == ("fake", "accepted", 1)
+
+
+def test_a_target_keeps_who_has_made_what(fruits, serve):
+    one, other = serve("one"), serve("other")
+    whole = (*arguments(fruits, several(one, other)), "--out", fruits.parent / "whole")
+    assert edit(*whole) == (0, "")
+    grown = arguments(fruits, several(one, other))
+    assert edit(*grown, "--target", "3") == (0, "") and edit(*grown) == (0, "")
+    made = [
+        {pair["id"]: pair["provenance"]["editor"] for pair in pairs_in(fruits.parent / name)}
+        for name in ("whole", "out")
+    ]
+    assert made[0] == made[1] and len(made[0]) == 12
+    assert (
+        ledger_of(fruits.parent)["editors"]
+        == json.loads((fruits.parent / "whole" / "ledger.json").read_text())["editors"]
+    )
 
 
 def test_a_killed_job_with_candidates_ends_with_the_same_bytes(fruits, serve):

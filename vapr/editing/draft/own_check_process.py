@@ -32,14 +32,14 @@ def main() -> None:
     function = None
     if settings["file"] is not None:
         sys.path[0] = str(Path(settings["file"]).parent)  # the user's modules, and not those beside this one
-        with _ending_itself(settings["load_seconds"]):
+        with _ending_itself(settings["load_seconds"] + settings["grace_seconds"]):
             function, problem = _load(settings["file"], settings["function"])
         if problem is not None:
             reply(problem=problem)
             return
     reply(ready=True)
     for line in pairs:
-        with _ending_itself(settings["seconds"]):
+        with _ending_itself(settings["seconds"] + settings["grace_seconds"]):
             result = _judge(json.loads(line), patterns, function, settings["file"])
         reply(**result)
 
@@ -47,7 +47,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _ending_itself(seconds: float) -> Iterator[None]:
     """Have the kernel end this process where code hangs and vapr, which ends it sooner, is gone."""
-    signal.setitimer(signal.ITIMER_REAL, seconds + 5)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
 

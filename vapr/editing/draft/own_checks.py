@@ -25,6 +25,8 @@ NO_VERDICT = "own check without verdict"
 PATTERN = "pattern"
 LOAD_SECONDS = 300.0
 """Longest time for the user's file to be imported: it may import torch."""
+GRACE_SECONDS = 5.0
+"""Time over after which the process ends itself: vapr, which would have ended it, is gone."""
 GIVE_UP_AFTER = 20
 """Pairs in a row that end the process or its time; what comes after them is not tried, or a job would wait for days."""
 
@@ -67,6 +69,7 @@ class OwnChecks:
             "patterns": config.patterns,
             "seconds": config.python_seconds,
             "load_seconds": LOAD_SECONDS,
+            "grace_seconds": GRACE_SECONDS,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
