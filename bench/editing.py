@@ -82,7 +82,8 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
     config = EditConfig.load(None, settings)
     start = Start(source=str(source), folder=folder, editor=options.model, config=config, cache=False)
     with open_editor(start) as editor:
-        known = Known(editor.llm)
+        llm = editor.mix.models[0]
+        known = Known(llm)
         alone = WholeUnit(start, Editor(config, editor.categories, known), folder)
         alone.prepare()
         alone()
@@ -93,15 +94,15 @@ def overhead(options: argparse.Namespace, folder: Path, images: list[str], keep:
         arms = {
             "vapr edit": WholeUnit(start, editor, folder),
             "vapr edit, replies kept": WholeUnitKept(start, editor, folder),
-            "vapr ask": Asking(editor.llm, known.requests),
-            "vLLM chat": Bare(editor.llm, known.requests), "vapr alone": alone,
+            "vapr ask": Asking(llm, known.requests),
+            "vLLM chat": Bare(llm, known.requests), "vapr alone": alone,
         }  # fmt: skip
         timings = measure(arms, rounds=options.rounds, warmup=1, device=torch.device("cpu"), clock=timed_alone)
         if len({arm.generated for arm in arms.values()}) > 1:
             raise RuntimeError(f"not the same work: { ({name: arm.generated for name, arm in arms.items()}) } tokens")
         for name, timing in timings.items():
             fields = {
-                "part": "overhead", "arm": name, "model": editor.llm.name, "engine": editor.llm.engine,
+                "part": "overhead", "arm": name, "model": llm.name, "engine": llm.engine,
                 "turns": options.turns, "generated_tokens": arms[name].generated, **timing.fields(),
                 "ms_per_turn": 1e3 * timing.p50 / options.turns,
             }  # fmt: skip

@@ -45,7 +45,7 @@ class WholeUnit:
     def prepare(self) -> None:
         """A new folder with the source scanned."""
         self._job = open_job(replace(self._start, folder=self._folder / uuid.uuid4().hex))
-        forget(self._editor.llm)
+        forget(self._editor.mix.models[0])
 
     def __call__(self) -> None:
         with Display("edit", self._job.num_turns, unit="answer") as display:
@@ -62,12 +62,12 @@ class WholeUnitKept(WholeUnit):
 
     def prepare(self) -> None:
         """Besides, a cache with nothing in it."""
-        without = self._without
+        without, llm = self._without, self._without.mix.models[0]
         cache = ReplyCache(str(self._folder / uuid.uuid4().hex))
-        kept = CachedModel(without.llm, cache, lambda llm: None)
+        kept = CachedModel(llm, cache, lambda llm: None)
         self._editor = Editor(without.config, without.categories, kept)
         super().prepare()
-        forget(without.llm)
+        forget(llm)
 
 
 class Known:

@@ -351,6 +351,17 @@ def test_categories_and_sources(picture_folder):
     assert "model" not in rare and one["model"] is None
 
 
+def test_editors(picture_folder):
+    rows = colour_rows(240, uniform)
+    for n, r in enumerate(rows):
+        r["provenance"] = {"editor": ("big", "small", " ", 7)[n % 4]}
+    rows[3]["provenance"] = "by hand"
+    one = audited(picture_folder, rows)
+    assert {name: part["pairs"] for name, part in one["editors"].items()} == {"(none)": 120, "big": 60, "small": 60}
+    assert one["editors"]["big"]["ngrams"]["accuracy"] is not None
+    assert audited(picture_folder, colour_rows(60, uniform))["editors"] == {}
+
+
 def test_where_a_row_is_from(picture_folder):
     bare = {"prompt": "What?", "chosen": "A.", "rejected": "B."}
     rows = [

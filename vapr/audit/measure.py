@@ -21,7 +21,7 @@ from vapr.text import STYLE_KEYS
 
 MAX_PAIRS = 20_000
 MAX_SHOWN = 40
-"""Categories, and sources, that get figures of their own: the largest."""
+"""Categories, sources and editors that get figures of their own: the largest."""
 
 LONG_ANSWER = 8
 """Words above which editing.md's bound on the edit distance holds; short answers are exempt."""
@@ -97,6 +97,7 @@ def _set_result(pairs: Pairs, table: PairTable, scores: Any, seed: int) -> dict[
             "histograms": _histograms(table),
             "categories": _parts(table, table.categories, figures),
             "sources": _parts(table, table.sources, figures),
+            "editors": _parts(table, table.editors, figures),
             "duplicates": _duplicates(pairs, table),
             "near_duplicates": _near_duplicates(pairs, table),
             "pictures": measure_pictures(pairs, table, seed),
@@ -231,7 +232,7 @@ def _by_size(labels: np.ndarray) -> list[tuple[str, int]]:
 
 
 def _num_parts(table: PairTable) -> int:
-    return 1 + sum(min(len(_by_size(labels)), MAX_SHOWN) for labels in (table.categories, table.sources))
+    return 1 + sum(min(len(_by_size(labels)), MAX_SHOWN) for labels in table.labels)
 
 
 def _duplicates(pairs: Pairs, table: PairTable) -> dict[str, Any]:

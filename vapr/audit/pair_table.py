@@ -20,7 +20,7 @@ SAYS = ("neither", "yes", "no")
 SOURCE_KEYS = ("source", "origin_dataset", "ds_name", "dataset")
 """Keys of a row that name where it is from, the first of them that holds text."""
 
-NO_CATEGORY = "(none)"
+NO_CATEGORY = NO_EDITOR = "(none)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,7 @@ class PairTable:
     missing_images: np.ndarray  # (P,) bool: the file of an image is not there
     categories: np.ndarray  # (P,) text
     sources: np.ndarray  # (P,) text
+    editors: np.ndarray  # (P,) text: who has made the rejected answer, where the row says so
     sampled: np.ndarray  # indices of the pairs that probes and models see, ascending
     texts: list[tuple[str, str]]  # chosen and rejected of the sampled ones
 
@@ -51,6 +52,11 @@ class PairTable:
     def lengths(self) -> np.ndarray:
         """Words of chosen and rejected, (P, 2) float64."""
         return self.style[:, :, STYLE_KEYS.index("words")].astype(float)
+
+    @property
+    def labels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The columns whose values get figures of their own."""
+        return self.categories, self.sources, self.editors
 
 
 def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
@@ -95,7 +101,7 @@ def read_table(pairs: Pairs, *, max_pairs: int, seed: int) -> PairTable:
     )  # fmt: skip
 
 
-TEXTS = ("categories", "sources")
+TEXTS = ("categories", "sources", "editors")
 COLUMNS = (
     "numbers", "characters", "distance", "polarity", "questions", "identities", "with_images",
     "with_other_images", "missing_images", *TEXTS,
@@ -139,6 +145,8 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
     images = [_image_key(image) for image in pair.images]
     other_images = [_image_key(image) for image in pair.rejected_images or ()]
     prompt = _prompt(pair)
+    row = pairs.raw(number)
+    row = row if isinstance(row, dict) else {}
     return {
         "numbers": number,
         "characters": (len(chosen), len(rejected)),
@@ -152,7 +160,8 @@ def _measure(pairs: Pairs, number: int, pair: PreferencePair, chosen: str, rejec
             isinstance(image, Path) and not image.is_file() for image in (*pair.images, *(pair.rejected_images or ()))
         ),
         "categories": _printable(pair.category or NO_CATEGORY),
-        "sources": _printable(_source(pairs, number, pair)),
+        "sources": _printable(_source(pairs, number, pair, row)),
+        "editors": _printable(_editor(row)),
     }
 
 
@@ -183,11 +192,9 @@ def _says(text: str) -> int:
     return SAYS.index(polarity(text) or "neither")
 
 
-def _source(pairs: Pairs, number: int, pair: PreferencePair) -> str:
+def _source(pairs: Pairs, number: int, pair: PreferencePair, row: dict[str, Any]) -> str:
     """Return where a row is from: what it says itself, else the first folder of its image's path, else its file."""
-    row = pairs.raw(number)
-    named = (row.get(key) for key in SOURCE_KEYS) if isinstance(row, dict) else ()
-    for name in named:
+    for name in (row.get(key) for key in SOURCE_KEYS):
         if isinstance(name, str) and name.strip():
             return name.strip()
     if pair.images and isinstance(pair.images[0], Path):
@@ -195,6 +202,13 @@ def _source(pairs: Pairs, number: int, pair: PreferencePair) -> str:
         if pair.images[0].is_relative_to(folder) and len(parts := pair.images[0].relative_to(folder).parts) > 1:
             return parts[0]
     return Path(pairs.where(number).rsplit(":", 1)[0]).name
+
+
+def _editor(row: dict[str, Any]) -> str:
+    """Return who has made the rejected answer, as the rows of ``vapr edit`` say it: a language model, or rules."""
+    provenance = row.get("provenance")
+    editor = provenance.get("editor") if isinstance(provenance, dict) else None
+    return editor if isinstance(editor, str) and editor.strip() else NO_EDITOR
 
 
 def _printable(label: str) -> str:

@@ -37,7 +37,8 @@ def show(result: Result) -> None:
             console.print(f"{name}: {line}", style="dim", markup=False)
     console.print(text_table(*figure_rows(sets, _with_status), gap=3))
     for name, one in sets.items():
-        for title, parts in (("category", one["categories"]), ("source", one["sources"])):
+        for title, key in (("category", "categories"), ("source", "sources"), ("editor", "editors")):
+            parts = one[key]
             if parts:
                 console.print(text_table(*part_rows(parts), title=f"{name}, by {title}"))
         if pictures := one["pictures"]:
@@ -169,7 +170,7 @@ def _nats(value: float | None) -> str:
 
 
 def part_rows(parts: Mapping[str, Result]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return column heads and rows of a table of categories or sources."""
+    """Return column heads and rows of a table of categories, sources or editors."""
     with_model = any("model" in part for part in parts.values())
     heads = PART_COLUMNS + (MODEL_COLUMNS if with_model else ())
     return heads, [_part_row(name, part, len(heads)) for name, part in parts.items()]

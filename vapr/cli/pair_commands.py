@@ -33,6 +33,9 @@ from vapr.errors import UserError
 @set_option
 @instruction_options
 @click.option("--limit", type=AT_LEAST_1, help="Try about so many rows and show them; nothing is written.")
+@click.option(
+    "--explain", metavar="ROW", help="Show what came of one row, or what would: its place (sft.jsonl:17 or 17) or id."
+)
 @click.option("--target", type=AT_LEAST_1, help="Stop at so many accepted pairs.")
 @click.option("--retry-failed", is_flag=True, help="Ask again for what failed in an earlier start.")
 @click.option(
@@ -53,8 +56,8 @@ from vapr.errors import UserError
 )  # fmt: skip
 @json_option
 def edit(
-    config: Path | None, overrides: tuple[str, ...], rows: dict[str, Any], limit: int | None, as_json: bool,
-    **options: Any,
+    config: Path | None, overrides: tuple[str, ...], rows: dict[str, Any], limit: int | None,
+    explain: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Make preference pairs of instruction data: the rejected answer is the true one with one targeted error.
 
@@ -62,12 +65,19 @@ def edit(
     train, audit and view take OUT. The same command goes on where a stopped one ended.
     """
     from vapr.editing.config import EditConfig
+    from vapr.editing.job import explain as explanation
     from vapr.editing.job import summary, trial
     from vapr.editing.job.run import run
     from vapr.editing.job.start import Start
 
     start = Start(config=EditConfig.load(config, overrides).with_source(**rows), **options)
     say = partial(click.echo, err=True)
+    if explain is not None:
+        if limit is not None:
+            raise UserError("--explain: shows one row, and --limit tries some; leave one of them out")
+        told = explanation.explain(start, explain)
+        click.echo(json.dumps(told, indent=2) if as_json else explanation.show(told, click.style))
+        return
     if limit is not None:
         tried = trial.trial(start, limit, say)
         click.echo(json.dumps(tried, indent=2) if as_json else trial.show(tried, start, click.style))

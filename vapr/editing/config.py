@@ -47,6 +47,15 @@ class SourceConfig:
         return self
 
 
+def _compiled(patterns: list[str], key: str) -> list[str]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r} is no regular expression ({error})") from None
+    return patterns
+
+
 BOOKS = r"\b(title|author|genre) of this book\b|\bwho (wrote|is the author of) this book\b"
 
 
@@ -76,12 +85,7 @@ class FilterConfig:
     @field_validator("skip_questions")
     @classmethod
     def _compile(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"filters.skip_questions: {pattern!r} is no regular expression ({error})") from None
-        return patterns
+        return _compiled(patterns, "filters.skip_questions")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -140,6 +144,23 @@ class AskConfig:
     """Times an edit is asked for; from the second on the prompt says what was wrong with the last."""
     max_tokens: WholeNumber = Field(default=512, ge=16)
     """Tokens of a reply that holds edits. A whole rewritten answer may have as many more as the answer is long."""
+    candidates: WholeNumber = Field(default=1, ge=1, le=16)
+    """Edits of an answer that are asked for each time, each sampled with its own seed; the best becomes the pair."""
+    rubric: str | None = Field(default=None, min_length=1)
+    """What makes one candidate better than another, in your words: a language model then gives each that passes 0 to
+    10 points. null: the candidate that best keeps words and lengths in balance over the shard."""
+    judge: str | None = Field(default=None, min_length=1)
+    """The model (as ``--editor`` names one) that holds candidates against ``rubric``; null: the editor itself."""
+
+    @model_validator(mode="after")
+    def _rank_what_differs(self) -> Self:
+        if self.candidates > 1 and self.temperature == 0:
+            raise ValueError("ask.candidates: at ask.temperature 0 all candidates of an answer are the same")
+        if self.rubric is not None and self.candidates == 1:
+            raise ValueError("ask.rubric ranks candidates, and ask.candidates is 1; ask for more")
+        if self.judge is not None and self.rubric is None:
+            raise ValueError("ask.judge needs ask.rubric: what it is to judge by")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -163,6 +184,25 @@ class CheckConfig:
     """Ask the editor, without the image: could both answers be true of one image? Those that could are refused."""
     verifier: str | None = None
     """A vision-language model (as ``--editor`` names one) that looks at the image: chosen true, rejected false."""
+    patterns: list[str] = Field(default=[])
+    """Regular expressions of your own, case ignored; rejected answers that one of them is found in are refused."""
+    python: str | None = None
+    """A check of your own, ``file.py:function``: it is given the pair as a dict, and returns True or None (passes),
+    False, or a text that says why the pair is refused."""
+    python_seconds: Number = Field(default=10.0, gt=0)
+    """Longest time that your own check and patterns may take for a pair."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _compile(cls, patterns: list[str]) -> list[str]:
+        return _compiled(patterns, "checks.patterns")
+
+    @field_validator("python")
+    @classmethod
+    def _name_a_function(cls, python: str | None) -> str | None:
+        if python is not None and not re.fullmatch(r".+\.py:[^\W\d]\w*", python):
+            raise ValueError(f"checks.python must be file.py:function, got '{python}'")
+        return python
 
     @field_validator("length_ratio", "hard_length_ratio")
     @classmethod
@@ -243,12 +283,15 @@ class EditConfig(ConfigFile):
         "{path}: {found}, but a config of vapr edit (YAML) is wanted here; docs/edit.md lists its keys, and the data "
         "is given by itself: vapr edit DATA --out DIR"
     )
-    NOT_KEYS: ClassVar = {"editor": "the editor is given on the command line, with --editor"}
+    NOT_KEYS: ClassVar = {"editor": "the editor is given on the command line, with --editor; several are 'editors'"}
 
     seed: WholeNumber = Field(default=0, ge=0, lt=2**31)
     """Seed of who swaps with whom and of the model's sampling."""
     turns_per_shard: WholeNumber = Field(default=5_000, ge=1, le=1_000_000)
     """Answers planned together, written together, and lost together when a job is killed."""
+    editors: dict[str, Number] | None = Field(default=None, min_length=2)
+    """Several models (each as ``--editor`` names one) in place of ``--editor``, with their weights: {A: 2, B: 1} has A
+    edit two of three answers. Which one an answer is given to follows from the answer and ``seed``."""
     source: SourceConfig = SourceConfig()
     filters: FilterConfig = FilterConfig()
     plan: PlanConfig = PlanConfig()
@@ -258,11 +301,28 @@ class EditConfig(ConfigFile):
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
 
+    @field_validator("editors")
+    @classmethod
+    def _weigh(cls, editors: dict[str, float] | None) -> dict[str, float] | None:
+        for name, weight in (editors or {}).items():
+            if not weight > 0:
+                raise ValueError(f"editors.{name}: a weight must be above 0, got {weight:g}")
+        return editors
+
     @model_validator(mode="after")
     def _ask_nobody_about_pictures(self) -> Self:
-        if self.picture is not None and (self.checks.blind or self.checks.verifier is not None):
-            key = "blind" if self.checks.blind else "verifier"
-            raise ValueError(f"checks.{key} judges edited answers, and with picture the answer stays; leave it out")
+        checks = self.checks
+        given = {
+            "editors": self.editors is not None,
+            "ask.candidates": self.ask.candidates > 1,
+            "checks.blind": checks.blind,
+            "checks.verifier": checks.verifier is not None,
+            "checks.patterns": bool(checks.patterns),
+            "checks.python": checks.python is not None,
+        }
+        if self.picture is not None and any(given.values()):
+            key = next(key for key, is_given in given.items() if is_given)
+            raise ValueError(f"{key} is about edited answers, and with picture the answer stays; leave it out")
         return self
 
     def with_source(self, **given: Any) -> Self:

@@ -27,7 +27,7 @@ def write_audit_report(path: Path, result: Result) -> None:
     sets: Mapping[str, Result] = result["sets"]
     part_tables = [
         (title, [(name, part_rows(one[key])) for name, one in sets.items() if one[key]])
-        for title, key in (("By category", "categories"), ("By source", "sources"))
+        for title, key in (("By category", "categories"), ("By source", "sources"), ("By editor", "editors"))
     ]
     pictures = [
         (name, kind_rows(one["pictures"]["kinds"])) for name, one in sets.items() if one["pictures"] is not None

@@ -13,7 +13,7 @@ COLOUR = "What color is the {}?"
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return Planner(load_categories(), lexicon(), None, "swap")
+    return Planner(load_categories(), lexicon(), "swap", has_model=False)
 
 
 def swapped(planner: Planner, *said: tuple[str, str, str], seed: str = "seed") -> dict[int, int]:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from vapr.editing.config import EditConfig, SourceConfig
-from vapr.editing.draft.editor import Draft, Editor
+from vapr.editing.draft.draft import Draft
+from vapr.editing.draft.editor import Editor
 from vapr.editing.draft.prompts import NONE
 from vapr.editing.draft.trades import PARTNER_LOST
 from vapr.editing.job.pair_rows import read_table

@@ -38,7 +38,7 @@ def turn(question: str, answer: str, *, source: str = "coco", number: int = 0, p
 
 def planned(*turns: tuple[str, str], model: str | None = None, balance: str = "swap", seed: str = "s", source="coco"):
     """Plans of questions and answers, traded."""
-    planner = Planner(CATEGORIES, NOUNS, model, balance)
+    planner = Planner(CATEGORIES, NOUNS, balance, has_model=model is not None)
     plans = [planner.by_rules(turn(q, a, number=n, source=source), n) for n, (q, a) in enumerate(turns)]
     planner.trade(plans, seed)
     return plans
@@ -120,7 +120,7 @@ def test_overlapping_near_synonyms_find_others():
     closed = ClosedSet(name="x", groups=[["a", "b", "c", "d"]], same=[["a", "b"], ["b", "c"], ["c", "d"]])
     category = Category(name="x", title="X", order=1, change="", keep="", values=[closed],
                         applies=[{"id": "all", "question": "."}])  # fmt: skip
-    planner = Planner(Categories([category]), NOUNS, None, "swap")
+    planner = Planner(Categories([category]), NOUNS, "swap", has_model=False)
     for names in (["a", "b", "c", "d"], ["a", "a", "b", "c", "d", "d"], ["b", "b", "c", "d", "a"]):
         plans = [planner.by_rules(turn("?", name, number=n), n) for n, name in enumerate(names)]
         planner.trade(plans, "s")
@@ -189,7 +189,7 @@ def test_uniform_takes_any_other_value():
 
 
 def test_yes_and_no_are_half_and_half_for_each_source():
-    planner = Planner(CATEGORIES, NOUNS, None, "swap")
+    planner = Planner(CATEGORIES, NOUNS, "swap", has_model=False)
     rows = [("gqa", "Yes")] * 30 + [("gqa", "No")] * 10 + [("coco", "No")] * 8 + [("coco", "Yes")] * 4
     plans = [planner.by_rules(turn("Is it?", a, source=s, number=n), n) for n, (s, a) in enumerate(rows)]
     planner.trade(plans, "s")
@@ -214,7 +214,7 @@ def test_a_model_is_asked_only_where_nothing_can_be_traded():
 
 def test_no_rule_fits():
     assert planned(("Tell me something.", "Gladly, madam."))[0].reason == NO_CATEGORY
-    waits = Planner(CATEGORIES, NOUNS, "m", "swap").by_rules(turn("Tell me something.", "Gladly, madam."), 0)
+    waits = Planner(CATEGORIES, NOUNS, "swap", has_model=True).by_rules(turn("Tell me something.", "Gladly, madam."), 0)
     assert (waits.category, waits.reason) == (None, None)
     by_value = planned(("Tell me about the dog.", "The dog wears a red hat."))[0]
     assert (by_value.category.name, by_value.decided_by) == ("attribute", "value:colours")

@@ -29,6 +29,8 @@ LEDGER = {
         "colour": {"turns": 4000, "accepted": 3000, "rejected": 900, "failed": 100, "accept_rate": 0.75},
         "count": {"turns": 2300, "accepted": 1242, "rejected": 858, "failed": 200, "accept_rate": 0.54},
     },
+    "editors": {"Qwen3-8B": {"turns": 6000, "accepted": 4200, "rejected": 1500, "failed": 300, "accept_rate": 0.7}},
+    "candidates": {"chosen": 4200, "not_chosen": 5013}, "judge": {"model": "Qwen3-8B", "replies": 8400, "no_points": 17},
     "polarity": {"llava.json": {"rejected_yes": 210, "rejected_no": 211}},
     "decided_by": {"rules": 6001, "model": 299},
     "tokens": {"prompt": 1234567, "cached": 1100000, "generated": 98765},
@@ -101,6 +103,7 @@ def test_the_figures_are_those_of_the_ledger(tmp_path):
         "failed: no JSON": "300", "prompt tokens": "1,234,567", "cached tokens": "1,100,000", "generated tokens": "98,765",
         "Qwen3-8B: replies asked for": "6,011", "Qwen3-8B: replies kept from before": "289", "Qwen3-8B: cost": "0.432",
         "seconds": "1,830", "accepted pairs a second": "2.32", "shards: total": "7", "shards: done": "7", "shards: redone": "1",
+        "candidates: chosen": "4,200", "candidates: not chosen": "5,013", "judge: replies": "8,400", "judge: no points": "17",
     }  # fmt: skip
     assert {name: values[0] for name, values in shown.items() if name in expected} == expected
     assert shown["colour"] == ["4,000", "3,000", "900", "100", "75.0%"]

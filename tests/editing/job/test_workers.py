@@ -57,9 +57,10 @@ def test_workers_on_one_folder_share_the_work(source, unbroken, count, out):
     assert_nothing_lost(start.folder)
 
 
-def test_workers_with_other_settings_begin_at_once_where_a_start_has_failed(source, unbroken, out):
-    with pytest.raises(UserError, match="checks.blind: the rules editor has no language model to ask"):
-        done(start_of(source, out, config=parse({"checks": {"blind": True}})))
+def test_workers_with_other_settings_begin_at_once_where_a_start_has_failed(source, unbroken, out, tmp_path):
+    (tmp_path / "check.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match="ModuleNotFoundError: No module named 'no_such_module'"):
+        done(start_of(source, out, config=parse({"checks": {"python": f"{tmp_path}/check.py:judge"}})))
     assert {file.name for file in out.iterdir()} == {"job.json", "scan.json", "turns.npy", "truths.npy", "leases"}
     start, barrier = start_of(source, out), FORK.Barrier(3)
     processes = [in_a_process(run_after, barrier, start) for _ in range(3)]

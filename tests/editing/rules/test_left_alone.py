@@ -10,7 +10,7 @@ from vapr.editing.rules.categories import load_categories
 from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.turns import Turn
 
-RULES = Planner(load_categories(), Nouns(), None, "swap")
+RULES = Planner(load_categories(), Nouns(), "swap", has_model=False)
 
 # question | answer | the value that may not be traded; without one, none may
 LEFT_ALONE = """

@@ -15,8 +15,10 @@ from vapr.cache import written_whole
 from vapr.data.images import as_rgb, image_size, read_image
 from vapr.editing.config import EditConfig, PictureConfig
 from vapr.editing.draft import prompts
+from vapr.editing.draft.asker import Tokens
 from vapr.editing.draft.checks import Verdict
-from vapr.editing.draft.editor import RULES, Draft, Picture, Tokens
+from vapr.editing.draft.draft import RULES, Draft, Picture
+from vapr.editing.draft.mix import Mix
 from vapr.editing.draft.picture_changes import Changed, blurred, cropped, masked
 from vapr.editing.draft.picture_swaps import Swaps
 from vapr.editing.draft.trades import Plan, Planner
@@ -25,7 +27,6 @@ from vapr.editing.rules.categories import Categories, Category
 from vapr.editing.rules.nouns import Nouns
 from vapr.editing.rules.turns import Turn
 from vapr.errors import UserError
-from vapr.llm.request import LanguageModel
 from vapr.progress import Display
 
 IMAGES = "images"
@@ -62,7 +63,7 @@ class PictureEditor:
         folder: of the job, for new pictures; None: they are made, and not kept.
     """
 
-    llm: LanguageModel | None = None
+    mix: Mix | None = None
 
     def __init__(self, config: EditConfig, categories: Categories, folder: Path | None) -> None:
         assert config.picture is not None
@@ -70,7 +71,7 @@ class PictureEditor:
         self._picture: PictureConfig = config.picture
         self._folder = folder
         self._nouns = Nouns(Path(config.checks.wordnet) if config.checks.wordnet else None)
-        self._planner = Planner(categories, self._nouns, None, "swap")
+        self._planner = Planner(categories, self._nouns, "swap", has_model=False)
         self._kinds = {kind: _category(kind, shown, order) for order, (kind, shown) in enumerate(KINDS.items())}
         self.categories = Categories(list(self._kinds.values()))
         self.identity = {

@@ -86,15 +86,15 @@ class Planner:
     Args:
         categories: of the job.
         nouns: for noun classes.
-        model: name of the language model that writes what rules cannot; None: there is none.
         balance: ``swap`` or ``uniform``, see :class:`vapr.editing.config.PlanConfig`.
+        has_model: a language model writes what rules cannot.
     """
 
-    def __init__(self, categories: Categories, nouns: Nouns, model: str | None, balance: str) -> None:
+    def __init__(self, categories: Categories, nouns: Nouns, balance: str, *, has_model: bool) -> None:
         self.categories = categories
         self.nouns = nouns
-        self.model = model
         self.balance = balance
+        self.has_model = has_model
 
     def by_rules(self, turn: Turn, number: int) -> Plan:
         """Return the plan of a turn as far as rules decide it; one without category or reason waits for a label."""
@@ -104,11 +104,11 @@ class Planner:
         first = None
         for category, rule in fitting:
             plan = self._plan(turn, number, category, rule)
-            if plan.offers or self.model is not None:
+            if plan.offers or self.has_model:
                 plan.others = self._others(turn, number, {category.name}, fitting)
                 return plan
             first = first or plan
-        if first is not None or self.model is not None:
+        if first is not None or self.has_model:
             return first or Plan()
         possible = list(self._with_values(turn, number, set()))
         if not possible:
@@ -117,9 +117,8 @@ class Planner:
         chosen.others = (plan for plan in possible if plan is not chosen)
         return chosen
 
-    def labelled(self, turn: Turn, number: int, name: str | None) -> Plan:
-        """Return the plan of a turn that the language model has put into a category."""
-        decided_by = f"model {self.model}"
+    def labelled(self, turn: Turn, number: int, name: str | None, decided_by: str) -> Plan:
+        """Return the plan of a turn that the language model ``decided_by`` has put into a category."""
         if name is None:
             return Plan(decided_by=decided_by, reason=NO_CATEGORY)
         plan = self._plan(turn, number, self.categories[name], decided_by)
@@ -134,9 +133,9 @@ class Planner:
             return plan
         if "polarity" not in category.checks:
             plan.offers = []  # a model that has to write a yes or no is told which, so that they trade all the same
-        elif not offers and self.model is not None:
+        elif not offers and self.has_model:
             plan.ask, plan.reason = False, NEITHER
-        if self.model is None:
+        if not self.has_model:
             plan.reason = f"{NEEDS_MODEL}: {why_not or FEW_VALUES}"
         return plan
 
@@ -185,7 +184,7 @@ class Planner:
         value = Value(closed, *start.span("word"), start["word"], closed.members[start["word"].lower()])
         operations: list[Operation] = []  # known: yes or no; how to say it is the model's
         if reason := why_not(turn, value):
-            if self.model is None:
+            if not self.has_model:
                 return [], reason
         else:
             operations = flip(turn.answer) or []

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from vapr.editing.config import EditConfig
 from vapr.editing.job.json_files import write_json, write_json_once
 from vapr.editing.job.leases import Lease, any_held, take
 from vapr.editing.job.scan import SCAN, TRUTHS, TURNS
@@ -13,9 +14,12 @@ from vapr.errors import UserError
 JOB, EDITOR, SHARDS, LEASES = "job.json", "editor.json", "shards", "leases"
 AT_WORK = "at-work"
 WAIT_SECONDS = 1.0
+OF_A_START = ("engine", "editors")
+"""Keys of the config that a job's settings leave out: how models are run, and editors, whose servers may move."""
 HASHES = {
     "source.digest": "the rows of the source have changed",
     "prompts": "prompts or categories have changed",
+    "own_check": "the file of checks.python has changed",
 }
 """Settings that are hashes, with what a difference means to a user."""
 
@@ -57,10 +61,24 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> Lease:
 
 
 def _other_settings(folder: Path, described: dict[str, Any]) -> str | None:
-    for key, ours, theirs in differences(described, write_json_once(folder / JOB, described)):
+    found = write_json_once(folder / JOB, described)
+    if isinstance(found.get("config"), dict):  # of an older version, which did what a newer key's default says
+        found["config"] = _completed(found["config"], EditConfig().as_dict())
+    for key, ours, theirs in differences(described, found):
         if key not in ("vapr", "source.path"):  # the digest says whether the rows are the same
             return HASHES.get(key, f"{key} is {theirs}, not {ours}")
     return None
+
+
+def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the defaults of the keys that it lacks."""
+    lacking = {key: value for key, value in defaults.items() if key not in config and key not in OF_A_START}
+    deeper = {
+        key: _completed(value, defaults[key])
+        for key, value in config.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    }
+    return {**config, **lacking, **deeper}
 
 
 def _is_untouched(folder: Path) -> bool:

@@ -14,7 +14,7 @@ import pydantic
 from vapr import __version__
 from vapr.data.review_verdicts import read_verdicts
 from vapr.editing.config import EditConfig
-from vapr.editing.job.claim import EDITOR, LEASES, SHARDS, WAIT_SECONDS, claim_folder, differences
+from vapr.editing.job.claim import EDITOR, LEASES, OF_A_START, SHARDS, WAIT_SECONDS, claim_folder, differences
 from vapr.editing.job.identities import IDENTITIES, Identities
 from vapr.editing.job.json_files import read_json, write_json, write_json_once
 from vapr.editing.job.leases import take
@@ -23,7 +23,7 @@ from vapr.editing.job.scan import READ_AGAIN, SCAN, TURNS, Scan, Truths, read_ar
 from vapr.editing.rules.turns import InstructionData, Turn
 from vapr.errors import BadRow, UserError
 
-PAIRS, REJECTS, PLANS = "pairs", "rejects", "plans"
+PAIRS, REJECTS, PLANS, CANDIDATES = "pairs", "rejects", "plans", "candidates"
 VERDICTS = "verdicts.jsonl"
 RETRIED = ("failed", "over_target", "partner_lost")
 """How turns have ended that a later round goes through: it plans anew what had failed, with what was lost with it."""
@@ -69,6 +69,9 @@ class Manifest:
     files: dict[str, str]  # sha256 of each
     models: dict[str, dict[str, int]] = field(default_factory=dict)  # what each has cost
     reviewed: dict[str, str] = field(default_factory=dict)  # sha256 of parts that a review may have left so
+    editors: dict[str, dict[str, int]] = field(default_factory=dict)  # how what each has edited has ended
+    candidates: dict[str, int] = field(default_factory=dict)  # how they have ended
+    judge: dict[str, int] = field(default_factory=dict)  # replies, and those without points
 
 
 @dataclass
@@ -81,6 +84,7 @@ class EditedBy:
     prompt_hash: str
     seed: int
     temperature: float | None
+    editors: dict[str, dict[str, Any]] | None = None  # of several: weight, revision, engine of each
 
 
 MANIFEST_SHAPE = pydantic.TypeAdapter(Manifest)
@@ -110,7 +114,7 @@ class Job:
             "vapr": __version__,
             "source": {"path": source, "digest": self.data.digest, "rows": len(self.data)},
             **identity,
-            "config": {key: value for key, value in config.as_dict().items() if key != "engine"},
+            "config": {key: value for key, value in config.as_dict().items() if key not in OF_A_START},
         }
         self.described = json.loads(json.dumps(described))
         with contextlib.ExitStack() as stack:
@@ -133,7 +137,7 @@ class Job:
         """
         write_json_once(self.folder / EDITOR, editor)
         for key, ours, theirs in differences(dict(editor), self.editor):
-            if key not in ("engine", "num_gpus"):
+            if key.rpartition(".")[2] not in ("engine", "num_gpus"):
                 raise UserError(f"{self.folder}: was begun with another editor: {key} is {theirs}, not {ours}")
 
     @property
@@ -294,7 +298,7 @@ class Job:
         Where a deleted manifest has the shard made again, its later rounds go too, for they went through what this one
         had left; manifests first.
         """
-        for folder in (SHARDS, PAIRS, REJECTS, PLANS, IDENTITIES):
+        for folder in (SHARDS, PAIRS, REJECTS, PLANS, CANDIDATES, IDENTITIES):
             for file in (self.folder / folder).glob(f"*{unit.shard:05d}*"):
                 found = Unit.of_file(file)
                 if found is not None and found.shard == unit.shard and found.round >= unit.round:

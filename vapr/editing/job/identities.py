@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vapr.cache import written_whole
-from vapr.editing.draft.editor import Draft
+from vapr.editing.draft.draft import Draft
 from vapr.editing.job.claim import SHARDS
 from vapr.editing.job.pair_rows import digest_of
 from vapr.errors import UserError, one_line

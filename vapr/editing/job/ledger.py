@@ -23,14 +23,20 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
     editor, manifests, prices = job.editor, job.manifests(), job.config.engine.prices
     first_rounds = [manifest for manifest in manifests if manifest["round"] == 0]
     newest = {manifest["shard"]: manifest for manifest in manifests}  # sorted by round, so the last one stays
-    reasons, categories = _count_reasons(manifests, newest), _count_categories(manifests, newest)
+    reasons, categories = _count_reasons(manifests, newest), _count_ends("categories", manifests, newest)
+    editors = _count_ends("editors", manifests, newest)
+    for name in editor.get("editors") or ():
+        editors.setdefault(name, Counter())  # one that has had no answer yet
     polarity: Counts = defaultdict(Counter)
     tokens, decided_by = Counter[str](), Counter[str]()
     models: Counts = defaultdict(Counter)
+    candidates, points = Counter[str](), Counter[str]()
     for manifest in manifests:
         tokens.update(manifest["tokens"])
         for name, counts in manifest.get("models", {}).items():  # an older version has not told them apart
             models[name].update(counts)
+        candidates.update(manifest.get("candidates", {}))
+        points.update(manifest.get("judge", {}))
         for source, counts in manifest["polarity"].items():
             polarity[source].update(counts)
     for manifest in first_rounds:
@@ -50,6 +56,9 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         "failed": dict(reasons["failed"].most_common()),
         "over_target": sum(manifest["over_target"] for manifest in newest.values()),
         "categories": {name: _with_rate(counts) for name, counts in sorted(categories.items())},
+        "editors": {name: _with_rate(counts) for name, counts in sorted(editors.items())},
+        "candidates": dict(candidates.most_common()) if job.config.ask.candidates > 1 else None,
+        "judge": {"model": job.config.ask.judge or editor["name"], **points} if job.config.ask.rubric else None,
         "polarity": {
             source: {said: counts[said] for said in ("rejected_yes", "rejected_no")}
             for source, counts in sorted(polarity.items())
@@ -86,15 +95,16 @@ def _count_reasons(manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]
     return reasons
 
 
-def _count_categories(manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]) -> Counts:
-    categories: Counts = defaultdict(Counter)
+def _count_ends(of: str, manifests: Manifests, newest: Mapping[int, Mapping[str, Any]]) -> Counts:
+    """Count how turns have ended, by ``categories`` or ``editors``."""
+    ends: Counts = defaultdict(Counter)
     for manifest in manifests:
-        for name, counts in manifest["categories"].items():
+        for name, counts in manifest.get(of, {}).items():
             for status, count in counts.items():
                 counts_once = manifest["round"] == 0 if status == "turns" else _counts_here(status, manifest, newest)
                 if counts_once:
-                    categories[name][status] += count
-    return categories
+                    ends[name][status] += count
+    return ends
 
 
 def _with_rate(counts: Counter[str]) -> dict[str, Any]:

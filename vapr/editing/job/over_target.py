@@ -9,7 +9,7 @@ from typing import Any
 
 from vapr.data.pair import Edit
 from vapr.editing.draft.checks import Verdict
-from vapr.editing.draft.editor import Draft, Picture
+from vapr.editing.draft.draft import Draft, Picture
 from vapr.editing.draft.trades import Plan, Trade
 from vapr.editing.rules.categories import Categories, Value
 from vapr.editing.rules.turns import Turn
@@ -63,6 +63,7 @@ def saved_draft(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "checks": [[v.name, v.passed, v.value, v.note] for v in draft.verdicts],
         "why_wrong": draft.why,
         "asked": draft.plan.ask,
+        "model": draft.model,
         "picture": None if draft.picture is None else _saved_picture(draft.picture),
         "trades": [
             {
@@ -122,7 +123,7 @@ def _draft(row: Mapping[str, Any], turn: Turn, categories: Categories, number: i
         draft.rejected, draft.why = kept["rejected"], kept["why_wrong"]
         draft.edits = [Edit(*edit) for edit in kept["edits"]]
         draft.verdicts = [Verdict(*verdict) for verdict in kept["checks"]]
-        draft.plan.ask = kept["asked"]
+        draft.plan.ask, draft.model = kept["asked"], kept.get("model")
         if picture := kept.get("picture"):
             draft.picture = Picture(tuple(map(Path, picture["images"])), picture["plan"])
         sets = {closed.name: closed for closed in category.values}

@@ -10,7 +10,8 @@ from typing import Any
 
 from vapr.cache import written_whole
 from vapr.data.pair import Message
-from vapr.editing.draft.editor import RULES, Draft
+from vapr.editing.draft.draft import RULES, Draft
+from vapr.editing.draft.mix import identity_of
 from vapr.editing.job.over_target import saved_draft, trade_row
 from vapr.editing.rules.turns import Turn
 from vapr.errors import UserError, one_line
@@ -18,7 +19,7 @@ from vapr.errors import UserError, one_line
 
 def pair_id(draft: Draft, editor: Mapping[str, Any]) -> str:
     """Return the id of a pair: the source's id, the number of the answer, and a hash of row, plan and editor."""
-    plan = draft.plan
+    plan, editor = draft.plan, identity_of(editor, draft.model)
     content: list[Any] = [draft.turn.digest(), plan.category.name if plan.category else None, plan.must_begin]
     if plan.ask:
         content += [editor["name"], editor["revision"], editor["prompt_hash"]]
@@ -33,6 +34,7 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
     """Return an accepted draft as a row of vapr's own shape, with checks, source, licence and provenance."""
     turn, plan = draft.turn, draft.plan
     assert draft.rejected is not None
+    editor = identity_of(editor, draft.model)
     who = {key: editor[key] if plan.ask else None for key in ("revision", "engine")}
     return {
         "id": pair_id(draft, editor),
@@ -55,6 +57,7 @@ def pair_row(draft: Draft, editor: Mapping[str, Any], folder: Path) -> dict[str,
             "seed": editor["seed"],
             "decided_by": plan.decided_by,
             "attempts": draft.attempts,
+            "refused": draft.refused,
             "raw": draft.raw,
             "why_wrong": draft.why,
             "source_id": turn.source_id,
@@ -113,11 +116,30 @@ def reject_row(draft: Draft, drafts: Sequence[Draft]) -> dict[str, Any]:
         "decided_by": draft.plan.decided_by,
         "question": draft.turn.question,
         "answer": draft.turn.answer,
+        "editor": draft.editor,
         "attempts": draft.attempts,
         "refused": draft.refused,
         "raw": draft.raw,
+        "checks": [{"name": v.name, "passed": v.passed, "value": v.value, "note": v.note} for v in draft.verdicts],
         "as_it_was": saved_draft(draft, drafts) if draft.status == "over_target" else None,
     }
+
+
+def candidate_rows(draft: Draft) -> list[dict[str, Any]]:
+    """Return every edit that was asked for a turn, the chosen one first, and why the others were not."""
+    ranked = sorted(draft.candidates, key=lambda candidate: candidate.status != "chosen")
+    return [
+        {
+            **_place(draft.turn),
+            "editor": one.model,
+            "attempt": one.attempts,
+            "status": one.status,
+            "reason": one.reason,
+            "points": one.score,
+            "raw": one.raw,
+        }
+        for one in ranked
+    ]
 
 
 def _place(turn: Turn) -> dict[str, Any]:
@@ -198,8 +220,8 @@ def _schema(pa: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
     messages = pa.list_(pa.struct({"role": text, "content": pa.list_(part)}))
     provenance = {
         "editor": text, "revision": text, "engine": text, "prompt_hash": text, "seed": number, "decided_by": text,
-        "attempts": number, "raw": text, "why_wrong": pa.list_(text), "source_id": text, "place": text, "turn": number,
-        "plan": text,
+        "attempts": number, "refused": pa.list_(text), "raw": text, "why_wrong": pa.list_(text),
+        "source_id": text, "place": text, "turn": number, "plan": text,
     }  # fmt: skip
     images = pa.list_(pa.struct({"bytes": pa.binary(), "path": text}))
     return pa.schema({

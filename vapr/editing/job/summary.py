@@ -7,12 +7,15 @@ from typing import Any
 
 from vapr.data.pairs import columns_told
 from vapr.editing.draft import editor, picture_editor, trades
+from vapr.editing.draft.own_checks import NO_VERDICT, OWN_CHECK, PATTERN
 from vapr.editing.job.worker import DROPPED
 from vapr.editing.rules import boxes
 from vapr.llm.request import CUT_OFF
 
 CROPPED = "LLaVA-1.5 sees the middle square of a picture (of 640 x 480, columns 80 to 559): mind the spatial pairs"
 ANOTHER_EDITOR = "another --editor, or more ask.attempts"
+NO_POINTS = "way out: another ask.judge; without points a candidate ranks last"
+OWN = "mend the function of checks.python, then another --out"
 WAYS_OUT = {
     trades.NO_PARTNER: "more rows, or plan.balance=uniform",
     trades.PARTNER_LOST: "more rows, or --retry-failed where its other half failed",
@@ -28,6 +31,10 @@ WAYS_OUT = {
     "style: ": "checks.style=false, or another --editor",
     "blind check: ": "checks.blind=false, or another --editor",
     "verifier: ": "another checks.verifier",
+    f"{NO_VERDICT}: no answer within": f"a higher checks.python_seconds, or {OWN}",
+    NO_VERDICT: OWN,
+    f"{OWN_CHECK}: ": "checks.python, or another --editor",
+    f"{PATTERN}: ": "checks.patterns, or another --editor",
     CUT_OFF: "a higher ask.max_tokens, or another --editor",
     "prompt has": "a higher engine.max_model_len",
     picture_editor.NO_OTHER: "more rows, or mask, blur or crop in picture.change",
@@ -83,6 +90,17 @@ def show(result: Mapping[str, Any]) -> str:
             lines.append(_line("", f"{name:<14}{share}"))
     if result["categories"].get("spatial", {}).get("accepted"):
         lines.append(_line("", CROPPED))
+    if len(result["editors"]) > 1:
+        for number, (name, counts) in enumerate(result["editors"].items()):
+            share = f"{counts['accepted']:,} of {counts['turns']:,} accepted"
+            lines.append(_line("" if number else "editors", f"{name}: {share}"))
+    if result["candidates"] is not None:
+        ends = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in result["candidates"].items())
+        lines.append(_line("candidates", f"{sum(result['candidates'].values()):,}: {ends}"))
+    if result["judge"] is not None and (prose := result["judge"].get("no_points")):
+        lines.append(
+            _line("judge", f"{prose:,} of {result['judge']['replies']:,} replies hold no points [{NO_POINTS}]")
+        )
     for kind in ("rejected", "failed"):
         lines += list_reasons(kind, result[kind])
     if result["over_target"]:

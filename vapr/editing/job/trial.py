@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vapr.data.pair import Edit
-from vapr.editing.draft.editor import Draft
+from vapr.editing.draft.draft import Draft
 from vapr.editing.job.scan import DUPLICATE, RowReader, unreadable_images
-from vapr.editing.job.start import Start, open_editor
+from vapr.editing.job.start import Start, check_model_names, open_editor
 from vapr.editing.job.summary import list_commands, list_reasons
 from vapr.editing.job.worker import batches_under_way
 from vapr.editing.rules.turns import InstructionData, Turn
@@ -36,6 +36,7 @@ def trial(start: Start, limit: int, say: Callable[[str], None]) -> dict[str, Any
     """
     if given := [name for name in ("target", "retry_failed", "ray", "verdicts", "push_to") if getattr(start, name)]:
         raise UserError(f"--limit: a trial has no --{given[0].replace('_', '-')}; leave one of them out")
+    check_model_names(start)
     with stopped_at_once(lambda: "a trial keeps nothing"):
         data = InstructionData(start.source, start.config.source)
         rows = sorted(random.Random(start.config.seed).sample(range(len(data)), min(limit, len(data))))
@@ -94,6 +95,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "category": plan.category.name if plan.category else None,
         "decided_by": plan.decided_by,
         "editor": "model" if plan.ask else "rules",
+        "model": draft.model if plan.ask else None,
         "question": draft.turn.question,
         "chosen": draft.turn.answer,
         "rejected": draft.rejected,
@@ -101,6 +103,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "edits": [[edit.start, edit.end, edit.to] for edit in draft.edits],
         "status": draft.status,
         "reason": draft.reason,
+        "candidates": [[candidate.status, candidate.raw] for candidate in draft.candidates],
     }
 
 

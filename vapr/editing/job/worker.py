@@ -7,14 +7,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vapr.editing.draft.editor import Draft, Editor, Tokens
+from vapr.editing.draft.asker import Tokens
+from vapr.editing.draft.draft import Draft
+from vapr.editing.draft.editor import Editor
+from vapr.editing.draft.judges import JUDGE
 from vapr.editing.draft.picture_editor import PictureEditor
 from vapr.editing.job.claim import LEASES, WAIT_SECONDS
-from vapr.editing.job.folder import PAIRS, PLANS, REJECTS, RETRIED, Job, Unit
+from vapr.editing.job.folder import CANDIDATES, PAIRS, PLANS, REJECTS, RETRIED, Job, Unit
 from vapr.editing.job.identities import IDENTITIES, write_identities
 from vapr.editing.job.leases import Lease, take
 from vapr.editing.job.over_target import cut_to, restore_drafts
-from vapr.editing.job.pair_rows import pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
+from vapr.editing.job.pair_rows import candidate_rows, pair_id, pair_row, plan_row, reject_row, write_lines, write_pairs
 from vapr.editing.job.start import Start
 from vapr.editing.rules.turns import Turn
 from vapr.errors import reason_kind
@@ -98,7 +101,7 @@ class Worker:
                 "tokens": _total(tokens),
                 "models": {name: dataclasses.asdict(of_model) for name, of_model in tokens.items()},
                 "seconds": round(time.monotonic() - began, 3),
-                "num_gpus": self.editor.llm.num_gpus if self.editor.llm is not None else 0,
+                "num_gpus": self.editor.mix.num_gpus if self.editor.mix is not None else 0,
                 "times_taken": lease.times_taken,
                 "files": files,
             })  # fmt: skip
@@ -142,7 +145,10 @@ class Worker:
         folder, files = self.job.folder, {}
         rejects = [reject_row(draft, drafts) for draft in drafts if draft.status != "accepted"]
         plans = [plan_row(draft, drafts) for draft in drafts if not draft.restored]
-        for kind, rows in ((REJECTS, rejects), (PLANS, plans)):
+        kinds = {REJECTS: rejects, PLANS: plans}
+        if self.job.config.ask.candidates > 1:
+            kinds[CANDIDATES] = [row for draft in drafts for row in candidate_rows(draft)]
+        for kind, rows in kinds.items():
             name = f"{kind}/part-{unit.name}.jsonl"
             files[name] = write_lines(folder / name, rows)
         pairs = [pair_row(draft, self.editor.identity, folder) for draft in drafts if draft.status == "accepted"]
@@ -171,7 +177,10 @@ def _counts(drafts: Sequence[Draft]) -> dict[str, Any]:
     categories: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     polarities: dict[str, Counter[str]] = defaultdict(Counter)
+    editors: dict[str, Counter[str]] = defaultdict(Counter)
     for draft in drafts:
+        if draft.editor is not None:
+            editors[draft.editor].update(["turns", draft.status])
         name = draft.plan.category.name if draft.plan.category else "none"
         categories[name].update(["turns", draft.status])
         if draft.reason is not None:
@@ -181,6 +190,8 @@ def _counts(drafts: Sequence[Draft]) -> dict[str, Any]:
             if said and {said, polarity(draft.turn.answer)} == {"yes", "no"}:
                 polarities[draft.turn.source][f"rejected_{said}"] += 1
     statuses = Counter(draft.status for draft in drafts)
+    candidates = [candidate for draft in drafts for candidate in draft.candidates]
+    points = [verdict for candidate in candidates for verdict in candidate.verdicts if verdict.name == JUDGE]
     return {
         "turns": len(drafts),
         "accepted": statuses["accepted"],
@@ -192,4 +203,7 @@ def _counts(drafts: Sequence[Draft]) -> dict[str, Any]:
         "decided_by": dict(
             Counter("model" if draft.plan.decided_by.startswith("model ") else "rules" for draft in drafts)
         ),
+        "editors": {name: dict(counts) for name, counts in sorted(editors.items())},
+        "candidates": dict(Counter(candidate.status for candidate in candidates).most_common()),
+        "judge": {"replies": len(points), "no_points": sum(verdict.value is None for verdict in points)},
     }
