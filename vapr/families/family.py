@@ -74,6 +74,9 @@ class Family:
     position_axes: int = 1
     """Rows of rotary positions: 1, or 3 for time, height and width."""
 
+    original_format: bool = True
+    """Whether transformers, when it saves a model, undoes what it changed of its weights when it loaded them."""
+
     @property
     def model_class(self) -> Any:
         """Return the class of transformers."""
