@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -37,6 +38,7 @@ from vapr.model.image_features import ImageFeatures
 from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import hidden_states, image_features, load_policy
 from vapr.training import trainer
+from vapr.training.checkpoint import save_model
 from vapr.training.export import export
 
 CPU = torch.device("cpu")
@@ -290,3 +292,17 @@ def test_a_spare_image_changes_nothing(family, tiny, photo_pairs):
     assert torch.equal(out, hidden_states(policy, batch))
     out.sum().backward()
     assert all(float(p.grad.abs().max()) == 0.0 for p in policy.trained_parameters().values())
+
+
+def test_experts_are_saved_as_they_are_where_parameters_were_emptied(tiny, tmp_path):
+    """As ZeRO 3 does; transformers would transpose what has another shape than its parameter."""
+    policy = policy_of(tiny("qwen3_vl_moe"))
+    weights = {name: weight.clone() for name, weight in policy.base.state_dict().items()}
+    for parameter in policy.base.parameters():
+        parameter.data = parameter.new_empty(0)
+    save_model(policy, tmp_path / "saved", weights)
+    again = oracles.load_model(tmp_path / "saved", "qwen3_vl_moe").state_dict()
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(
+        torch.equal(again[name], weight) and torch.equal(saved[name], weight) for name, weight in weights.items()
+    )

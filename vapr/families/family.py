@@ -74,8 +74,12 @@ class Family:
 
     attends_by_image: bool = False
     """Whether :meth:`features` tells the tower's attention where images begin and end, by the keyword ``bounds``."""
+
     both_ways: bool = False
     """Whether the tokens of an image, run by run, see one another both ways. No two runs may lie side by side."""
+
+    original_format: bool = True
+    """Whether transformers, when it saves a model, undoes what it changed of its weights when it loaded them."""
 
     @property
     def model_class(self) -> Any:

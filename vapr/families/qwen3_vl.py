@@ -53,10 +53,16 @@ class Qwen3VL(Qwen2VL):
 
 
 class Qwen3VLMoe(Qwen3VL):
-    """Qwen3-VL whose decoder has a mixture of experts in most layers."""
+    """Qwen3-VL whose decoder has a mixture of experts in most layers.
+
+    Which experts a token gets is a choice: of two that tie but for rounding, a packed and a padded pass may take
+    different ones, and then differ by more than rounding.
+    """
 
     model_type = "qwen3_vl_moe"
     architecture = "Qwen3VLMoeForConditionalGeneration"
+    # transformers tells from a parameter's shape whether to transpose experts, and ZeRO 3 has emptied it.
+    original_format = False
 
     def notes(self, *, adapted: Sequence[str]) -> list[str]:
         """Say what adapters leave as it is, and that routing has no loss of its own."""

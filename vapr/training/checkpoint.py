@@ -28,6 +28,7 @@ from vapr.batches.model_folder import copy_processor_files
 from vapr.cache import give_ordinary_permissions, write_json
 from vapr.config import CheckpointConfig
 from vapr.errors import UserError, one_line
+from vapr.families import FAMILIES
 from vapr.model.policy import Policy, load_base
 from vapr.training.checksums import DamagedCheckpoint, check_checksums, checksums, write_checksums
 from vapr.training.disk_room import check_room_for_one
@@ -311,7 +312,8 @@ def save_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | Non
         if ".lora_" not in name
     }
     with _as_os_error(folder):
-        policy.base.save_pretrained(folder, state_dict=weights)
+        original = FAMILIES[policy.family].original_format
+        policy.base.save_pretrained(folder, state_dict=weights, save_original_format=original)
     copy_processor_files(policy.folder, folder)
 
 
