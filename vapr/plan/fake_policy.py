@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vapr.batches.processed_image import joined_pixels
 from vapr.config import LossConfig, PolicyConfig
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 from vapr.model import attention, patches
 from vapr.model import policy as policy_module
 from vapr.model.policy import Policy
@@ -153,7 +153,7 @@ def _built(config: Any, choices: Choices) -> transformers.PreTrainedModel:
     """Build the model; of a tower that will not run, one block of each list is enough."""
     base = build(config, choices.policy, CPU)
     if choices.cached_features:
-        family = FAMILIES[config.model_type]
+        family = FAMILIES[family_name(config)]
         for tower in family.modules(base, family.tower):
             for blocks in [module for module in tower.modules() if isinstance(module, nn.ModuleList)]:
                 del blocks[1:]

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from vapr.families import FAMILIES
+from vapr.families import FAMILIES, family_name
 from vapr.model import patches
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.plan.block_flops import INTO_ATTENTION, INTO_MLP, OUT_OF_MLP, Role
@@ -69,7 +69,7 @@ _REMEMBERED: dict[str, Trials] = {}
 
 @torch.no_grad()
 def _tried(config: Any) -> Trials:
-    family, config = FAMILIES[config.model_type], _narrowed(config)
+    family, config = FAMILIES[family_name(config)], _narrowed(config)
     with torch.device("meta"):
         base = family.model_class._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     unreal = family.decoder(base)
@@ -92,7 +92,7 @@ def _tried(config: Any) -> Trials:
 
     naive = mock.patch.object(launch, "runs_triton", lambda x: False)  # which compute the same on any machine
     with naive, mock.patch.object(patches, "same_with", seen):
-        written_out, _ = patches.patch(base, config.model_type, "sdpa", kernels=True)
+        written_out, _ = patches.patch(base, family_name(config), "sdpa", kernels=True)
     joint = {number: _joined(layer.joint) for number, layer in enumerate(decoder.layers)}
     sizes = {tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in decoder.layers}
     return Trials(verdicts, written_out, joint, alike=len(sizes) == 1)
