@@ -218,6 +218,12 @@ def test_boxes_are_no_unused_column_of_a_job_that_uses_them(source, tmp_path):
     assert ledger["source"]["unused_columns"] == {"boxes": 23}  # an empty list says nothing
 
 
+def test_the_ledger_counts_rules_as_the_editor(source, tmp_path):
+    ledger = job(source, tmp_path / "out", "mask")
+    assert {name: counts["accepted"] for name, counts in ledger["editors"].items()} == {"rules": ledger["accepted"]}
+    assert ledger["candidates"] is None and ledger["judge"] is None
+
+
 def test_the_card_says_what_the_pairs_are(source, tmp_path):
     job(source, tmp_path / "out", "mask", "other")
     card = (tmp_path / "out" / "README.md").read_text()

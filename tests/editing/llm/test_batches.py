@@ -119,6 +119,32 @@ def test_a_second_attempt_is_a_second_batch(fruits, server, batches):
     assert list(batches.batches) == ["batch-0", "batch-1"] and len(pairs_of(fruits.parent)) == 5
 
 
+def test_several_editors_get_their_batches_at_once(fruits, serve):
+    servers = [serve(models=(name,)) for name in ("one", "two")]
+    for server, prefix in zip(servers, "ab", strict=True):
+        server.batches = FakeBatches(pear, prefix)
+    editors = f"editors={{{servers[0].url}: 1, {servers[1].url}: 1}}"
+    command = tuple(part for part in job(fruits, servers[0], editors) if part not in ("--editor", servers[0].url))
+    assert_waits("2 batches are at the server", *command)
+    assert len(servers[0].batches.requests("a-0")) + len(servers[1].batches.requests("b-0")) == 5
+    servers[1].batches.status = "completed"
+    assert_waits("1 batches are at the server", *command)
+    servers[0].batches.status = "completed"
+    assert edit(*command) == (0, "")
+    assert len(pairs_of(fruits.parent)) == 5 and [list(server.batches.batches) for server in servers] == [
+        ["a-0"],
+        ["b-0"],
+    ]
+
+
+def test_candidates_are_requests_of_their_own(fruits, server, batches):
+    command = job(fruits, server, "ask.candidates=3")
+    assert_waits("0 of 15 requests done", *command)
+    batches.status = "completed"
+    assert edit(*command) == (0, "")
+    assert len(pairs_of(fruits.parent)) == 5 and list(batches.batches) == ["batch-0"]
+
+
 def test_a_trial_sends_what_the_job_would(fruits, server, batches):
     assert_waits("batch-0", *job(fruits, server, more=("--limit", "5")))
     assert_waits("batch-0", *job(fruits, server))

@@ -94,6 +94,56 @@ def test_a_changed_check_on_a_finished_job_of_1000_turns_asks_for_nothing(folder
     assert one == two == 1_000
 
 
+def fruit_or_points(number: int, body: dict):
+    """Makes an apple one of five fruits, by the seed, and gives each of them 7 points."""
+    schema = json.dumps(body["response_format"])
+    if "const" in schema:
+        return obedient(body)
+    if "score" in schema:
+        return completion(json.dumps({"score": 7}))
+    return completion(json.dumps({"edits": [{**EDIT, "replace": FRUITS[body["seed"] % len(FRUITS)]}]}))
+
+
+FRUITS = ("pear", "plum", "fig", "lime", "date")
+
+
+def fruits_in(pairs: list[dict]) -> set[str]:
+    return {edit["to"].split()[-1] for pair in pairs for edit in pair["edits"]}
+
+
+def test_a_changed_check_asks_for_no_candidate_and_no_points_again(folder, serve):
+    server = serve(fruit_or_points)
+    source = fruits(folder, 20)
+    given = ("ask.candidates=3", "ask.attempts=1", "ask.rubric=the funniest")
+    assert edit(*job(source, server, "one", *given)) == (0, "")
+    asked = [chat for chat in chats(server) if "score" not in json.dumps(chat["response_format"])]
+    assert len(asked) == len({chat["seed"] for chat in asked}) == 60  # no candidate is another one's kept reply
+    assert fruits_in(pairs_in(folder / "one")) == set(FRUITS)
+    (folder / "check.py").write_text("def refuse(pair):\n    return 'pear' not in pair['rejected']\n")
+    num_chats = len(server.chats)
+    assert edit(*job(source, server, "two", *given, f"checks.python={folder / 'check.py'}:refuse")) == (0, "")
+    assert len(server.chats) == num_chats
+    assert model_of(folder, "two")["asked"] == 0 and model_of(folder, "two")["found"] > 60
+    assert fruits_in(pairs_in(folder / "two")) == set(FRUITS) - {"pear"}
+
+
+def test_replies_of_several_editors_are_kept_of_each(folder, serve):
+    one, two = serve(editor, models=("one",)), serve(editor, models=("two",))
+    editors = f"editors={{{one.url}: 1, {two.url}: 1}}"
+    source = fruits(folder, 30)
+    command = job(source, one, "first", editors)
+    command = tuple(part for part in command if part not in ("--editor", one.url))
+    assert edit(*command) == (0, "")
+    again = tuple(folder / "second" if part == folder / "first" else part for part in command)
+    assert edit(*again, "--set", "checks.patterns=[banana]") == (0, "")
+    first, second = (json.loads((folder / out / "ledger.json").read_text()) for out in ("first", "second"))
+    assert first["accepted"] == second["accepted"] == 30 == len(chats(one)) + len(chats(two))
+    for name, server in (("one", one), ("two", two)):
+        assert (first["models"][name]["asked"], first["models"][name]["found"]) == (len(chats(server)), 0)
+        assert (second["models"][name]["asked"], second["models"][name]["found"]) == (0, len(chats(server)))
+        assert first["editors"][name]["turns"] == second["editors"][name]["turns"] == len(chats(server)) > 5
+
+
 def test_only_what_is_new_is_asked(folder, serve):
     server = serve(editor)
     assert edit(*job(fruits(folder, 6), server, "one")) == (0, "")

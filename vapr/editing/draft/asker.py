@@ -10,7 +10,7 @@ from typing import Any
 from vapr.editing.config import EditConfig
 from vapr.editing.draft import prompts
 from vapr.editing.draft.draft import Draft
-from vapr.llm.request import LanguageModel, Reply, Request
+from vapr.llm.request import BatchUnderWay, LanguageModel, Reply, Request
 from vapr.progress import Display
 
 
@@ -75,11 +75,21 @@ class Asker:
         return replies
 
     def ask_each(self, asked: Sequence[tuple[LanguageModel, Request]], what: str) -> list[Reply]:
-        """Return the replies of several models, one model after the other, in the order of the requests."""
+        """Return the replies of several models, one model after the other, in the order of the requests.
+
+        Raises:
+            BatchUnderWay: if one of them answers by batches that have not come; the others are asked all the same.
+        """
         replies: dict[int, Reply] = {}
+        under_way: list[str] = []
         for llm in {id(llm): llm for llm, _ in asked}.values():
             numbers = [number for number, (its, _) in enumerate(asked) if its is llm]
-            replies |= zip(numbers, self.ask(llm, [asked[number][1] for number in numbers], what), strict=True)
+            try:
+                replies |= zip(numbers, self.ask(llm, [asked[number][1] for number in numbers], what), strict=True)
+            except BatchUnderWay as batches:
+                under_way += batches.lines
+        if under_way:
+            raise BatchUnderWay(under_way)
         return [replies[number] for number in range(len(asked))]
 
 
