@@ -228,18 +228,6 @@ def test_the_spare_image_runs_through_tower_and_projector(tiny, family):
     assert all(trained[name].grad is not None for name in used)
 
 
-def test_the_work_of_the_tower_is_that_of_its_patches(tiny, family, processor):
-    images = [processor.process_image(picture()), processor.process_image(picture(112, 40))]
-    config = processor.files.config
-    work = FAMILIES[processor.family].tower_work(
-        config, [i.layout for i in images], [tuple(i.pixel_values.shape) for i in images]
-    )  # fmt: skip
-    values = sum(image.pixel_values.numel() for image in images)
-    assert work.embedding_flops == 2 * values * config.vision_config.hidden_size
-    assert len(work.lengths) == config.vision_config.num_hidden_layers
-    assert all(sum(block) * 3 * 14 * 14 == values for block in work.lengths)
-
-
 QUESTIONS = [
     Question(benchmark="pope", id=f"q{n}", question=text, answer="yes", images=images)
     for n, (text, images) in enumerate(
