@@ -4,6 +4,7 @@ An arm is called once a step and trains on the next rows: data, forward, backwar
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from bench.commit_arm import first_step
@@ -288,20 +290,25 @@ def _trl_rows(pairs: list[PreferencePair]) -> Any:
 def trl_processor(parts: Processor, folder: Path) -> Any:
     """The family's processor class around vapr's tokenizer and image processor, without a video processor.
 
-    Qwen's needs torchvision for videos, which cannot be had beside a CPU build of torch.
-    """
-    if parts.family == "llava":
-        from transformers import AutoProcessor
+    Many of them insist on one, which needs torchvision, which cannot be had beside a CPU build of torch.
 
-        return AutoProcessor.from_pretrained(folder, backend=parts.image_backend)
-    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    Raises:
+        ImportError: for a class that needs torchvision for more (Pixtral's), or another package (SmolVLM's).
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.processing_utils import ProcessorMixin
 
-    class ImagesOnly(Qwen2_5_VLProcessor):
+    named = parts.files.settings.get("processor_class") or PROCESSOR_MAPPING[type(parts.files.config)].__name__
+    processor_class: Any = getattr(transformers, named)
+    known = inspect.signature(processor_class.__init__).parameters
+    settings = {name: value for name, value in parts.files.settings.items() if name in known}
+    settings |= {"video_processor": None} if "video_processor" in known else {}
+
+    class ImagesOnly(processor_class):  # type: ignore[misc]
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            own = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template}
+            with mock.patch.object(ProcessorMixin, "__init__", lambda *arguments, **options: None):
+                super().__init__(**{**settings, **own})
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     return ImagesOnly(parts.image_processor, parts.tokenizer, chat_template=parts.chat_template)

@@ -84,7 +84,7 @@ def describe(subject: Subject, model: str, workload: str, mix: str) -> dict[str,
         "mix": mix,
         "tuning": f"lora r={subject.shape.lora_rank}" if subject.lora else "full",
         "dtype": str(subject.dtype).removeprefix("torch."),
-        "layers": subject.shape.text["num_hidden_layers"],
+        "layers": subject.config.get_text_config().num_hidden_layers,
     }
 
 

@@ -2,6 +2,7 @@
 
     python -m bench.train_step
     python -m bench.train_step --quick --against COMMIT
+    python -m bench.train_step --models tiny-qwen3_vl tiny-gemma3 ...   # the tiny policy of any family
 
 On a CPU: small models in fp32, two threads. On a GPU: models of the published sizes in bf16. Weights are random; no
 number here depends on their values. The last line printed is one JSON document of the ratios. How to read it and the
@@ -126,7 +127,8 @@ def parse_options() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     small = [name for name in SHAPES if name.startswith(("small-", "deep-"))]
-    known = [name for name in SHAPES if name not in small] if on_gpu else small
+    published = [name for name in SHAPES if name not in small and not name.startswith("tiny-")]
+    known = published if on_gpu else small
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=None, help=f"default: {' '.join(known)}")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--mix", nargs="+", choices=list(MIXES), default=None, help="lengths of the rows")

@@ -130,6 +130,13 @@ SHAPES = {
 }  # fmt: skip
 
 
+SHAPES |= {
+    f"tiny-{family}": Shape(family=family, text={}, vision={}, image_size=(112, 112), lora_rank=4, max_tokens=4096)
+    for family in FAMILIES
+}
+"""And the tiny policy of every family, as :func:`vapr.demo.tiny_policy.build_tiny_policy` makes it."""
+
+
 class Subject:
     """One shape, its folder (tokenizer, image processor, config; no weights) and how it is trained.
 
@@ -148,7 +155,8 @@ class Subject:
         corpus = [" ".join(random.permutation(self.words)) for _ in range(8)]
         build_tiny_policy(shape.family, folder, corpus, vocab_size=4096)
         (folder / "model.safetensors").unlink()
-        _reshape(folder, shape)
+        if shape.text:
+            _reshape(folder, shape)
         if shape.family == "llava":
             _read_alike(folder)
         self.processor = self.new_processor()

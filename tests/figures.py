@@ -8,7 +8,8 @@ A block of lines (a paragraph, a list item, a table) with such a figure has an H
     <!-- given: 64 = Docker's default -->
 
 A row is named by its benchmark, its run and as many of its values as it takes; the fields stand behind the colon, in the
-order of the figures. Code blocks are left out, and what scripts write: tables of results, keys of the config.
+order of the figures. Code blocks are left out, and what scripts write: tables of results and families, keys of
+the config.
 """
 
 import csv
@@ -28,7 +29,9 @@ UNIT = (
 UNIT_OF_COLUMN = re.compile(r"\b(?:ms|seconds|[KMG]iB|\w+/s|(?:a|per) second)\b")
 # "5.4 s", "172 to 71 ms", "3.2x", "3.2 pairs a second"; not the "640 x 480" of a picture
 FIGURE = re.compile(rf"(?<![\w.,])({NUMBER})(?: (?:to|and|or|of|instead of) ({NUMBER}))? ?(?:{UNIT})(?! ?\d)")
-WRITTEN = re.compile(r"<!-- (results|config):begin -->.*?<!-- \1:end -->|^```.*?^```", re.DOTALL | re.MULTILINE)
+WRITTEN = re.compile(
+    r"<!-- (results|config|families):begin -->.*?<!-- \1:end -->|^```.*?^```", re.DOTALL | re.MULTILINE
+)
 COMMENT = re.compile(r"<!-- (row|predicted|given):\s(.*?) -->", re.DOTALL)
 
 

@@ -43,7 +43,16 @@ def subject(request, tmp_path_factory):
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_trl_and_vapr_read_the_same_tokens(subject, mix):
-    pairs = subject.pairs(MIXES[mix]["answers"], 3)
+    assert_same_tokens(subject, MIXES[mix]["answers"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "idefics3", "gemma3"])
+def test_trl_reads_the_tiny_policies_of_other_families_alike(family, tmp_path):
+    assert_same_tokens(Subject(SHAPES[f"tiny-{family}"], tmp_path / "model", CPU), MIXES["spread"]["answers"])
+
+
+def assert_same_tokens(subject, workload):
+    pairs = subject.pairs(workload, 3)
     rows = [{key: value for key, value in row.items() if key != "id"} for row in _trl_rows(pairs)]
     collate = DataCollatorForVisionPreference(processor=trl_processor(subject.new_processor(), subject.folder))
     batch = collate(rows)
