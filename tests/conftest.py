@@ -1,4 +1,4 @@
-"""Hard mode for every test, and tiny policies of all three families."""
+"""Hard mode for every test, and tiny policies of every family."""
 
 import json
 import os

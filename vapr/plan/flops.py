@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from vapr.config import Checkpointing
+from vapr.families import FAMILIES
+from vapr.plan.attended import attended
 from vapr.plan.block_flops import OUT_OF_MLP, block_backward, forward_flops, recomputed_flops, role
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes, decoder_place
@@ -45,12 +47,13 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
     weights = sum(linear.outputs * linear.inputs for layer in _layers(shapes) for linear in layer.values())
     adapters = sum(x.adapter for name, x in shapes.linears.items() if decoder_place(name, shapes.family) is not None)
     passes = 2 if shapes.num_adapter else 3
+    windows = FAMILIES[shapes.family].windows(shapes.config)
     flops = 0.0
     for pack in packs:
         flops += 2.0 * pack.tokens * (weights * passes + adapters * 3)
         flops += 2.0 * passes * pack.predictions * shapes.head[0] * shapes.head[1]
-        attended = sum(q * k - q * (q - 1) / 2 for q, k in zip(pack.lengths_q, pack.lengths_k, strict=True))
-        flops += 3.5 * 4.0 * config.num_hidden_layers * config.num_attention_heads * head_size(config) * attended
+        seen = attended(pack.lengths_q, pack.lengths_k, pack.both_ways, windows)
+        flops += 3.5 * 4.0 * config.num_attention_heads * head_size(config) * seen
     return flops
 
 

@@ -51,6 +51,7 @@ class PackSizes:
     lengths_q: tuple[int, ...]  # queries of each attention sequence
     lengths_k: tuple[int, ...]  # its keys
     last_lengths_q: tuple[int, ...]  # its queries in the last layer
+    both_ways: tuple[bool, ...] | None  # whether its queries see later ones; None: none does
     images: tuple[ImageSizes, ...]  # its distinct images
 
     @classmethod
@@ -62,6 +63,7 @@ class PackSizes:
             lengths_q=batch.attention.lengths_q,
             lengths_k=batch.attention.lengths_k,
             last_lengths_q=batch.last_queries.lengths,
+            both_ways=batch.attention.both_ways,
             images=tuple(ImageSizes.of(image) for image in batch.images),
         )
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vapr.batches.steps import Step
 from vapr.config import Config, LossConfig
+from vapr.families import FAMILIES
 from vapr.model.policy import Policy
 from vapr.model.quantized import QuantizedLinear
+from vapr.plan.attended import attended
 from vapr.training.ranks import Ranks
 from vapr.training.trackers import Tracker, open_trackers
 from vapr_kernels.image_losses import IMAGE_KINDS
@@ -257,18 +259,18 @@ class UsefulFlops:
         self._a_token = 2.0 * (weights * passes + adapters * 3)
         self._a_prediction = 2.0 * passes * whole_shape(policy.head).numel()
         width = layers[0].self_attn.head_dim * config.num_attention_heads
-        self._a_key = 3.5 * 4.0 * config.num_hidden_layers * width
+        self._a_key = 3.5 * 4.0 * width
+        self._windows = FAMILIES[policy.family].windows(policy.base.config)
 
     def of(self, step: Step) -> float:
         """Count those of this process's packs."""
         flops = self._a_token * sum(batch.num_tokens for batch in step.batches)
         for batch in step.batches:
             flops += self._a_prediction * len(batch.labels)
-            attended = sum(
-                q * k - q * (q - 1) / 2
-                for q, k in zip(batch.attention.lengths_q, batch.attention.lengths_k, strict=True)
+            sequences = batch.attention
+            flops += self._a_key * attended(
+                sequences.lengths_q, sequences.lengths_k, sequences.both_ways, self._windows
             )
-            flops += self._a_key * attended
         return flops
 
 
