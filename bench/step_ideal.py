@@ -27,7 +27,7 @@ from bench.step_parts import (
     Sizes,
 )  # fmt: skip
 from vapr.plan import flops as step_flops
-from vapr.plan.block_flops import INTO_ATTENTION, INTO_MLP, backward_flops, forward_flops
+from vapr.plan.block_flops import INTO_ATTENTION, INTO_MLP, backward_flops, forward_flops, role
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes
 from vapr.plan.tower_flops import tower_flops
@@ -70,7 +70,7 @@ def sizes_of(shapes: Shapes, packs: Iterable[PackSizes]) -> Sizes:
     layers = step_flops._layers(shapes)
     counts = (count for pack in packs for count in (pack.tokens, pack.predicting, pack.predictions))
     groups = [
-        sum(linear.rank for name, linear in layer.items() if name in into)
+        sum(linear.rank for name, linear in layer.items() if role(name) == into)
         for into in (INTO_ATTENTION, INTO_MLP)
         for layer in layers
     ]
@@ -92,19 +92,21 @@ def _add_decoder(work: dict[str, Work], shapes: Shapes, pack: PackSizes, itemsiz
     keys = sum(pack.lengths_k) * text.num_key_value_heads * _head_size(shapes)
     for number, layer in enumerate(layers):
         last = number == len(layers) - 1
-        rows, lengths_q = step_flops._rows(pack, last=last), pack.last_lengths_q if last else pack.lengths_q
+        rows, lengths_q = step_flops._rows(pack, layer, last=last), pack.last_lengths_q if last else pack.lengths_q
         attended = sum(q * k - q * (q - 1) / 2 for q, k in zip(lengths_q, pack.lengths_k, strict=True))
         product, queries = 2.0 * heads * attended, sum(lengths_q) * heads
         for name, linear in layer.items():
             # Nothing before the first layer learns, unless all of it is trained.
-            x_learns = full or number > 0 or name not in INTO_ATTENTION
+            x_learns = full or number > 0 or role(name) != INTO_ATTENTION
             _add_linear(work, linear, rows[name], x_learns=x_learns)
         _add(work[ATTENTION].flops, 2 * product, 5 * product)
         # Each norm adds the residual stream: two tensors in, two out; so does its backward pass.
         normed = itemsize * 4.0 * text.hidden_size
         behind = pack.tokens if full or number > 0 else 0
-        _add(work[NORMS].bytes, normed * (pack.tokens + rows["gate_proj"]), normed * (behind + rows["gate_proj"]))
-        gated = itemsize * 1.0 * text.intermediate_size * rows["gate_proj"]
+        _add(
+            work[NORMS].bytes, normed * (pack.tokens + rows["mlp.gate_proj"]), normed * (behind + rows["mlp.gate_proj"])
+        )
+        gated = itemsize * 1.0 * text.intermediate_size * rows["mlp.gate_proj"]
         _add(work[GATED].bytes, 3 * gated, 5 * gated)
         moved = itemsize * (2.0 * queries + 4.0 * keys)
         _add(work[ROTARY].bytes, moved, moved)

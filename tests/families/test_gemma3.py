@@ -102,7 +102,7 @@ def test_pixels_of_pictures_of_odd_sizes_and_modes(size, mode, folder, processor
     ours = processor.process(picture, "odd.png")
     assert np.array_equal(ours.pixel_values.numpy(), expected)
     assert ours.num_tokens == 9
-    assert processor.expected_image_tokens(*size) == 9 + 2 + 2  # two marks and two empty lines
+    assert processor.expected_image_tokens([size]) == 9 + 2 + 2  # two marks and two empty lines
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,6 @@ def test_canvases_that_are_no_multiple_of_a_tile_are_one_line(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llava_next", {"text": {"sliding_window": 4096}}, "uses sliding-window attention"),
         ("llava_onevision", {"vision_aspect_ratio": "pad"}, "has vision_aspect_ratio: pad; it must be anyres_max_"),
         ("llava_onevision", {"vision_feature_select_strategy": "default"}, "has not one feature a patch"),
         ("internvl", {"vision_feature_layer": [-1, -2]}, "reads several layers of its vision tower"),

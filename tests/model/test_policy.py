@@ -58,7 +58,6 @@ CPU = torch.device("cpu")
             transformers.LlavaConfig(text_config=transformers.PhiConfig(sliding_window=64)),
             "a sliding_window in config.json but no layer_types",
         ),
-        (transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig()), "Pixtral"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
