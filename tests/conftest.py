@@ -34,7 +34,7 @@ from vapr.data.pairs import write_pairs
 from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
 
-pytest.register_assert_rewrite("tests.editing.edit_jobs", "tests.editing.edit_command")
+pytest.register_assert_rewrite("tests.editing.edit_jobs", "tests.editing.edit_command", "tests.plan.counted_step")
 
 PHOTO_PAIRS = Path(__file__).parent / "data" / "photos.jsonl"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C

@@ -15,6 +15,7 @@ from vapr.cli import main
 from vapr.config import LEVELS, Config, FeaturesConfig, PackingConfig, ParallelConfig, TrainConfig
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
+from vapr.families import FAMILIES as FAMILIES_OF_VAPR
 from vapr.model.policy import load_policy
 from vapr.plan import checkpointing, rates
 from vapr.plan.gpus import GIB, GPUS, Gpu, find_gpu
@@ -66,6 +67,16 @@ def test_every_family_has_a_plan(make_config, family, tower):
     (gpu,) = found["gpus"]
     assert found["fits"] and found["flops"]["parts_per_pair"]["tower"] > 0
     assert all(size > 0 for name, size in gpu["parts_gib"].items() if name.startswith("weights"))
+
+
+def test_code_that_asks_for_values_is_one_line(bf16, monkeypatch):
+    def features(self, model, pixels, **arguments):
+        return pixels[pixels > 0]
+
+    monkeypatch.setattr(type(FAMILIES_OF_VAPR["qwen2_5_vl"]), "features", features)
+    with pytest.raises(UserError, match="asks a tensor for its values \\(aten.nonzero.default\\)") as caught:
+        plan(bf16, gpu_memory=24)
+    assert "\n" not in str(caught.value)
 
 
 def test_names_the_longest_rows_and_those_that_fit_no_pack(bf16, photo_rows):

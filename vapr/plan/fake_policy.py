@@ -19,11 +19,16 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_impls import op_implementations_dict
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vapr.batches.processed_image import joined_pixels
 from vapr.config import LossConfig, PolicyConfig
+from vapr.errors import UserError
 from vapr.families import FAMILIES, family_name
 from vapr.model import attention, patches
 from vapr.model import policy as policy_module
@@ -53,6 +58,9 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
     """Make every tensor fake, and take the choices that load_policy makes on a GPU.
 
     ``fake`` is given where a policy that was made in it runs again.
+
+    Raises:
+        UserError: for code that asks a tensor for its values.
     """
     tower_arguments = policy_module._tower_arguments
     fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
@@ -89,7 +97,14 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
             clear()
             stack.callback(clear)
         stack.enter_context(mock.patch.dict(op_implementations_dict, {torch.ops.aten._grouped_mm.default: _grouped_mm}))
-        yield stack.enter_context(fake)
+        try:
+            yield stack.enter_context(fake)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(
+                f"policy.model: {choices.policy.model} has no plan with transformers {transformers.__version__}, whose "
+                f"code for it asks a tensor for its values ({error}); take another version, and in the place of "
+                "policy.checkpointing: auto a level"
+            ) from None
 
 
 def _grouped_mm(fake: FakeTensorMode, op: Any, a: Tensor, b: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
