@@ -238,3 +238,21 @@ def test_plainly_bad_edits(chosen, rejected, category, check):
 )
 def test_plainly_good_edits(chosen, rejected, category):
     assert failed(chosen, rejected, category) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "passes"),
+    [
+        ("What is the woman with the cup carrying?", "She is carrying a book.", "She is carrying a cup.", False),
+        ("What is the woman with the cups carrying?", "She is carrying a book.", "She is carrying a cup.", False),
+        ("What is the woman with the cup carrying?", "She is carrying a book.", "She is carrying a lamp.", True),
+        ("What animal is it, a dog or a cat?", "It is a cat.", "It is a dog.", True),  # the question offers it
+        ("Is it a dog?", "It is a cat.", "It is a dog.", True),
+        ("Where is the dog?", "The cat is left of the dog.", "The dog is left of the cat.", True),
+        ("What is the girl holding?", "A book.", "A girl.", False),
+    ],
+)
+def test_what_the_question_speaks_of_is_no_wrong_answer(question, chosen, rejected, passes):
+    edits = changed_spans(chosen, rejected)
+    found = check_pair(chosen, rejected, edits, CATEGORIES["object"], CheckConfig(), NOUNS, question=question)
+    assert {verdict.name: verdict for verdict in found}["in_question"].passed is passes

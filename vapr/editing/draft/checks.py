@@ -31,7 +31,7 @@ STYLE = ("sentences", "ends_full_stop", "ends_question_mark", "ends_exclamation_
 
 def check_pair(
     chosen: str, rejected: str, edits: Sequence[Edit], category: Category, config: CheckConfig, nouns: Nouns, *,
-    traded: bool = False,
+    traded: bool = False, question: str = "",
 ) -> list[Verdict]:  # fmt: skip
     """Every check of a pair, those of its category included.
 
@@ -39,6 +39,7 @@ def check_pair(
         chosen, rejected: the two texts.
         edits: spans of chosen, as :func:`vapr.editing.rules.operations.apply` gives them.
         traded: another row makes the opposite change, so that lengths cancel ("behind" for "in front of").
+        question: the last one before the answer; what it speaks of is no wrong answer to it.
     """
     verdicts = [
         _verdict("different", _no_difference(chosen, rejected, edits, category)),
@@ -58,6 +59,8 @@ def check_pair(
             verdicts.append(_verdict(name, _not_turned(chosen, rejected)))
         elif name != "conclusion":
             verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
+    if "not_related" in category.checks:
+        verdicts.append(_verdict("in_question", _named_in_question(question, chosen, edits, nouns)))
     return verdicts
 
 
@@ -288,6 +291,23 @@ def _not_related(old: str, new: str, before: str, category: Category, nouns: Nou
             if reason := nouns.related(one, other):
                 return f"'{new}' may be true of '{old}': {reason}"
     return None
+
+
+OFFERS = re.compile(
+    r"\b(?:or|which|between|(?:is|are|was|were|does|do|did) (?:this|that|these|those|it|they))\b", re.IGNORECASE
+)
+
+
+def _named_in_question(question: str, chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
+    """Asked what the woman with the cup carries, "a cup" may be as true as what the answer says.
+
+    Not where the question offers what to answer ("a dog or a cat?"), nor where the answer has named the thing itself.
+    """
+    if OFFERS.search(question):
+        return None
+    asked = {noun for *_, noun in nouns.find(question)} - {noun for *_, noun in nouns.find(chosen)}
+    named = next((noun for edit in edits for *_, noun in nouns.find(edit.to) if noun in asked), None)
+    return f"the question speaks of '{named}', so it may be true; name a thing that it does not" if named else None
 
 
 DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")

@@ -140,8 +140,9 @@ class Editor:
         assert draft.rejected is not None
         answer, checks, traded = draft.turn.answer, self.config.checks, not draft.plan.ask
         draft.verdicts = check_pair(
-            answer, draft.rejected, draft.edits, draft.category, checks, self.nouns, traded=traded
-        )
+            answer, draft.rejected, draft.edits, draft.category, checks, self.nouns, traded=traded,
+            question=draft.turn.question,
+        )  # fmt: skip
         if self.own_checks is not None and all(verdict.passed for verdict in draft.verdicts):
             draft.verdicts += self.own_checks.judge(draft.turn, draft.rejected, draft.edits, draft.category)
         return next((f"{verdict.name}: {verdict.note}" for verdict in draft.verdicts if not verdict.passed), None)
