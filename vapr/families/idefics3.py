@@ -6,6 +6,7 @@ picture that is not split. An image's tokens are a run for each tile, with marks
 
 from collections.abc import Sequence
 from math import ceil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from vapr.errors import UserError
 from vapr.families.family import Family, ModelFiles
 from vapr.families.processed_image import Placeholder, ProcessedImage
+from vapr.to_device import sent
 
 LONGEST_SIDE = 4096
 """Of a picture that transformers' image processor splits."""
@@ -88,6 +90,11 @@ class Idefics3(Family):
         layout = _grid(files.image_processor, width, height)
         return self.placeholder(files, (), layout)
 
+    def tower_arguments(self, model: Any, images: Sequence[ProcessedImage], device: torch.device) -> dict[str, Any]:
+        """Return the positions of a tile's patches in the table of position embeddings, (patches,)."""
+        embeddings = model.vision_model.embeddings
+        return {"positions": sent(_positions(embeddings, int(images[0].pixel_values.shape[-1])), device)}
+
     def features(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """Run tower and projector over all tiles.
 
@@ -95,9 +102,8 @@ class Idefics3(Family):
         host would wait for the answer: none is.
         """
         tower = model.vision_model
-        patches = pixels.shape[-1] // tower.patch_size
-        whole = torch.ones(len(pixels), patches, patches, dtype=torch.bool, device=pixels.device)
-        x = tower.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+        x = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        x = x + tower.embeddings.position_embedding(arguments["positions"])
         x = tower.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state
         features: Tensor = model.connector(tower.post_layernorm(x))
         return features.flatten(0, 1)
@@ -117,6 +123,30 @@ class Idefics3(Family):
         return ProcessedImage(
             pixels, (0, 0), (vision.image_size // vision.patch_size // config.scale_factor) ** 2, "spare"
         )
+
+
+def _positions(embeddings: Any, side: int) -> Tensor:
+    """Return which position embedding each patch of a whole tile gets, (patches,), on the host.
+
+    transformers' own code finds them, because its roundings differ between versions and dtypes: it runs over a tile of
+    zeros, with parts in the place of the modules that would embed something.
+    """
+    dtype, across = embeddings.patch_embedding.weight.dtype, side // embeddings.patch_size
+    asked: list[Tensor] = []
+
+    def note(positions: Tensor) -> Tensor:
+        asked.append(positions)
+        return torch.zeros(1)
+
+    parts = SimpleNamespace(
+        patch_size=embeddings.patch_size,
+        num_patches_per_side=embeddings.num_patches_per_side,
+        patch_embedding=lambda pixels: torch.zeros(1, 1, across, across),
+        position_embedding=note,
+    )
+    whole = torch.ones(1, across, across, dtype=torch.bool)
+    type(embeddings).forward(parts, torch.zeros(1, 3, side, side, dtype=dtype), whole)
+    return asked[0][0]
 
 
 def _tile_side(files: ModelFiles) -> int:
