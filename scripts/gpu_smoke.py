@@ -177,6 +177,12 @@ def attention_against_fp64() -> None:
     for forest in policies.FORESTS.values():
         policies.check_attention(forest, (28, 4), DEVICE, low, backend)
     policies.check_attention(policies.FORESTS["many"], (28, 4), DEVICE, torch.float32, "sdpa")
+    forest = policies.FORESTS["queries_shorter_than_keys"]
+    blocks = (False, True, False, True)
+    for both_ways, window in ((blocks, None), (None, 20), (blocks, 20)):  # as in Gemma 3
+        for dtype in dict.fromkeys((low, torch.float32)):
+            where = backend if dtype == low else "sdpa"
+            policies.check_attention(forest, (8, 4), DEVICE, dtype, where, both_ways=both_ways, window=window)
 
 
 @check
@@ -223,6 +229,14 @@ for family in ("qwen2_5_vl", "qwen2_vl", "llava"):
     for lora in (True, False):
         name = f"step of a tiny {family}, {'lora' if lora else 'full'}"
         CHECKS.append((name, lambda family=family, lora=lora: check_training_step(family, lora)))
+
+
+# Each for what only it has: experts, DeepStack and norms of heads; blocks, windows and (1 + w) norms; a tower that
+# attends by image; tiles, newlines and scaled features; marks between tiles.
+CHECKS.extend(
+    (f"step of a tiny {family}", lambda family=family: check_training_step(family, False))
+    for family in ("qwen3_vl_moe", "gemma3", "mistral3", "llava_onevision", "idefics3")
+)
 
 
 @check
