@@ -246,11 +246,18 @@ def normed_again(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def norm_bwd(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, *, with_dweight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient that x and residual share, (T, D), and that of the weight, (D,), where it is wanted."""
-    dx, dweight = _rms_norm_bwd(dy, dtotal, total, weight, rstd, with_dweight)
-    return dx, dweight if with_dweight else None
+    dy: Tensor | None, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of x and residual, which are one tensor (T, D), and of the weight, (D,).
+
+    Each is None where ``needs`` says so; ``dy`` is None where the norm's output has no gradient.
+    """
+    needs_x, needs_residual, needs_weight = needs
+    dx, dweight = dtotal, None
+    if dy is not None:
+        dx, dweight = _rms_norm_bwd(dy, dtotal, total, weight, rstd, needs_weight)
+    return dx if needs_x else None, dx if needs_residual else None, dweight if needs_weight else None
 
 
 def _setup_context(ctx, inputs, output) -> None:

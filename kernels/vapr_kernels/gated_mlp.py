@@ -42,16 +42,15 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Any, ...]:
         total, rstd, weight, inner, both = ctx.saved_tensors
         gate_up, down, adapted = ctx.gate_up, ctx.down, ctx.adapted
-        needs_x, needs_residual, needs_weight, *_ = ctx.needs_input_grad
-        needed = ctx.needs_input_grad[8:]
+        needs, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[8:]
         if dout is None:
-            return (dtotal if needs_x else None, dtotal if needs_residual else None, *[None] * (6 + len(needed)))
+            return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (5 + len(needed)))
         normed = normed_again(total, rstd, weight, ctx.eps)
         both = project(normed, gate_up, adapted=adapted) if both is None else both
         dy = dout.new_empty(len(dout), down.num_columns)
         dy[:, : down.num_outputs] = dout
         split = len(gate_up.parameters)
-        with_dnormed = needs_x or needs_residual or needs_weight
+        with_dnormed = any(needs)
         dgated = input_gradient(dy, down, adapted=adapted, with_dx=with_dnormed or any(needed[:split]))
         gate, up = gate_up.outputs
         if dgated is None:  # nothing learns but the last layer
@@ -65,10 +64,8 @@ class _GatedMlp(torch.autograd.Function):
         inner = both[:, gate_up.num_outputs :].clone()
         dnormed = input_gradient(both, gate_up, adapted=adapted, with_dx=with_dnormed)
         of_gate_up = gradients(both, normed, inner, gate_up, needed[:split], adapted=adapted)
-        dx, dweight = dtotal, None
-        if dnormed is not None:
-            dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
-        return (dx if needs_x else None, dx if needs_residual else None, dweight, *[None] * 5, *of_gate_up, *of_down)
+        of_norm = norm_bwd(dnormed, dtotal, total, weight, rstd, needs)
+        return (*of_norm, *[None] * 5, *of_gate_up, *of_down)
 
 
 def gated_mlp(

@@ -41,10 +41,9 @@ class _NormedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Any, ...]:
         total, rstd, weight, q = ctx.saved_tensors
         qkv, output, adapted = ctx.qkv, ctx.output, ctx.adapted
-        needs_x, needs_residual, needs_weight, *_ = ctx.needs_input_grad
-        needed = ctx.needs_input_grad[10:]
+        needs, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[10:]
         if dout is None:
-            return (dtotal if needs_x else None, dtotal if needs_residual else None, *[None] * (8 + len(needed)))
+            return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (7 + len(needed)))
         normed = normed_again(total, rstd, weight, ctx.eps)
         y = project(normed, qkv, adapted=adapted, skip=0 if q is None else 1)
         *heads, inner = y.split([*qkv.widths[0 if q is None else 1 :], sum(qkv.ranks)], dim=1)
@@ -64,15 +63,11 @@ class _NormedAttention(torch.autograd.Function):
         dy = dout.new_empty(len(dout), qkv.num_columns)
         for columns, dhead in zip(qkv.outputs, dheads, strict=True):
             dy[:, columns] = dhead
-        with_dx = needs_x or needs_residual or needs_weight
-        dnormed = input_gradient(dy, qkv, adapted=adapted, with_dx=with_dx)
+        dnormed = input_gradient(dy, qkv, adapted=adapted, with_dx=any(needs))
         of_qkv = gradients(dy, normed, inner, qkv, needed[:split], adapted=adapted)
-        dx, dweight = dtotal, None
-        if dnormed is not None:
-            dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
+        of_norm = norm_bwd(dnormed, dtotal, total, weight, rstd, needs)
         of_attend = [next(of_learned) if need else None for need in needed[last:]]
-        dresidual = dx if needs_residual else None
-        return (dx if needs_x else None, dresidual, dweight, *[None] * 7, *of_qkv, *of_output, *of_attend)
+        return (*of_norm, *[None] * 7, *of_qkv, *of_output, *of_attend)
 
 
 def normed_attention(

@@ -37,21 +37,18 @@ class _NormedLinears(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor | None, *douts: Tensor | None) -> tuple[Any, ...]:
         total, rstd, weight, down = ctx.saved_tensors
         linears: Linears = ctx.linears
-        needs_x, needs_residual, needs_weight, _, _, _, *needed = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[6:]
         dy = total.new_empty(len(total), linears.num_columns)
         for columns, dout in zip(linears.outputs, douts, strict=True):
             if dout is None:
                 dy[:, columns].zero_()
             else:
                 dy[:, columns] = dout
-        with_dx = needs_x or needs_residual
-        dnormed = input_gradient(dy, linears, adapted=ctx.adapted, with_dx=with_dx or needs_weight)
+        dnormed = input_gradient(dy, linears, adapted=ctx.adapted, with_dx=any(ctx.needs_input_grad[:3]))
         normed = normed_again(total, rstd, weight, ctx.eps)
-        found = gradients(dy, normed, down, linears, tuple(needed), adapted=ctx.adapted)
-        dx, dweight = dtotal, None
-        if dnormed is not None:
-            dx, dweight = norm_bwd(dnormed, dtotal, total, weight, rstd, with_dweight=needs_weight)
-        return (dx if needs_x else None, dx if needs_residual else None, dweight, None, None, None, *found)
+        found = gradients(dy, normed, down, linears, needed, adapted=ctx.adapted)
+        of_norm = norm_bwd(dnormed, dtotal, total, weight, rstd, ctx.needs_input_grad[:3])
+        return (*of_norm, None, None, None, *found)
 
 
 def normed_linears(
