@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests import oracles
 from tests.conftest import EVERY_FAMILY
-from vapr.batches.tokenize import Processor, changed_spans
+from vapr.batches.changed_spans import changed_spans
+from vapr.batches.tokenize import Processor
 from vapr.config import TokenWeights
 from vapr.data.images import read_image
 from vapr.data.pair import Edit, PreferencePair

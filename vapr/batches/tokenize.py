@@ -4,9 +4,7 @@ Tokenizer, image processor and chat template are loaded one by one, because tran
 class where torchvision does not import. The results equal ``AutoProcessor``'s (tests/test_processor.py).
 """
 
-import difflib
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-from vapr.batches.continuation import PROBE, EndOfTurn, Offsets, continuation, end_of_turn, eos_tokens
+from vapr.batches.changed_spans import weigh_changes
+from vapr.batches.continuation import EndOfTurn, continuation, end_of_turn, eos_tokens
+from vapr.batches.heads import PROBED, read_heads
 from vapr.batches.image_processor import load_image_processor, resolve_backend, seen_box
 from vapr.batches.processed_image import RecentImages, image_key
 from vapr.config import TokenWeights
@@ -34,13 +34,6 @@ from vapr.families.processed_image import Placeholder, ProcessedImage, Run
 
 if TYPE_CHECKING:
     from vapr.batches.second_image import OtherViews
-
-
-PROBED: list[Message] = [
-    {"role": role, "content": [{"type": "text", "text": text}]}
-    for role, text in (("user", "What is it?"), ("assistant", PROBE))
-]
-"""A conversation of which the chat template's own words are read off."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +119,7 @@ class Processor:
         try:
             self.eos_token_ids = eos_tokens(model, config, self.tokenizer)
             self._end_of_turn = self._read_end_of_turn(self.eos_token_ids)
-            self._heads = self._read_heads()
+            self._heads = read_heads(self.render)
         except UserError as error:
             raise UserError(f"{model}: {error}") from None
         self.notes = self._notes()
@@ -150,31 +143,12 @@ class Processor:
     def _read_end_of_turn(self, eos_token_ids: list[int]) -> EndOfTurn:
         return end_of_turn(self.render(PROBED, add_generation_prompt=False), eos_token_ids, self.tokenizer)
 
-    def _read_heads(self) -> tuple[str, str]:
-        """What the template writes before an answer: where the model is asked, and in a conversation that has it.
-
-        Of LLaVA-OneVision's they differ in white space. Empty where there is no such difference.
-        """
-        texts = self.render(PROBED[:1], add_generation_prompt=True), self.render(PROBED, add_generation_prompt=False)
-        question = len(self.render(PROBED[:1], add_generation_prompt=False))  # characters
-        asked, answered = texts[0][question:], texts[1][question : texts[1].rfind(PROBE)]
-        goes_on = answered.startswith(asked)
-        return ("", "") if goes_on or asked.split() != answered.split() else (asked, answered)
-
-    def _as_asked(self, conversation: str, prompt: str) -> str:
-        """A rendered conversation whose first answer after ``prompt`` follows what the model is asked with."""
-        asked, answered = self._heads
-        before = prompt.removesuffix(asked)
-        if conversation.startswith(prompt) or not conversation.startswith(before + answered):
-            return conversation
-        return prompt + conversation[len(before) + len(answered) :]
-
     def _notes(self) -> list[str]:
         notes = []
-        if self._heads[0] != self._heads[1]:
-            asked, answered = (repr(head) for head in self._heads)
+        if self._heads.differ:
             notes.append(
-                f"the chat template asks with {asked} but writes answers after {answered}; they are scored as asked"
+                f"the chat template asks with {self._heads.asked!r} but writes answers after "
+                f"{self._heads.answered!r}; they are scored as asked"
             )
         if (token := self._end_of_turn.token_id) is not None:
             written = f"{self._end_of_turn.template!r}" if self._end_of_turn.template else "nothing"
@@ -335,7 +309,7 @@ class Processor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (tokens,) and weights (tokens,) of one completion."""
         messages = getattr(pair, side)
-        full = self._as_asked(self.render([*pair.prompt, *messages], add_generation_prompt=False), prompt.text)
+        full = self._heads.as_asked(self.render([*pair.prompt, *messages], add_generation_prompt=False), prompt.text)
         if not full.startswith(prompt.text):
             raise UserError("the chat template renders the prompt differently once an answer follows it")
         text = full[len(prompt.text) :]
@@ -353,7 +327,7 @@ class Processor:
             raise UserError(f"'{side}' has no tokens")
         token_weights = np.full(len(ids), weights.unchanged, np.float32)
         if weights.changed != weights.unchanged:
-            self._weigh_changes(token_weights, pair, side, text, offsets, weights.changed)
+            weigh_changes(token_weights, pair, side, text, offsets, weights.changed)
         for begin, end in self._user_turns(pair, messages, prompt.text):
             for n, (first, last) in enumerate(offsets):
                 if first < end and last > begin:
@@ -364,28 +338,14 @@ class Processor:
         self, pair: PreferencePair, messages: tuple[Message, ...], prompt_text: str
     ) -> list[tuple[int, int]]:
         """Character ranges of a completion of several turns that the user, not the model, is to say."""
-        asked, answered = self._heads
         spans = []
         for n in range(1, len(messages), 2):
             before = self.render([*pair.prompt, *messages[:n]], add_generation_prompt=False)
             after = self.render([*pair.prompt, *messages[: n + 1]], add_generation_prompt=True)
-            after = after.removesuffix(asked) + answered  # another answer follows there
-            before, after = (self._as_asked(text, prompt_text) for text in (before, after))
+            after = after.removesuffix(self._heads.asked) + self._heads.answered  # another answer follows there
+            before, after = (self._heads.as_asked(text, prompt_text) for text in (before, after))
             spans.append((len(before) - len(prompt_text), len(after) - len(prompt_text)))
         return spans
-
-    def _weigh_changes(
-        self, token_weights: np.ndarray, pair: PreferencePair, side: str, text: str, offsets: Offsets,
-        changed: float,
-    ) -> None:  # fmt: skip
-        """Give the tokens of the edit their weight. ``text`` is the rendered completion, ``offsets`` its tokens'."""
-        messages = getattr(pair, side)
-        answer = "".join(part["text"] for part in messages[0]["content"])
-        begin = max(text.find(answer.strip()) - (len(answer) - len(answer.lstrip())), 0)
-        for start, end in changed_spans(pair, side):
-            for n, (first, last) in enumerate(offsets):
-                if first < begin + end and last > begin + start:
-                    token_weights[n] = changed
 
     def _path(
         self, prompt: Prompt, images: tuple[ProcessedImage, ...], ids: np.ndarray, token_weights: np.ndarray
@@ -415,26 +375,3 @@ def _chat_template(model: str, found: Any) -> str:
 def _same_input(chosen: TokenPath, rejected: TokenPath) -> bool:
     same_images = [image.content_hash for image in chosen.images] == [image.content_hash for image in rejected.images]
     return same_images and np.array_equal(chosen.input_ids, rejected.input_ids)
-
-
-def changed_spans(pair: PreferencePair, side: str) -> list[tuple[int, int]]:
-    """Character ranges of a completion that the edit changed: the row's ``edits``, or else a word-level diff."""
-    texts = ["".join(part["text"] for part in messages[0]["content"]) for messages in (pair.chosen, pair.rejected)]
-    spans = {"chosen": [], "rejected": []}  # type: dict[str, list[tuple[int, int]]]
-    if pair.edits:
-        shift = 0
-        for edit in sorted(pair.edits, key=lambda edit: edit.start):
-            spans["chosen"].append((edit.start, edit.end))
-            spans["rejected"].append((edit.start + shift, edit.start + shift + len(edit.to)))
-            shift += len(edit.to) - (edit.end - edit.start)
-        return spans[side]
-    words = [list(re.finditer(r"\s+|\w+|[^\w\s]", text)) for text in texts]
-    before, after = ([word[0] for word in line] for line in words)
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    for operation, *bounds in matcher.get_opcodes():
-        if operation == "equal":
-            continue
-        for name, line, (first, last) in zip(spans, words, (bounds[:2], bounds[2:]), strict=True):
-            if first < last:
-                spans[name].append((line[first].start(), line[last - 1].end()))
-    return spans[side]
