@@ -23,12 +23,6 @@ QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-OTHERS = {
-    "idefics3": build_tiny_tiles, "smolvlm": build_tiny_tiles,
-    "llava_pixtral": build_tiny_rows, "mistral3": build_tiny_rows, "ministral3": build_tiny_rows,
-}  # fmt: skip
-"""Builders of the families that have a file of their own."""
-
 QWEN_IMAGES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACE = "\u2581"  # SentencePiece writes this mark where a word starts
@@ -80,52 +74,73 @@ def build_tiny_policy(
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
-    if family in OTHERS or family == "gemma3":
-        if family == "gemma3":
-            build_tiny_gemma3(folder, *train_pieces(corpus, vocab_size - OWN_PIECES), seed, sizes)
+    if family in OTHERS:
+        OTHERS[family](family, folder, corpus, seed=seed, vocab_size=vocab_size, **sizes)
+    else:
+        tokenizer = _train_tokenizer(family, corpus, vocab_size)
+        text = {"vocab_size": len(tokenizer), **sizes}
+        torch.manual_seed(seed)
+        if family in TILED:
+            write_tiled(family, folder, tokenizer, text, vision or {})
+        elif family == "llava":
+            _write_llava(folder, tokenizer, text, vision or {}, position_scale)
         else:
-            OTHERS[family](family, folder, corpus, seed=seed, vocab_size=vocab_size, **sizes)
-        give_ordinary_permissions(folder / "model.safetensors")
-        return folder
-    tokenizer = _train_tokenizer(family, corpus, vocab_size)
-    text = {"vocab_size": len(tokenizer), **sizes}
-    torch.manual_seed(seed)
-    if family in TILED:
-        return write_tiled(family, folder, tokenizer, text, vision or {})
-    if family == "llava":
-        model = _llava(tokenizer, text, vision or {})
-        with torch.no_grad():
-            model.model.vision_tower.embeddings.position_embedding.weight.mul_(position_scale)
-    elif family.startswith("qwen3_vl"):
-        model = tiny_qwen3_vl.tiny_qwen3_vl(
-            family, _qwen_marks(tokenizer), {**text, **_qwen_ends(tokenizer)}, vision or {}
-        )
-        with torch.no_grad():
-            model.model.visual.pos_embed.weight.mul_(position_scale)
-    else:
-        model = _qwen(family, tokenizer, text)
-    model.save_pretrained(folder)
-    if family == "llava":
-        side = model.config.vision_config.image_size
-        transformers.LlavaProcessor(
-            image_processor=transformers.CLIPImageProcessorPil(
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-            ),
-            tokenizer=tokenizer,
-            patch_size=model.config.vision_config.patch_size,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            chat_template=LLAVA_TEMPLATE,
-        ).save_pretrained(folder)
-    else:
-        tokenizer.chat_template = QWEN_TEMPLATE
-        tokenizer.save_pretrained(folder)
-        pictures: Any = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
-        if family.startswith("qwen3_vl"):
-            pictures = tiny_qwen3_vl.image_processor(model.config.vision_config)
-        pictures.save_pretrained(folder)
+            _write_qwen(family, folder, tokenizer, text, vision or {}, position_scale)
     give_ordinary_permissions(folder / "model.safetensors")
     return folder
+
+
+def _build_gemma3(
+    family: str, folder: Path, corpus: Iterable[str], *, seed: int, vocab_size: int, **sizes: Any
+) -> None:
+    build_tiny_gemma3(folder, *train_pieces(corpus, vocab_size - OWN_PIECES), seed, sizes)
+
+
+OTHERS = {
+    "idefics3": build_tiny_tiles, "smolvlm": build_tiny_tiles,
+    "llava_pixtral": build_tiny_rows, "mistral3": build_tiny_rows, "ministral3": build_tiny_rows,
+    "gemma3": _build_gemma3,
+}  # fmt: skip
+"""Builders of the families that have a file of their own."""
+
+
+def _write_llava(
+    folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any], vision: Mapping[str, int],
+    position_scale: float,
+) -> None:  # fmt: skip
+    model = _llava(tokenizer, text, vision)
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embedding.weight.mul_(position_scale)
+    model.save_pretrained(folder)
+    side = model.config.vision_config.image_size
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer=tokenizer,
+        patch_size=model.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def _write_qwen(
+    family: str, folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, text: dict[str, Any],
+    vision: Mapping[str, int], position_scale: float,
+) -> None:  # fmt: skip
+    if family.startswith("qwen3_vl"):
+        model = tiny_qwen3_vl.tiny_qwen3_vl(family, _qwen_marks(tokenizer), {**text, **_qwen_ends(tokenizer)}, vision)
+        with torch.no_grad():
+            model.model.visual.pos_embed.weight.mul_(position_scale)
+        pictures: Any = tiny_qwen3_vl.image_processor(model.config.vision_config)
+    else:
+        model = _qwen(family, tokenizer, text)
+        pictures = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    pictures.save_pretrained(folder)
 
 
 def _train_tokenizer(family: str, corpus: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:

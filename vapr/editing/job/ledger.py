@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vapr.editing.config import PriceConfig
@@ -11,6 +12,33 @@ from vapr.editing.job.worker import DROPPED
 
 Manifests = list[dict[str, Any]]
 Counts = dict[str, Counter[str]]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What adds up over manifests whatever became of their turns."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    models: Counts = field(default_factory=lambda: defaultdict(Counter))
+    candidates: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)  # of a judge
+    polarity: Counts = field(default_factory=lambda: defaultdict(Counter))
+    decided_by: Counter[str] = field(default_factory=Counter)  # each turn once
+
+    @classmethod
+    def of(cls, manifests: Manifests) -> "_Sums":
+        sums = cls()
+        for manifest in manifests:
+            sums.tokens.update(manifest["tokens"])
+            for name, counts in manifest.get("models", {}).items():  # an older version has not told them apart
+                sums.models[name].update(counts)
+            sums.candidates.update(manifest.get("candidates", {}))
+            sums.points.update(manifest.get("judge", {}))
+            for source, counts in manifest["polarity"].items():
+                sums.polarity[source].update(counts)
+            if manifest["round"] == 0:
+                sums.decided_by.update(manifest["decided_by"])
+        return sums
 
 
 def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
@@ -27,20 +55,7 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
     editors = _count_ends("editors", manifests, newest)
     for name in editor.get("editors") or ():
         editors.setdefault(name, Counter())  # one that has had no answer yet
-    polarity: Counts = defaultdict(Counter)
-    tokens, decided_by = Counter[str](), Counter[str]()
-    models: Counts = defaultdict(Counter)
-    candidates, points = Counter[str](), Counter[str]()
-    for manifest in manifests:
-        tokens.update(manifest["tokens"])
-        for name, counts in manifest.get("models", {}).items():  # an older version has not told them apart
-            models[name].update(counts)
-        candidates.update(manifest.get("candidates", {}))
-        points.update(manifest.get("judge", {}))
-        for source, counts in manifest["polarity"].items():
-            polarity[source].update(counts)
-    for manifest in first_rounds:
-        decided_by.update(manifest["decided_by"])
+    sums = _Sums.of(manifests)
     accepted = job.accepted
     if dropped := sum(manifest["accepted"] for manifest in manifests) - accepted:
         reasons["rejected"][DROPPED] += dropped
@@ -57,15 +72,15 @@ def ledger(job: Job, price_per_gpu_hour: float | None) -> dict[str, Any]:
         "over_target": sum(manifest["over_target"] for manifest in newest.values()),
         "categories": {name: _with_rate(counts) for name, counts in sorted(categories.items())},
         "editors": {name: _with_rate(counts) for name, counts in sorted(editors.items())},
-        "candidates": dict(candidates.most_common()) if job.config.ask.candidates > 1 else None,
-        "judge": {"model": job.config.ask.judge or editor["name"], **points} if job.config.ask.rubric else None,
+        "candidates": dict(sums.candidates.most_common()) if job.config.ask.candidates > 1 else None,
+        "judge": {"model": job.config.ask.judge or editor["name"], **sums.points} if job.config.ask.rubric else None,
         "polarity": {
             source: {said: counts[said] for said in ("rejected_yes", "rejected_no")}
-            for source, counts in sorted(polarity.items())
+            for source, counts in sorted(sums.polarity.items())
         },
-        "decided_by": dict(decided_by),
-        "tokens": {kind: tokens[kind] for kind in ("prompt", "cached", "generated")},
-        "models": {name: _with_cost(counts, prices.get(name)) for name, counts in sorted(models.items())},
+        "decided_by": dict(sums.decided_by),
+        "tokens": {kind: sums.tokens[kind] for kind in ("prompt", "cached", "generated")},
+        "models": {name: _with_cost(counts, prices.get(name)) for name, counts in sorted(sums.models.items())},
         "seconds": round(seconds, 3),
         "accepted_per_second": round(accepted / seconds, 3) if seconds else None,
         "shards": {
