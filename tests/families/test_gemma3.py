@@ -11,15 +11,14 @@ import transformers
 from PIL import Image
 
 from tests import oracles
+from tests.families.exported import exported_logps
 from tests.runs import metrics
-from vapr.batches.loader import open_processor
 from vapr.batches.model_config import load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import PolicyConfig, TrainConfig
 from vapr.data.images import read_image
 from vapr.data.pairs import write_pairs
-from vapr.data.sources import read_pairs
 from vapr.errors import UserError
 from vapr.evaluation.generation.answer import answer_questions
 from vapr.evaluation.generation.settings import Settings
@@ -27,7 +26,6 @@ from vapr.evaluation.scoring.prediction import Question
 from vapr.families import FAMILIES
 from vapr.model.policy import hidden_states, image_features, load_policy
 from vapr.training import trainer
-from vapr.training.export import export
 
 CPU = torch.device("cpu")
 FAMILY = "gemma3"
@@ -194,12 +192,7 @@ def test_from_cached_features_to_an_export_that_transformers_loads(lora, make_co
     data = {**files, "image_root": str(photo_root), "workers": 0}
     config = make_config(family=FAMILY, lora=lora, data=data, features=features)
     trainer.train(config)
-    export(Path(config.run_dir), tmp_path / "out")
-    pairs = read_pairs(config.data.eval, image_root=photo_root)
-    batch = pack([open_processor(config).tokenize_pair(pair) for pair in pairs])
-    model = oracles.load_model(tmp_path / "out", FAMILY)
-    with torch.no_grad():
-        chosen, rejected = oracles.pair_logps(model, FAMILY, batch).mean(0)
+    _, (chosen, rejected) = exported_logps(config, FAMILY, photo_root, tmp_path / "out")
     first, *_, last = (entry for entry in metrics(config) if "eval/loss" in entry)
     assert abs(first["eval/logps/chosen"] - last["eval/logps/chosen"]) > 5e-3  # it learned
     assert float(chosen) == pytest.approx(last["eval/logps/chosen"], abs=1e-3)

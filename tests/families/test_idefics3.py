@@ -1,6 +1,5 @@
 """Idefics3 and SmolVLM: splitting, and processors that do not belong to their model."""
 
-import json
 import shutil
 
 import pytest
@@ -8,11 +7,10 @@ import torch
 import transformers
 
 from tests import oracles
+from tests.families.changed_files import change, processor_of
 from tests.families.test_several_runs import logps_of, pair_of, picture
 from tests.model.test_exactness import policy_of
-from vapr.batches.model_config import load_model_config
 from vapr.batches.packing import pack
-from vapr.batches.tokenize import Processor
 from vapr.errors import UserError
 
 
@@ -27,16 +25,11 @@ def changed(tiny, family, tmp_path):
     folder = tmp_path / "changed"
     shutil.copytree(tiny(family), folder)
 
-    def change(file: str, **settings):
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    def changing(file: str, **settings):
+        change(folder, file, **settings)
         return folder
 
-    return change
-
-
-def processor_of(folder) -> Processor:
-    return Processor(str(folder), load_model_config(str(folder)), "pil")
+    return changing
 
 
 def test_tiles_stand_in_rows_before_the_small_copy(tiny, family):

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from tests import oracles
+from tests.families.changed_files import change, processor_of
 from tests.families.test_several_runs import logps_of, pair_of, picture
 from tests.model.test_exactness import (
     EVERYTHING,
@@ -19,7 +20,6 @@ from tests.model.test_exactness import (
 from vapr.batches.model_config import load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.processed_image import joined_pixels
-from vapr.batches.tokenize import Processor
 from vapr.errors import UserError
 from vapr.families import FAMILIES
 from vapr.model import decoder
@@ -30,19 +30,14 @@ from vapr.model.policy import image_features
 def changed(tiny, tmp_path):
     """``changed(family, file, **settings)`` -> a copy of a tiny model whose file says otherwise."""
 
-    def change(family: str, file: str, **settings):
+    def changing(family: str, file: str, **settings):
         folder = tmp_path / "changed"
         if not folder.exists():
             shutil.copytree(tiny(family), folder)
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        change(folder, file, **settings)
         return folder
 
-    return change
-
-
-def processor_of(folder) -> Processor:
-    return Processor(str(folder), load_model_config(str(folder)), "pil")
+    return changing
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("llava_pixtral", (2, 6)), ("mistral3", (2, 4))])

@@ -15,15 +15,14 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests import oracles
+from tests.families.exported import exported_logps
 from tests.runs import metrics
-from vapr.batches.loader import open_processor
 from vapr.batches.model_config import load_model_config
 from vapr.batches.packing import pack
 from vapr.batches.tokenize import Processor
 from vapr.config import LoraConfig, PolicyConfig, TrainConfig
 from vapr.data.images import read_image
 from vapr.data.pairs import write_pairs
-from vapr.data.sources import read_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.errors import UserError
 from vapr.evaluation.generation.answer import answer_questions
@@ -39,7 +38,6 @@ from vapr.model.logps import completion_logps, per_completion, token_logps
 from vapr.model.policy import hidden_states, image_features, load_policy
 from vapr.training import trainer
 from vapr.training.checkpoint import save_model
-from vapr.training.export import export
 
 CPU = torch.device("cpu")
 
@@ -241,12 +239,7 @@ def test_a_run_from_cached_features_to_an_export_that_transformers_loads(family,
     said = capsys.readouterr().out
     assert said.count("the router's auxiliary loss is off") == int(family == "qwen3_vl_moe")
     assert said.count("experts and routers are single parameters") == int(family == "qwen3_vl_moe" and lora)
-    export(Path(config.run_dir), tmp_path / "out")
-    pairs = read_pairs(config.data.eval, image_root=photo_root)
-    batch = pack([open_processor(config).tokenize_pair(pair) for pair in pairs])
-    model = oracles.load_model(tmp_path / "out", family)
-    with torch.no_grad():
-        chosen, rejected = oracles.pair_logps(model, family, batch).mean(0)
+    model, (chosen, rejected) = exported_logps(config, family, photo_root, tmp_path / "out")
     logged = [entry for entry in metrics(config) if "eval/loss" in entry]
     assert logged[0]["eval/logps/chosen"] != pytest.approx(logged[-1]["eval/logps/chosen"], abs=5e-3)  # it learned
     assert float(chosen) == pytest.approx(logged[-1]["eval/logps/chosen"], abs=1e-3)

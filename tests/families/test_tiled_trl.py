@@ -1,11 +1,10 @@
 """Ten steps of the families that cut pictures into tiles give the losses of TRL's DPOTrainer."""
 
-import json
 import shutil
 
 import pytest
 
-from tests.training.test_trl import STEPS, rows_with_images, trl_losses, vapr_losses
+from tests.training.test_trl import STEPS, mark_first_words_only, rows_with_images, trl_losses, vapr_losses
 
 
 def as_it_is(folder, copy):
@@ -32,12 +31,7 @@ def mistral_tokenised_alike(folder, copy):
     shutil.copytree(folder, copy)
     template = copy / "chat_template.jinja"
     template.write_text("{{ bos_token }}" + template.read_text())
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = None
-    tokenizer["pre_tokenizer"] = {
-        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False
-    }  # fmt: skip
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    mark_first_words_only(copy)
     return copy
 
 

@@ -117,13 +117,18 @@ def llava_tokenised_alike(folder, copy):
     text = template.read_text().replace("{% generation %}{{ content['text'] + ' '}}{% endgeneration %}", ended)
     assert ended in text
     template.write_text("{{ bos_token }}" + text)
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    mark_first_words_only(copy)
+    return copy
+
+
+def mark_first_words_only(folder):
+    """Let a tokenizer of SentencePiece's kind mark the first word of a text only where no space is."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["normalizer"] = None
     tokenizer["pre_tokenizer"] = {
         "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False
     }  # fmt: skip
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return copy
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def test_ten_steps_of_llava_where_trl_tokenises_as_inference_does(tiny, photo_rows, photo_root, tmp_path):
