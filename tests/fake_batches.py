@@ -14,7 +14,6 @@ class FakeBatches:
 
     Attributes:
         answer: makes the body of the reply to a request's body, or ``(status, headers, body)``.
-        prefix: of the ids of batches: no two servers give the same.
         status: of every batch.
         files: contents by id.
         batches: what was asked of each, by id.
@@ -22,10 +21,8 @@ class FakeBatches:
         output: changes a file of results.
     """
 
-    def __init__(
-        self, answer: Callable[[int, dict], Any] = lambda number, body: obedient(body), prefix="batch"
-    ) -> None:
-        self.answer, self.prefix = answer, prefix
+    def __init__(self, answer: Callable[[int, dict], Any] = lambda number, body: obedient(body)) -> None:
+        self.answer = answer
         self.status = "in_progress"
         self.files: dict[str, str] = {}
         self.batches: dict[str, dict] = {}
@@ -53,7 +50,7 @@ class FakeBatches:
             self.files[name] = payload[begin : payload.rindex(b"}\n") + 2].decode()
             return {"id": name, "object": "file"}
         if path == "/v1/batches":
-            name = f"{self.prefix}-{len(self.batches)}"
+            name = f"batch-{len(self.batches)}"
             self.batches[name] = json.loads(payload)
             return self._about(name)
         return NOT_FOUND

@@ -43,7 +43,7 @@ class BatchedServer:
             server.settings,
         )
         self._server, self._extra_body, self._cache = server, extra_body, cache
-        self._sent = SentRequests(folder)
+        self._sent = SentRequests(folder, self.engine)
 
     def start(self) -> None:
         """Do nothing: the server is there."""

@@ -26,18 +26,20 @@ class SentRequests:
 
     Args:
         folder: holds the file; None: the user's cache folder.
+        server: whose batches these are; servers name theirs without asking one another.
 
     Raises:
         UserError: if the file cannot be used, now or later.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, server: str = "") -> None:
+        self._server = server
         self.file = (Path(folder) if folder else user_cache()) / FILE
         self._database = open_database(self.file, TABLES, LOST)
 
     def batches_of(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return the batch of each request that was sent."""
-        return {key: batch for key, (batch, _) in self._rows(keys).items()}
+        return {key: batch.removeprefix(self._named("")) for key, (batch, _) in self._rows(keys).items()}
 
     def replies(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
         """Return what has come of requests whose batch has ended."""
@@ -50,29 +52,35 @@ class SentRequests:
             rows = {key: database.execute(find, (key,)).fetchone() for key in keys}
         return {key: row for key, row in rows.items() if row is not None}
 
+    def _named(self, batch: str) -> str:
+        """Return the name of a batch in the file, where those of all servers stand."""
+        return f"{self._server} {batch}"
+
     def note_sent(self, batch: str, keys: Sequence[bytes]) -> None:
         """Note a batch of requests."""
+        named = self._named(batch)
         with self._statements() as database:
-            database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (batch, time.time()))
-            database.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?, NULL)", [(key, batch) for key in keys])
+            database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (named, time.time()))
+            database.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?, NULL)", [(key, named) for key in keys])
 
     def age_seconds(self, batch: str) -> float:
         """Return how long ago a batch was sent."""
         with self._statements() as database:
-            row = database.execute("SELECT sent_at FROM batches WHERE batch = ?", (batch,)).fetchone()
+            row = database.execute("SELECT sent_at FROM batches WHERE batch = ?", (self._named(batch),)).fetchone()
         return max(time.time() - row[0], 0.0) if row else 0.0
 
     def end(self, batch: str, replies: Mapping[bytes, Reply], otherwise: Reply) -> None:
         """Note what has come of a batch: ``otherwise`` of requests that no reply is given for."""
+        named = self._named(batch)
         with self._statements() as database:
-            database.execute("UPDATE sent SET reply = ? WHERE batch = ?", (written(otherwise), batch))
-            rows = [(written(reply), key, batch) for key, reply in replies.items()]
+            database.execute("UPDATE sent SET reply = ? WHERE batch = ?", (written(otherwise), named))
+            rows = [(written(reply), key, named) for key, reply in replies.items()]
             database.executemany("UPDATE sent SET reply = ? WHERE key = ? AND batch = ?", rows)
 
     def forget_batch(self, batch: str) -> int:
         """Forget a batch, so that its requests can be sent again; return how many."""
         with self._statements() as database:
-            return database.execute("DELETE FROM sent WHERE batch = ?", (batch,)).rowcount
+            return database.execute("DELETE FROM sent WHERE batch = ?", (self._named(batch),)).rowcount
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Forget requests whose replies are kept elsewhere."""

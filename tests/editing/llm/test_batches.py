@@ -121,19 +121,19 @@ def test_a_second_attempt_is_a_second_batch(fruits, server, batches):
 
 def test_several_editors_get_their_batches_at_once(fruits, serve):
     servers = [serve(models=(name,)) for name in ("one", "two")]
-    for server, prefix in zip(servers, "ab", strict=True):
-        server.batches = FakeBatches(pear, prefix)
+    for server in servers:
+        server.batches = FakeBatches(pear)  # both call their first batch alike
     editors = f"editors={{{servers[0].url}: 1, {servers[1].url}: 1}}"
     command = tuple(part for part in job(fruits, servers[0], editors) if part not in ("--editor", servers[0].url))
     assert_waits("2 batches are at the server", *command)
-    assert len(servers[0].batches.requests("a-0")) + len(servers[1].batches.requests("b-0")) == 5
+    assert len(servers[0].batches.requests("batch-0")) + len(servers[1].batches.requests("batch-0")) == 5
     servers[1].batches.status = "completed"
     assert_waits("1 batches are at the server", *command)
     servers[0].batches.status = "completed"
     assert edit(*command) == (0, "")
     assert len(pairs_of(fruits.parent)) == 5 and [list(server.batches.batches) for server in servers] == [
-        ["a-0"],
-        ["b-0"],
+        ["batch-0"],
+        ["batch-0"],
     ]
 
 
