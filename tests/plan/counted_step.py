@@ -20,7 +20,7 @@ from vapr.training.ranks import Ranks
 from vapr.training.step import train_step
 
 
-def assert_counted(config, lora, train, checkpointing):
+def assert_counted(config, lora, train, checkpointing, *, kernels=False):
     """Run a step of several packs twice, with the reference's log-probs computed and found; count each."""
     policy_config = dataclasses.replace(
         config.policy, lora=lora, train=train, checkpointing=checkpointing
@@ -42,7 +42,12 @@ def assert_counted(config, lora, train, checkpointing):
             predicted = sum(
                 (
                     pack_flops(
-                        shapes, pack, checkpointing=checkpointing, reference=with_reference, cached_features=False
+                        shapes,
+                        pack,
+                        checkpointing=checkpointing,
+                        reference=with_reference,
+                        cached_features=False,
+                        kernels=kernels,
                     )
                     for pack in packs
                 ),

@@ -5,6 +5,9 @@ import pytest
 from tests.conftest import EVERY_FAMILY, FAMILIES
 from tests.plan.counted_step import assert_counted
 from vapr.config import LEVELS, LoraConfig, TrainConfig
+from vapr.model import patches
+from vapr.training import step
+from vapr_kernels import naive
 
 ALL = LoraConfig(rank=4, alpha=8)
 SOME = LoraConfig(rank=4, alpha=8, targets=["q_proj", "up_proj"])
@@ -33,3 +36,13 @@ def test_a_step_takes_what_is_predicted(make_config, family, tuning, checkpointi
 @pytest.mark.parametrize(("tuning", "checkpointing"), [("lora on everything", "full"), ("full with tower", "none")])
 def test_so_it_does_in_every_family(make_config, family, tuning, checkpointing):
     assert_counted(make_config(family=family), *TUNINGS[tuning], checkpointing)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "lora on everything", "full", "full with tower"])
+@pytest.mark.parametrize("checkpointing", LEVELS)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
+def test_so_it_does_where_attention_is_one_function(make_config, family, tuning, checkpointing, monkeypatch):
+    """As on a GPU, by PyTorch's operations."""
+    monkeypatch.setattr(patches, "kernels_run", lambda device, dtype: True)
+    monkeypatch.setattr(step, "preference_loss", naive.preference_loss)
+    assert_counted(make_config(family=family), *TUNINGS[tuning], checkpointing, kernels=True)

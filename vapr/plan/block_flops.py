@@ -12,6 +12,9 @@ INTO_MLP: Role = "into mlp"
 OUT_OF_MLP: Role = "out of mlp"
 
 
+QUERIES = "self_attn.q_proj"
+
+
 def role(name: str) -> Role:
     """Return what a linear layer is for, by its name in a decoder layer. A router leads into an MLP of experts."""
     if name.startswith("self_attn."):
@@ -78,15 +81,16 @@ def _found(block: Mapping[str, Linear], *roles: Role) -> list[str]:
 
 def recomputed_flops(
     block: Mapping[str, Linear], rows: Mapping[str, int], attention: float, level: str, *,
-    x_learns: bool, norms_learn: bool, by_hand: bool = False,
+    x_learns: bool, norms_learn: bool, by_hand: bool = False, attends_again: bool = False,
 ) -> float:  # fmt: skip
     """Return what of a block's forward pass is computed again at a level of ``policy.checkpointing``.
 
     What leads to nothing that learns is kept by nobody, so it is not computed again. And it stops where all that the
     backward pass wants is there: before a last layer without an adapter, which wants its input but not its output.
     What experts put out is wanted, because it is scaled by scores. An MLP that is one function (``by_hand``) runs to
-    its end; its own level computes its first products again, alone. The other arguments are those of
-    :func:`block_backward`.
+    its end; its own level computes its first products again, alone. Attention that is one function
+    (``attends_again``, :mod:`vapr_kernels.normed_attention`) computes keys, values and attention again at any level.
+    The other arguments are those of :func:`block_backward`.
     """
 
     def forward(names: list[str]) -> float:
@@ -98,10 +102,18 @@ def recomputed_flops(
     into_mlp = forward(_found(block, INTO_MLP))
     wanted = [x for x in _found(block, OUT_OF_MLP) if block[x].rank or by_hand or is_of_experts(x)]
     mlp = into_mlp + forward(wanted)
+    again = kept = 0.0  # what attention computes again of itself, and what of that the queries would be
+    if attends_again and passed_on:
+        inner = sum(
+            2.0 * rows[name] * block[name].rank * block[name].inputs for name in _found(block, OUT_OF_ATTENTION)
+        )
+        queries = block[QUERIES]
+        kept = 2.0 * rows[QUERIES] * queries.outputs * (queries.inputs + queries.rank)
+        again = into_attention - kept + inner
     if level == "attention":
-        return into_attention if attended else 0.0
+        return again + kept if attends_again else into_attention if attended else 0.0
     if level == "mlp":
-        return (into_mlp if by_hand else mlp) if passed_on else 0.0
+        return again + (into_mlp if by_hand else mlp) if passed_on else 0.0
     if level == "full":
-        return into_attention + forward(_found(block, OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
-    return 0.0
+        return again + into_attention + forward(_found(block, OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
+    return again

@@ -12,7 +12,15 @@ from dataclasses import dataclass, fields
 from vapr.config import Checkpointing
 from vapr.families import FAMILIES
 from vapr.plan.attended import attended
-from vapr.plan.block_flops import OUT_OF_MLP, block_backward, forward_flops, recomputed_flops, role
+from vapr.plan.block_flops import (
+    INTO_ATTENTION,
+    OUT_OF_ATTENTION,
+    OUT_OF_MLP,
+    block_backward,
+    forward_flops,
+    recomputed_flops,
+    role,
+)
 from vapr.plan.packs import PackSizes
 from vapr.plan.shapes import Linear, Shapes, decoder_place
 from vapr.plan.tower_flops import tower_flops, tower_forward_flops
@@ -58,8 +66,9 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
 
 
 def pack_flops(
-    shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing, reference: bool, cached_features: bool
-) -> Flops:
+    shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing, reference: bool, cached_features: bool,
+    kernels: bool = False,
+) -> Flops:  # fmt: skip
     """Count all FLOPs of a pack in one step.
 
     Args:
@@ -68,6 +77,7 @@ def pack_flops(
         checkpointing: what of each layer is computed again in the backward pass.
         reference: whether the reference's log-probs are computed in the step, with adapters off.
         cached_features: whether image features come from the cache.
+        kernels: whether fused kernels run, as on a GPU: attention then keeps less, and computes more again.
     """
     full = any(weight.trained for weight in shapes.weights if weight.part == "language model")
     x_learns, tower = full, 0.0
@@ -85,12 +95,15 @@ def pack_flops(
         ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
         joint = tried.joint.get(number, frozenset())
+        attends_again = kernels and not last and INTO_ATTENTION in joint
+        joint |= {OUT_OF_ATTENTION} if attends_again else frozenset()
         plain += sum(_without_adapter(x, rows[name], joint=role(name) in joint) for name, x in layer.items())
         plain += 2 * attention
         whole: Checkpointing = "none" if checkpointing == "none" else "full"  # transformers' own layer has no parts
         recomputed += recomputed_flops(
             layer, rows, attention, checkpointing if written_out else whole,
             x_learns=x_learns, norms_learn=full, by_hand=OUT_OF_MLP in joint,
+            attends_again=attends_again,
         )  # fmt: skip
         back, x_learns = block_backward(layer, rows, attention, x_learns, norms_learn=full)
         backward += back

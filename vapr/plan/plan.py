@@ -305,6 +305,8 @@ def _times_flops(needs: Needs, own: Variant) -> float:
 
     def total(level: Checkpointing) -> float:
         cached = own.cached_features
-        return pack_flops(needs.shapes, pack, checkpointing=level, reference=False, cached_features=cached).total
+        return pack_flops(
+            needs.shapes, pack, checkpointing=level, reference=False, cached_features=cached, kernels=needs.kernels
+        ).total
 
     return total(own.checkpointing) / total("none")
