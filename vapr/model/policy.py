@@ -36,6 +36,7 @@ from vapr.model import patches
 from vapr.model.adapters import merge_adapter
 from vapr.model.attention import choose_backend, segment_attention
 from vapr.model.decoder import rotary_tables, run_decoder
+from vapr.model.host_memory import keep_freed_memory
 from vapr.model.passes import AT_ONCE, Passes
 from vapr.model.quantized import Quantized, check_available, quantize
 from vapr.model.tower_place import TowerPlace
@@ -174,6 +175,8 @@ def load_policy(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
     choose_backend(config.attention, device, dtype)  # refuses what cannot run here before weights are read
     modules = load_modules(config, device)
     base, family = modules.base, modules.family
