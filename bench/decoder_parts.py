@@ -117,8 +117,8 @@ def decoder_layer(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.
         with torch.no_grad():
             if "norm" in name:
                 parameter.normal_(1, 0.1)
-            elif "lora_" in name:  # peft's second matrices are zeros, through which no gradient comes back
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            elif "lora_B" in name:  # zeros as peft makes them, through which no gradient comes back
+                parameter.normal_(0, 0.25 * parameter.shape[1] ** -0.5)
     return layer
 
 
