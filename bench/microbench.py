@@ -1,7 +1,7 @@
 """The shared part of the scripts that time one operation: vapr's kernel against its peers.
 
 A script says what its operation takes, who can compute it, and how much work that is (an :class:`Op`); ``main`` times
-all providers side by side, compares each with fp64, appends rows to bench/results/, prints a table and draws a plot.
+all providers side by side that agree with fp64, appends rows to bench/results/, prints a table and draws a plot.
 How to read the rows, and how to add a provider: bench/README.md.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ if launch.installed:
 
 NO_GRADIENT = ("no-grad", "forward")
 """Passes without a backward pass; all others are timed forward and backward."""
+
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest accepted ``relative_error`` by dtype, many times that of rounding. Whoever is further off does other work."""
 
 
 class Absent(Exception):
@@ -95,6 +98,10 @@ class Op:
 
     share_inputs: bool = False
     """One set of inputs for all providers, where several would not fit. None of them may write to its inputs."""
+
+    resident: Callable[[tuple[Any, ...]], Iterable[Any]] | None = None
+    """Of the inputs, what is in memory for the whole step, such as weights. The rest that a forward pass keeps for the
+    backward pass is counted; None: nothing is."""
 
 
 @dataclass(eq=False)
@@ -156,11 +163,15 @@ def main(op: Op, arguments: list[str] | None = None) -> list[Row]:
     computes, absent = load(op, options.providers)
     rows: list[Row] = []
     for shape in options.shapes:
+        left_out = dict(absent)
         for number in options.rows:
             for name in op.passes:
                 case = {"shape": shape, "rows": number, "pass": name}
                 check = number == options.rows[0]
-                rows += run_case(op, case, sizes.shapes[shape], computes, absent, ceilings, device, options, check)
+                here = {name: compute for name, compute in computes.items() if name not in left_out}
+                found = run_case(op, case, sizes.shapes[shape], here, left_out, ceilings, device, options, check)
+                left_out |= {row["provider"]: row["absent"] for row in found if "absent" in row and "max_error" in row}
+                rows += found
     show(op, rows)
     if not options.no_plot:
         draw(op, rows, options.plot)
@@ -225,12 +236,18 @@ def run_case(
     truth = fp64_truth(op, inputs, douts) if check else None
     arms: dict[str, Calls] = {}
     errors: dict[str, Row] = {}
+    kept: dict[str, Row] = {}
     reasons = dict(absent)
     for name, compute in computes.items():
         try:
             calls = Calls(compute, [inputs] if op.share_inputs else input_sets(inputs, device), douts)
             first = run(compute, calls.inputs[0], douts)
             errors[name] = errors_of(first, truth) if truth is not None else {}
+            if not errors[name].get("relative_error", 0.0) <= AGREEMENT[dtype]:
+                reasons[name] = f"computes something else: relative error {errors[name]['relative_error']:.1e}"
+                continue
+            if op.resident is not None and douts is not None:
+                kept[name] = {"kept_bytes": kept_bytes(compute, inputs, op.resident(inputs))}
             calls.count = calls_per_sample(calls, device)
         except FAILURES as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
@@ -240,12 +257,13 @@ def run_case(
     timings = measure(arms, rounds=options.rounds, warmup=2, device=device, clock=device_clock)
     rows = []
     for name in [name for name in options.providers if name in reasons or name in arms]:
-        fields: Row = {"absent": reasons[name]} if name in reasons else timings[name].fields()
+        fields: Row = {"absent": reasons[name], **errors.get(name, {})} if name in reasons else timings[name].fields()
         if name in arms and timings[name].seconds:
             count = arms[name].count
             for key in ("seconds_p20", "seconds_p50", "seconds_p80"):
                 fields[key] /= count
             fields |= {"calls_per_sample": count, **rates(work, fields["seconds_p50"], ceilings), **errors[name]}
+            fields |= kept.get(name, {})
         rows.append(record(op.name, **about, provider=name, **ceilings, **fields))
     del arms, inputs, truth
     gc.collect()
@@ -286,6 +304,26 @@ def errors_of(got: list[Tensor], truth: list[Tensor]) -> Row:
     return {"max_error": float((got[0].double() - truth[0]).abs().max()), "relative_error": max(relative)}
 
 
+def kept_bytes(compute: Compute, inputs: tuple[Any, ...], resident: Iterable[Any]) -> int:
+    """Bytes of all memory that autograd keeps of a forward pass for the backward pass, but not of what is resident.
+
+    A tensor that is part of a larger one keeps all of it.
+    """
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compute(*inputs)
+    for x in resident:
+        if isinstance(x, Tensor):
+            kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
 def calls_per_sample(calls: Calls, device: torch.device) -> int:
     """Short calls are timed several at a time: a clock is read too coarsely for one."""
     device_clock(calls, device)
@@ -303,13 +341,15 @@ def rates(work: Work, seconds: float, ceilings: Row) -> Row:
 
 
 def show(op: Op, rows: list[Row]) -> None:
-    console = Console(width=max(Console().width, 130), highlight=False)
+    console = Console(width=max(Console().width, 160), highlight=False)
     here = {row["provider"] for row in rows if "absent" not in row}
     for shape in dict.fromkeys(row["shape"] for row in rows):
         table = Table(title=f"{op.name}: {shape}", title_justify="left")
         left = (op.rows_name, "pass", "provider")
         unit = "TFLOP/s" if any("tflops" in row for row in rows) else "GB/s"
-        for column in (*left, "ms p20/p50/p80", unit, "of ceiling", "MiB of a call", "max error", "relative error"):
+        kept = ("MiB kept",) if op.resident is not None else ()
+        memory = ("MiB of a call", *kept)
+        for column in (*left, "ms p20/p50/p80", unit, "of ceiling", *memory, "max error", "relative error"):
             table.add_column(
                 column,
                 justify="left" if column in left[1:] else "right",
@@ -322,20 +362,22 @@ def show(op: Op, rows: list[Row]) -> None:
                 table.add_section()
             before = case
             name = f"{row['pass']}, {row['flops']}" if "flops" in row else row["pass"]
-            table.add_row(f"{row['rows']:,}", name, row["provider"], *cells(row))
+            table.add_row(f"{row['rows']:,}", name, row["provider"], *cells(op, row))
         console.print(table)
     for name, reason in {row["provider"]: row["absent"] for row in rows if row["provider"] not in here}.items():
         console.print(f"{name} is absent: {reason}", markup=False)
 
 
-def cells(row: Row) -> list[str]:
+def cells(op: Op, row: Row) -> list[str]:
     if "absent" in row:
         return [row["absent"]]
     milliseconds = "/".join(f"{1e3 * row[f'seconds_{p}']:.3g}" for p in ("p20", "p50", "p80"))
     rate = row.get("tflops", row.get("gb_per_second"))
-    memory = "" if row["step_mib"] is None else f"{row['step_mib']:,.0f}"
+    memory = ["" if row["step_mib"] is None else f"{row['step_mib']:,.0f}"]
+    if op.resident is not None:
+        memory.append(f"{row['kept_bytes'] / 2**20:,.2f}" if "kept_bytes" in row else "")
     errors = [f"{row[key]:.1e}" if key in row else "" for key in ("max_error", "relative_error")]
-    return [milliseconds, f"{rate:.4g}", f"{row['ceiling_share']:.0%}", memory, *errors]
+    return [milliseconds, f"{rate:.4g}", f"{row['ceiling_share']:.0%}", *memory, *errors]
 
 
 def draw(op: Op, rows: list[Row], folder: Path) -> None:

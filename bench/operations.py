@@ -20,6 +20,9 @@ OPERATIONS = (
     "gather_keys_values",
     "preference_loss",
     "lora_linear",
+    "normed_linears",
+    "gated_mlp",
+    "normed_attention",
 )
 
 

@@ -195,7 +195,10 @@ def operation_tables(rows: list[Row]) -> list[str]:
 def operation_cell(row: Row | None) -> str:
     if row is None:
         return ""
-    return row["absent"] if "absent" in row else f"{1e3 * row['seconds_p50']:.3g} ({row['ceiling_share']:.0%})"
+    if "absent" in row:
+        return row["absent"]
+    kept = f", keeps {row['kept_bytes'] / 2**20:,.2f} MiB" if "kept_bytes" in row else ""
+    return f"{1e3 * row['seconds_p50']:.3g} ({row['ceiling_share']:.0%}){kept}"
 
 
 def offline_compile_tables(rows: list[Row]) -> list[str]:

@@ -151,10 +151,12 @@ def _swiglu_bwd_in_place(dout: Tensor, gate: Tensor, up: Tensor) -> None:
     dact = wide_dout * wide_up
     if gate.dtype == accumulate:
         torch.ops.aten.silu_backward.grad_input(dact, gate, grad_input=gate)
+        dup = torch.mul(dout, act, out=dact)
+        torch.mul(act, up, out=dout)
     else:
         gate.copy_(torch.ops.aten.silu_backward(dact, wide_gate))
-    dup = torch.mul(wide_dout, act, out=dact)
-    dout.copy_(act.mul_(wide_up))
+        dup = torch.mul(wide_dout, act, out=dact)
+        dout.copy_(act.mul_(wide_up))
     up.copy_(dup)
 
 

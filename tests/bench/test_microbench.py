@@ -1,29 +1,20 @@
 """The harness of the microbenchmarks: what rows say, what is counted, what is reported. Speed is measured, not tested."""
 
 import gc
+import importlib
 import importlib.util
 import json
 
 import pytest
 import torch
 
-from bench import (
-    add_rms_norm,
-    gather_keys_values,
-    goals,
-    linear_logps,
-    lora_linear,
-    microbench,
-    preference_loss,
-    rotary,
-    swiglu,
-)  # fmt: skip
+import vapr_kernels
+from bench import gather_keys_values, goals, microbench
 from bench import record as rec
 from bench.microbench import Absent, Calls, Op, Sizes, Work
+from bench.operations import OPERATIONS
 
-OPS = {module.OP.name: module.OP for module in (
-    add_rms_norm, gather_keys_values, linear_logps, lora_linear, preference_loss, rotary, swiglu,
-)}  # fmt: skip
+OPS: dict[str, Op] = {name: importlib.import_module(f"bench.{name}").OP for name in OPERATIONS}
 
 THREADS = ("--threads", "1")  # the scripts' own number would be that of the whole process; see tests/conftest.py
 
@@ -55,6 +46,7 @@ def toy(**changes) -> Op:
         "passes": ("forward", "forward + backward"),
         "providers": {
             "vapr": lambda: lambda x: 2 * x,
+            "rounding": lambda: lambda x: 2 * x + 1e-4,
             "wrong": lambda: lambda x: 2 * x + 0.25,
             "elsewhere": absent,
             "broken": lambda: broken,
@@ -83,7 +75,7 @@ def run_toy(tmp_path, monkeypatch):
 def test_rows_say_what_was_measured(run_toy, tmp_path):
     rows = run_toy()
     assert rows == [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 2 * 4
+    assert len(rows) == 2 * 2 * 2 * 5
     row = rows[0]
     assert (row["provider"], row["shape"], row["rows"], row["pass"], row["D"]) == ("vapr", "small", 4, "forward", 8)
     assert {"seconds_p20", "seconds_p50", "seconds_p80", "step_mib", "calls_per_sample", "dtype"} <= row.keys()
@@ -98,17 +90,30 @@ def row_bytes(row) -> int:
 
 def test_what_is_absent_is_a_row_with_the_reason(run_toy):
     rows = run_toy("--quick")
-    reasons = {row["provider"]: row["absent"] for row in rows if "absent" in row}
+    reasons = {row["provider"]: row["absent"] for row in rows if "absent" in row and row["provider"] != "wrong"}
     assert reasons == {"elsewhere": "only on the moon", "broken": "RuntimeError: no"}
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 5
 
 
-def test_wrong_numbers_show_in_the_errors(run_toy):
+def test_rounding_shows_in_the_errors(run_toy):
     rows = {row["provider"]: row for row in run_toy("--quick") if row["pass"] == "forward + backward"}
     exact = 1e-6 if row_bytes(rows["vapr"]) == 4 else 1e-2
     assert rows["vapr"]["max_error"] <= exact and rows["vapr"]["relative_error"] <= exact
-    assert rows["wrong"]["max_error"] == pytest.approx(0.25, abs=0.02)
-    assert rows["wrong"]["relative_error"] > 0.02
+    assert rows["rounding"]["max_error"] == pytest.approx(1e-4, rel=0.1 if exact < 1e-2 else 100)
+
+
+def test_who_computes_something_else_is_not_timed(run_toy):
+    """Nor with more rows, for which nobody is compared with fp64."""
+    rows = [row for row in run_toy("--shapes", "small") if row["provider"] == "wrong"]
+    assert [row["rows"] for row in rows] == [4, 4, 8, 8]
+    assert all(row["absent"].startswith("computes something else: relative error ") for row in rows)
+    assert not any("seconds_p50" in row for row in rows)
+    assert rows[0]["max_error"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_vapr_computing_something_else_fails_the_script(run_toy):
+    with pytest.raises(SystemExit, match="bench.toy: vapr did not run"):
+        run_toy("--quick", providers={"vapr": lambda: lambda x: 3 * x})
 
 
 def test_errors_are_taken_at_the_fewest_rows_only(run_toy):
@@ -131,7 +136,10 @@ def test_a_plot_for_each_pass(run_toy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--providers", "vapr", "tpu"], "bench.toy: no provider 'tpu'; there are vapr, wrong, elsewhere, broken\n"),
+        (
+            ["--providers", "vapr", "tpu"],
+            "bench.toy: no provider 'tpu'; there are vapr, rounding, wrong, elsewhere, broken\n",
+        ),
         (["--shapes", "huge"], "bench.toy: no shape 'huge'; there are small, wide\n"),
         (["--rows", "0"], "bench.toy: --rows must be positive, got 0\n"),
     ],
@@ -186,6 +194,62 @@ def test_bytes_are_counted_by_hand(op, shape, rows, forward, both):
     assert {OPS[op].work(shape, rows, name, 2).moved for name in passes[1:]} == {2 * both}
 
 
+def test_operations_of_linear_layers_are_counted_by_hand():
+    """A frozen product twice (the output, the input's gradient), an adapter's three times; 7 tokens."""
+    shape = {
+        "D": 6,
+        "I": 10,
+        "H": 3,
+        "G": 1,
+        "R": 2,
+        "S": 4,
+        "bias": 1,
+    }  # heads of 2; one sequence of 7 would be too long
+    qkv, out, mlp = 6 * 6 + 2 * 6 * 2, 6 * 6, 3 * 6 * 10
+    adapters = {"qkv": 2 * (12 + 8 + 8), "out": 2 * 12, "mlp": 2 * 3 * 16}
+    expected = {
+        "normed_linears": (qkv, adapters["qkv"], 0),
+        "gated_mlp": (mlp, adapters["mlp"], 0),
+        # 7 sequences of 1 token: each sees one key, in two products as wide as all heads
+        "normed_attention": (qkv + out, adapters["qkv"] + adapters["out"], 2 * 6),
+    }
+    for name, (frozen, narrow, attended) in expected.items():
+        forward, both = (OPS[name].work(shape, 7, which, 4).flops for which in OPS[name].passes)
+        assert forward == 2 * 7 * (frozen + narrow + attended)
+        assert both == 2 * 7 * (2 * frozen + 3 * narrow + 3 * attended)
+
+
+def test_kept_is_what_autograd_holds_and_nothing_resident():
+    """Of exp(x[:2] * w) the product keeps both factors, all of x with it, and exp what it returns."""
+    x, w = (torch.ones(8, 4, requires_grad=True) for _ in range(2))
+    compute = lambda x, w: (x[:2] * w[:2]).exp()
+    assert microbench.kept_bytes(compute, (x, w), [w, None]) == 4 * (8 * 4 + 2 * 4)
+    assert microbench.kept_bytes(compute, (x, w), []) == 4 * (2 * 8 * 4 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("op", "vapr", "by_modules"),
+    [
+        # (T, .) of 4 bytes: the sum, 1 / rms and x A^T; then also the norm's output, and what it takes to go on from it.
+        ("normed_linears", 320 + 1 + 3 * 16, 2 * 320 + 1 + 3 * 16),
+        ("gated_mlp", 320 + 1 + 2 * 864 + 3 * 16, 2 * 320 + 1 + 3 * 864 + 3 * 16),
+        # queries; then keys and values, what attention returns, and a number for each head
+        ("normed_attention", 320 + 1 + 320, 2 * 320 + 1 + 4 * 16 + 2 * 320 + 2 * 64 + 5),
+    ],
+)
+def test_what_is_kept_of_a_layer(op, vapr, by_modules):
+    op = OPS[op]
+    inputs = op.inputs(op.cpu.shapes["small-qwen2.5-vl"], 6, op.passes[1], torch.device("cpu"), torch.float32)
+    keep = lambda name: microbench.kept_bytes(op.providers[name](), inputs, op.resident(inputs))
+    assert keep("vapr") == 4 * 6 * vapr
+    assert keep("vapr by modules") == 4 * 6 * by_modules
+
+
+def test_every_operation_has_a_benchmark():
+    """Or is part of another one's: rms_norm of add_rms_norm's, gather_rows of gather_keys_values'."""
+    assert {*vapr_kernels.__all__} - {*OPERATIONS} <= {"rms_norm", "gather_rows", "causal_attention"}
+
+
 def test_keys_of_a_pair_are_its_prompt_twice():
     rows = gather_keys_values.key_rows({"P": 2, "C": 1, "R": 1}, 2).tolist()
     assert rows == [0, 1, 2, 0, 1, 3, 4, 5, 6, 4, 5, 7]
@@ -195,12 +259,13 @@ def test_keys_of_a_pair_are_its_prompt_twice():
 def test_providers_of_an_operation_agree_with_fp64(op, run_toy, monkeypatch):
     """What can run here without compiling, at a size of the script's own choosing."""
     on_gpu = torch.cuda.is_available()
-    providers = {name: op.providers[name] for name in ("vapr", "eager", "peft") if name in op.providers}
+    names = ("vapr", "vapr kept", "vapr by modules", "eager", "peft")
+    providers = {name: op.providers[name] for name in names if name in op.providers}
     rows = microbench.main(
         Op(**{**{name: getattr(op, name) for name in Op.__dataclass_fields__}, "providers": providers}),
         ["--quick", "--rounds", "1", *THREADS, *([] if on_gpu else ["--rows", "3"])],
     )
-    assert {row["provider"] for row in rows} == set(providers) and len(providers) == 2
+    assert {row["provider"] for row in rows} == set(providers) and len(providers) >= 2
     assert all(row["relative_error"] < (3e-2 if row["dtype"] == "bfloat16" else 2e-5) for row in rows)
     assert {row["pass"] for row in rows} == set(op.passes)
 
@@ -260,7 +325,7 @@ def test_results_are_rendered_shape_by_shape():
     rows = [
         measured("swiglu", seconds_p50=0.002, **about),
         measured("swiglu", "eager", absent="out of memory", **about),
-        measured("swiglu", rows=4096, seconds_p50=0.004, **about),
+        measured("swiglu", rows=4096, seconds_p50=0.004, kept_bytes=3 << 19, **about),
     ]
     assert module.render(rows).splitlines() == [
         "**swiglu, frozen head, ms** (GPU; in brackets: of the ceiling measured beside it)",
@@ -268,5 +333,5 @@ def test_results_are_rendered_shape_by_shape():
         "| shape | rows | vapr | eager | commit |",
         "| --- | --- | --- | --- | --- |",
         "| s | 2,048 | 2 (90%) | out of memory | 01234567 |",
-        "| s | 4,096 | 4 (90%) |  | 01234567 |",
+        "| s | 4,096 | 4 (90%), keeps 1.50 MiB |  | 01234567 |",
     ]
