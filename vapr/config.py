@@ -126,7 +126,7 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row or image that cannot be used."""
     verdicts: str | None = None
-    """File of verdicts that a review page exported (``vapr view``): what it drops is not trained on."""
+    """Verdicts from a review page (``vapr view``), Label Studio or Argilla: what they drop is not trained on."""
 
     @model_validator(mode="after")
     def _map_known_columns(self) -> Self:

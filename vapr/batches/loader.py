@@ -292,7 +292,7 @@ def warning_of_rows_in_both(
 
 def _dropped(file: str, pairs: Pairs, say: Callable[[str], None]) -> frozenset[str]:
     """Ids that a file of verdicts drops from ``pairs``."""
-    verdicts = read_verdicts(file)
+    verdicts = read_verdicts(file, lambda line: say(f"{'verdicts':<10} {line}"))
     found = pairs.ids_among(verdicts)
     dropped = frozenset(id for id in found if verdicts[id] == "drop")
     unknown = len(verdicts) - len(found)

@@ -45,7 +45,9 @@ from vapr.errors import UserError
 @click.option(
     "--cache/--no-cache", default=True, help="Ask the model only what no job has asked it before.  [default: on]"
 )
-@click.option("--verdicts", type=A_PATH, help="Verdicts exported by vapr view; pairs they drop are taken out.")
+@click.option(
+    "--verdicts", type=A_PATH, help="Verdicts of vapr view, Label Studio or Argilla; pairs they drop are taken out."
+)
 @click.option(
     "--push-to", metavar="NAMESPACE/NAME",
     help="Put the finished pairs with pictures and card into this data set of the hub; a new one is private.",

@@ -27,6 +27,9 @@ LABEL_STUDIO, ARGILLA = "label-studio", "argilla"
 TOOLS = {LABEL_STUDIO: (".json",), ARGILLA: ("",)}
 """The tools, and how the name of what is written for them ends: a file of tasks, or a folder."""
 
+QUESTION, NEITHER = "right", "neither"
+"""What people are asked is called so in both tools; and an answer that is neither side."""
+
 RECORDS = "records.json"
 """The file in Argilla's folder that holds the rows."""
 
@@ -56,10 +59,14 @@ class Sides:
     right: Literal["first", "second"]
 
 
+def right_side(id: str) -> Literal["first", "second"]:
+    """Draw by a pair's id where the right one of two stands."""
+    return "second" if hashlib.sha256(id.encode(errors="surrogatepass")).digest()[0] % 2 else "first"
+
+
 def _sides(pair: PreferencePair, chosen: Any, rejected: Any) -> Sides:
-    if hashlib.sha256(pair.id.encode()).digest()[0] % 2:
-        return Sides(rejected, chosen, "second")
-    return Sides(chosen, rejected, "first")
+    right = right_side(pair.id)
+    return Sides(chosen, rejected, right) if right == "first" else Sides(rejected, chosen, right)
 
 
 def annotation_row(tool: str, asked: Asked, names: Names) -> Callable[[PreferencePair], Row]:
@@ -164,7 +171,7 @@ def _labelling_config(asked: Asked) -> str:
     return f"""<View>
   {picture}<Text name="prompt" value="$prompt"/>{answer}
   <Header value={quoteattr(HEADERS[asked])}/>
-  <Pairwise name="right" toName="left_side,right_side"/>
+  <Pairwise name="{QUESTION}" toName="left_side,right_side"/>
   <View style="display: grid; grid-template: auto / 1fr 1fr; column-gap: 1em">
     <{kind} name="left_side" value="$left"/>
     <{kind} name="right_side" value="$right"/>
@@ -187,9 +194,9 @@ def _argilla_settings(asked: Asked) -> dict[str, Any]:
     ]  # fmt: skip
     what = "answer" if asked == "answers" else "picture"
     options = [{"value": side, "text": f"{what} {side}"} for side in ("a", "b")]
-    options.append({"value": "neither", "text": "neither, or both"})
+    options.append({"value": NEITHER, "text": "neither, or both"})
     question = {
-        "name": "right", "title": HEADERS[asked], "description": None, "required": True,
+        "name": QUESTION, "title": HEADERS[asked], "description": None, "required": True,
         "settings": {"type": "label_selection", "options": options, "visible_options": None},
     }  # fmt: skip
     metadata = [

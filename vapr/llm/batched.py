@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vapr.errors import UserError
@@ -61,7 +62,10 @@ class BatchedServer:
         keys = [self._key(request) for request in requests]
         asyncio.run(self._send_and_fetch(keys, requests))
         come = self._sent.replies(keys)
-        replies = [come.get(key, Reply(None, "its batch was forgotten")) for key in keys]
+        replies = [
+            _seen_by(request, come.get(key, Reply(None, "its batch was forgotten")))
+            for key, request in zip(keys, requests, strict=True)
+        ]
         for number, reply in enumerate(replies):
             keep(number, reply)
             on_reply()
@@ -86,7 +90,7 @@ class BatchedServer:
             del new[key]
         async with self._server.client() as client:
             for lines, sent in self._files(new):
-                await self._send(client, lines, sent)
+                await self._send(client, lines, sent, new[sent[0]].asked_for)
             answered = self._sent.replies(keys)
             batches = {batch: None for key, batch in self._sent.batches_of(keys).items() if key not in answered}
             waiting = [line for batch in batches if (line := await self._fetch(client, batch)) is not None]
@@ -100,7 +104,8 @@ class BatchedServer:
             body = self._server.body_of(request) | (self._extra_body or {})
             line = {"custom_id": key.hex(), "method": "POST", "url": ENDPOINT, "body": body}
             text = json.dumps(line).encode() + b"\n"
-            if sent and (len(sent) == REQUESTS_AT_MOST or len(lines) + len(text) > BYTES_AT_MOST):
+            another = bool(sent) and request.asked_for != requests[sent[0]].asked_for  # a batch is paid for by one
+            if sent and (another or len(sent) == REQUESTS_AT_MOST or len(lines) + len(text) > BYTES_AT_MOST):
                 yield bytes(lines), sent
                 lines, sent = bytearray(), []
             lines += text
@@ -108,7 +113,7 @@ class BatchedServer:
         if sent:
             yield bytes(lines), sent
 
-    async def _send(self, client: Any, lines: bytes, keys: list[bytes]) -> None:
+    async def _send(self, client: Any, lines: bytes, keys: list[bytes], asked_for: str) -> None:
         upload = functools.partial(
             client.files.with_raw_response.create, file=(f"vapr-{keys[0].hex()}.jsonl", lines), purpose="batch"
         )
@@ -118,7 +123,7 @@ class BatchedServer:
             begin_file = functools.partial(begin, input_file_id=str(file["id"]))
             # Once: where no answer came, it may have begun all the same, and would be paid for twice.
             batch = _object(await self._server.call(begin_file, unless_silent=True))
-            self._sent.note_sent(str(batch["id"]), keys)
+            self._sent.note_sent(str(batch["id"]), keys, asked_for)
         except Failure as failure:
             raise UserError(
                 f"{self._server.told(failure)}, when a batch was sent; leave engine.batch out if it takes none"
@@ -177,6 +182,11 @@ class BatchedServer:
         said = error.get("message") if isinstance(error, dict) else error
         words = f": {' '.join(str(said).split())[:300]}" if said else ""
         return Reply(None, f"HTTP {status} in its batch{words}" if status else f"not answered in its batch{words}")
+
+
+def _seen_by(request: Request, reply: Reply) -> Reply:
+    """Return a reply as who asks now counts it: found, if the batch was sent for somebody else."""
+    return replace(reply, found=reply.asked_for not in ("", request.asked_for))
 
 
 def _object(text: str) -> dict[str, Any]:

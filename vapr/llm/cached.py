@@ -44,7 +44,10 @@ class CachedModel:
     ) -> list[Reply]:  # fmt: skip
         """Return replies in the order of the requests, the model's only where none is kept."""
         keys = [self._key(request) for request in requests]
-        found = self._cache.find(keys)
+        found: dict[bytes, Reply] = {}
+        for asked_for in {request.asked_for for request in requests}:
+            theirs = [key for key, request in zip(keys, requests, strict=True) if request.asked_for == asked_for]
+            found |= self._cache.find(theirs, asked_for)
         missing = [number for number, key in enumerate(keys) if key not in found]
         for number, key in enumerate(keys):
             if key in found:
@@ -57,7 +60,7 @@ class CachedModel:
             def keep_here(place: int, reply: Reply) -> None:
                 number = missing[place]
                 if reply.text is not None or reply.generated_tokens:  # the model's own
-                    self._cache.keep(keys[number], reply)
+                    self._cache.keep(keys[number], reply, reply.asked_for or requests[number].asked_for)
                 keep(number, reply)
 
             try:

@@ -27,7 +27,7 @@ def open_database(file: Path, tables: str, lost: str) -> sqlite3.Connection:
 
     Args:
         file: its folder is made, too.
-        tables: the SQL that makes them.
+        tables: the SQL that makes those that are not there; a file of an older version lacks some.
         lost: what becomes of its content for who deletes it.
 
     Raises:
@@ -57,10 +57,10 @@ def _begin(database: sqlite3.Connection, file: Path, tables: str, lost: str) -> 
             raise UserError(f"{file}: was written by another version of vapr; {_way_out(lost)}")
         if database.execute("SELECT 1 FROM sqlite_master").fetchone():
             raise UserError(f"{file}: is a database of something else; {_way_out(None)}")
-        for table in filter(str.strip, tables.split(";")):
-            database.execute(table)
         database.execute(f"PRAGMA application_id = {APPLICATION}")
         database.execute(f"PRAGMA user_version = {FORMAT}")
+    for table in filter(str.strip, tables.split(";")):
+        database.execute(table)
     database.execute("COMMIT")
 
 

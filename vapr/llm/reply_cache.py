@@ -14,8 +14,9 @@ from vapr.llm.request import Reply
 
 FILE = "replies.sqlite"
 TABLES = """
-    CREATE TABLE replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL);
-    CREATE TABLE models (key BLOB PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS models (key BLOB PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS uncounted (asked_for TEXT, key BLOB, PRIMARY KEY (asked_for, key)) WITHOUT ROWID;
 """
 LOST = "what it held is asked for again"
 REPLIES_AT_ONCE, SECONDS_AT_MOST = 1_000, 2.0
@@ -24,6 +25,9 @@ REPLIES_AT_ONCE, SECONDS_AT_MOST = 1_000, 2.0
 
 class ReplyCache:
     """Replies by keys of 16 bytes, for all jobs of a user. Memory does not grow with their number.
+
+    Beside each stands who has paid for it, until that is counted: a shard that was stopped, or that waits for the batch
+    of another request, is begun again and then counts what it had paid for, which for everybody else is found.
 
     A fault while it is in use, such as a full disk, ends no job: from there on nothing is found and nothing kept.
 
@@ -42,12 +46,16 @@ class ReplyCache:
         self.file = (Path(folder) if folder else user_cache()) / FILE
         self.fault: str | None = None
         self.lost = 0
-        self._unwritten: dict[bytes, str] = {}
+        self._unwritten: dict[bytes, tuple[str, str]] = {}  # replies, and who has paid for them
         self._written_at = time.monotonic()
         self._database = open_database(self.file, TABLES, LOST)
 
-    def find(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
-        """Return those replies that are kept. What is not as it was written is as good as missing."""
+    def find(self, keys: Sequence[bytes], asked_for: str = "") -> dict[bytes, Reply]:
+        """Return those replies that are kept; they are found, but for those that ``asked_for`` has yet to count.
+
+        What is not as it was written is as good as missing.
+        """
+        owes = "SELECT 1 FROM uncounted WHERE asked_for = ? AND key = ?"
         found: dict[bytes, Reply] = {}
         if self.fault is None:
             try:
@@ -55,18 +63,19 @@ class ReplyCache:
                 for key in keys:
                     row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
                     if row is not None and (reply := read(row[0])) is not None:
-                        found[key] = replace(reply, found=True)
+                        paid_here = asked_for and self._database.execute(owes, (asked_for, key)).fetchone()
+                        found[key] = replace(reply, found=not paid_here)
                 self._database.execute("COMMIT")
             except sqlite3.Error as error:
                 self._end(error)
         return found
 
-    def keep(self, key: bytes, reply: Reply) -> None:
-        """Keep a reply, and write it soon."""
+    def keep(self, key: bytes, reply: Reply, asked_for: str = "") -> None:
+        """Keep a reply that ``asked_for`` has paid for, and write it soon."""
         if self.fault is not None:
             self.lost += 1
         else:
-            self._unwritten[key] = written(reply)
+            self._unwritten[key] = written(reply), asked_for
             late = time.monotonic() - self._written_at > SECONDS_AT_MOST
             if late or len(self._unwritten) >= REPLIES_AT_ONCE:
                 self.write()
@@ -76,13 +85,25 @@ class ReplyCache:
         if self._unwritten and self.fault is None:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._database.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", self._unwritten.items())
+                replies = [(key, reply) for key, (reply, _) in self._unwritten.items()]
+                self._database.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", replies)
+                owed = [(asked_for, key) for key, (_, asked_for) in self._unwritten.items() if asked_for]
+                self._database.executemany("INSERT OR IGNORE INTO uncounted VALUES (?, ?)", owed)
                 self._database.execute("COMMIT")
             except sqlite3.Error as error:
                 self._end(error)
                 self.lost += len(self._unwritten)
         self._unwritten.clear()
         self._written_at = time.monotonic()
+
+    def note_counted(self, asked_for: str) -> None:
+        """Forget who has paid: it is counted where it belongs."""
+        self.write()
+        if self.fault is None:
+            try:
+                self._database.execute("DELETE FROM uncounted WHERE asked_for = ?", (asked_for,))
+            except sqlite3.Error as error:
+                self._end(error)
 
     def knows_model(self, key: bytes) -> bool:
         """Return whether a model was noted."""

@@ -16,6 +16,8 @@ class Request:
     seed: int  # of the sampling; the same request gives the same reply as far as the engine's arithmetic does
     max_tokens: int
     temperature: float  # 0 takes the likeliest token each time
+    asked_for: str = ""
+    """The shard of a job whose manifest counts what the reply costs; it makes no reply. Empty: nobody counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Reply:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt's tokens, those that were found in the prefix cache
     generated_tokens: int = 0
-    found: bool = False  # among replies that were kept: this time no model was asked
+    found: bool = False  # among replies that were kept, and not paid for by who asks now
+    asked_for: str = ""  # of the request that it was paid for, if another one than this
 
 
 class BatchUnderWay(Exception):

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vapr.cache import user_cache
@@ -14,9 +15,10 @@ from vapr.llm.request import Reply
 
 FILE = "batches.sqlite"
 TABLES = """
-    CREATE TABLE sent (key BLOB PRIMARY KEY, batch TEXT NOT NULL, reply TEXT);
-    CREATE INDEX sent_by_batch ON sent (batch);
-    CREATE TABLE batches (batch TEXT PRIMARY KEY, sent_at REAL NOT NULL);
+    CREATE TABLE IF NOT EXISTS sent (key BLOB PRIMARY KEY, batch TEXT NOT NULL, reply TEXT);
+    CREATE INDEX IF NOT EXISTS sent_by_batch ON sent (batch);
+    CREATE TABLE IF NOT EXISTS batches (batch TEXT PRIMARY KEY, sent_at REAL NOT NULL);
+    CREATE TABLE IF NOT EXISTS payers (batch TEXT PRIMARY KEY, asked_for TEXT NOT NULL);
 """
 LOST = "batches under way are sent again"
 
@@ -39,15 +41,18 @@ class SentRequests:
 
     def batches_of(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return the batch of each request that was sent."""
-        return {key: batch.removeprefix(self._named("")) for key, (batch, _) in self._rows(keys).items()}
+        return {key: batch.removeprefix(self._named("")) for key, (batch, _, _) in self._rows(keys).items()}
 
     def replies(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
-        """Return what has come of requests whose batch has ended."""
-        read_back = {key: read(reply) for key, (_, reply) in self._rows(keys).items() if reply is not None}
-        return {key: reply for key, reply in read_back.items() if reply is not None}
+        """Return what has come of requests whose batch has ended, with whom the batch was sent for."""
+        rows = self._rows(keys)
+        read_back = {key: read(reply) for key, (_, reply, _) in rows.items() if reply is not None}
+        return {
+            key: replace(reply, asked_for=rows[key][2] or "") for key, reply in read_back.items() if reply is not None
+        }
 
-    def _rows(self, keys: Sequence[bytes]) -> dict[bytes, tuple[str, str | None]]:
-        find = "SELECT batch, reply FROM sent WHERE key = ?"
+    def _rows(self, keys: Sequence[bytes]) -> dict[bytes, tuple[str, str | None, str | None]]:
+        find = "SELECT batch, reply, asked_for FROM sent LEFT JOIN payers USING (batch) WHERE key = ?"
         with self._statements() as database:
             rows = {key: database.execute(find, (key,)).fetchone() for key in keys}
         return {key: row for key, row in rows.items() if row is not None}
@@ -56,11 +61,12 @@ class SentRequests:
         """Return the name of a batch in the file, where those of all servers stand."""
         return f"{self._server} {batch}"
 
-    def note_sent(self, batch: str, keys: Sequence[bytes]) -> None:
-        """Note a batch of requests."""
+    def note_sent(self, batch: str, keys: Sequence[bytes], asked_for: str) -> None:
+        """Note a batch of requests, and whose they are."""
         named = self._named(batch)
         with self._statements() as database:
             database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (named, time.time()))
+            database.execute("INSERT OR REPLACE INTO payers VALUES (?, ?)", (named, asked_for))
             database.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?, NULL)", [(key, named) for key in keys])
 
     def age_seconds(self, batch: str) -> float:

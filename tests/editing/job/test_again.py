@@ -28,6 +28,8 @@ from tests.editing.edit_jobs import (
     write_source,
 )
 from tests.fake_server import FakeServer, completion, obedient
+from vapr.data.convert import convert
+from vapr.data.sources import read_pairs
 from vapr.editing.job.start import Start
 from vapr.errors import UserError
 
@@ -252,6 +254,32 @@ def test_what_a_review_drops_leaves_the_pairs_and_stays_out(source, tmp_path, fi
     assert other["accepted"] == len(ids) - 2 and other["rejected"]["dropped in review"] == 2
     more = done(start_of(source, tmp_path / "other", target=len(ids) - 2))
     assert more["accepted"] == len(ids) - 2
+
+
+def test_verdicts_from_label_studio(source, tmp_path, finished, capsys):
+    """Each task as it is exported: one pair kept, one dropped, one skipped, and one that is of another job."""
+    ids, tasks = ids_in(finished), []
+    convert(read_pairs(finished), "label-studio", tmp_path / "tasks.json")
+    for task in json.loads((tmp_path / "tasks.json").read_text())[:3]:
+        kept = task["data"]["id"] == ids[0]
+        side = task["meta"]["chosen"] if kept else {"left": "right", "right": "left"}[task["meta"]["chosen"]]
+        region = {
+            "from_name": "right",
+            "to_name": "left_side,right_side",
+            "type": "pairwise",
+            "value": {"selected": side},
+        }
+        skipped = task["data"]["id"] == ids[2]
+        tasks.append({**task, "annotations": [{"completed_by": 1, "was_cancelled": skipped, "result": [region]}]})
+    tasks.append({**tasks[0], "data": {"id": "elsewhere"}})
+    verdicts = tmp_path / "project-1.json"
+    verdicts.write_text(json.dumps(tasks))
+    result = done(replace(start_of(source, finished), verdicts=verdicts))
+    assert ids_in(finished) == [id for id in ids if id != ids[1]]
+    assert (result["review"]["kept"] + result["review"]["dropped"], result["rejected"]["dropped in review"]) == (3, 1)
+    said = capsys.readouterr().out
+    assert f"{verdicts}: 1 without a verdict: 1 not answered (the first: '{ids[2]}')" in said
+    assert f"{verdicts}: 1 of its ids match no pair that the job has made so far (the first: 'elsewhere')" in said
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])

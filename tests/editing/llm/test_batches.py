@@ -1,6 +1,9 @@
 """``vapr edit`` behind a batch endpoint: what is sent, what the same command does later, and batches that go wrong."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,13 @@ pytest.importorskip("openai", reason="the openai package is not installed")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
 from tests.editing.edit_command import assert_refused, edit, ledger_of, pairs_of, rejects_of, row, talk, write
-from tests.editing.edit_jobs import CATEGORY
+from tests.editing.edit_jobs import CATEGORY, killed
 from tests.fake_batches import FakeBatches
 from tests.fake_server import FakeServer, completion, obedient
+from vapr.editing.job.folder import Job
+from vapr.editing.job.worker import Worker
 from vapr.llm import batched
+from vapr.llm.reply_cache import ReplyCache
 from vapr.llm.sent_requests import SentRequests
 
 pytest_plugins = ["tests.editing.edit_command"]
@@ -149,6 +155,100 @@ def test_a_trial_sends_what_the_job_would(fruits, server, batches):
     assert_waits("batch-0", *job(fruits, server, more=("--limit", "5")))
     assert_waits("batch-0", *job(fruits, server))
     assert list(batches.batches) == ["batch-0"]
+
+
+# What a batch has cost is counted once
+
+
+def models_of(folder: Path, out: str = "out") -> dict[str, list[int]]:
+    told = json.loads((folder / out / "ledger.json").read_text())["models"]
+    return {name: [counts[kind] for kind in ("asked", "found", "generated")] for name, counts in told.items()}
+
+
+def refuse_first(number: int, body: dict):
+    return pear(number, body) if "refused" in body["messages"][-1]["content"] else completion("no")
+
+
+def test_replies_that_a_stopped_start_fetched_are_counted_in_the_end(fruits, server, batches):
+    batches.answer = refuse_first
+    only_first = lambda about: about if about["id"] != "batch-0" else about | {"status": "completed", "output_file_id": "results-batch-0"}  # fmt: skip
+    command = job(fruits, server, "ask.attempts=2", "engine.prices={fake: {prompt: 1000000, generated: 0}}")
+    assert_waits("batch-0: in_progress", *command)
+    batches.change = only_first
+    assert_waits("batch-1: in_progress", *command)  # has taken the first batch
+    assert_waits("batch-1: in_progress", *command)
+    batches.change, batches.status = lambda about: about, "completed"
+    assert edit(*command) == (0, "")
+    assert models_of(fruits.parent) == {"fake": [10, 0, 10 * 12]}
+    prompts = sum(completion("no")["usage"]["prompt_tokens"] for _ in range(10))
+    assert ledger_of(fruits.parent)["models"]["fake"]["cost"] == prompts
+    assert edit(*command, "--out", fruits.parent / "other") == (0, "")
+    assert models_of(fruits.parent, "other") == {"fake": [0, 10, 0]}
+    assert models_of(fruits.parent) == {"fake": [10, 0, 10 * 12]}
+
+
+def test_the_job_that_sent_a_batch_counts_it_whoever_takes_it_first(fruits, server, batches):
+    command = job(fruits, server)
+    assert_waits("batch-0: in_progress", *command)
+    batches.status = "completed"
+    other = (*job(fruits, server, "checks.length_ratio=[0.5, 1.5]"), "--out", fruits.parent / "other")
+    assert edit(*other) == (0, "") and models_of(fruits.parent, "other") == {"fake": [0, 5, 0]}
+    assert edit(*command) == (0, "") and models_of(fruits.parent) == {"fake": [5, 0, 5 * 12]}
+    assert list(batches.batches) == ["batch-0"]
+
+
+def test_a_batch_that_a_trial_sent_counts_in_the_job_that_takes_it(fruits, server, batches):
+    assert_waits("batch-0", *job(fruits, server, more=("--limit", "5")))
+    batches.status = "completed"
+    assert edit(*job(fruits, server)) == (0, "") and models_of(fruits.parent) == {"fake": [5, 0, 5 * 12]}
+
+
+def edit_until(owner: type, name: str, command: tuple) -> None:
+    setattr(owner, name, lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL))
+    edit(*command)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(SentRequests, "forget"), (Worker, "_write_rows"), (Job, "write_manifest"), (ReplyCache, "note_counted")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_start_that_is_killed_around_its_manifest(fruits, server, batches, owner, name):
+    batches.status = "completed"
+    command = job(fruits, server, "turns_per_shard=3")
+    for _ in range(2):
+        killed(edit_until, owner, name, command)
+    assert edit(*command)[0] == 0
+    assert models_of(fruits.parent) == {"fake": [5, 0, 5 * 12]}
+
+
+def test_a_new_job_in_the_place_of_one_that_was_deleted_pays_nothing(fruits, server, batches):
+    batches.answer = refuse_first
+    batches.change = lambda about: about if about["id"] != "batch-0" else about | {"status": "completed", "output_file_id": "results-batch-0"}  # fmt: skip
+    command = job(fruits, server, "ask.attempts=2")
+    assert_waits("batch-1: in_progress", *command)
+    shutil.rmtree(fruits.parent / "out")
+    batches.change, batches.status = lambda about: about, "completed"
+    assert edit(*command) == (0, "") and models_of(fruits.parent) == {"fake": [0, 10, 0]}
+
+
+def test_each_editor_has_its_own_batches_counted(fruits, serve):
+    servers = {name: serve(models=(name,)) for name in ("one", "two")}
+    for server in servers.values():
+        server.batches = FakeBatches(pear)
+    editors = f"editors={{{servers['one'].url}: 1, {servers['two'].url}: 1}}"
+    command = tuple(
+        part for part in job(fruits, servers["one"], editors) if part not in ("--editor", servers["one"].url)
+    )
+    assert_waits("2 batches are at the server", *command)
+    sent = {name: len(server.batches.requests("batch-0")) for name, server in servers.items()}
+    servers["two"].batches.status = "completed"
+    for _ in range(2):
+        assert_waits("1 batches are at the server", *command)
+    servers["one"].batches.status = "completed"
+    assert edit(*command) == (0, "")
+    assert models_of(fruits.parent) == {name: [count, 0, count * 12] for name, count in sent.items()}
+    assert sum(sent.values()) == 5 and all(sent.values())
 
 
 # Batches that go wrong

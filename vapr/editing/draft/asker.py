@@ -19,7 +19,7 @@ class Tokens:
     """What the requests of a shard have cost, those of one model or all."""
 
     asked: int = 0  # replies that a model was asked for
-    found: int = 0  # replies that were kept from before, and cost nothing
+    found: int = 0  # replies that others have paid for
     prompt: int = 0
     cached: int = 0
     generated: int = 0
@@ -36,10 +36,17 @@ class Tokens:
 
 
 class Asker:
-    """Sends the requests of one shard: each has its own seed, tokens are added up, replies are shown as progress."""
+    """Sends the requests of one shard: each has its own seed, tokens are added up, replies are shown as progress.
 
-    def __init__(self, config: EditConfig, round: int, display: Display | None) -> None:
-        self._config, self._round, self._display = config, round, display
+    Args:
+        config: of the job.
+        round: how often the turns were through before.
+        display: shows progress.
+        asked_for: the shard of a job whose manifest will count the tokens.
+    """
+
+    def __init__(self, config: EditConfig, round: int, display: Display | None, asked_for: str = "") -> None:
+        self._config, self._round, self._display, self._asked_for = config, round, display, asked_for
         self.tokens: dict[str, Tokens] = defaultdict(Tokens)  # of each model
 
     def advance(self, turns: int) -> None:
@@ -58,7 +65,7 @@ class Asker:
         seed = f"{self._config.seed}|{self._round}|{purpose}|{draft.turn.digest()}"
         number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little") >> 1
         max_tokens += self._config.engine.reasoning_tokens
-        return Request(messages, schema, number, max_tokens, self._config.ask.temperature)
+        return Request(messages, schema, number, max_tokens, self._config.ask.temperature, self._asked_for)
 
     def ask(self, llm: LanguageModel, requests: Sequence[Request], what: str) -> list[Reply]:
         """Return the replies, in the order of the requests."""

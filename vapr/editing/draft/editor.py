@@ -40,17 +40,20 @@ class Editor:
         pictures: gives an image source as a data URI, for the verifier.
         judge: a model that gives candidates points; None: the one that has made them.
         own_checks: the user's own checks; None: there are none.
+        note_counted: called with who was ``asked_for``, once its cost is written down; None: no replies are kept.
     """
 
     def __init__(
         self, config: EditConfig, categories: Categories, llm: LanguageModel | Mix | None = None,
         verifier: LanguageModel | None = None, pictures: Callable[[Path | bytes], str] | None = None,
         judge: LanguageModel | None = None, own_checks: OwnChecks | None = None,
+        note_counted: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.categories = categories
         self.mix = llm if llm is None or isinstance(llm, Mix) else Mix([(llm, 1.0)])
         self.own_checks = own_checks
+        self.note_counted = note_counted
         self.nouns = Nouns(Path(config.checks.wordnet) if config.checks.wordnet else None)
         self.planner = Planner(categories, self.nouns, config.plan.balance, has_model=llm is not None)
         self._judges = Judges(config, self._llm_of, verifier, pictures, judge)
@@ -73,7 +76,7 @@ class Editor:
 
     def edit(
         self, turns: Sequence[Turn], shard: str, display: Display | None = None,
-        published: Callable[[], AbstractSet[int]] = frozenset, round: int = 0,
+        published: Callable[[], AbstractSet[int]] = frozenset, round: int = 0, asked_for: str = "",
     ) -> tuple[list[Draft], dict[str, Tokens]]:  # fmt: skip
         """Make a draft of each turn, in their order, each accepted, rejected or failed.
 
@@ -83,11 +86,12 @@ class Editor:
             display: shows progress.
             published: gives the identities of pairs that are written already; no draft becomes one of them again.
             round: how often these turns were through before; with the job's seed it decides the model's sampling.
+            asked_for: who counts what the model costs; what the same one has paid for in an earlier start counts, too.
 
         Returns:
             The drafts, and what each model has cost, by its name.
         """
-        asker = Asker(self.config, round, display)
+        asker = Asker(self.config, round, display, asked_for)
         drafts = [self._draft(turn, number) for number, turn in enumerate(turns)]
         self._label(drafts, asker)
         self.planner.trade([draft.plan for draft in drafts], f"{self.config.seed}|{shard}")

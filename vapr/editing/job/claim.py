@@ -12,6 +12,8 @@ from vapr.editing.job.scan import SCAN, TRUTHS, TURNS
 from vapr.errors import UserError
 
 JOB, EDITOR, SHARDS, LEASES = "job.json", "editor.json", "shards", "leases"
+ID = "id"
+"""The key of a job's settings that tells it from another one of the same settings, wherever its folder is moved."""
 AT_WORK = "at-work"
 WAIT_SECONDS = 1.0
 OF_A_START = ("engine", "editors")
@@ -51,7 +53,7 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> Lease:
         if problem is not None and _is_untouched(folder) and not any_held(folder / LEASES, AT_WORK):
             for name in (SCAN, TURNS, TRUTHS):
                 (folder / name).unlink(missing_ok=True)
-            write_json(folder / JOB, described)
+            write_json(folder / JOB, described | {ID: uuid.uuid4().hex})
             problem = _other_settings(folder, described)
         if problem is not None:
             raise UserError(f"{folder}: holds a job of other settings: {problem}; use them, or give another --out")
@@ -61,11 +63,11 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> Lease:
 
 
 def _other_settings(folder: Path, described: dict[str, Any]) -> str | None:
-    found = write_json_once(folder / JOB, described)
+    found = write_json_once(folder / JOB, described | {ID: uuid.uuid4().hex})
     if isinstance(found.get("config"), dict):  # of an older version, which did what a newer key's default says
         found["config"] = _completed(found["config"], EditConfig().as_dict())
     for key, ours, theirs in differences(described, found):
-        if key not in ("vapr", "source.path"):  # the digest says whether the rows are the same
+        if key not in ("vapr", "source.path", ID):  # the digest says whether the rows are the same
             return HASHES.get(key, f"{key} is {theirs}, not {ours}")
     return None
 

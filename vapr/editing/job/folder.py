@@ -14,7 +14,17 @@ import pydantic
 from vapr import __version__
 from vapr.data.review_verdicts import read_verdicts
 from vapr.editing.config import EditConfig
-from vapr.editing.job.claim import EDITOR, LEASES, OF_A_START, SHARDS, WAIT_SECONDS, claim_folder, differences
+from vapr.editing.job.claim import (
+    EDITOR,
+    ID,
+    JOB,
+    LEASES,
+    OF_A_START,
+    SHARDS,
+    WAIT_SECONDS,
+    claim_folder,
+    differences,
+)
 from vapr.editing.job.identities import IDENTITIES, Identities
 from vapr.editing.job.json_files import read_json, write_json, write_json_once
 from vapr.editing.job.leases import take
@@ -119,6 +129,7 @@ class Job:
         self.described = json.loads(json.dumps(described))
         with contextlib.ExitStack() as stack:
             stack.enter_context(claim_folder(folder, self.described))
+            self.id: str | None = read_json(folder / JOB).get(ID)
             self.scan = self._scan()
             self.verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).exists() else {}
             self._turns = read_array(folder / TURNS, (self.scan["eligible"], 2))

@@ -185,10 +185,10 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_table(path: Path) -> Any:
-    """Read a part as an Arrow table. Raises UserError if it is damaged."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """Read a part, or some of its columns, as an Arrow table. Raises UserError if it is damaged."""
     with _readable(path):
-        return _pyarrow().parquet.read_table(path)
+        return _pyarrow().parquet.read_table(path, columns=columns)
 
 
 def num_rows(path: Path) -> int:

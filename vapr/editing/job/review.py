@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,35 @@ from vapr.editing.job.pair_rows import digest_of, read_table, write_table
 from vapr.intervals import wilson
 
 
-def apply_verdicts(job: Job, file: Path) -> None:
-    """Remember the verdicts of a review page in the job's folder, and take dropped pairs out of its parts.
+def apply_verdicts(job: Job, file: Path, say: Callable[[str], None]) -> None:
+    """Remember people's verdicts in the job's folder, and take dropped pairs out of its parts.
 
     A pair that is edited again later, by this job or in a new folder with the same settings, has the same id and is
     dropped again.
 
+    Args:
+        job: the folder.
+        file: the verdicts.
+        say: shows a line on tasks without a verdict, and on verdicts of pairs that are not there.
+
     Raises:
         UserError: naming file and line, if a verdict cannot be read.
     """
-    verdicts = {**job.verdicts, **read_verdicts(file)}
+    new = read_verdicts(file, say)
+    parts = [(manifest, name) for manifest in job.manifests() for name in manifest["files"] if name.startswith(PAIRS)]
+    unknown = new.keys() - job.verdicts.keys()
+    for _, name in parts:
+        unknown -= set(read_table(job.folder / name, ["id"]).column("id").to_pylist())
+    if unknown:
+        first = f"the first: '{min(unknown):.60}'"
+        say(f"{file}: {len(unknown):,} of its ids match no pair that the job has made so far ({first})")
+    verdicts = {**job.verdicts, **new}
     with written_whole(job.folder / VERDICTS) as stream:  # first: whatever is written from now on leaves them out
         for id, verdict in verdicts.items():
             stream.write(json.dumps({"id": id, "verdict": verdict}, ensure_ascii=False).encode() + b"\n")
     job.verdicts = verdicts
-    for manifest in job.manifests():
-        for name in [name for name in manifest["files"] if name.startswith(PAIRS)]:
-            _drop_pairs(job, manifest, name)
+    for manifest, name in parts:
+        _drop_pairs(job, manifest, name)
 
 
 def _drop_pairs(job: Job, manifest: dict[str, Any], name: str) -> None:

@@ -64,7 +64,7 @@ def _run(start: Start, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         say(line)
     job.check_files()
     if start.verdicts is not None:
-        apply_verdicts(job, start.verdicts)
+        apply_verdicts(job, start.verdicts, say)
     if not job.units_left(retry_failed=start.retry_failed):
         say(f"{start.folder}: nothing is left to do")
     elif start.target is not None and job.accepted >= start.target:

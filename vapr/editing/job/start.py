@@ -143,7 +143,7 @@ def open_editor(start: Start, *, keep: bool = True) -> Iterator[Editor | Picture
         mix = Mix(weighed, config.seed) if weighed else None
         yield Editor(
             config, _categories(config), mix, models.get(config.checks.verifier), _picture,
-            models.get(config.ask.judge), own_checks,
+            models.get(config.ask.judge), own_checks, None if cache is None else cache.note_counted,
         )  # fmt: skip
 
 

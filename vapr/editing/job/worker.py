@@ -105,9 +105,20 @@ class Worker:
                 "times_taken": lease.times_taken,
                 "files": files,
             })  # fmt: skip
+        if (
+            isinstance(self.editor, Editor) and self.editor.note_counted is not None
+        ):  # last: whoever is killed before counts it once all the same
+            self.editor.note_counted(self._asked_for(unit))
 
     def _edit_turns(self, turns: Sequence[Turn], unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
-        return self.editor.edit(turns, unit.name, self.display, self.job.identities.read, unit.round)
+        how = (turns, unit.name, self.display, self.job.identities.read, unit.round)
+        return (
+            self.editor.edit(*how, self._asked_for(unit)) if isinstance(self.editor, Editor) else self.editor.edit(*how)
+        )
+
+    def _asked_for(self, unit: Unit) -> str:
+        """Return who pays for the replies of a unit; of a job that an older version began, nobody knows."""
+        return f"{self.job.id} {unit.name}" if self.job.id else ""
 
     def _edit_again(self, unit: Unit) -> tuple[list[Draft], dict[str, Tokens]]:
         """Edit anew what failed and what was lost with it, and restore what only the target was against.
