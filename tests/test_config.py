@@ -218,6 +218,7 @@ def test_overrides(tmp_path):
         ("loss.7=1", "'loss' is a list of 2; write an index"),
         ("run_dir.x=1", "'run_dir' has no keys below it"),
         ("optim.lr=[1", "not valid YAML"),
+        ("optim={lr: 1, lr: 2}", "not valid YAML (key 'lr' is given twice)"),
         ("run_dir=2024-13-45", "not valid YAML"),
     ],
 )

@@ -14,7 +14,7 @@ import yaml
 
 from vapr.config_mistakes import first_mistake
 from vapr.errors import UserError
-from vapr.yaml_file import read_yaml
+from vapr.yaml_file import parse_yaml, read_yaml
 
 Section = TypeVar("Section")
 
@@ -124,9 +124,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: write --set key.subkey=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+        value = parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        twice = getattr(error, "problem", None) or ""
+        why = f" ({twice})" if twice.endswith("is given twice") else ""
+        raise UserError(f"--set {override}: the value is not valid YAML{why}") from None
     *parents, last = key.split(".")
     node: Any = raw
     part: str | int

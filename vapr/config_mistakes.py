@@ -29,7 +29,7 @@ NAMES_ELSEWHERE = {
 
 UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 WRONG_SHAPES = ("string_type", "list_type", "dataclass_type")
-LIMITS = {"gt": "> {:,}", "ge": "at least {:,}", "lt": "below {:,}", "le": "at most {:,}", "min_length": "non-empty"}
+LIMITS = {"gt": "> {:,}", "ge": "at least {:,}", "lt": "below {:,}", "le": "at most {:,}", "min_length": "{:,} or more"}
 BEYOND_LIMITS = (
     "greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "string_too_short",
 )  # fmt: skip
@@ -144,8 +144,12 @@ def rule(field: FieldInfo) -> str:
     """Return what a value must be, such as ``> 0 and at most 1``; empty if it has no limits."""
     parts = [*mentioned(field.annotation), *(part for limit in field.metadata for part in mentioned(limit))]
     limits = [(text, getattr(part, name, None)) for part in parts for name, text in LIMITS.items()]
-    texts = dict.fromkeys(text.format(limit) for text, limit in limits if limit is not None)
+    texts = dict.fromkeys(_in_words(text, limit) for text, limit in limits if limit is not None)
     return ("null or " if texts and type(None) in parts else "") + " and ".join(texts)
+
+
+def _in_words(text: str, limit: Any) -> str:
+    return "non-empty" if (text, limit) == (LIMITS["min_length"], 1) else text.format(limit)
 
 
 def _field_at(section: Any, keys: list[Any]) -> tuple[Any, FieldInfo | None]:

@@ -27,6 +27,15 @@ class _EachKeyOnce(Loader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: if it is no YAML, gives a key twice, or holds a date that is none.
+    """
+    return yaml.load(text, _EachKeyOnce)
+
+
 def read_text(path: str | Path, where: str | None = None) -> str:
     """Read a text file; messages name it, or ``where``.
 
@@ -50,8 +59,8 @@ def read_yaml(path: str | Path) -> Any:
     """
     text = read_text(path)
     try:
-        return yaml.load(text, _EachKeyOnce)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        return parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         if mark is not None and re.match(r"[ -]*\t", "".join(text.splitlines()[mark.line : mark.line + 1])):
             place = f"{path}:{mark.line + 1}"

@@ -256,6 +256,8 @@ def test_columns_of_tables(folder, suffix):
         ("source.image_root=/nowhere", "source.image_root: /nowhere: no such folder"),
         ("plan.categories=[colour]", "plan.categories: no category 'colour'; there are action"),
         ("plan.categories=[]", "plan.categories must be null or non-empty, got []"),
+        ("editors={a: 1}", "editors must be null or 2 or more, got {'a': 1}"),
+        ("editors={a: 1, a: 2}", "the value is not valid YAML (key 'a' is given twice)"),
         ("plan.balance=none", "plan.balance: should be 'swap' or 'uniform', got 'none'"),
         ("plan.add_categories=[/nowhere.yaml]", "/nowhere.yaml: no such file"),
         ("filters.skip_questions=['(']", "filters.skip_questions: '(' is no regular expression"),
