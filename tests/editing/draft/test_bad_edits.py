@@ -256,3 +256,56 @@ def test_what_the_question_speaks_of_is_no_wrong_answer(question, chosen, reject
     edits = changed_spans(chosen, rejected)
     found = check_pair(chosen, rejected, edits, CATEGORIES["object"], CheckConfig(), NOUNS, question=question)
     assert {verdict.name: verdict for verdict in found}["in_question"].passed is passes
+
+
+FARMER = "What is the farmer with the cup carrying?"
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "passes"),
+    [
+        (FARMER, "The farmer is carrying a jacket.", "The bus is carrying a jacket.", False),
+        (FARMER, "The farmer is carrying a jacket.", "The farmer is carrying a bus.", True),
+        (FARMER, "The farmer is carrying a cup.", "The farmer is carrying a bus.", True),  # nothing else is told
+        ("Who is there, the man or the boy?", "The man with a kite.", "The boy with a kite.", True),  # it is offered
+        ("What kind of hat is it?", "A sun hat with flowers.", "A rain cap with flowers.", True),
+        ("Describe the dog.", "A dog on a sofa.", "A cat on a sofa.", False),
+    ],
+)
+def test_what_the_question_is_about_stays(question, chosen, rejected, passes):
+    edits = changed_spans(chosen, rejected)
+    found = check_pair(chosen, rejected, edits, CATEGORIES["object"], CheckConfig(), NOUNS, question=question)
+    assert {verdict.name: verdict for verdict in found}["asked_about"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("The farmer is carrying a cup.", "The farmer is carrying the farmer.", False),
+        ("The farmer is carrying a cup.", "The farmer is carrying a dog.", True),
+        ("A cat sits there. The cat looks at a book.", "A dog sits there. The cat looks at a book.", False),
+        ("A cat sits there. The cat looks at a book.", "A dog sits there. The dog looks at a book.", True),
+        ("A cat sits there. It looks at two cups.", "A cup sits there. It looks at two cats.", True),
+        ("A red cat and a cup.", "A blue cat and a cup.", True),
+    ],
+)
+def test_no_thing_is_named_twice_that_was_named_once(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "object")["named_twice"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("He carries a bus.", "He carries a car,.", False),
+        ("He carries a bus.", "He carries a car..", False),
+        ("He carries a bus.", " He carries a car.", False),
+        ("He carries a bus.", "He carries a  car.", False),
+        ("He carries a bus.", "He carries a the car.", False),
+        ("He carries a bus.", "He carries a car .", False),
+        ("He carries a bus.", "He carries a car.", True),
+        ("A bus of .5 tons ...", "A car of .5 tons ...", True),
+        ("A bus of 2 tons", "A bus of .5 tons", True),
+    ],
+)
+def test_marks_that_nobody_writes(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "object")["marks"].passed is passes

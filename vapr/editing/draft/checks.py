@@ -49,6 +49,7 @@ def check_pair(
     if config.style:
         verdicts.append(_verdict("style", _other_style(chosen, rejected)))
     verdicts.append(_verdict("repeats", _repetition(chosen, rejected)))
+    verdicts.append(_verdict("marks", _mistyped(chosen, rejected)))
     if category.mode == "rewrite":
         if "conclusion" in category.checks:
             verdicts.append(_verdict("conclusion", _no_conclusion(chosen, edits), float(len(edits))))
@@ -61,6 +62,8 @@ def check_pair(
             verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
     if "not_related" in category.checks:
         verdicts.append(_verdict("in_question", _named_in_question(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("asked_about", _asked_about(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("named_twice", _named_twice(chosen, edits, nouns)))
     return verdicts
 
 
@@ -143,6 +146,15 @@ def _said_and_denied(text: str) -> set[str]:
             said = words((sentence[: match.start()] + " " + sentence[match.end() :]).lower())
             found |= set(words(match[1].lower())) & set(said) - SMALL_WORDS
     return {word for word in found if word[0].isalnum()}
+
+
+MISTYPED = re.compile(r"[,;:.!?]{2,}|^ | {2,}| [,;.!?](?!\d)|\b(?:an?|the) (?:an?|the)\b", re.IGNORECASE)
+
+
+def _mistyped(chosen: str, rejected: str) -> str | None:
+    """An edit that brings its own full stop or article leaves "a car,." and "a the player"."""
+    before, after = (MISTYPED.findall(text) for text in (chosen, rejected))
+    return f"the result has '{after[-1]}', which nobody writes" if len(after) > len(before) else None
 
 
 def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig, words_off: int) -> list[Verdict]:
@@ -305,9 +317,45 @@ def _named_in_question(question: str, chosen: str, edits: Sequence[Edit], nouns:
     """
     if OFFERS.search(question):
         return None
-    asked = {noun for *_, noun in nouns.find(question)} - {noun for *_, noun in nouns.find(chosen)}
+    asked = _named(question, nouns) - _named(chosen, nouns)
     named = next((noun for edit in edits for *_, noun in nouns.find(edit.to) if noun in asked), None)
     return f"the question speaks of '{named}', so it may be true; name a thing that it does not" if named else None
+
+
+def _asked_about(question: str, chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
+    """Asked what the player carries, "The bus is carrying a jacket." answers another question.
+
+    The replaced noun is one of the question, and what the answer tells beyond the question, the jacket, stays.
+    """
+    asked = _named(question, nouns)
+    if OFFERS.search(question) or not _named(_outside(chosen, edits), nouns) - asked:
+        return None
+    for edit in edits:
+        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
+        if old and old <= asked and (gone := old - new):
+            return f"the question is about '{min(gone)}'; leave it, and change what the answer says of it"
+    return None
+
+
+def _named_twice(chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
+    """The farmer does not carry the farmer; and what was a cat must not be called a cat further on."""
+    rest = _named(_outside(chosen, edits), nouns)
+    for edit in edits:
+        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
+        if added := (new - old) & rest:
+            return f"the answer speaks of '{min(added)}' already; name a thing that it does not"
+        if left := (old - new) & rest:
+            return f"the answer speaks of '{min(left)}' in another place, too; change both, or something else"
+    return None
+
+
+def _named(text: str, nouns: Nouns) -> set[str]:
+    return {noun for *_, noun in nouns.find(text)}
+
+
+def _outside(chosen: str, edits: Sequence[Edit]) -> str:
+    """The answer with a line break for every span: no noun of two words is found across one."""
+    return spliced(chosen, [Edit(edit.start, edit.end, "\n") for edit in edits])
 
 
 DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
