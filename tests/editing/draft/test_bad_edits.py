@@ -309,3 +309,50 @@ def test_no_thing_is_named_twice_that_was_named_once(chosen, rejected, passes):
 )
 def test_marks_that_nobody_writes(chosen, rejected, passes):
     assert verdicts(chosen, rejected, "object")["marks"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        (
+            "No, there is no vase. There is a lamp, but no vase.",
+            "Yes, there is a vase. There is a lamp, but no vase.",
+            False,
+        ),
+        ("No, there is no vase. There is a lamp.", "Yes, there is a vase. There is a lamp.", True),
+        ("No, there is no vase. There is a vase outside.", "Yes, there is a vase. No vase is outside.", True),
+        ("No, she has no hat. Instead, she has a bag.", "Yes, she has a hat. Instead, she has a bag.", False),
+        ("No, she has no hat. She sits instead of Bob.", "Yes, she has a hat. She sits instead of Bob.", True),
+        ("No, there is no vase.", "Yes, there is a vase.", True),
+    ],
+)
+def test_sentences_after_a_turned_verdict_do_not_hold_on_to_it(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "existence")["carried_on"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("No, there are only two cups.", "Yes, there are two cups.", False),
+        ("No, there are only two cups.", "Yes, there are three cups.", True),
+        ("Yes, there is only one cup.", "No, there is more than one cup.", True),
+    ],
+)
+def test_what_is_only_so_many_is_so_many(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "existence")["polarity"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "passes"),
+    [
+        ("Who stays dry?", "A girl with green boots.", "A girl with brown boots.", False),
+        ("What does the shirt say?", "hello", "goodbye", True),
+        ("What is on the shirt?", 'It is "hello" in red.', 'It is "goodbye" in red.', True),
+        ("Who is this?", "She is Kelly.", "She is Sarah.", True),
+        ("What is it?", "It is gate 5.", "It is gate 7.", True),
+    ],
+)
+def test_a_text_that_changes_is_one_that_can_be_read(question, chosen, rejected, passes):
+    edits = changed_spans(chosen, rejected)
+    found = check_pair(chosen, rejected, edits, CATEGORIES["text"], CheckConfig(), NOUNS, question=question)
+    assert {verdict.name: verdict for verdict in found}["read"].passed is passes

@@ -58,8 +58,11 @@ def check_pair(
     for name in category.checks:
         if name == "polarity":
             verdicts.append(_verdict(name, _not_turned(chosen, rejected)))
+            verdicts.append(_verdict("carried_on", _as_before(chosen, rejected, nouns)))
         elif name != "conclusion":
             verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
+    if "other_text" in category.checks:
+        verdicts.append(_verdict("read", _nothing_read(question, chosen, edits)))
     if "not_related" in category.checks:
         verdicts.append(_verdict("in_question", _named_in_question(question, chosen, edits, nouns)))
         verdicts.append(_verdict("asked_about", _asked_about(question, chosen, edits, nouns)))
@@ -201,7 +204,25 @@ def _not_turned(chosen: str, rejected: str) -> str | None:
     if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
         return "yes must become no, or no yes, at the beginning"
     one, other = (plain(text).split(" ")[1:] for text in (chosen, rejected))
-    return "what follows yes or no must turn with it" if one and one == other else None
+    if one and one == other:
+        return "what follows yes or no must turn with it"
+    # "No, there are only two" has counted two, so "Yes, there are two" is true.
+    return "without 'only' it is true again" if "only" in one and [w for w in one if w != "only"] == other else None
+
+
+INSTEAD = re.compile(r"\binstead\b(?! of)", re.IGNORECASE)
+
+
+def _as_before(chosen: str, rejected: str, nouns: Nouns) -> str | None:
+    """ "Yes, there is a vase." must not be followed by "The room has a desk, but no vase." """
+    before, after = sentences(chosen), sentences(rejected)
+    turned = _named(" ".join(sentence for sentence in before if sentence not in after), nouns)
+    for sentence in (sentence for sentence in after if sentence in before):
+        if INSTEAD.search(sentence):
+            return "a sentence with 'instead' must turn as well"
+        if again := turned & _named(sentence, nouns):
+            return f"a sentence still speaks of '{min(again)}' as before; turn it as well"
+    return None
 
 
 def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns) -> str | None:
@@ -372,6 +393,26 @@ def _other_text(old: str, new: str, before: str, category: Category, nouns: Noun
 
 
 QUOTATION = re.compile(r"""(?<!\w)"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|‘[^\n]+?’(?!\w)|(?<![\w'])'[^\n]+?'(?!\w)""")
+
+
+READ = re.compile(
+    r"\b(?:say|says|said|read|reads|spells?|spelled|written|writing|printed|words?|texts?|letters?|lettering|numbers?"
+    r"|numerals?|brands?|logos?|names?|named|called|titles?|slogans?|messages?|dates?|years?|times?|prices?|signs?"
+    r"|labels?|labell?ed|plates?|companies|company|airlines?|stores?|shops?|authors?)\b",
+    re.IGNORECASE,
+)
+
+
+def _nothing_read(question: str, chosen: str, edits: Sequence[Edit]) -> str | None:
+    """Small models call any answer one about text; green boots made brown are none."""
+    changed = (chosen[edit.start : edit.end] for edit in edits)
+    if (
+        READ.search(f"{question}\n{chosen}")
+        or QUOTATION.search(chosen)
+        or any(re.search(r"[A-Z\d]", t) for t in changed)
+    ):
+        return None
+    return "no text that is read from the picture was changed"
 
 
 def _outside_quotation(chosen: str, edits: Sequence[Edit]) -> str | None:
