@@ -204,7 +204,8 @@ def _not_turned(chosen: str, rejected: str) -> str | None:
     if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
         return "yes must become no, or no yes, at the beginning"
     one, other = (plain(text).split(" ")[1:] for text in (chosen, rejected))
-    if one and one == other:
+    first, turned = (plain(next(iter(sentences(text)), "")).split(" ")[1:] for text in (chosen, rejected))
+    if (one and one == other) or (first and first == turned):
         return "what follows yes or no must turn with it"
     # "No, there are only two" has counted two, so "Yes, there are two" is true.
     return "without 'only' it is true again" if "only" in one and [w for w in one if w != "only"] == other else None
