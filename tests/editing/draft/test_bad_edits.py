@@ -270,7 +270,7 @@ FARMER = "What is the farmer with the cup carrying?"
         (FARMER, "The farmer is carrying a jacket.", "The farmer is carrying a bus.", True),
         (FARMER, "The farmer is carrying a cup.", "The farmer is carrying a bus.", True),  # nothing else is told
         ("Who is there, the man or the boy?", "The man with a kite.", "The boy with a kite.", True),  # it is offered
-        ("What kind of hat is it?", "A sun hat with flowers.", "A rain cap with flowers.", True),
+        ("What hat has the girl?", "An umbrella hat with flowers.", "A baseball cap with flowers.", True),
         ("Describe the dog.", "A dog on a sofa.", "A cat on a sofa.", False),
     ],
 )
