@@ -13,7 +13,7 @@ Verdicts = dict[str, str]
 QWEN = "Qwen2.5-Coder-1.5B, "
 FIRST = ((QWEN + "LLaVA",), (QWEN + "HA-DPO",), (QWEN + "made up",), ("SmolLM2-135M, made up",),
          ("rules, real", "rules, made up"))  # fmt: skip
-AGAIN = tuple((f"{QWEN}{rows}, new checks",) for rows in ("LLaVA", "HA-DPO", "made up"))
+AGAIN = tuple((f"{QWEN}{rows}, new checks",) for rows in ("LLaVA", "HA-DPO", "made up", "HallusionBench"))
 
 
 @pytest.fixture(scope="module")
