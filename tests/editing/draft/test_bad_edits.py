@@ -185,6 +185,10 @@ def test_where_a_text_is_quoted_the_quotation_changes(chosen, rejected, passes):
         ("The cup is taller than the banana. It is red.", "The cup is shorter than the banana. It is blue.", True),
         ("The dog is larger than the cat.", "The cat is larger than the cat.", False),
         ("Dog", "Cat", True),
+        ("The right box is the same size as the left box.", "The left box is the same size as the left box.", False),
+        ("Angle A is equal to angle B.", "Angle B is equal to angle B.", False),
+        ("The right box is the same size as the left box.", "The right box is smaller than the left box.", True),
+        ("The left box is larger. It is left.", "The right box is larger. It is left.", True),
     ],
 )
 def test_a_comparison_is_turned_round(chosen, rejected, passes):
@@ -348,6 +352,7 @@ def test_what_is_only_so_many_is_so_many(chosen, rejected, passes):
     ("question", "chosen", "rejected", "passes"),
     [
         ("Who stays dry?", "A girl with green boots.", "A girl with brown boots.", False),
+        ("Who stays dry?\nAnswer with a single word.", "A girl with green boots.", "A girl with brown boots.", False),
         ("What does the shirt say?", "hello", "goodbye", True),
         ("What is on the shirt?", 'It is "hello" in red.', 'It is "goodbye" in red.', True),
         ("Who is this?", "She is Kelly.", "She is Sarah.", True),

@@ -234,7 +234,9 @@ def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, no
             return problem
     if name == "other_text":
         return _outside_quotation(chosen, edits)
-    return _not_turned_round(chosen, edits, category) if name == "opposite" else None
+    if name == "opposite":
+        return _not_turned_round(chosen, edits, category) or _with_itself(chosen, edits)
+    return None
 
 
 def _pairs_of_values(old: str, new: str, category: Category) -> list[tuple[Value, Value]]:
@@ -278,6 +280,19 @@ def _not_turned_round(chosen: str, edits: Sequence[Edit], category: Category) ->
             return "both things compared must stay; turn the comparative round, or let the two change places"
         if others and len(others) < len(here):
             return "the comparative and the two things were both turned round, so it is true again"
+    return None
+
+
+def _with_itself(chosen: str, edits: Sequence[Edit]) -> str | None:
+    """ "The right box is as large as the left box" must not become "the left box is as large as the left box"."""
+    for sentence in re.finditer(r"[^.!?\n]+", chosen):
+        start, end = sentence.span()
+        here = [edit for edit in edits if start <= edit.start and edit.end <= end]
+        rest = set(_content(_outside(chosen[:end], here)[start:]))
+        for edit in here:
+            added = set(_content(edit.to)) - set(_content(chosen[edit.start : edit.end]))
+            if added and added <= rest:
+                return f"'{edit.to.strip()}' is then compared with itself"
     return None
 
 
@@ -402,13 +417,14 @@ READ = re.compile(
     r"|labels?|labell?ed|plates?|companies|company|airlines?|stores?|shops?|authors?)\b",
     re.IGNORECASE,
 )
+HOW_TO_ANSWER = re.compile(r"\banswer\b[^.?!\n]*\bwords?\b", re.IGNORECASE)  # "using a single word or phrase"
 
 
 def _nothing_read(question: str, chosen: str, edits: Sequence[Edit]) -> str | None:
     """Small models call any answer one about text; green boots made brown are none."""
     changed = (chosen[edit.start : edit.end] for edit in edits)
     if (
-        READ.search(f"{question}\n{chosen}")
+        READ.search(f"{HOW_TO_ANSWER.sub('', question)}\n{chosen}")
         or QUOTATION.search(chosen)
         or any(re.search(r"[A-Z\d]", t) for t in changed)
     ):
