@@ -185,6 +185,10 @@ def test_where_a_text_is_quoted_the_quotation_changes(chosen, rejected, passes):
         ("The cup is taller than the banana. It is red.", "The cup is shorter than the banana. It is blue.", True),
         ("The dog is larger than the cat.", "The cat is larger than the cat.", False),
         ("Dog", "Cat", True),
+        ("The right box is the same size as the left box.", "The left box is the same size as the left box.", False),
+        ("Angle A is equal to angle B.", "Angle B is equal to angle B.", False),
+        ("The right box is the same size as the left box.", "The right box is smaller than the left box.", True),
+        ("The left box is larger. It is left.", "The right box is larger. It is left.", True),
     ],
 )
 def test_a_comparison_is_turned_round(chosen, rejected, passes):
@@ -209,6 +213,7 @@ def test_a_comparison_is_turned_round(chosen, rejected, passes):
         ("There are two dogs.", "There are 1 + 1 dogs.", "count", "other_number"),
         ("Yes, there is a dog.", "No, there is a dog.", "existence", "polarity"),
         ("Yes. There is a dog.", "No. There is a dog.", "existence", "polarity"),
+        ("Yes, there is a dog. It barks.", "No, there is a dog. It purrs.", "existence", "polarity"),
         ("The sign says STOP.", "The sign says ST0P.", "text", "other_text"),
         ("The sign says STOP.", "The sign says Slow.", "text", "other_text"),
         ("The clock shows 3:45.", "The clock shows quarter to four.", "text", "other_text"),
@@ -229,6 +234,7 @@ def test_plainly_bad_edits(chosen, rejected, category, check):
         ("He is there.", "She is there.", "referential"),
         ("Yes, there is a dog.", "No, there is no dog.", "existence"),
         ("Yes", "No", "existence"),
+        ("Yes. There is a dog.", "No. There is no dog.", "existence"),
         ("There is a dog.", "There are four dogs.", "count"),
         ("A cat on the bed and another under it.", "A cat on the bed and three under it.", "count"),
         ("It says THIS.", "It says THAT.", "text"),
@@ -256,3 +262,104 @@ def test_what_the_question_speaks_of_is_no_wrong_answer(question, chosen, reject
     edits = changed_spans(chosen, rejected)
     found = check_pair(chosen, rejected, edits, CATEGORIES["object"], CheckConfig(), NOUNS, question=question)
     assert {verdict.name: verdict for verdict in found}["in_question"].passed is passes
+
+
+FARMER = "What is the farmer with the cup carrying?"
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "passes"),
+    [
+        (FARMER, "The farmer is carrying a jacket.", "The bus is carrying a jacket.", False),
+        (FARMER, "The farmer is carrying a jacket.", "The farmer is carrying a bus.", True),
+        (FARMER, "The farmer is carrying a cup.", "The farmer is carrying a bus.", True),  # nothing else is told
+        ("Who is there, the man or the boy?", "The man with a kite.", "The boy with a kite.", True),  # it is offered
+        ("What hat has the girl?", "An umbrella hat with flowers.", "A baseball cap with flowers.", True),
+        ("Describe the dog.", "A dog on a sofa.", "A cat on a sofa.", False),
+    ],
+)
+def test_what_the_question_is_about_stays(question, chosen, rejected, passes):
+    edits = changed_spans(chosen, rejected)
+    found = check_pair(chosen, rejected, edits, CATEGORIES["object"], CheckConfig(), NOUNS, question=question)
+    assert {verdict.name: verdict for verdict in found}["asked_about"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("The farmer is carrying a cup.", "The farmer is carrying the farmer.", False),
+        ("The farmer is carrying a cup.", "The farmer is carrying a dog.", True),
+        ("A cat sits there. The cat looks at a book.", "A dog sits there. The cat looks at a book.", False),
+        ("A cat sits there. The cat looks at a book.", "A dog sits there. The dog looks at a book.", True),
+        ("A cat sits there. It looks at two cups.", "A cup sits there. It looks at two cats.", True),
+        ("A red cat and a cup.", "A blue cat and a cup.", True),
+    ],
+)
+def test_no_thing_is_named_twice_that_was_named_once(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "object")["named_twice"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("He carries a bus.", "He carries a car,.", False),
+        ("He carries a bus.", "He carries a car..", False),
+        ("He carries a bus.", " He carries a car.", False),
+        ("He carries a bus.", "He carries a  car.", False),
+        ("He carries a bus.", "He carries a the car.", False),
+        ("He carries a bus.", "He carries a car .", False),
+        ("He carries a bus.", "He carries a car.", True),
+        ("A bus of .5 tons ...", "A car of .5 tons ...", True),
+        ("A bus of 2 tons", "A bus of .5 tons", True),
+    ],
+)
+def test_marks_that_nobody_writes(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "object")["marks"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        (
+            "No, there is no vase. There is a lamp, but no vase.",
+            "Yes, there is a vase. There is a lamp, but no vase.",
+            False,
+        ),
+        ("No, there is no vase. There is a lamp.", "Yes, there is a vase. There is a lamp.", True),
+        ("No, there is no vase. There is a vase outside.", "Yes, there is a vase. No vase is outside.", True),
+        ("No, she has no hat. Instead, she has a bag.", "Yes, she has a hat. Instead, she has a bag.", False),
+        ("No, she has no hat. She sits instead of Bob.", "Yes, she has a hat. She sits instead of Bob.", True),
+        ("No, there is no vase.", "Yes, there is a vase.", True),
+    ],
+)
+def test_sentences_after_a_turned_verdict_do_not_hold_on_to_it(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "existence")["carried_on"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "passes"),
+    [
+        ("No, there are only two cups.", "Yes, there are two cups.", False),
+        ("No, there are only two cups.", "Yes, there are three cups.", True),
+        ("Yes, there is only one cup.", "No, there is more than one cup.", True),
+    ],
+)
+def test_what_is_only_so_many_is_so_many(chosen, rejected, passes):
+    assert verdicts(chosen, rejected, "existence")["polarity"].passed is passes
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen", "rejected", "passes"),
+    [
+        ("Who stays dry?", "A girl with green boots.", "A girl with brown boots.", False),
+        ("Who stays dry?\nAnswer with a single word.", "A girl with green boots.", "A girl with brown boots.", False),
+        ("What does the shirt say?", "hello", "goodbye", True),
+        ("What is on the shirt?", 'It is "hello" in red.', 'It is "goodbye" in red.', True),
+        ("Who is this?", "She is Kelly.", "She is Sarah.", True),
+        ("What is it?", "It is gate 5.", "It is gate 7.", True),
+    ],
+)
+def test_a_text_that_changes_is_one_that_can_be_read(question, chosen, rejected, passes):
+    edits = changed_spans(chosen, rejected)
+    found = check_pair(chosen, rejected, edits, CATEGORIES["text"], CheckConfig(), NOUNS, question=question)
+    assert {verdict.name: verdict for verdict in found}["read"].passed is passes

@@ -29,7 +29,17 @@ def failed(*args, **kwargs) -> list[str]:
 
 def test_a_good_pair_passes_everything():
     found = verdicts(LONG, LONG.replace("red", "blue"), "attribute")
-    assert list(found) == ["different", "characters", "length", "distance", "style", "repeats", "edits", "other_value"]
+    assert list(found) == [
+        "different",
+        "characters",
+        "length",
+        "distance",
+        "style",
+        "repeats",
+        "marks",
+        "edits",
+        "other_value",
+    ]
     assert all(verdict.passed and not verdict.note for verdict in found.values())
     assert (found["length"].value, found["edits"].value) == (1.0, 1.0)
     assert found["distance"].value == round(1 / 19, 4)  # 18 words and a full stop

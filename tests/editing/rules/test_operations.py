@@ -84,6 +84,7 @@ def test_puts_a_text_in_the_place_of_another(answer, find, replace, rejected):
         ("He rides a bike.", "a bike", "a elephant", "He rides an elephant."),  # the model's own slip
         ("It is a 7 on the shirt.", "7", "8", "It is an 8 on the shirt."),
         ("Plan A is here.", "is", "was", "Plan A was here."),  # a letter is no article
+        ("Square A is smaller.", "A is smaller", "A is larger", "Square A is larger."),
         ("Take an bus home.", "bus", "owl", "Take an owl home."),  # was wrong before: the author's
     ],
 )

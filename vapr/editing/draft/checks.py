@@ -49,6 +49,7 @@ def check_pair(
     if config.style:
         verdicts.append(_verdict("style", _other_style(chosen, rejected)))
     verdicts.append(_verdict("repeats", _repetition(chosen, rejected)))
+    verdicts.append(_verdict("marks", _mistyped(chosen, rejected)))
     if category.mode == "rewrite":
         if "conclusion" in category.checks:
             verdicts.append(_verdict("conclusion", _no_conclusion(chosen, edits), float(len(edits))))
@@ -57,10 +58,15 @@ def check_pair(
     for name in category.checks:
         if name == "polarity":
             verdicts.append(_verdict(name, _not_turned(chosen, rejected)))
+            verdicts.append(_verdict("carried_on", _as_before(chosen, rejected, nouns)))
         elif name != "conclusion":
             verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
+    if "other_text" in category.checks:
+        verdicts.append(_verdict("read", _nothing_read(question, chosen, edits)))
     if "not_related" in category.checks:
         verdicts.append(_verdict("in_question", _named_in_question(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("asked_about", _asked_about(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("named_twice", _named_twice(chosen, edits, nouns)))
     return verdicts
 
 
@@ -145,6 +151,15 @@ def _said_and_denied(text: str) -> set[str]:
     return {word for word in found if word[0].isalnum()}
 
 
+MISTYPED = re.compile(r"[,;:.!?]{2,}|^ | {2,}| [,;.!?](?!\d)|\b(?:an?|the) (?:an?|the)\b", re.IGNORECASE)
+
+
+def _mistyped(chosen: str, rejected: str) -> str | None:
+    """An edit that brings its own full stop or article leaves "a car,." and "a the player"."""
+    before, after = (MISTYPED.findall(text) for text in (chosen, rejected))
+    return f"the result has '{after[-1]}', which nobody writes" if len(after) > len(before) else None
+
+
 def _lengths(chosen: str, rejected: str, category: Category, config: CheckConfig, words_off: int) -> list[Verdict]:
     long, short = num_words(chosen), num_words(rejected)
     ratio = short / long if long else float(short == 0)
@@ -189,7 +204,26 @@ def _not_turned(chosen: str, rejected: str) -> str | None:
     if {polarity(chosen), polarity(rejected)} != {"yes", "no"}:
         return "yes must become no, or no yes, at the beginning"
     one, other = (plain(text).split(" ")[1:] for text in (chosen, rejected))
-    return "what follows yes or no must turn with it" if one and one == other else None
+    first, turned = (plain(next(iter(sentences(text)), "")).split(" ")[1:] for text in (chosen, rejected))
+    if (one and one == other) or (first and first == turned):
+        return "what follows yes or no must turn with it"
+    # "No, there are only two" has counted two, so "Yes, there are two" is true.
+    return "without 'only' it is true again" if "only" in one and [w for w in one if w != "only"] == other else None
+
+
+INSTEAD = re.compile(r"\binstead\b(?! of)", re.IGNORECASE)
+
+
+def _as_before(chosen: str, rejected: str, nouns: Nouns) -> str | None:
+    """ "Yes, there is a vase." must not be followed by "The room has a desk, but no vase." """
+    before, after = sentences(chosen), sentences(rejected)
+    turned = _named(" ".join(sentence for sentence in before if sentence not in after), nouns)
+    for sentence in (sentence for sentence in after if sentence in before):
+        if INSTEAD.search(sentence):
+            return "a sentence with 'instead' must turn as well"
+        if again := turned & _named(sentence, nouns):
+            return f"a sentence still speaks of '{min(again)}' as before; turn it as well"
+    return None
 
 
 def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns) -> str | None:
@@ -200,7 +234,9 @@ def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, no
             return problem
     if name == "other_text":
         return _outside_quotation(chosen, edits)
-    return _not_turned_round(chosen, edits, category) if name == "opposite" else None
+    if name == "opposite":
+        return _not_turned_round(chosen, edits, category) or _with_itself(chosen, edits)
+    return None
 
 
 def _pairs_of_values(old: str, new: str, category: Category) -> list[tuple[Value, Value]]:
@@ -244,6 +280,19 @@ def _not_turned_round(chosen: str, edits: Sequence[Edit], category: Category) ->
             return "both things compared must stay; turn the comparative round, or let the two change places"
         if others and len(others) < len(here):
             return "the comparative and the two things were both turned round, so it is true again"
+    return None
+
+
+def _with_itself(chosen: str, edits: Sequence[Edit]) -> str | None:
+    """ "The right box is as large as the left box" must not become "the left box is as large as the left box"."""
+    for sentence in re.finditer(r"[^.!?\n]+", chosen):
+        start, end = sentence.span()
+        here = [edit for edit in edits if start <= edit.start and edit.end <= end]
+        rest = set(_content(_outside(chosen[:end], here)[start:]))
+        for edit in here:
+            added = set(_content(edit.to)) - set(_content(chosen[edit.start : edit.end]))
+            if added and added <= rest:
+                return f"'{edit.to.strip()}' is then compared with itself"
     return None
 
 
@@ -305,9 +354,45 @@ def _named_in_question(question: str, chosen: str, edits: Sequence[Edit], nouns:
     """
     if OFFERS.search(question):
         return None
-    asked = {noun for *_, noun in nouns.find(question)} - {noun for *_, noun in nouns.find(chosen)}
+    asked = _named(question, nouns) - _named(chosen, nouns)
     named = next((noun for edit in edits for *_, noun in nouns.find(edit.to) if noun in asked), None)
     return f"the question speaks of '{named}', so it may be true; name a thing that it does not" if named else None
+
+
+def _asked_about(question: str, chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
+    """Asked what the player carries, "The bus is carrying a jacket." answers another question.
+
+    The replaced noun is one of the question, and what the answer tells beyond the question, the jacket, stays.
+    """
+    asked = _named(question, nouns)
+    if OFFERS.search(question) or not _named(_outside(chosen, edits), nouns) - asked:
+        return None
+    for edit in edits:
+        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
+        if old and old <= asked and (gone := old - new):
+            return f"the question is about '{min(gone)}'; leave it, and change what the answer says of it"
+    return None
+
+
+def _named_twice(chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
+    """The farmer does not carry the farmer; and what was a cat must not be called a cat further on."""
+    rest = _named(_outside(chosen, edits), nouns)
+    for edit in edits:
+        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
+        if added := (new - old) & rest:
+            return f"the answer speaks of '{min(added)}' already; name a thing that it does not"
+        if left := (old - new) & rest:
+            return f"the answer speaks of '{min(left)}' in another place, too; change both, or something else"
+    return None
+
+
+def _named(text: str, nouns: Nouns) -> set[str]:
+    return {noun for *_, noun in nouns.find(text)}
+
+
+def _outside(chosen: str, edits: Sequence[Edit]) -> str:
+    """The answer with a line break for every span: no noun of two words is found across one."""
+    return spliced(chosen, [Edit(edit.start, edit.end, "\n") for edit in edits])
 
 
 DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
@@ -324,6 +409,27 @@ def _other_text(old: str, new: str, before: str, category: Category, nouns: Noun
 
 
 QUOTATION = re.compile(r"""(?<!\w)"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|‘[^\n]+?’(?!\w)|(?<![\w'])'[^\n]+?'(?!\w)""")
+
+
+READ = re.compile(
+    r"\b(?:say|says|said|read|reads|spells?|spelled|written|writing|printed|words?|texts?|letters?|lettering|numbers?"
+    r"|numerals?|brands?|logos?|names?|named|called|titles?|slogans?|messages?|dates?|years?|times?|prices?|signs?"
+    r"|labels?|labell?ed|plates?|companies|company|airlines?|stores?|shops?|authors?)\b",
+    re.IGNORECASE,
+)
+HOW_TO_ANSWER = re.compile(r"\banswer\b[^.?!\n]*\bwords?\b", re.IGNORECASE)  # "using a single word or phrase"
+
+
+def _nothing_read(question: str, chosen: str, edits: Sequence[Edit]) -> str | None:
+    """Small models call any answer one about text; green boots made brown are none."""
+    changed = (chosen[edit.start : edit.end] for edit in edits)
+    if (
+        READ.search(f"{HOW_TO_ANSWER.sub('', question)}\n{chosen}")
+        or QUOTATION.search(chosen)
+        or any(re.search(r"[A-Z\d]", t) for t in changed)
+    ):
+        return None
+    return "no text that is read from the picture was changed"
 
 
 def _outside_quotation(chosen: str, edits: Sequence[Edit]) -> str | None:

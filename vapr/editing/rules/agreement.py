@@ -58,7 +58,11 @@ def _with_article(answer: str, edit: Edit) -> Edit:
     # An article that was already wrong (or a letter "a") is the author's.
     if before and old and new and article_of(old[0]) == before[1].lower() != article_of(new[0]):
         start, text = before.start(), before[0] + text
-    fixed = ARTICLE.sub(lambda m: in_the_case_of(m[1], article_of(m[3])) + m[2] + m[3], text + tail)
+    # "Square A is" has a letter, no article.
+    written = {match[0] for match in ARTICLE.finditer(answer[edit.start : edit.end + len(tail)])}
+    fixed = ARTICLE.sub(
+        lambda m: m[0] if m[0] in written else in_the_case_of(m[1], article_of(m[3])) + m[2] + m[3], text + tail
+    )
     return Edit(start, edit.end, fixed[: len(fixed) - len(tail)])
 
 
