@@ -71,22 +71,23 @@ def causal_attention_bwd(
         q_b, dout_b = (_heads_first(x[block.rows], num_groups) for x in (q, dout))
         k_b, v_b = (x[block.keys].transpose(0, 1) for x in (k, v))
         p = _probabilities(q_b, k_b, block, scale, first)
-        _add_rows(dv, block.keys, torch.bmm(p.mT, dout_b), 1.0)
+        _add_product(dv, block.keys, p.mT, dout_b, 1.0)
         ds = second[: p.numel()].view(p.shape)
         torch.bmm(dout_b, v_b.mT, out=ds)
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         dq_b = dq[block.rows].unflatten(1, (num_groups, group))
         torch.mul(_tokens_first(torch.bmm(ds, k_b), group), scale, out=dq_b)
-        _add_rows(dk, block.keys, torch.bmm(ds.mT, q_b), scale)
+        _add_product(dk, block.keys, ds.mT, q_b, scale)
     return dq, dk, dv
 
 
-def _add_rows(total: Tensor, keys: slice | Tensor, rows: Tensor, factor: float) -> None:
-    """Add ``rows`` (G, k, E) times a factor to the rows ``keys`` of ``total`` (K, G, E)."""
+def _add_product(total: Tensor, keys: slice | Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """Add the products of ``a`` (G, k, t R) and ``b`` (G, t R, E) times a factor to rows of ``total`` (K, G, E)."""
     if isinstance(keys, slice):
-        total[keys].add_(rows.transpose(0, 1), alpha=factor)
+        rows = total[keys].transpose(0, 1)
+        torch.baddbmm(rows, a, b, alpha=factor, out=rows)
     else:
-        total.index_add_(0, keys, rows.transpose(0, 1), alpha=factor)
+        total.index_add_(0, keys, torch.bmm(a, b).transpose(0, 1), alpha=factor)
 
 
 @torch.library.custom_op("vapr::causal_attention", mutates_args=())
