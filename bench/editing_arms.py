@@ -83,13 +83,16 @@ class Known:
         self, requests: Sequence[Request], on_reply: Callable[[], None] = tell_nobody,
         keep: Callable[[int, Reply], None] = keep_nowhere,
     ) -> list[Reply]:  # fmt: skip
-        new = [request for request in requests if repr(request) not in self.replies]
+        asked = [repr(replace(request, asked_for="")) for request in requests]  # every round is another job
+        new = [request for request, key in zip(requests, asked, strict=True) if key not in self.replies]
         if new:
             self.requests += new
-            self.replies |= dict(zip(map(repr, new), self._llm.ask(new), strict=True))
+            self.replies |= dict(
+                zip([key for key in asked if key not in self.replies], self._llm.ask(new), strict=True)
+            )
         for _ in requests:
             on_reply()
-        return [self.replies[repr(request)] for request in requests]
+        return [self.replies[key] for key in asked]
 
 
 class Instant:
