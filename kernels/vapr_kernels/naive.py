@@ -43,8 +43,7 @@ def causal_attention(
 ) -> Tensor:  # fmt: skip
     """Attention inside each sequence, (T, H, E): a query sees the keys up to its own, the last query all of them.
 
-    Keys and values are laid out sequence after sequence, copied where several share them. Where a sequence looks
-    ``both_ways`` a query sees later keys, too; and no key ``window`` or more before its own.
+    Where a sequence looks ``both_ways`` a query sees later keys, too; and no key ``window`` or more before its own.
     """
     outs = []
     splits = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))

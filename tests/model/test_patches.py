@@ -212,10 +212,9 @@ def test_launches_and_the_last_layer(tiny, photo_pairs, device, monkeypatch):
         "add_rms_norm": [few],  # the last norm
         "rms_norm": [],
         "swiglu": [],
-        # A CPU rotates keys where they lie.
-        "rotate": [*[every] * (num_layers - 1), queries] if policy.kernels else [*[every] * 2 * (num_layers - 1), queries, every],
-        "gather_keys_values": [every] * num_layers if policy.kernels else [],
-    }  # fmt: skip
+        "rotate": [*[every] * (num_layers - 1), queries],
+        "gather_keys_values": [every] * num_layers,
+    }
 
 
 def _counted(function, rows, x, *arguments, **options):

@@ -1,14 +1,12 @@
 """A real training step under PyTorch's counter of FLOPs, against what is predicted of it."""
 
 import dataclasses
-from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapr.batches.loader import open_loaders
 from vapr.config import PackingConfig
-from vapr.model import attention
 from vapr.model.policy import load_policy
 from vapr.plan.counted import COUNTED
 from vapr.plan.flops import Flops, pack_flops, useful_flops
@@ -38,11 +36,7 @@ def assert_counted(config, lora, train, checkpointing, *, kernels=False):
         assert len(packs) > 1
         for _ in ("reference computed", "reference found"):
             before = reference.misses
-            with (
-                # By sequence, as on a GPU: a CPU's blocks take strangers' keys along.
-                mock.patch.object(attention, "_takes_blocks", lambda q: False),
-                FlopCounterMode(display=False, custom_mapping=COUNTED) as counter,
-            ):
+            with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
                 train_step(policy, engine, reference, step, config.loss, None)
             with_reference = reference.misses > before
             predicted = sum(

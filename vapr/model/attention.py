@@ -1,10 +1,9 @@
 """Segment attention: each token attends to its ancestors and to itself. Registered with transformers by name.
 
 One variable-length call serves the whole forest: keys and values are gathered (ancestors, then the chain itself) and
-queries are aligned to the end of their keys; a CPU's own attention takes keys where they lie. The cost grows with the
-sum of the squared path lengths, never with the square of the pack. Where tokens see one another both ways, a second
-call without the causal triangle serves their sequences. A window counts tokens of the path, which gathered keys are in
-the order of.
+queries are aligned to the end of their keys. The cost grows with the sum of the squared path lengths, never with the
+square of the pack. Where tokens see one another both ways, a second call without the causal triangle serves their
+sequences. A window counts tokens of the path, which gathered keys are in the order of.
 
 T = packed tokens, S = attention sequences, K = gathered keys, H = query heads, G = key heads, E = head dim.
 """
@@ -23,8 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vapr.batches.packing import LastQueries, SegmentAttention
 from vapr.errors import UserError
 from vapr.to_device import sent
-from vapr_kernels import causal_attention, gather_keys_values, gather_rows, launch
-from vapr_kernels.query_blocks import QueryBlocks
+from vapr_kernels import causal_attention, gather_keys_values, gather_rows
 from vapr_kernels.rotary import rotary as rotate
 
 LARGE_HEAD = 192
@@ -108,23 +106,20 @@ def segment_attention(
     Returns:
         The shape of ``q``: what each token would get within its own path.
     """
-    if window is not None and window >= max(segments.lengths_k):
-        window = None  # it hides nothing
-    if rotary is not None:
-        q = rotate(q, *(rotary if only is None else (table.index_select(0, only.tokens) for table in rotary)))
-    if backend == "sdpa" and _takes_blocks(q):
-        k = k if rotary is None else rotate(k, *rotary)
-        # Not a view of what the projections gave, which the backward pass would keep.
-        return causal_attention(q, k, v.contiguous(), _blocks(segments, only, window, q.shape[1]), scale=scale)
     lengths_q, cu_seqlens_q = segments.lengths_q, segments.cu_seqlens_q
     if only is not None:
         lengths_q, cu_seqlens_q = only.lengths, only.cu_seqlens
     if rotary is not None:
+        q = rotate(q, *(rotary if only is None else (table.index_select(0, only.tokens) for table in rotary)))
         k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
     else:
         k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
+    if window is not None and window >= max(segments.lengths_k):
+        window = None  # it hides nothing
     see: dict[str, Any] = {"both_ways": segments.both_ways, "window": window}
     if backend == "sdpa":
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+            return causal_attention(q, k, v, lengths_q, segments.lengths_k, scale=scale, **see)
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -134,19 +129,6 @@ def segment_attention(
         return _by_kind(q, k, v, lengths_q, segments.lengths_k, segments.both_ways, call)
     bounds = (cu_seqlens_q, segments.cu_seqlens_k, max(lengths_q), max(segments.lengths_k))
     return call(q, k, v, bounds, causal=True)
-
-
-def _takes_blocks(q: Tensor) -> bool:
-    """Return whether :func:`causal_attention` serves queries: on a CPU that does not stand in for a GPU."""
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and not launch.runs_triton(q)
-
-
-@functools.lru_cache(maxsize=8)  # every layer of a batch asks for the same ones
-def _blocks(segments: SegmentAttention, only: LastQueries | None, window: int | None, num_heads: int) -> QueryBlocks:
-    return QueryBlocks.build(
-        segments.lengths_q if only is None else only.lengths, segments.lengths_k, segments.keys.rows.numpy(),
-        num_heads=num_heads, both_ways=segments.both_ways, window=window,
-    )  # fmt: skip
 
 
 def _by_kind(

@@ -34,11 +34,8 @@ def _head_backward_flops(
     return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, gathered: Any, hidden: Any, bounds: Any, scale: float, **out: Any) -> int:
-    """Count vapr::causal_attention: every query of a block with every key of it."""
-    blocks = zip(*[iter(bounds)] * 6, strict=True)
-    scores = sum((last - first) * (gathered or stop - start) for first, last, start, stop, gathered, _ in blocks)
-    return 2 * 2 * q[1] * q[2] * scores
+def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, *rest: Any, **out: Any) -> int:
+    return 2 * 2 * q[1] * q[2] * sum(num_q * num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
 
 
 def _attention_backward_flops(dout: Any, *forward: Any, **out: Any) -> int:

@@ -8,14 +8,12 @@ driver for streams.
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,7 +36,6 @@ from vapr.model.policy import Policy
 from vapr.plan.shapes import build
 from vapr.plan.trials import trials_of
 from vapr_kernels import launch
-from vapr_kernels.query_blocks import QueryBlocks
 
 _HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has a function of that name
 CPU = torch.device("cpu")
@@ -91,7 +88,7 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
         replaced.append((attention, "varlen_attention", _attention_of_a_cpu))
     else:
         replaced.append((launch, "runs_triton", lambda x: choices.kernels))
-        replaced.append((attention, "_takes_blocks", lambda q: False))  # a CPU's own way, and fake tensors lie on one
+        replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
     forget = [value.cache_clear for value in vars(attention).values() if hasattr(value, "cache_clear")]
     with contextlib.ExitStack() as stack:
         for place, name, value in replaced:
@@ -122,14 +119,8 @@ def _attention_of_a_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest
     A CPU would call PyTorch's attention once a sequence, which takes as many products and a minute.
     """
     with _disable_current_modes():
-        blocks = _blocks_of_a_tower(tuple(bounds.diff().tolist()), q.shape[1])
-    return attention.causal_attention(q, k, v, blocks, scale=scale)
-
-
-@functools.lru_cache(maxsize=8)  # every layer asks for the same ones
-def _blocks_of_a_tower(lengths: tuple[int, ...], num_heads: int) -> QueryBlocks:
-    keys, both_ways = np.arange(sum(lengths)), [True] * len(lengths)
-    return QueryBlocks.build(lengths, lengths, keys, num_heads=num_heads, both_ways=both_ways)
+        lengths = tuple(bounds.diff().tolist())
+    return attention.causal_attention(q, k, v, lengths, lengths, scale=scale)
 
 
 def _make_adapter_beside_its_layer(layer: Any, adapter_name: str, device: Any = None) -> None:

@@ -1,8 +1,7 @@
 """Run forward and backward of one pack on FakeTensors, as :mod:`vapr.plan.fake_policy` makes them, and count bytes."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -10,11 +9,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vapr.batches.packing import PackedBatch, SegmentAttention
 from vapr.families import FAMILIES
-from vapr.model import attention
 from vapr.model import logps as logps_module
 from vapr.model import policy as policy_module
 from vapr.model.logps import token_logps
@@ -26,7 +23,6 @@ from vapr.plan.opaque import HeadCall
 from vapr.plan.trials import trials_of
 from vapr_kernels import naive, preference_loss
 from vapr_kernels.gather_rows import RowIndex
-from vapr_kernels.query_blocks import QueryBlocks
 
 BLOCK = 512
 """Bytes that PyTorch's allocator on a GPU rounds to."""
@@ -125,7 +121,7 @@ def _run_tower(config: Any, choices: Choices, batch: PackedBatch) -> Peak:
 
 def _run(config: Any, choices: Choices, batch: PackedBatch) -> Profile:
     """Run forward and backward of a pack, phase by phase."""
-    with faked(choices) as fake, _blocks_of(batch):
+    with faked(choices) as fake:
         policy = fake_policy(config, choices)
         pack = _as_fakes(batch, fake)
         calls: list[HeadCall] = []
@@ -220,19 +216,6 @@ def _phases(policy: Policy) -> dict[str, str]:
     for module, part in parts:
         names.update({known[id(weight)]: f"backward, {part}" for weight in module.parameters()})
     return names
-
-
-@contextlib.contextmanager
-def _blocks_of(batch: PackedBatch) -> Iterator[None]:
-    """Let attention on a CPU read which keys there are from the batch itself: fake tensors hold no values."""
-    build = attention._blocks
-
-    def blocks(segments: Any, only: Any, window: int | None, num_heads: int) -> QueryBlocks:
-        with _disable_current_modes():
-            return build(batch.attention, None if only is None else batch.last_queries, window, num_heads)
-
-    with mock.patch.object(attention, "_blocks", blocks):
-        yield
 
 
 def _as_fakes(batch: PackedBatch, fake: FakeTensorMode) -> PackedBatch:
