@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vapr.data.pair import Edit
 from vapr.editing.config import CheckConfig
+from vapr.editing.draft.named_things import asked_about, carried_on, named_in_question, named_twice, outside
+from vapr.editing.draft.text_in_picture import nothing_read, other_text, outside_quotation
 from vapr.editing.rules.agreement import number
 from vapr.editing.rules.categories import Category, Value
 from vapr.editing.rules.lookalikes import plain, unexpected
@@ -58,15 +60,15 @@ def check_pair(
     for name in category.checks:
         if name == "polarity":
             verdicts.append(_verdict(name, _not_turned(chosen, rejected)))
-            verdicts.append(_verdict("carried_on", _as_before(chosen, rejected, nouns)))
+            verdicts.append(_verdict("carried_on", carried_on(chosen, rejected, nouns)))
         elif name != "conclusion":
             verdicts.append(_verdict(name, _typed(name, chosen, edits, category, nouns)))
     if "other_text" in category.checks:
-        verdicts.append(_verdict("read", _nothing_read(question, chosen, edits)))
+        verdicts.append(_verdict("read", nothing_read(question, chosen, edits)))
     if "not_related" in category.checks:
-        verdicts.append(_verdict("in_question", _named_in_question(question, chosen, edits, nouns)))
-        verdicts.append(_verdict("asked_about", _asked_about(question, chosen, edits, nouns)))
-        verdicts.append(_verdict("named_twice", _named_twice(chosen, edits, nouns)))
+        verdicts.append(_verdict("in_question", named_in_question(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("asked_about", asked_about(question, chosen, edits, nouns)))
+        verdicts.append(_verdict("named_twice", named_twice(chosen, edits, nouns)))
     return verdicts
 
 
@@ -211,21 +213,6 @@ def _not_turned(chosen: str, rejected: str) -> str | None:
     return "without 'only' it is true again" if "only" in one and [w for w in one if w != "only"] == other else None
 
 
-INSTEAD = re.compile(r"\binstead\b(?! of)", re.IGNORECASE)
-
-
-def _as_before(chosen: str, rejected: str, nouns: Nouns) -> str | None:
-    """ "Yes, there is a vase." must not be followed by "The room has a desk, but no vase." """
-    before, after = sentences(chosen), sentences(rejected)
-    turned = _named(" ".join(sentence for sentence in before if sentence not in after), nouns)
-    for sentence in (sentence for sentence in after if sentence in before):
-        if INSTEAD.search(sentence):
-            return "a sentence with 'instead' must turn as well"
-        if again := turned & _named(sentence, nouns):
-            return f"a sentence still speaks of '{min(again)}' as before; turn it as well"
-    return None
-
-
 def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, nouns: Nouns) -> str | None:
     """Return what a check finds that looks at what each span became."""
     for edit in edits:
@@ -233,7 +220,7 @@ def _typed(name: str, chosen: str, edits: Sequence[Edit], category: Category, no
         if problem := _SPAN_CHECKS[name](old, edit.to, before, category, nouns):
             return problem
     if name == "other_text":
-        return _outside_quotation(chosen, edits)
+        return outside_quotation(chosen, edits)
     if name == "opposite":
         return _not_turned_round(chosen, edits, category) or _with_itself(chosen, edits)
     return None
@@ -288,7 +275,7 @@ def _with_itself(chosen: str, edits: Sequence[Edit]) -> str | None:
     for sentence in re.finditer(r"[^.!?\n]+", chosen):
         start, end = sentence.span()
         here = [edit for edit in edits if start <= edit.start and edit.end <= end]
-        rest = set(_content(_outside(chosen[:end], here)[start:]))
+        rest = set(_content(outside(chosen[:end], here)[start:]))
         for edit in here:
             added = set(_content(edit.to)) - set(_content(chosen[edit.start : edit.end]))
             if added and added <= rest:
@@ -342,111 +329,12 @@ def _not_related(old: str, new: str, before: str, category: Category, nouns: Nou
     return None
 
 
-OFFERS = re.compile(
-    r"\b(?:or|which|between|(?:is|are|was|were|does|do|did) (?:this|that|these|those|it|they))\b", re.IGNORECASE
-)
-
-
-def _named_in_question(question: str, chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
-    """Asked what the woman with the cup carries, "a cup" may be as true as what the answer says.
-
-    Not where the question offers what to answer ("a dog or a cat?"), nor where the answer has named the thing itself.
-    """
-    if OFFERS.search(question):
-        return None
-    asked = _named(question, nouns) - _named(chosen, nouns)
-    named = next((noun for edit in edits for *_, noun in nouns.find(edit.to) if noun in asked), None)
-    return f"the question speaks of '{named}', so it may be true; name a thing that it does not" if named else None
-
-
-def _asked_about(question: str, chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
-    """Asked what the player carries, "The bus is carrying a jacket." answers another question.
-
-    The replaced noun is one of the question, and what the answer tells beyond the question, the jacket, stays.
-    """
-    asked = _named(question, nouns)
-    if OFFERS.search(question) or not _named(_outside(chosen, edits), nouns) - asked:
-        return None
-    for edit in edits:
-        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
-        if old and old <= asked and (gone := old - new):
-            return f"the question is about '{min(gone)}'; leave it, and change what the answer says of it"
-    return None
-
-
-def _named_twice(chosen: str, edits: Sequence[Edit], nouns: Nouns) -> str | None:
-    """The farmer does not carry the farmer; and what was a cat must not be called a cat further on."""
-    rest = _named(_outside(chosen, edits), nouns)
-    for edit in edits:
-        old, new = _named(chosen[edit.start : edit.end], nouns), _named(edit.to, nouns)
-        if added := (new - old) & rest:
-            return f"the answer speaks of '{min(added)}' already; name a thing that it does not"
-        if left := (old - new) & rest:
-            return f"the answer speaks of '{min(left)}' in another place, too; change both, or something else"
-    return None
-
-
-def _named(text: str, nouns: Nouns) -> set[str]:
-    return {noun for *_, noun in nouns.find(text)}
-
-
-def _outside(chosen: str, edits: Sequence[Edit]) -> str:
-    """The answer with a line break for every span: no noun of two words is found across one."""
-    return spliced(chosen, [Edit(edit.start, edit.end, "\n") for edit in edits])
-
-
-DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
-
-
-def _other_text(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
-    one, other = (re.sub(r"[\W_]", "", text).casefold() for text in (old, new))
-    if one == other or (one.isalpha() and one == other.translate(DIGITS_LIKE_LETTERS)):
-        return f"'{new}' reads the same as '{old}'"
-    if re.search(r"\d", old) and not re.search(r"\d", new):
-        return "a number, price or time must become another one, in figures"
-    capitals = re.search(r"[A-Z]{2}", old) and old.isupper()
-    return f"'{old}' is in capitals, and '{new}' is not" if capitals and not new.isupper() else None
-
-
-QUOTATION = re.compile(r"""(?<!\w)"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|‘[^\n]+?’(?!\w)|(?<![\w'])'[^\n]+?'(?!\w)""")
-
-
-READ = re.compile(
-    r"\b(?:say|says|said|read|reads|spells?|spelled|written|writing|printed|words?|texts?|letters?|lettering|numbers?"
-    r"|numerals?|brands?|logos?|names?|named|called|titles?|slogans?|messages?|dates?|years?|times?|prices?|signs?"
-    r"|labels?|labell?ed|plates?|companies|company|airlines?|stores?|shops?|authors?)\b",
-    re.IGNORECASE,
-)
-HOW_TO_ANSWER = re.compile(r"\banswer\b[^.?!\n]*\bwords?\b", re.IGNORECASE)  # "using a single word or phrase"
-
-
-def _nothing_read(question: str, chosen: str, edits: Sequence[Edit]) -> str | None:
-    """Small models call any answer one about text; green boots made brown are none."""
-    changed = (chosen[edit.start : edit.end] for edit in edits)
-    if (
-        READ.search(f"{HOW_TO_ANSWER.sub('', question)}\n{chosen}")
-        or QUOTATION.search(chosen)
-        or any(re.search(r"[A-Z\d]", t) for t in changed)
-    ):
-        return None
-    return "no text that is read from the picture was changed"
-
-
-def _outside_quotation(chosen: str, edits: Sequence[Edit]) -> str | None:
-    quoted = [match.span() for match in QUOTATION.finditer(chosen)]
-    for edit in edits:
-        figure = re.search(r"\d", chosen[edit.start : edit.end])  # a price, a time: read, too, and seldom quoted
-        if quoted and not figure and not any(a < edit.start and edit.end < b for a, b in quoted):
-            return "the text in quotation marks must change, and nothing outside of them"
-    return None
-
-
 _SPAN_CHECKS: dict[str, Callable[[str, str, str, Category, Nouns], str | None]] = {
     "other_value": _other_value,
     "opposite": _opposite,
     "other_number": _other_number,
     "not_related": _not_related,
-    "other_text": _other_text,
+    "other_text": other_text,
 }
 
 
