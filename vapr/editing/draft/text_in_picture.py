@@ -11,6 +11,7 @@ DIGITS_LIKE_LETTERS = str.maketrans("015", "ois")
 
 
 def other_text(old: str, new: str, before: str, category: Category, nouns: Nouns) -> str | None:
+    """Return what is wrong with ``new`` in the place of a text in the picture, ``old``; None: nothing."""
     one, other = (re.sub(r"[\W_]", "", text).casefold() for text in (old, new))
     if one == other or (one.isalpha() and one == other.translate(DIGITS_LIKE_LETTERS)):
         return f"'{new}' reads the same as '{old}'"
@@ -45,6 +46,7 @@ def nothing_read(question: str, chosen: str, edits: Sequence[Edit]) -> str | Non
 
 
 def outside_quotation(chosen: str, edits: Sequence[Edit]) -> str | None:
+    """Return what is wrong with edits of an answer that quotes a text in the picture; None: nothing."""
     quoted = [match.span() for match in QUOTATION.finditer(chosen)]
     for edit in edits:
         figure = re.search(r"\d", chosen[edit.start : edit.end])  # a price, a time: read, too, and seldom quoted
