@@ -39,15 +39,21 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], *, scale: float,
-    both_ways: Sequence[bool] | None = None, window: int | None = None,
+    both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention inside each sequence, (T, H, E): a query sees the keys up to its own, the last query all of them.
 
     Where a sequence looks ``both_ways`` a query sees later keys, too; and no key ``window`` or more before its own.
+    Before the keys of a sequence with a fork come the first so many of the last one without, where that is -1.
     """
     outs = []
     splits = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
-    for q_n, k_n, v_n, later in zip(*splits, both_ways or [False] * len(lengths_q), strict=True):
+    see = (both_ways or [False] * len(lengths_q), forks or [-1] * len(lengths_q))
+    for q_n, k_n, v_n, later, fork in zip(*splits, *see, strict=True):
+        if fork == -1:
+            trunk = k_n, v_n
+        else:
+            k_n, v_n = torch.cat([trunk[0][:fork], k_n]), torch.cat([trunk[1][:fork], v_n])
         num_q, num_k, group = len(q_n), len(k_n), q.shape[1] // k.shape[1]
         scores = torch.einsum("qhe,khe->hqk", q_n, k_n.repeat_interleave(group, 1)) * scale
         keys = torch.arange(num_k, device=q.device)

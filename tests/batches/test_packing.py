@@ -167,6 +167,43 @@ def _assert_attention_sees_ancestors_only(batch: PackedBatch, previous: list[int
                 token = previous[token]
             assert seen == ancestors[::-1]
     assert q_end == batch.num_tokens
+    assert _keys_of_sequences(batch) == [
+        keys[end - num_k : end]
+        for num_k, end in zip(batch.attention.lengths_k, np.cumsum(batch.attention.lengths_k), strict=True)
+    ]
+
+
+def _keys_of_sequences(batch: PackedBatch) -> list[list[int]]:
+    """The tokens that each sequence attends to, from how branches lay them."""
+    branches = batch.attention.branches
+    if branches is None:
+        return [part.tolist() for part in batch.attention.keys.rows.split(batch.attention.lengths_k)]
+    rows = torch.arange(batch.num_tokens) if branches.keys is None else branches.keys.rows
+    found, trunk = [], []
+    for fork, part in zip(branches.forks, rows.split(branches.lengths_k), strict=True):
+        if fork == -1:
+            trunk = part.tolist()
+        found.append(part.tolist() if fork == -1 else trunk[:fork] + part.tolist())
+    return found
+
+
+def test_branches_are_short_ends_of_the_same_pair():
+    """Token lists by eye: a second answer leaves the first one behind the prompt; a second pair is no branch."""
+    two = [pair("0", [1, 2, 3], [4, 5], [6]), pair("1", [1, 2, 3], [7], [8, 9])]
+    branches = pack(two, "pair").attention.branches
+    assert (branches.forks, branches.lengths_k, branches.keys) == ((-1, 3, -1, 3), (5, 1, 4, 2), None)
+    cat = image("cat", 2)
+    assert pack(two, "none").attention.branches is None
+    images = [pair(name, [1, 50, 50, *prompt], [4, 5], [6], images=(cat,)) for name, prompt in (("0", [2]), ("1", [3]))]
+    branches = pack(images, "image").attention.branches  # the image's tokens are copied for the second pair
+    assert (branches.forks, branches.lengths_k) == ((-1, 4, -1, 4), (6, 1, 6, 1))
+    assert branches.keys.rows.tolist() == [*range(7), 0, 1, 2, *range(7, 11)]
+
+
+@pytest.mark.parametrize(("length", "is_branch"), [(64, True), (65, False)])
+def test_long_branches_are_sequences(length, is_branch):
+    batch = pack([pair("0", [1, 2], [3] * 100, [4] * length)])
+    assert (batch.attention.branches is not None) == is_branch
 
 
 def test_packs_never_exceed_their_size_and_lose_nobody():

@@ -22,6 +22,11 @@ FORESTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_blocks_of_other_tests():
+    MODULE._blocks.cache_clear()
+
+
 def arguments(forest: str, heads: tuple[int, int], dtype: torch.dtype, head_dim: int = 8) -> tuple[list[Tensor], tuple]:
     """q, k and v as leaves, and the lengths."""
     lengths_q, lengths_k = zip(*FORESTS[forest], strict=True)
@@ -115,20 +120,62 @@ def test_gradients_are_those_of_the_function(heads):
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, *lengths, scale=0.7), tensors)
 
 
-def test_keeps_queries_keys_and_values_only():
+@pytest.mark.parametrize(
+    ("keys", "num_scores"),
+    [(512, 6 * (100 * (100 + 200 + 300) + 65 * 76 + 64 * 140 + 2 * 300)), (1, 0)],
+    ids=["short", "long"],
+)
+def test_what_is_kept(keys, num_scores, monkeypatch):
+    """Queries, keys, values, and where few keys are in sight the probabilities; nothing where nothing is trained."""
+    monkeypatch.setattr(MODULE, "KEPT_KEYS", keys)
     (q, k, v), lengths = arguments("several blocks", (6, 2), torch.float32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         causal_attention(q, k, v, *lengths, scale=0.7)
-    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (q, k, v)]
+    *heads, probabilities = kept
+    assert [x.data_ptr() for x in heads] == [x.data_ptr() for x in (q, k, v)]
+    assert probabilities.numel() == num_scores
+    with torch.no_grad():
+        assert MODULE._causal_attention(q, k, v, *lengths, 0.7, False)[1].numel() == 0
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100, 290])
+@pytest.mark.parametrize("scratch", [2**22, 1000], ids=["usual blocks", "short blocks"])
+@pytest.mark.parametrize("some", [False, True], ids=["all queries", "last queries"])
+@HEADS
+def test_branches(heads, some, scratch, window, monkeypatch):
+    """Branches at the root, inside and at the end of what they leave, and another unit: against the naive twin."""
+    monkeypatch.setattr(MODULE, "SCRATCH", scratch)
+    lengths_k, forks = (300, 40, 7, 1, 9, 3), (-1, 260, 300, 0, -1, 4)
+    lengths_q = (20, 33, 7, 1, 9, 2) if some else (290, 40, 7, 1, 9, 3)
+    shapes = ((sum(lengths_q), heads[0]), (sum(lengths_k), heads[1]), (sum(lengths_k), heads[1]))
+    tensors = [torch.randn(*shape, 8, dtype=torch.float64).requires_grad_() for shape in shapes]
+    douts = [torch.randn_like(tensors[0])]
+    options = {"scale": 0.7, "window": window, "forks": forks}
+    got, truth = (
+        outputs_and_grads(lambda *x, of=of: of(*x, lengths_q, lengths_k, **options), (*tensors,), douts)
+        for of in (causal_attention, naive.causal_attention)
+    )
+    for g, t in zip(got, truth, strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-12, atol=1e-12)
+
+
+def test_which_values_a_branch_sees():
+    """Equal scores: a branch behind the second of three values does not see the third; by eye."""
+    v = torch.tensor([1.0, 3.0, 100.0, 5.0, 7.0])[:, None, None]
+    q, k = torch.zeros(5, 1, 1), torch.randn(5, 1, 1)
+    see = lambda **options: causal_attention(q, k, v, (3, 2), (3, 2), scale=1.0, forks=(-1, 2), **options).flatten()
+    torch.testing.assert_close(see(), torch.tensor([1.0, 2.0, 104 / 3, 3.0, 4.0]))
+    torch.testing.assert_close(see(window=2), torch.tensor([1.0, 2.0, 103 / 2, 4.0, 6.0]))
 
 
 def test_runs_on_fake_tensors():
     tensors, lengths = arguments("one block", (4, 2), torch.float32)
-    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7))
-    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7, [True, False, True], 3))
+    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7, True))
+    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7, True, [True, False, True], 3))
+    torch.library.opcheck(MODULE._causal_attention, (*tensors, *lengths, 0.7, False, None, None, [-1, 2, -1]))
     tensors = [x.detach() for x in (tensors[0], *tensors)]
-    torch.library.opcheck(MODULE._causal_attention_bwd, (*tensors, *lengths, 0.7))
+    torch.library.opcheck(MODULE._causal_attention_bwd, (*tensors, torch.empty(0), *lengths, 0.7))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +190,10 @@ def test_runs_on_fake_tensors():
         ({"lengths_q": (1, 2)}, "from 1 query to as many as keys, got 2 and 1"),
         ({"both_ways": [True]}, "both_ways must have an entry for each of 2 sequences, got 1"),
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"forks": (-1,)}, "forks must have an entry for each of 2 sequences, got 1"),
+        ({"forks": (-1, 5)}, "forks must be -1 or keys of a sequence before, got 5 for sequence 1"),
+        ({"forks": (0, -1)}, "forks must be -1 or keys of a sequence before, got 0 for sequence 0"),
+        ({"forks": (-1, 1), "both_ways": (True, False)}, "forks must be None where a sequence looks both ways"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

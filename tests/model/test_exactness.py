@@ -149,6 +149,20 @@ def test_lora_on_the_language_model(family, checkpointing, tiny, photo_pairs):
         assert_same(packed_loss_and_grads(policy, [pairs], share), truth, 1e-5)
 
 
+def test_with_products_by_onednn(family, tiny, photo_pairs, by_onednn):
+    """As some CPUs take them, in numbers of rows that come again: adapters, head, and what is frozen."""
+    folder = tiny(family)
+    policy = policy_of(folder, lora=True)
+    pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
+    model = oracles.load_model(folder, family)
+    adapted, parameters = oracles.with_adapters_of(policy, model)
+    by_onednn.clear()  # modules were tried
+    truth = oracle_loss_and_grads(adapted, family, parameters, pairs)
+    assert by_onednn == []  # transformers' own forward
+    assert_same(packed_loss_and_grads(policy, [pairs], "pair"), truth, 1e-5)
+    assert len(by_onednn) > 10 and all(rows % 16 == 0 for rows, *_ in by_onednn)
+
+
 def test_in_double_precision(family, tiny, photo_pairs):
     """fp64 leaves only the rounding of transformers' norms and rotary tables, which compute in fp32."""
     folder = tiny(family)
@@ -275,7 +289,7 @@ def test_the_two_classic_bugs_would_show(tiny, full_oracle):
     sees_chosen = dataclasses.replace(
         one_sequence,
         lengths_q=(total,), lengths_k=(total,),
-        keys=type(one_sequence.keys).build(torch.arange(total), total),
+        keys=type(one_sequence.keys).build(torch.arange(total), total), branches=None,
     )  # fmt: skip
     not_restarted = batch.position_ids.clone()
     starts = batch.cu_seqlens[1:-1].long()[

@@ -18,9 +18,29 @@ from vapr.batches.forest import NO_PARENT, build_forest, depth_first, path_keys,
 from vapr.batches.tokenize import TokenizedPair, TokenPath
 from vapr.config import PackingConfig
 from vapr.families.processed_image import ProcessedImage, places
+from vapr_kernels.causal_attention import NO_FORK
 from vapr_kernels.gather_rows import RowIndex
 from vapr_kernels.image_losses import OTHER_PATHS
 from vapr_kernels.losses import Completions
+
+SHORT_BRANCH = 64
+"""Tokens up to which a branch is cheaper among the queries of the sequence that it leaves than by itself, on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branches:
+    """The same sequences for attention by products, which takes short branches together with what they leave.
+
+    A branch is the end of a completion whose pair's other one is the end of the sequence that it leaves: how a pair's
+    scores are multiplied depends on no other pair.
+    """
+
+    forks: tuple[int, ...]  # of each sequence: NO_FORK, or how many keys it has in common with the last that is none
+    lengths_k: tuple[int, ...]  # of a branch: its own keys
+    keys: RowIndex | None  # (K,) into T; None: every token once, as they lie
+
+    def to(self, device: torch.device | str) -> "Branches":
+        return dataclasses.replace(self, keys=None if self.keys is None else self.keys.to(device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +61,7 @@ class SegmentAttention:
     lengths_k: tuple[int, ...]
     keys: RowIndex  # (K,) into T
     both_ways: tuple[bool, ...] | None = None  # of each sequence, whether its queries see later keys; None: none does
+    branches: Branches | None = None  # None: no sequence is a short branch
 
     def to(self, device: torch.device | str) -> "SegmentAttention":
         return dataclasses.replace(
@@ -48,6 +69,7 @@ class SegmentAttention:
             cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
             cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
             keys=self.keys.to(device),
+            branches=self.branches.to(device) if self.branches and torch.device(device).type == "cpu" else None,
         )
 
 
@@ -186,12 +208,15 @@ def _image_groups(pairs: list[TokenizedPair], share: str) -> list[list[Tokenized
     return list(groups.values())
 
 
-def _attention(starts: np.ndarray, parents: list[int], blocks: np.ndarray | None) -> SegmentAttention:
+def _attention(
+    starts: np.ndarray, parents: list[int], ending: list[set[int]], blocks: np.ndarray | None
+) -> SegmentAttention:
     """Chains of first children become attention sequences, cut at blocks of tokens that see one another both ways.
 
     Args:
         starts: packed offsets of the segments, (N + 1,).
         parents: of each segment.
+        ending: numbers of the pairs whose paths end in each segment.
         blocks: a number for each token of a block, (T,), and -1 for others; None: there are no blocks.
     """
     ancestors: list[np.ndarray] = []  # of each segment, in path order, itself left out
@@ -201,11 +226,18 @@ def _attention(starts: np.ndarray, parents: list[int], blocks: np.ndarray | None
             above = np.concatenate([ancestors[parent], np.arange(starts[parent], starts[parent + 1])])
         ancestors.append(above)
     lengths_q, lengths_k, keys, both_ways = [], [], [], []
+    forks, trunk = [], range(0)  # the segments of the last sequence that is no branch
     n = 0
     while n < len(parents):
         last = n
         while last + 1 < len(parents) and parents[last + 1] == last:  # the first child follows its parent
             last += 1
+        same_pair = parents[n] in trunk and ending[last] == ending[trunk[-1]] and len(ending[last]) == 1
+        if same_pair and starts[last + 1] - starts[n] <= SHORT_BRANCH:
+            forks.append(len(ancestors[n]))
+        else:
+            forks.append(NO_FORK)
+            trunk = range(n, last + 1)
         own = np.arange(starts[n], starts[last + 1])
         cuts = [0, len(own)] if blocks is None else [0, *(np.flatnonzero(np.diff(blocks[own])) + 1), len(own)]
         for start, end in itertools.pairwise(cuts):
@@ -221,7 +253,40 @@ def _attention(starts: np.ndarray, parents: list[int], blocks: np.ndarray | None
         lengths_k=tuple(lengths_k),
         keys=RowIndex.build(torch.from_numpy(np.concatenate(keys)), int(starts[-1])),
         both_ways=None if blocks is None else tuple(both_ways),
+        branches=None if blocks is not None else _branches(forks, lengths_k, keys[::2], keys[1::2], int(starts[-1])),
     )
+
+
+def _branches(
+    forks: list[int], lengths_k: list[int], above: list[np.ndarray], own: list[np.ndarray], num_tokens: int
+) -> Branches | None:
+    """Lay keys for branches, given what is above each sequence and its own tokens; None: there are no branches."""
+    if max(forks, default=NO_FORK) == NO_FORK:
+        return None
+    keys = [
+        tokens
+        for fork, higher, mine in zip(forks, above, own, strict=True)
+        for tokens in ((higher, mine) if fork == NO_FORK else (mine,))
+    ]
+    rows = np.concatenate(keys)
+    in_place = len(rows) == num_tokens and bool((rows == np.arange(num_tokens)).all())
+    return Branches(
+        forks=tuple(forks),
+        lengths_k=tuple(k if fork == NO_FORK else k - fork for fork, k in zip(forks, lengths_k, strict=True)),
+        keys=None if in_place else RowIndex.build(torch.from_numpy(rows), num_tokens),
+    )
+
+
+def _ending_pairs(
+    num_segments: int, starts: np.ndarray, packed_index: list[np.ndarray], pairs: Sequence[TokenizedPair]
+) -> list[set[int]]:
+    """Number the pairs whose paths end in each segment."""
+    ending: list[set[int]] = [set() for _ in range(num_segments)]
+    tokens = iter(packed_index)
+    for number, pair in enumerate(pairs):
+        for where in itertools.islice(tokens, len(pair.paths)):
+            ending[int(np.searchsorted(starts, where[-1], side="right")) - 1].add(number)
+    return ending
 
 
 def _blocks(paths: list[TokenPath], packed_index: list[np.ndarray], num_tokens: int) -> np.ndarray | None:
@@ -273,7 +338,8 @@ def pack(pairs: Sequence[TokenizedPair], share: str = "pair") -> PackedBatch:
         position_ids[:, where] = token_path.position_ids
 
     first_path = np.cumsum([0, *(len(pair.paths) for pair in pairs)])[:-1]
-    attention = _attention(starts, parents, _blocks(paths, packed_index, num_tokens))
+    ending = _ending_pairs(len(order), starts, packed_index, pairs)
+    attention = _attention(starts, parents, ending, _blocks(paths, packed_index, num_tokens))
     predictions = _predictions(paths, packed_index, input_ids)
     return PackedBatch(
         pairs=tuple(pairs),

@@ -90,6 +90,7 @@ def _varlen_options() -> frozenset[str]:
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
     rotary: tuple[Tensor, Tensor] | None = None, only: LastQueries | None = None, window: int | None = None,
+    recompute: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention over a forest of segments.
 
@@ -102,6 +103,7 @@ def segment_attention(
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
         only: which queries there are; None: all.
         window: how many tokens of its path a token sees up to its own; None: all.
+        recompute: keep no probabilities either, which only causal_attention may do.
 
     Returns:
         The shape of ``q``: what each token would get within its own path.
@@ -109,26 +111,40 @@ def segment_attention(
     lengths_q, cu_seqlens_q = segments.lengths_q, segments.cu_seqlens_q
     if only is not None:
         lengths_q, cu_seqlens_q = only.lengths, only.cu_seqlens
-    if rotary is not None:
-        q = rotate(q, *(rotary if only is None else (table.index_select(0, only.tokens) for table in rotary)))
-        k, v = gather_keys_values(k, v, *rotary, segments.keys)  # (K, G, E)
-    else:
-        k, v = gather_rows(k, segments.keys), gather_rows(v, segments.keys)
     if window is not None and window >= max(segments.lengths_k):
         window = None  # it hides nothing
-    see: dict[str, Any] = {"both_ways": segments.both_ways, "window": window}
+    see: dict[str, Any] = {"scale": scale, "window": window}
+    by_products = backend == "sdpa" and _attends_by_products(q)
+    branches = segments.branches if by_products else None
+    keys, lengths_k = (segments.keys, segments.lengths_k) if branches is None else (branches.keys, branches.lengths_k)
+    if rotary is not None:
+        q = rotate(q, *(rotary if only is None else (table.index_select(0, only.tokens) for table in rotary)))
+    if keys is None:
+        k, v = k if rotary is None else rotate(k, *rotary), v.contiguous()  # a part of a wider tensor would keep it all
+    elif rotary is not None:
+        k, v = gather_keys_values(k, v, *rotary, keys)  # (K, G, E)
+    else:
+        k, v = gather_rows(k, keys), gather_rows(v, keys)
+    if branches is not None:
+        return causal_attention(q, k, v, lengths_q, lengths_k, forks=branches.forks, recompute=recompute, **see)
+    if by_products:
+        see |= {"both_ways": segments.both_ways, "recompute": recompute}
+        return causal_attention(q, k, v, lengths_q, lengths_k, **see)
     if backend == "sdpa":
-        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
-            return causal_attention(q, k, v, lengths_q, segments.lengths_k, scale=scale, **see)
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _sdpa(q, k, v, lengths_q, segments.lengths_k, scale=scale, **see)
+        return _sdpa(q, k, v, lengths_q, lengths_k, both_ways=segments.both_ways, **see)
     call = functools.partial(_varlen, scale=scale, backend=backend, window=window)
     if segments.both_ways is not None:
-        return _by_kind(q, k, v, lengths_q, segments.lengths_k, segments.both_ways, call)
-    bounds = (cu_seqlens_q, segments.cu_seqlens_k, max(lengths_q), max(segments.lengths_k))
+        return _by_kind(q, k, v, lengths_q, lengths_k, segments.both_ways, call)
+    bounds = (cu_seqlens_q, segments.cu_seqlens_k, max(lengths_q), max(lengths_k))
     return call(q, k, v, bounds, causal=True)
+
+
+def _attends_by_products(q: Tensor) -> bool:
+    """Return whether SDPA is causal_attention for such queries."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
 
 
 def _by_kind(

@@ -34,12 +34,20 @@ def _head_backward_flops(
     return 2 * hidden[0] * head[0] * head[1] * (int(again) + int(with_dx) + int(with_dhead))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, *rest: Any, **out: Any) -> int:
-    return 2 * 2 * q[1] * q[2] * sum(num_q * num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
+def _attention_flops(
+    q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, keep: Any, both_ways: Any = None,
+    window: Any = None, forks: Any = None, **out: Any,
+) -> int:  # fmt: skip
+    above = [max(fork, 0) for fork in forks] if forks else [0] * len(lengths_q)
+    seen = zip(lengths_q, above, lengths_k, strict=True)
+    return 2 * 2 * q[1] * q[2] * sum(num_q * (fork + num_k) for num_q, fork, num_k in seen)
 
 
-def _attention_backward_flops(dout: Any, *forward: Any, **out: Any) -> int:
-    return _attention_flops(*forward) // 2 * 5
+def _attention_backward_flops(
+    dout: Any, q: Any, k: Any, v: Any, kept: Any, lengths_q: Any, lengths_k: Any, scale: Any, *see: Any, **out: Any
+) -> int:
+    products = 4 if kept[0] else 5
+    return _attention_flops(q, k, v, lengths_q, lengths_k, scale, True, *see) // 2 * products
 
 
 def _sdpa_flops(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
@@ -59,7 +67,12 @@ def _grouped_product_flops(a: Any, b: Any, *rest: Any, **out: Any) -> int:
     return 2 * a[0] * a[1] * b[-1]
 
 
+def _onednn_product_flops(x: Any, w: Any, *rest: Any, **out: Any) -> int:
+    return 2 * x[0] * x[1] * w[0]
+
+
 COUNTED = {
+    torch.ops.mkldnn._linear_pointwise: _onednn_product_flops,
     torch.ops.aten.addmm_: _added_product_flops,
     torch.ops.aten._grouped_mm: _grouped_product_flops,
     torch.ops.vapr.linear_logps: _head_flops,
