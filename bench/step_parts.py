@@ -49,7 +49,7 @@ NAMED = (
 
 ATTENDS = re.compile("attention|attn|flash|fmha|softmax", re.IGNORECASE)
 MULTIPLIES = re.compile(
-    r"::(_?addmm(_activation)?|mm|bmm|baddbmm|linear|mkldnn_linear|_scaled_mm|matmul|dot|mv)_?$|gemm|nvjet|cutlass"
+    r"::(_?addmm(_activation)?|mm|bmm|baddbmm|linear|mkldnn_linear|_linear_pointwise|_scaled_mm|matmul|dot|mv)_?$|gemm|nvjet|cutlass"
 )
 COPIES_ROWS = re.compile(
     r"::(cat|stack|index(_select|_copy|_add|_put)?|_index_put_impl|gather|scatter(_add)?|gather_rows(_bwd)?|fill|zero"

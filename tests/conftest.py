@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     # interpreter with the fixture ``device``; everything else takes the naive twins, as a user's CPU does, and so do
     # the processes that tests start.
     os.environ["TRITON_INTERPRET"] = "1"
-from vapr_kernels import launch
+from vapr_kernels import launch, matmul
 
 if os.environ.pop("TRITON_INTERPRET", None) and launch.installed:
     launch.triton.knobs.propagate_env = False  # else the next line sets the variable again
@@ -74,6 +74,25 @@ def device(monkeypatch) -> torch.device:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(launch, "interpret", True)
     return torch.device("cpu")
+
+
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+@pytest.fixture
+def by_onednn(monkeypatch) -> list[tuple[int, ...]]:
+    """Send every product in fp32 to oneDNN, on any CPU; the shapes (rows, inner, columns) that it was asked for."""
+    if ONEDNN is None:
+        pytest.skip("this PyTorch has no oneDNN")
+    asked: list[tuple[int, ...]] = []
+
+    def product(a, b, *rest):
+        asked.append((*a.shape, len(b)))
+        return ONEDNN(a, b, *rest)
+
+    monkeypatch.setattr(matmul, "LARGE", 0)
+    monkeypatch.setattr(matmul, "_onednn", lambda: product)
+    return asked
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from vapr_kernels.matmul import matmul
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -88,17 +90,23 @@ def project(x: Tensor, linears: Linears, *, adapted: bool, skip: int = 0) -> Ten
     ``skip`` layers are left out: what is returned begins with the next one's.
     """
     first = sum(linears.widths[:skip])
-    y = x.new_empty(len(x), linears.num_columns - first)
-    for piece in linears.pieces:
-        start = max(first, piece.columns.start)
-        if start >= piece.columns.stop:
-            continue
-        rows = slice(start - piece.columns.start, None)
-        matrix, out = piece.matrix()[rows], y[:, start - first : piece.columns.stop - first]
-        if piece.bias is None:
-            torch.mm(x, matrix.T, out=out)
-        else:
-            torch.addmm(piece.bias[rows], x, matrix.T, out=out)
+    pieces = [piece for piece in linears.pieces if piece.columns.stop > first]
+
+    def factors(piece: Piece) -> tuple[Tensor, Tensor | None]:
+        rows = slice(max(first - piece.columns.start, 0), None)
+        return piece.matrix()[rows].T, None if piece.bias is None else piece.bias[rows]
+
+    if len(pieces) == 1:
+        y = matmul(x, *factors(pieces[0]))
+    else:
+        y = x.new_empty(len(x), linears.num_columns - first)
+        for piece in pieces:
+            matrix, bias = factors(piece)
+            out = y[:, max(first, piece.columns.start) - first : piece.columns.stop - first]
+            if bias is None:
+                torch.mm(x, matrix, out=out)
+            else:
+                torch.addmm(bias, x, matrix, out=out)
     if adapted:
         layers = list(zip(linears.outputs, linears.inner, linears.ups, linears.scales, strict=True))
         for columns, inner, up, scale in layers[skip:]:
@@ -126,7 +134,7 @@ def input_gradient(dy: Tensor, linears: Linears, *, adapted: bool, with_dx: bool
     dx: Tensor | None = None
     for piece in linears.pieces if with_dx else ():
         part, matrix = dy[:, piece.columns], piece.matrix()
-        dx = part @ matrix if dx is None else dx.addmm_(part, matrix)
+        dx = matmul(part, matrix) if dx is None else dx.addmm_(part, matrix)
     return dx
 
 

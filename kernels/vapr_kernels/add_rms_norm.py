@@ -23,6 +23,7 @@ from torch import Tensor
 from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.launch import rounded, tl, triton
+from vapr_kernels.matmul import new_rows
 
 MAX_WIDTH = 8192
 """Largest D: a program holds whole rows in registers, and twice as wide ones no longer fit."""
@@ -157,7 +158,8 @@ def _torch_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _torch_normed(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    return (x.to(rstd.dtype) * rstd[:, None]).mul_(weight).to(x.dtype)
+    normed = torch.mul(x.to(rstd.dtype), rstd[:, None], out=new_rows(rstd, *x.shape))
+    return normed.mul_(weight).to(x.dtype)
 
 
 def _torch_bwd(
@@ -183,7 +185,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @_rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return new_rows(x, *x.shape), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("vapr::add_rms_norm", mutates_args=())
@@ -198,7 +200,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 @_add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rstd = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+    return new_rows(x, *x.shape), x.new_empty(x.shape), rstd
 
 
 @torch.library.custom_op("vapr::rms_norm_bwd", mutates_args=())
@@ -226,7 +228,7 @@ def _normed(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @_normed.register_fake
 def _(total: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return total.new_empty(total.shape)
+    return new_rows(total, *total.shape)
 
 
 # For functions that are differentiated by hand.

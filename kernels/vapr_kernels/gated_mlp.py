@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vapr_kernels.adapted_linears import Linears, gradients, input_gradient, project
 from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
+from vapr_kernels.matmul import new_rows
 from vapr_kernels.swiglu import gated, gated_bwd
 
 
@@ -47,7 +48,7 @@ class _GatedMlp(torch.autograd.Function):
             return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (5 + len(needed)))
         normed = normed_again(total, rstd, weight, ctx.eps)
         both = project(normed, gate_up, adapted=adapted) if both is None else both
-        dy = dout.new_empty(len(dout), down.num_columns)
+        dy = new_rows(dout, len(dout), down.num_columns)
         dy[:, : down.num_outputs] = dout
         split = len(gate_up.parameters)
         with_dnormed = any(needs)

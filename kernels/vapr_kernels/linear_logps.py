@@ -35,6 +35,7 @@ from vapr_kernels import launch
 from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials
 from vapr_kernels.exp_rows import exp_rows
 from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
+from vapr_kernels.matmul import matmul
 from vapr_kernels.row_stats import OFFSET, RowStats
 from vapr_kernels.target_logits import target_logits
 
@@ -102,7 +103,7 @@ def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, exps: Tensor) -> RowSta
     if x.is_cuda and x.dtype != accumulate:
         exps.copy_(torch.mm(x, head.T, out_dtype=accumulate))
     else:
-        torch.mm(x.to(accumulate), head.to(accumulate).T, out=exps)
+        exps.copy_(matmul(x.to(accumulate), head.to(accumulate).T))
     # Every exponential hangs on this one logit, and exactness costs nothing for one column.
     target = (x.double() * head[labels].double()).sum(1)
     exps.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive
@@ -134,7 +135,7 @@ def _product32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and (narrow := min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)).itemsize == 2:
         return torch.mm(a.to(narrow), b.to(narrow), out_dtype=torch.float32)
     accumulate = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(accumulate) @ b.to(accumulate)
+    return matmul(a.to(accumulate), b.to(accumulate))
 
 
 @torch.library.custom_op("vapr::linear_logps", mutates_args=())

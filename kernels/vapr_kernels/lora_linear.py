@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vapr_kernels.arguments import expect_float, expect_like
+from vapr_kernels.matmul import matmul
 
 
 def lora_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, O), and the product ``x A^T`` (T, R) for the backward pass."""
-    out = F.linear(x, weight, bias)
+    out = matmul(x, weight.T, bias)
     down = x @ a.T
     return out.addmm_(down, b.T, alpha=scale), down
 
@@ -33,7 +33,7 @@ def lora_linear_bwd(
     ddown = (dout @ b).mul_(scale)  # (T, R)
     da = ddown.T @ x
     db = dout.T @ (down * scale)
-    dx = (dout @ weight).addmm_(ddown, a) if with_dx else None
+    dx = matmul(dout, weight).addmm_(ddown, a) if with_dx else None
     return dx, da, db
 
 

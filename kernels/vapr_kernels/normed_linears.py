@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vapr_kernels.adapted_linears import Linears, gradients, input_gradient, project
 from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
+from vapr_kernels.matmul import new_rows
 
 
 class _NormedLinears(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _NormedLinears(torch.autograd.Function):
         total, rstd, weight, down = ctx.saved_tensors
         linears: Linears = ctx.linears
         needed = ctx.needs_input_grad[6:]
-        dy = total.new_empty(len(total), linears.num_columns)
+        dy = new_rows(total, len(total), linears.num_columns)
         for columns, dout in zip(linears.outputs, douts, strict=True):
             if dout is None:
                 dy[:, columns].zero_()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from vapr_kernels import launch
 from vapr_kernels.arguments import expect_float, expect_like
 from vapr_kernels.launch import rounded, tl, triton
+from vapr_kernels.matmul import new_rows
 
 # 8 neighbouring elements per thread: one 16-byte access of bf16. Small programs, because nothing is shared between
 # columns and many of them hide the latency of the memory better than a whole row in one.
@@ -119,13 +120,13 @@ def _torch_bwd(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tenso
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if launch.runs_triton(gate):
         return swiglu_fwd(gate, up)
-    accumulate = torch.promote_types(gate.dtype, torch.float32)
-    return F.silu(gate.to(accumulate)).mul_(up).to(gate.dtype)
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return torch.ops.aten.silu.out(wide, out=new_rows(wide, *gate.shape)).mul_(up).to(gate.dtype)
 
 
 @_swiglu.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return new_rows(gate, *gate.shape)
 
 
 @torch.library.custom_op("vapr::swiglu_bwd", mutates_args=())

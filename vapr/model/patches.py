@@ -7,6 +7,7 @@ Weights, their names and the classes of modules stay. What is replaced is a modu
 | attention of the decoder, and of Qwen's and Pixtral's towers | functions that `attention.py` registers with transformers' `AttentionInterface` | a decoder layer left as it is attends over a forest; a tower makes one call for all windows or images | `test_patches`: `layers_left`; `test_gpu`: `vision_tower` |
 | dropout | a probability of 0 | shared and separate sequences would differ | `test_policy`: `dropout` |
 | peft's LoRA layers | `adapted_linear` | three passes over the output less, on any device | `test_patches`: `adapters` |
+| frozen linear layers, on a CPU | `frozen_linear` | products in fp32 by the faster library | `test_exactness`: `onednn` |
 | patch embedding of Qwen's tower | `patches_by_matmul` | a matrix product, which Conv3d computes more slowly on a CPU | `test_policy`: `equal_patches` |
 | the loop over decoder layers | `run_decoder`, `decoder_layer` of `decoder.py` | one kernel rotates keys and gathers them; the last layer skips tokens that predict nothing | `test_patches`: `launches`; `test_policy`: `last_layer` |
 | norm and linear layers that read it, norm and gated MLP | `joint_attention`, `joint_mlp` there | products as narrow as an adapter's rank become columns of wide ones; neither a norm's output nor the input of `down` is kept | `test_patches`: `launches`; `test_adapted_linears`: `kept` |
@@ -55,6 +56,7 @@ from vapr.model.decoder import (
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
+from vapr_kernels.matmul import matmul
 from vapr_kernels.rotary import rotary as rotate
 
 Forward = Callable[..., Any]
@@ -100,6 +102,9 @@ def patch(
         if isinstance(module, LoraLinear):
             _replace([module], adapted_linear)
     _replace(FAMILIES[family].unused_layers(base), hand_through)
+    if decoder.norm.weight.device.type == "cpu":
+        linears = [module for module in base.modules() if type(module) is nn.Linear and not module.weight.requires_grad]
+        _replace(linears, frozen_linear)
     if tower is not None:
         _replace([tower.patch_embed.proj], patches_by_matmul)
         if backend != "sdpa":  # whose path loops over windows
@@ -168,7 +173,18 @@ def hand_through(layer: Any, hidden_states: Tensor, *arguments: Any, **options: 
 
 def patches_by_matmul(convolution: Any, patches: Tensor) -> Tensor:
     """Embed patches (T, channels, time, height, width) -> (T, D). Each has one position: a matrix product."""
-    return F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return _linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+
+
+def frozen_linear(layer: Any, x: Tensor) -> Tensor:
+    """Run a linear layer that is not trained on (..., D)."""
+    return _linear(x, layer.weight, layer.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+        return F.linear(x, weight, bias)
+    return matmul(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
 
 
 def fused_norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:

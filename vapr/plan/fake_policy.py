@@ -35,7 +35,7 @@ from vapr.model import policy as policy_module
 from vapr.model.policy import Policy
 from vapr.plan.shapes import build
 from vapr.plan.trials import trials_of
-from vapr_kernels import launch
+from vapr_kernels import launch, matmul
 
 _HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has a function of that name
 CPU = torch.device("cpu")
@@ -88,7 +88,8 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
         replaced.append((attention, "varlen_attention", _attention_of_a_cpu))
     else:
         replaced.append((launch, "runs_triton", lambda x: choices.kernels))
-        replaced.append((attention, "causal_attention", attention._sdpa))  # a CPU's own, and fake tensors lie on one
+        replaced.append((attention, "_attends_by_products", lambda q: False))  # fake tensors lie on a CPU
+        replaced.append((matmul, "_onednn", lambda: None))
     forget = [value.cache_clear for value in vars(attention).values() if hasattr(value, "cache_clear")]
     with contextlib.ExitStack() as stack:
         for place, name, value in replaced:
