@@ -62,6 +62,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     problems, rows = [], []
+    ceiling = {} if device.type == "cuda" else matmul_flops(device)  # before other builds start, which takes cores
     with tempfile.TemporaryDirectory() as name, builds(options, Path(name)) as processes:
         if not options.profile:
             record_absent_peers(on_gpu=device.type == "cuda")
@@ -71,7 +72,7 @@ def main() -> None:
         )
         if device.type == "cuda":  # data processes are to be forked before it is touched
             cases = list(cases)
-        ceiling = matmul_flops(device)
+            ceiling = matmul_flops(device)
         run = profile_case if options.profile else run_case
         for case in cases:
             try:

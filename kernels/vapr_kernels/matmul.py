@@ -18,6 +18,9 @@ from torch import Tensor
 LARGE = 2**24
 """Multiplications from which on a product may go to oneDNN."""
 
+STEP = 16
+"""Rows come in multiples of it; fewer go to MKL."""
+
 MANY = 128
 """Rows from which on there is memory for more behind them; fewer are copied."""
 
@@ -36,7 +39,7 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 def _round_up(num_rows: int) -> int:
     """Return the next multiple of 16, or of the 32nd part of a power of two: at most 3 % more from 512 rows on."""
-    step = max(16, 1 << max(num_rows.bit_length() - 6, 0))
+    step = max(STEP, 1 << max(num_rows.bit_length() - 6, 0))
     return -(-num_rows // step) * step
 
 
@@ -74,7 +77,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # For other layouts oneDNN has loops that nobody tuned.
     suits = a.stride(1) == 1 and (b.is_contiguous() or b.T.is_contiguous())
-    if suits and len(a) * b.numel() >= LARGE and _may_take_onednn(a):
+    if suits and len(a) >= STEP and len(a) * b.numel() >= LARGE and _may_take_onednn(a):
         onednn = _onednn()
         assert onednn is not None
         return onednn(_with_rows(a, _round_up(len(a))), b.T, bias, "none", [], "")[: len(a)]
