@@ -102,11 +102,7 @@ def project(x: Tensor, linears: Linears, *, adapted: bool, skip: int = 0) -> Ten
         y = x.new_empty(len(x), linears.num_columns - first)
         for piece in pieces:
             matrix, bias = factors(piece)
-            out = y[:, max(first, piece.columns.start) - first : piece.columns.stop - first]
-            if bias is None:
-                torch.mm(x, matrix, out=out)
-            else:
-                torch.addmm(bias, x, matrix, out=out)
+            matmul(x, matrix, bias, out=y[:, max(first, piece.columns.start) - first : piece.columns.stop - first])
     if adapted:
         layers = list(zip(linears.outputs, linears.inner, linears.ups, linears.scales, strict=True))
         for columns, inner, up, scale in layers[skip:]:

@@ -103,7 +103,7 @@ def _torch_rows(x: Tensor, head: Tensor, labels: Tensor, exps: Tensor) -> RowSta
     if x.is_cuda and x.dtype != accumulate:
         exps.copy_(torch.mm(x, head.T, out_dtype=accumulate))
     else:
-        exps.copy_(matmul(x.to(accumulate), head.to(accumulate).T))
+        matmul(x.to(accumulate), head.to(accumulate).T, out=exps)
     # Every exponential hangs on this one logit, and exactness costs nothing for one column.
     target = (x.double() * head[labels].double()).sum(1)
     exps.scatter_(1, labels[:, None], -torch.inf)  # by its column, not by comparing values: ties must survive

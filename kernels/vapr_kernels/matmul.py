@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 2**24
-"""Multiplications from which on a product may go to oneDNN."""
+LARGE = 100_000
+"""Values of the second matrix from which on oneDNN takes a product. Rows do not count: the two libraries round
+differently, and what a token gets must not depend on how many others are packed with it."""
 
 STEP = 16
-"""Rows come in multiples of it; fewer go to MKL."""
+"""Rows come in multiples of it. A single one, as where an answer is written token by token, is MKL's."""
 
 MANY = 128
 """Rows from which on there is memory for more behind them; fewer are copied."""
@@ -65,20 +66,22 @@ def _with_rows(a: Tensor, num_rows: int) -> Tensor:
     return longer
 
 
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Multiply two matrices where autograd does not look: in a function that is differentiated by hand.
 
     Args:
         a: shape (N, K). b: shape (K, M), of the dtype and device of ``a``.
         bias: shape (M,), added to every row; None: nothing.
+        out: where to write the result; None: into memory of its own, contiguous.
 
     Returns:
-        ``a @ b + bias``, (N, M), contiguous.
+        ``a @ b + bias``, (N, M).
     """
     # For other layouts oneDNN has loops that nobody tuned.
     suits = a.stride(1) == 1 and (b.is_contiguous() or b.T.is_contiguous())
-    if suits and len(a) >= STEP and len(a) * b.numel() >= LARGE and _may_take_onednn(a):
+    if suits and len(a) > 1 and b.numel() >= LARGE and _may_take_onednn(a):
         onednn = _onednn()
         assert onednn is not None
-        return onednn(_with_rows(a, _round_up(len(a))), b.T, bias, "none", [], "")[: len(a)]
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+        product = onednn(_with_rows(a, _round_up(len(a))), b.T, bias, "none", [], "")[: len(a)]
+        return product if out is None else out.copy_(product)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)

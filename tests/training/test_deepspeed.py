@@ -78,7 +78,8 @@ def zero_on(size, config, tmp_path, *options, work=nothing_whole, before=()):
     return several_ranks.run(size, tmp_path / "out", work, *before, "train", file, *options)
 
 
-def assert_same_training(several, one, tolerance=5e-6):
+def assert_same_training(several, one, tolerance=1e-5):
+    """Within rounding, which five updates make more of: parted layers have other products than joined ones."""
     assert losses(several) == pytest.approx(losses(one), rel=tolerance, abs=tolerance)
     for key in ("grad_norm", "rewards/margins", "pairs", "logps/chosen"):
         found, expected = ([row[key] for row in metrics(config) if key in row] for config in (several, one))
