@@ -17,7 +17,8 @@ from bench.arms import TrlArm, VaprArm, new_policy, vapr_config
 from bench.workloads import SHAPES, WORKLOADS, Shape, Subject
 from tests.runs import losses
 from vapr.batches.loader import load_pairs
-from vapr.batches.packing import SegmentAttention, pack
+from vapr.batches.packing import pack
+from vapr.batches.sequences import SegmentAttention
 from vapr.batches.tokenize import Processor
 from vapr.config import (
     CheckpointConfig,

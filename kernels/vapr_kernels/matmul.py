@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LARGE = 100_000
 """Values of the second matrix from which on oneDNN takes a product. Rows do not count: the two libraries round
@@ -85,3 +86,14 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
         product = onednn(_with_rows(a, _round_up(len(a))), b.T, bias, "none", [], "")[: len(a)]
         return product if out is None else out.copy_(product)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer (O, D) to (..., D): by :func:`matmul`, but where autograd looks as PyTorch does.
+
+    Returns:
+        ``x @ weight.T + bias``, (..., O), differentiable in all three.
+    """
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+        return F.linear(x, weight, bias)
+    return matmul(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vapr.batches.packing import SegmentAttention, last_queries
+from vapr.batches.sequences import SegmentAttention, last_queries
 from vapr.model import attention
 from vapr_kernels import naive
 from vapr_kernels.gather_rows import RowIndex

@@ -19,7 +19,8 @@ from PIL import Image
 
 from tests import oracles
 from tests.conftest import EVERY_FAMILY
-from vapr.batches.packing import fill_packs, last_queries, pack
+from vapr.batches.packing import fill_packs, pack
+from vapr.batches.sequences import last_queries
 from vapr.batches.tokenize import Processor, TokenizedPair
 from vapr.config import LEVELS, LoraConfig, PackingConfig, PolicyConfig, TrainConfig
 from vapr.data.pair import PreferencePair

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vapr.batches.packing import LastQueries, SegmentAttention
+from vapr.batches.sequences import LastQueries, SegmentAttention
 from vapr.errors import UserError
 from vapr.to_device import sent
 from vapr_kernels import causal_attention, gather_keys_values, gather_rows

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vapr.batches.packing import LastQueries, PackedBatch
+from vapr.batches.packing import PackedBatch
+from vapr.batches.sequences import LastQueries
 from vapr_kernels import gated_mlp, normed_attention, normed_linears, rms_norm
 
 Attend = Callable[..., Tensor]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from vapr.batches.packing import LastQueries
+from vapr.batches.sequences import LastQueries
 from vapr.families import FAMILIES
 from vapr.model.attention import BY_IMAGE, LANGUAGE_MODEL, VISION_TOWER, varlen_attention
 from vapr.model.decoder import (
@@ -56,7 +56,7 @@ from vapr.model.decoder import (
 from vapr.model.joint_layers import JointDecoderLayer
 from vapr.model.quantized import QuantizedLinear
 from vapr_kernels import add_rms_norm, launch, lora_linear, rms_norm, swiglu
-from vapr_kernels.matmul import matmul
+from vapr_kernels.matmul import linear
 from vapr_kernels.rotary import rotary as rotate
 
 Forward = Callable[..., Any]
@@ -173,18 +173,12 @@ def hand_through(layer: Any, hidden_states: Tensor, *arguments: Any, **options: 
 
 def patches_by_matmul(convolution: Any, patches: Tensor) -> Tensor:
     """Embed patches (T, channels, time, height, width) -> (T, D). Each has one position: a matrix product."""
-    return _linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def frozen_linear(layer: Any, x: Tensor) -> Tensor:
     """Run a linear layer that is not trained on (..., D)."""
-    return _linear(x, layer.weight, layer.bias)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
-        return F.linear(x, weight, bias)
-    return matmul(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
+    return linear(x, layer.weight, layer.bias)
 
 
 def fused_norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vapr.batches.packing import PackedBatch, SegmentAttention
+from vapr.batches.packing import PackedBatch
+from vapr.batches.sequences import SegmentAttention
 from vapr.families import FAMILIES
 from vapr.model import logps as logps_module
 from vapr.model import policy as policy_module
