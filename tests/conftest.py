@@ -1,5 +1,6 @@
 """Hard mode for every test, and tiny policies of every family."""
 
+import importlib
 import json
 import os
 import signal
@@ -93,6 +94,12 @@ def by_onednn(monkeypatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(matmul, "LARGE", 0)
     monkeypatch.setattr(matmul, "_onednn", lambda: product)
     return asked
+
+
+@pytest.fixture
+def few_rows(monkeypatch) -> None:
+    """Let MLPs be computed again on 50 rows at a time, so that a small pack has several such parts."""
+    monkeypatch.setattr(importlib.import_module("vapr_kernels.gated_mlp"), "ROWS", 50)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,13 @@
 
 Kept for the backward pass are total, one number a row, and the outputs of gate and up; n and the input of ``down``, as
 wide as both, are computed again in passes over the memory. With ``recompute`` gate and up are computed again, too: two
-thirds of the MLP's products.
+thirds of the MLP's products. It takes some rows after others, so that little of what is that wide exists at a time.
 
 T = packed tokens, D = hidden, I = intermediate size.
 """
 
+import functools
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,57 +23,98 @@ from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
 from vapr_kernels.matmul import new_rows
 from vapr_kernels.swiglu import gated, gated_bwd
 
+ROWS = 1024
+"""Rows on which gate and up are computed again at a time: enough for a GPU to multiply at its full rate."""
+
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate_up: Linears, down: Linears,
-        adapted: bool, recompute: bool, *parameters: Tensor | None,
+        adapted: bool, recompute: bool, unread: bool, *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         normed, total, rstd = norm_fwd(x, residual, weight, eps)
-        both = project(normed, gate_up, adapted=adapted)
-        gate, up = gate_up.outputs
-        y = project(gated(both[:, gate], both[:, up]), down, adapted=adapted)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
         ctx.gate_up, ctx.down, ctx.adapted = gate_up, down, adapted
-        inner = y[:, down.num_outputs :].clone()  # not a view, which would keep all of y
-        ctx.save_for_backward(total, rstd, weight, inner, None if recompute else both)
-        return y[:, : down.num_outputs], total
+        both = inner = None
+        if unread:
+            out = total.new_empty(()).expand_as(total)
+        elif recompute:
+            parts = [normed[rows] for rows in _parts(len(total), gate_up, down)]
+            out = _joined([_mlp(part, gate_up, down, adapted)[0][:, : down.num_outputs] for part in parts])
+        else:
+            y, both = _mlp(normed, gate_up, down, adapted)
+            out, inner = y[:, : down.num_outputs], y[:, down.num_outputs :].clone()  # not a view, which would keep y
+        ctx.save_for_backward(total, rstd, weight, inner, both)
+        return out, total
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Any, ...]:
         total, rstd, weight, inner, both = ctx.saved_tensors
-        gate_up, down, adapted = ctx.gate_up, ctx.down, ctx.adapted
-        needs, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[8:]
+        needs, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
         if dout is None:
-            return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (5 + len(needed)))
-        normed = normed_again(total, rstd, weight, ctx.eps)
-        both = project(normed, gate_up, adapted=adapted) if both is None else both
-        dy = new_rows(dout, len(dout), down.num_columns)
-        dy[:, : down.num_outputs] = dout
-        split = len(gate_up.parameters)
-        with_dnormed = any(needs)
-        dgated = input_gradient(dy, down, adapted=adapted, with_dx=with_dnormed or any(needed[:split]))
-        gate, up = gate_up.outputs
-        if dgated is None:  # nothing learns but the last layer
-            act = gated(both[:, gate], both[:, up])
-            of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
-            return (*[None] * (8 + split), *of_down)
+            return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (6 + len(needed)))
+        run = functools.partial(_mlp_bwd, gate_up=ctx.gate_up, down=ctx.down, adapted=ctx.adapted, needed=needed)
+        parts, found = [], [None] * len(needed)
+        for rows in [slice(None)] if both is not None else _parts(len(total), ctx.gate_up, ctx.down):
+            normed = normed_again(total[rows], rstd[rows], weight, ctx.eps)
+            dnormed, of_rows = run(dout[rows], normed, both, inner, with_dnormed=any(needs))
+            parts.append(dnormed)
+            found = [b if a is None else a.add_(b) for a, b in zip(found, of_rows, strict=True)]
+        dnormed = _joined(parts) if any(needs) else None
+        return (*norm_bwd(dnormed, dtotal, total, weight, rstd, needs), *[None] * 6, *found)
+
+
+def _mlp(normed: Tensor, gate_up: Linears, down: Linears, adapted: bool) -> tuple[Tensor, Tensor]:
+    """Return the joint outputs of ``down`` and of gate and up."""
+    both = project(normed, gate_up, adapted=adapted)
+    gate, up = gate_up.outputs
+    return project(gated(both[:, gate], both[:, up]), down, adapted=adapted), both
+
+
+def _mlp_bwd(
+    dout: Tensor, normed: Tensor, both: Tensor | None, inner: Tensor | None, *,
+    gate_up: Linears, down: Linears, adapted: bool, needed: tuple[bool, ...], with_dnormed: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Return the gradients of ``normed`` and of the parameters; None for ``both`` and ``inner``: they were not kept."""
+    both = project(normed, gate_up, adapted=adapted) if both is None else both
+    dy = new_rows(dout, len(dout), down.num_columns)
+    dy[:, : down.num_outputs] = dout
+    split = len(gate_up.parameters)
+    dgated = input_gradient(dy, down, adapted=adapted, with_dx=with_dnormed or any(needed[:split]))
+    gate, up = gate_up.outputs
+    if dgated is None:  # nothing learns but the last layer
+        act = gated(both[:, gate], both[:, up])
+    else:
         # Gradients take the places of what they are gradients of, which are the widest tensors of a layer.
         gated_bwd(dgated, both[:, gate], both[:, up])
-        of_down = gradients(dy, dgated, inner, down, needed[split:], adapted=adapted)
-        del dgated, dy
-        inner = both[:, gate_up.num_outputs :].clone()
-        dnormed = input_gradient(both, gate_up, adapted=adapted, with_dx=with_dnormed)
-        of_gate_up = gradients(both, normed, inner, gate_up, needed[:split], adapted=adapted)
-        of_norm = norm_bwd(dnormed, dtotal, total, weight, rstd, needs)
-        return (*of_norm, *[None] * 5, *of_gate_up, *of_down)
+        act = dgated
+    inner = project(act, down, adapted=False, skip=1) if inner is None else inner
+    of_down = gradients(dy, act, inner, down, needed[split:], adapted=adapted)
+    if dgated is None:
+        return None, [*[None] * split, *of_down]
+    del act, dgated, dy
+    inner = both[:, gate_up.num_outputs :].clone()
+    dnormed = input_gradient(both, gate_up, adapted=adapted, with_dx=with_dnormed)
+    return dnormed, [*gradients(both, normed, inner, gate_up, needed[:split], adapted=adapted), *of_down]
+
+
+def _parts(num_rows: int, *linears: Linears) -> list[slice]:
+    """Divide rows evenly; not where weights are trained, whose gradients would be as wide as what is saved."""
+    trained = any(weight is not None and weight.requires_grad for layers in linears for weight in layers.weights)
+    num_parts = 1 if trained else max(-(-num_rows // ROWS), 1)
+    ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gated_mlp(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate_up: Linears, down: Linears, *, adapted: bool = True,
-    recompute: bool = False,
+    recompute: bool = False, unread: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add a residual, norm, and run a gated MLP.
 
@@ -81,9 +124,10 @@ def gated_mlp(
         gate_up: two layers (I, D), gate first. down: one layer (D, I).
         adapted: whether adapters run.
         recompute: keep neither gate nor up; the backward pass computes them again.
+        unread: compute no output, because nobody reads it: the backward pass is all that is wanted.
 
     Returns:
         The MLP's output and ``x + residual``, (T, D) each, differentiable in all that was given.
     """
     parameters = (*gate_up.parameters, *down.parameters)
-    return _GatedMlp.apply(x, residual, weight, eps, gate_up, down, adapted, recompute, *parameters)
+    return _GatedMlp.apply(x, residual, weight, eps, gate_up, down, adapted, recompute, unread, *parameters)

@@ -56,10 +56,11 @@ class _NormedAttention(torch.autograd.Function):
         of_attended = project(attended.detach(), output, adapted=False, skip=1)
         split, last = len(qkv.parameters), len(needed) - len(ctx.learned)
         of_output = gradients(dy, attended.detach(), of_attended, output, needed[split:last], adapted=adapted)
+        del dy
         learned = [x for x, need in zip(ctx.learned, needed[last:], strict=True) if need]
         found = torch.autograd.grad(attended, [*heads, *learned], dattended)
         dheads, of_learned = found[:3], iter(found[3:])
-        del attended, dattended, dy
+        del attended, dattended
         dy = dout.new_empty(len(dout), qkv.num_columns)
         for columns, dhead in zip(qkv.outputs, dheads, strict=True):
             dy[:, columns] = dhead

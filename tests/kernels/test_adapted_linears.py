@@ -1,13 +1,18 @@
 """Norms, linear layers and adapters in one function: against the naive twins in fp64, and what they keep."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from vapr.plan.counted import COUNTED
+from vapr.plan.live_bytes import LiveBytes
 from vapr_kernels import gated_mlp, naive, normed_attention, normed_linears
 from vapr_kernels.adapted_linears import Linears, Piece
 
+GATED_MLP = importlib.import_module("vapr_kernels.gated_mlp")  # the package has a function of that name
 EPS = 1e-5
 
 
@@ -111,15 +116,59 @@ def test_normed_attention(ranks, bias, trained, joint, recompute, with_residual)
 
 @CASES
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
-@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
-def test_gated_mlp(ranks, bias, trained, joint, recompute):
+@pytest.mark.parametrize("rows_at_a_time", [None, 1024, 3], ids=["kept", "recomputed", "recomputed in parts"])
+def test_gated_mlp(ranks, bias, trained, joint, rows_at_a_time, monkeypatch):
+    monkeypatch.setattr(GATED_MLP, "ROWS", rows_at_a_time)
     torch.manual_seed(0)
     x, residual, weight = rows(7, 6), rows(7, 6), torch.randn(6, dtype=torch.float64).requires_grad_(trained)
     gate_up = linears(6, (9, 9), ranks[:2], joint=joint, bias=bias, trained=trained)
     down = linears(9, (6,), ranks[2:], joint=joint, trained=trained)
-    got = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
+    got = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=rows_at_a_time is not None)
     right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
     compare(got, right, (x, residual, weight, *gate_up.parameters, *down.parameters))
+
+
+def test_an_output_that_nobody_reads_is_not_computed():
+    """What a layer runs again for is its backward pass: the sum is right, and so are all gradients."""
+    torch.manual_seed(0)
+    x, residual, weight = rows(7, 6), rows(7, 6), torch.randn(6, dtype=torch.float64).requires_grad_()
+    gate_up = linears(6, (9, 9), (2, 2), joint=True, trained=False)
+    down = linears(9, (6,), (2,), joint=True, trained=False)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        out, total = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=True, unread=True)
+    assert counter.get_total_flops() == 0 and out.shape == (7, 6)
+    right, right_total = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
+    assert torch.equal(total, right_total)
+    parameters = (x, residual, weight, *gate_up.parameters, *down.parameters)
+    learned = [p for p in parameters if p is not None and p.requires_grad]
+    dout, dtotal = torch.randn(2, 7, 6, dtype=torch.float64)
+    got = torch.autograd.grad((out, total), learned, (dout, dtotal))
+    truth = torch.autograd.grad((right, right_total), learned, (dout, dtotal))
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_little_of_what_is_wide_exists_at_a_time(monkeypatch):
+    """Of 64 rows 16 at a time, gate and up and their product at their most: 3 I for each; a weight's gradient is wider."""
+    T, D, I, R = 64, 8, 512, 2  # noqa: E741
+    peaks = {}
+    for trained in (False, True):
+        for part in (64, 16):
+            monkeypatch.setattr(GATED_MLP, "ROWS", part)
+            torch.manual_seed(0)
+            x, residual, weight = rows(T, D, torch.float32), rows(T, D, torch.float32), torch.randn(D)
+            gate_up = linears(D, (I, I), (R, R), joint=True, dtype=torch.float32, trained=trained)
+            down = linears(I, (D,), (R,), joint=True, dtype=torch.float32, trained=trained)
+            live = LiveBytes()
+            with live:
+                out, _ = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=True)
+                live.enter("backward")
+                out.sum().backward()
+            peaks[trained, part] = [live.peaks[phase].alive for phase in ("start", "backward")]
+    wide = 4 * 3 * I
+    for whole, parts in zip(peaks[False, 64], peaks[False, 16], strict=True):
+        assert whole > T * wide and parts < T // 2 * wide
+    assert peaks[True, 16] == peaks[True, 64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -182,7 +231,7 @@ def test_what_is_kept():
         lambda: gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
     )
     assert keep(False) == 4 * (T * (D + 1 + 2 * I + 3 * R) + D)
-    assert keep(True) == 4 * (T * (D + 1 + R) + D)
+    assert keep(True) == 4 * (T * (D + 1) + D)
     qkv = linears(D, (D, D, D), (R, R, R), joint=True, dtype=torch.float32)
     assert saved_bytes(lambda: normed_linears(x, residual, weight, EPS, qkv)) == 4 * (T * (D + 1 + 3 * R) + D)
 

@@ -137,7 +137,7 @@ def test_full_fine_tuning(family, share, full_oracle):
 
 
 @pytest.mark.parametrize("checkpointing", LEVELS)
-def test_lora_on_the_language_model(family, checkpointing, tiny, photo_pairs):
+def test_lora_on_the_language_model(family, checkpointing, tiny, photo_pairs, few_rows):
     folder = tiny(family)
     policy = policy_of(folder, lora=True, checkpointing=checkpointing)
     pairs = tokenize(policy, folder, chosen_pairs(photo_pairs))
@@ -206,10 +206,10 @@ def test_order_pack_size_and_accumulation(family, share, full_oracle):
     ("family", "tuning", "checkpointing"),
     [(family, "everything", "none") for family in oracles.CLASSES]
     + [("qwen2_5_vl", "everything", level) for level in LEVELS[1:]]
-    + [("qwen2_5_vl", "lora", "none"), ("qwen2_5_vl", "lora", "mlp")]
+    + [("qwen2_5_vl", "lora", "none"), ("qwen2_5_vl", "lora", "mlp"), ("qwen2_5_vl", "lora", "full")]
     + [("qwen3_vl", "lora", "none"), ("qwen3_vl", "everything", "attention"), ("qwen3_vl_moe", "lora", "full")],
 )
-def test_with_fused_kernels(family, tuning, checkpointing, tiny, photo_pairs, device):
+def test_with_fused_kernels(family, tuning, checkpointing, tiny, photo_pairs, device, few_rows):
     """Head, norms, MLPs, rotary embeddings and gathers through Triton."""
     folder = tiny(family)
     options = {"lora": True} if tuning == "lora" else {"train": EVERYTHING}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -276,6 +277,37 @@ def test_layers_are_recomputed_only_where_checkpointing_asks_for_it(checkpointin
     token_logps(policy, batch).sum().backward()
     calls.pop("act_fn")
     assert calls == {name: num_layers * (2 if name in PARTS[checkpointing] else 1) for name in calls}
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of all matrix products: other shapes may round differently."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.__name__:
+            self.shapes.append((func.__name__, *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", LEVELS)
+@pytest.mark.parametrize("kernels", ["kernels", "pytorch"])
+def test_scores_are_those_that_are_trained_on(kernels, checkpointing, tiny, photo_pairs, few_rows, request):
+    """By the same products at every level, so that the first log-ratio is 0: the reference is scored without gradients."""
+    device = request.getfixturevalue("device") if kernels == "kernels" else CPU
+    config = PolicyConfig(
+        model=str(tiny("qwen2_5_vl")), dtype="bfloat16", checkpointing=checkpointing, lora=LoraConfig(rank=2)
+    )
+    policy = load_policy(config, device, kernels="auto" if kernels == "kernels" else "off")
+    processor = Processor(str(tiny("qwen2_5_vl")), policy.base.config, "pil")
+    batch = pack([processor.tokenize_pair(pair) for pair in photo_pairs if not pair.images][:2]).to(device)
+    with Products() as trained:
+        logps = token_logps(policy, batch)
+    with torch.no_grad(), Products() as scored:
+        assert torch.equal(token_logps(policy, batch), logps)
+    assert len(scored.shapes) > 10 and scored.shapes == trained.shapes
 
 
 @pytest.mark.parametrize("checkpointing", ["attention", "full"])

@@ -80,7 +80,7 @@ def real_step(config, batch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", LEVELS)
 @pytest.mark.parametrize("lora", [LORA, None])
-def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora):
+def test_bytes_of_a_real_step(make_config, dtype, checkpointing, lora, few_rows):
     predicted, live = compare(make_config, "llava", dtype, checkpointing, lora)
     assert predicted.peaks["image tower"].alive == live.peaks["image tower"].alive
 

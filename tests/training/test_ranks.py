@@ -42,7 +42,7 @@ def test_several_processes_train_as_one(make_config, tmp_path, size, lora):
     assert losses(several) == pytest.approx(losses(one), rel=2e-6, abs=2e-6)
     for key in ("grad_norm", "rewards/margins", "pairs", "logps/chosen"):
         assert [row[key] for row in metrics(several)] == pytest.approx(
-            [row[key] for row in metrics(one)], rel=1e-5, abs=1e-5
+            [row[key] for row in metrics(one)], rel=3e-5, abs=3e-5
         )
     expected, found = weights_of(one), weights_of(several)
     assert set(expected) == set(found)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapr.batches.loader import open_loaders
-from vapr.config import Config
+from vapr.config import LEVELS, Config
 from vapr.data.pairs import write_pairs
 from vapr.demo.tiny_policy import build_tiny_policy
 from vapr.families import FAMILIES
@@ -49,6 +49,7 @@ COMMAND = "python -m tests.training.work --write"
 SHARES = ("none", "pair", "image")
 TUNINGS = ("lora", "full")
 CASES = [" ".join(case) for case in itertools.product(("llava", "qwen2_vl", "qwen2_5_vl"), TUNINGS, SHARES)]
+CASES += [f"qwen2_5_vl lora pair checkpointing:{level}" for level in LEVELS[1:]]
 # Formulas of PyTorch and modules of transformers decide what is saved, and how often.
 VERSIONS = {
     "torch": torch.__version__.split("+")[0],
@@ -76,8 +77,8 @@ def count(case: str, folder: Path) -> Work:
     Args:
         folder: empty; model, rows and caches are written to it.
     """
-    family, tuning, share = case.split()
-    config = small_run(folder, family, tuning, share)
+    family, tuning, share, *level = case.split()
+    config = small_run(folder, family, tuning, share, level[0].split(":")[1] if level else "none")
     work = Work()
     with open_loaders(config, say=lambda line: None) as loaders, ordinary_operations():
         policy = load_policy(config.policy, torch.device("cpu"))
@@ -94,7 +95,7 @@ def count(case: str, folder: Path) -> Work:
     return work
 
 
-def small_run(folder: Path, family: str, tuning: str, share: str) -> Config:
+def small_run(folder: Path, family: str, tuning: str, share: str, level: str) -> Config:
     """A run of one step: three pairs about a picture, three about another, one about a third, one without any."""
     sentence = "is there a red green blue box ball kite ring on the left right of picture"
     words = sentence.split()
@@ -122,7 +123,7 @@ def small_run(folder: Path, family: str, tuning: str, share: str) -> Config:
         {
             "run_dir": str(folder / "run"),
             "policy": {
-                "model": str(folder / "policy"), "dtype": "float32", "checkpointing": "none", **lora
+                "model": str(folder / "policy"), "dtype": "float32", "checkpointing": level, **lora
             },
             "data": {"train": str(folder / "pairs.jsonl"), "image_root": str(folder), "shuffle": False},
             "packing": {"max_tokens": 300, "share": share},

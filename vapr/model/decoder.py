@@ -7,6 +7,7 @@ T = packed tokens; H = query heads, G = key heads, E = head size, D = hidden siz
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,10 @@ def run_decoder(
             stream = _with_deep(stream, deep[number : number + 1], batch)
             continue
         only = batch.last_queries if number == last else None
-        run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=level)
+        run = functools.partial(decoder_layer, only=only, kernels=kernels, checkpointing=checkpointing)
         if level in ("attention", "full"):
             stream = Stream(stream.total())  # one tensor to keep, not two
-        stream = _run(run, layer, stream, *here, again=level == "full")
+        stream = _run_for_its_gradient(run, layer, stream, *here) if level == "full" else run(layer, stream, *here)
         stream = _with_deep(stream, deep[number : number + 1], batch)
     if last not in written_out:
         return decoder.norm(stream.total().index_select(0, batch.predicting))
@@ -112,7 +113,7 @@ class Stream:
 
 def decoder_layer(
     layer: Any, stream: Stream, tables: Tables, attend: Attend, *,
-    kernels: bool, only: LastQueries | None = None, checkpointing: str = "none",
+    kernels: bool, only: LastQueries | None = None, checkpointing: str = "none", unread: bool = False,
 ) -> Stream:  # fmt: skip
     """Run a layer of Llama, Qwen2 or Qwen3 on (T, D). Returns (T, D); of the last one what predicts something.
 
@@ -120,19 +121,20 @@ def decoder_layer(
     no query, no output projection and no MLP.
 
     At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
-    products.
+    products; so it does at level ``full``, where it runs the layer again for its input (``unread``: not its output).
     """
     attend_part = plain_attention if layer.joint is None else joint_attention
-    mlp_part = plain_mlp if layer.joint is None or layer.joint.gate_up is None else joint_mlp
     again = checkpointing == "attention"
-    if layer.joint is not None and kernels and only is None:
+    if layer.joint is not None and kernels and only is None and checkpointing != "full":
         update, x = whole_attention(layer, stream.x, stream.update, tables, attend, again=again)
     else:
         attended, x = _run(attend_part, layer, stream.x, stream.update, tables, attend, only, kernels, again=again)
         update = layer.self_attn.o_proj(attended)
     if only is not None:
         x = x.index_select(0, only.tokens.index_select(0, only.predicting))
-    return Stream(*mlp_part(layer, update, x, kernels, again=checkpointing == "mlp"))
+    if layer.joint is None or layer.joint.gate_up is None:
+        return Stream(*_run(plain_mlp, layer, update, x, kernels, again=checkpointing == "mlp"))
+    return Stream(*joint_mlp(layer, update, x, again=checkpointing in ("mlp", "full"), unread=unread))
 
 
 def whole_attention(
@@ -141,7 +143,8 @@ def whole_attention(
     """Add, norm, project, attend and project again in one function: (T, D) -> (T, D), and the sum.
 
     Its backward pass attends again, which a GPU does in a small part of a layer's time. A CPU's attention is slower
-    beside its products, and keeps as little as this, so there :func:`joint_attention` runs.
+    beside its products, and keeps as little as this, so there :func:`joint_attention` runs; as it does at level
+    ``full``, whose layer attends again in any case.
     """
     attention, norm, joint = layer.self_attn, layer.input_layernorm, layer.joint
 
@@ -193,12 +196,12 @@ def heads_of(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return q, k, v
 
 
-def joint_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+def joint_mlp(layer: Any, update: Tensor, x: Tensor, *, again: bool, unread: bool) -> tuple[Tensor, Tensor]:
     """Add, norm and run the gated MLP in one function: the sum, and what the MLP adds to it, (T, D) each."""
     norm, joint = layer.post_attention_layernorm, layer.joint
     out, total = gated_mlp(
         update, x, norm.weight, norm.variance_epsilon, joint.gate_up.now(), joint.down.now(),
-        adapted=joint.gate_up.adapted or joint.down.adapted, recompute=again,
+        adapted=joint.gate_up.adapted or joint.down.adapted, recompute=again, unread=unread,
     )  # fmt: skip
     return total, out
 
@@ -225,23 +228,30 @@ def plain_attention(
     return attended if only is None else attended.index_select(0, only.predicting), x
 
 
-def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool, *, again: bool) -> tuple[Tensor, Tensor]:
+def plain_mlp(layer: Any, update: Tensor, x: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
     """Do what :func:`joint_mlp` does, module by module."""
-
-    def run(update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels:
-            normed, x = layer.post_attention_layernorm(update, residual=x)
-        else:
-            x = x + update
-            normed = layer.post_attention_layernorm(x)
-        return x, layer.mlp(normed[None])[0]  # a mixture of experts asks for (1, T, D)
-
-    return checkpoint(run, update, x, use_reentrant=False) if again else run(update, x)
+    if kernels:
+        normed, x = layer.post_attention_layernorm(update, residual=x)
+    else:
+        x = x + update
+        normed = layer.post_attention_layernorm(x)
+    return x, layer.mlp(normed[None])[0]  # a mixture of experts asks for (1, T, D)
 
 
 def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
     """Run a layer or a part of one; ``again``: only its arguments are kept, and the backward pass runs it again."""
-    out: Tensor = checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
+    again = again and torch.is_grad_enabled()
+    return checkpoint(part, *arguments, use_reentrant=False) if again else part(*arguments)
+
+
+def _run_for_its_gradient(layer: Callable[..., Stream], *arguments: Any) -> Stream:
+    """Run a layer and keep its arguments; the backward pass runs it again, for all but what it returns."""
+    calls = itertools.count()
+
+    def run(*arguments: Any) -> Stream:
+        return layer(*arguments, unread=next(calls) > 0)
+
+    out: Stream = checkpoint(run, *arguments, use_reentrant=False)
     return out
 
 

@@ -87,33 +87,33 @@ def recomputed_flops(
 
     What leads to nothing that learns is kept by nobody, so it is not computed again. And it stops where all that the
     backward pass wants is there: before a last layer without an adapter, which wants its input but not its output.
-    What experts put out is wanted, because it is scaled by scores. An MLP that is one function (``by_hand``) runs to
-    its end; its own level computes its first products again, alone. Attention that is one function
-    (``attends_again``, :mod:`vapr_kernels.normed_attention`) computes keys, values and attention again at any level.
-    The other arguments are those of :func:`block_backward`.
+    What experts put out is wanted, because it is scaled by scores. An MLP that is one function (``by_hand``,
+    :mod:`vapr_kernels.gated_mlp`) computes its first products again, and the narrow one of the last layer's adapter.
+    Attention that is one function (``attends_again``, :mod:`vapr_kernels.normed_attention`) computes keys, values and
+    attention again at any level. The other arguments are those of :func:`block_backward`.
     """
 
     def forward(names: list[str]) -> float:
         return sum(forward_flops(block[name], rows[name]) for name in names)
 
+    def inner(of: Role) -> float:
+        return sum(2.0 * rows[name] * block[name].rank * block[name].inputs for name in _found(block, of))
+
     attended = x_learns or norms_learn or any(learns(block[name]) for name in _found(block, INTO_ATTENTION))
     passed_on = attended or any(learns(linear) for linear in block.values())
     into_attention = forward(_found(block, INTO_ATTENTION)) + 2 * attention
     into_mlp = forward(_found(block, INTO_MLP))
-    wanted = [x for x in _found(block, OUT_OF_MLP) if block[x].rank or by_hand or is_of_experts(x)]
-    mlp = into_mlp + forward(wanted)
+    wanted = [x for x in _found(block, OUT_OF_MLP) if block[x].rank or is_of_experts(x)]
+    mlp = into_mlp + (inner(OUT_OF_MLP) if by_hand else forward(wanted))
     again = kept = 0.0  # what attention computes again of itself, and what of that the queries would be
     if attends_again and passed_on:
-        inner = sum(
-            2.0 * rows[name] * block[name].rank * block[name].inputs for name in _found(block, OUT_OF_ATTENTION)
-        )
         queries = block[QUERIES]
         kept = 2.0 * rows[QUERIES] * queries.outputs * (queries.inputs + queries.rank)
-        again = into_attention - kept + inner
+        again = into_attention - kept + inner(OUT_OF_ATTENTION)
     if level == "attention":
         return again + kept if attends_again else into_attention if attended else 0.0
     if level == "mlp":
-        return again + (into_mlp if by_hand else mlp) if passed_on else 0.0
+        return again + mlp if passed_on else 0.0
     if level == "full":
         return again + into_attention + forward(_found(block, OUT_OF_ATTENTION)) + mlp if passed_on else 0.0
     return again

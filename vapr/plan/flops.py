@@ -95,7 +95,7 @@ def pack_flops(
         ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
         joint = tried.joint.get(number, frozenset())
-        attends_again = kernels and not last and INTO_ATTENTION in joint
+        attends_again = kernels and not last and INTO_ATTENTION in joint and checkpointing != "full"
         joint |= {OUT_OF_ATTENTION} if attends_again else frozenset()
         plain += sum(_without_adapter(x, rows[name], joint=role(name) in joint) for name, x in layer.items())
         plain += 2 * attention

@@ -96,7 +96,7 @@ class Needs:
             return False
         _, large = self._sizes
         predictions = len(large.labels) * tokens / large.num_tokens
-        return predictions * self.shapes.head[0] * 2 <= 2 * head_budget(gpu_bytes)
+        return predictions * self.shapes.head[0] * 2 <= 3 * head_budget(gpu_bytes)
 
     def _measured(self, batch: PackedBatch, variant: Variant, keep: bool) -> Profile:
         policy = dataclasses.replace(self.config.policy, checkpointing=variant.checkpointing, base_weights="bfloat16")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vapr_kernels.linear_logps import rows_at_a_time
+
 COLUMNS = 128
 """Columns of a tile of the fused head; larger tiles need fewer partial sums."""
 
@@ -19,7 +21,7 @@ FLASH_HEAD = 32
 
 def head_budget(gpu_bytes: int) -> int:
     """Return the bytes of exponentials that linear_logps holds at a time on a GPU of so much memory."""
-    return gpu_bytes // 64
+    return gpu_bytes // 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,9 @@ class HeadCall:
             columns = max(256, budget // (max(self.L, 1) * wide) // 256 * 256)
             again = self.L * min(columns, self.V) * wide
             return rows_of_hidden + again + (self.L * self.D * 8 if self.with_dx else 0)
-        rows = max(budget // (self.V * wide), 1)
-        if fused:
-            rows = self.L if self.gradient in ("none", "recompute") else max(rows // 128 * 128, 128)
-        rows = min(rows, self.L)
+        rows = self.L
+        if not fused or self.gradient not in ("none", "recompute"):
+            rows = min(rows, rows_at_a_time(self.L, budget // (self.V * wide), tile=128 if fused else 1))
         sums = (3 if self.gradient != "none" else 2) * -(-self.V // COLUMNS) * rows * 4 if fused else 0
         exponentials = rows * self.V * wide if self.gradient == "dx" or not fused else 0
         if self.product == "library":
