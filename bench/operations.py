@@ -10,6 +10,8 @@ import importlib
 import sys
 import traceback
 
+import torch
+
 from bench import microbench
 
 OPERATIONS = (
@@ -23,12 +25,16 @@ OPERATIONS = (
     "normed_linears",
     "gated_mlp",
     "normed_attention",
+    "causal_attention",
 )
+ON_CPUS_ALONE = ("causal_attention",)
 
 
 def main() -> None:
     broken = []
     for name in OPERATIONS:
+        if torch.cuda.is_available() and name in ON_CPUS_ALONE:
+            continue
         op = importlib.import_module(f"bench.{name}").OP
         # Compiling a peer for every case takes longer than all that is measured.
         providers = [provider for provider in op.providers if "compile" not in provider]

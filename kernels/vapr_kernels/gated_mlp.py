@@ -56,13 +56,14 @@ class _GatedMlp(torch.autograd.Function):
         if dout is None:
             return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (6 + len(needed)))
         run = functools.partial(_mlp_bwd, gate_up=ctx.gate_up, down=ctx.down, adapted=ctx.adapted, needed=needed)
-        parts, found = [], [None] * len(needed)
+        parts: list[Tensor] = []
+        found: list[Tensor | None] = [None] * len(needed)
         for rows in [slice(None)] if both is not None else _parts(len(total), ctx.gate_up, ctx.down):
             normed = normed_again(total[rows], rstd[rows], weight, ctx.eps)
             dnormed, of_rows = run(dout[rows], normed, both, inner, with_dnormed=any(needs))
-            parts.append(dnormed)
-            found = [b if a is None else a.add_(b) for a, b in zip(found, of_rows, strict=True)]
-        dnormed = _joined(parts) if any(needs) else None
+            parts += [] if dnormed is None else [dnormed]
+            found = [b if a is None or b is None else a.add_(b) for a, b in zip(found, of_rows, strict=True)]
+        dnormed = _joined(parts) if parts else None
         return (*norm_bwd(dnormed, dtotal, total, weight, rstd, needs), *[None] * 6, *found)
 
 
