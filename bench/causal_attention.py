@@ -1,7 +1,7 @@
 """causal_attention against its peers on a CPU: one layer's attention over pairs that share their prompts.
 
 A pair of P prompt, C chosen and R rejected tokens is packed as P + C + R tokens. The rejected answer is a branch that
-forks off behind the prompt if it is short; else, and where branches are not known, the prompt's keys are gathered twice.
+forks off behind the prompt if it is short; else, and where nobody knows branches, the prompt's keys are gathered twice.
 
 python -m bench.causal_attention
 """
@@ -27,24 +27,19 @@ def lengths(shape: Shape, pairs: int) -> tuple[tuple[int, ...], tuple[int, ...],
     return own, own, (prompt + chosen, prompt + rejected) * pairs, (NO_FORK, prompt) * pairs
 
 
-def vapr(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int, **options: Any) -> Tensor:
+def vapr(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int) -> Tensor:
     """With branches where training has them."""
     if shape["R"] > SHORT_BRANCH:
-        return gathered(q, k, v, shape, pairs, **options)
+        return gathered(q, k, v, shape, pairs)
     queries, own, _, forks = lengths(shape, pairs)
-    return causal_attention(q, k, v, queries, own, scale=shape["E"] ** -0.5, forks=forks, **options)
+    return causal_attention(q, k, v, queries, own, scale=shape["E"] ** -0.5, forks=forks)
 
 
-def recomputed(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int) -> Tensor:
-    """Without probabilities that are kept, as where checkpointing asks for memory."""
-    return vapr(q, k, v, shape, pairs, recompute=True)
-
-
-def gathered(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int, **options: Any) -> Tensor:
+def gathered(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int) -> Tensor:
     """Without branches."""
     queries, _, keys, _ = lengths(shape, pairs)
     k, v = (x.index_select(0, key_rows(shape, pairs)) for x in (k, v))
-    return causal_attention(q, k, v, queries, keys, scale=shape["E"] ** -0.5, **options)
+    return causal_attention(q, k, v, queries, keys, scale=shape["E"] ** -0.5)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape, pairs: int) -> Tensor:
@@ -100,7 +95,7 @@ OP = Op(
     rows_name="pairs",
     passes=("forward", "forward + backward"),
     providers={
-        "vapr": lambda: vapr, "vapr recomputed": lambda: recomputed, "vapr gathered": lambda: gathered,
+        "vapr": lambda: vapr, "vapr gathered": lambda: gathered,
         "sdpa": lambda: sdpa, "eager": lambda: eager,
     },
     inputs=inputs,

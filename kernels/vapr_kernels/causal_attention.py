@@ -6,9 +6,8 @@ never computed, and its scores stay in the cache:
     P = softmax(scale Q K^T),  O = P V
     dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
 
-P is kept for the backward pass where sequences are short (KEPT_KEYS), unless memory is to be saved, and else computed
-again from q and k; neither O nor a log-sum-exp is kept. A group of query heads that share a key head is one matrix of
-more rows: keys and values are never repeated.
+P is computed again from q and k; neither it nor O nor a log-sum-exp is kept. A group of query heads that share a key
+head is one matrix of more rows: keys and values are never repeated.
 
 A sequence that looks both ways has no triangle. With a window a block is multiplied with the keys from its first
 query's earliest on. A branch of a sequence shares its blocks, and what the one has of its own is hidden from the other.
@@ -31,9 +30,6 @@ BLOCK = 128
 
 SCRATCH = 2**22
 """Scores of a block, over all heads, at most; long sequences get shorter blocks."""
-
-KEPT_KEYS = 512
-"""P is kept where a query is multiplied with so many keys or fewer, on average: so much per query and head."""
 
 NO_FORK = -1
 """Of a sequence that is no branch."""
@@ -156,19 +152,13 @@ def _token_rows(x: Tensor, group: int) -> Tensor:
     return x.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
-def _places(memory: Tensor, blocks: Sequence[_Block], num_groups: int, *, at_once: bool) -> Iterator[Tensor]:
-    """Yield memory for each block's scores (G, rows, keys): one behind another, or all in the same place."""
-    start = 0
+def _scratch(blocks: Sequence[_Block], like: Tensor) -> Iterator[Tensor]:
+    """Yield memory for each block's scores (G, rows, keys), all in the same place."""
+    num_groups = like.shape[0]
+    memory = like.new_empty(max((block.num_scores(num_groups) for block in blocks), default=0))
     for block in blocks:
         shape = (num_groups, block.num_queries * block.group, block.keys.stop - block.keys.start)
-        size = block.num_scores(num_groups)
-        yield memory[start : start + size].view(shape)
-        start += size if at_once else 0
-
-
-def _scratch(blocks: Sequence[_Block], like: Tensor) -> Tensor:
-    """Return memory for one block's scores at a time."""
-    return like.new_empty(max((block.num_scores(like.shape[0]) for block in blocks), default=0))
+        yield memory[: block.num_scores(num_groups)].view(shape)
 
 
 def _write_probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, p: Tensor) -> None:
@@ -179,23 +169,19 @@ def _write_probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, p: T
     torch.softmax(p, -1, out=p)
 
 
-def causal_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[_Block], scale: float, *, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the output, (T, H, E), and P of all blocks, one behind another; empty unless it is to be kept."""
+def causal_attention_fwd(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[_Block], scale: float) -> Tensor:
+    """Return the output, (T, H, E)."""
     num_groups, group = k.shape[1], q.shape[1] // k.shape[1]
     q, k, v = _group_rows(q, num_groups), k.transpose(0, 1), v.transpose(0, 1)
     out = torch.empty_like(q)
-    kept = q.new_empty(sum(block.num_scores(num_groups) for block in blocks) if keep else 0)
-    places = _places(kept if keep else _scratch(blocks, q), blocks, num_groups, at_once=keep)
-    for block, p in zip(blocks, places, strict=True):
+    for block, p in zip(blocks, _scratch(blocks, q), strict=True):
         _write_probabilities(q[:, block.rows], k[:, block.keys], block, scale, p)
         torch.bmm(p, v[:, block.keys], out=out[:, block.rows])
-    return _token_rows(out, group), kept
+    return _token_rows(out, group)
 
 
 def causal_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, blocks: Sequence[_Block], scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[_Block], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq (T, H, E), dk and dv (K, G, E)."""
     num_groups, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -204,14 +190,10 @@ def causal_attention_bwd(
     dq = torch.empty_like(q)
     written = all(block.is_first for block in blocks[:1])  # every key by the first visit to it
     dk, dv = (torch.empty_like(x) if written else torch.zeros_like(x) for x in (k, v))
-    again = not len(kept)
-    places = _places(_scratch(blocks, q) if again else kept, blocks, num_groups, at_once=not again)
-    gradients = _places(_scratch(blocks, q), blocks, num_groups, at_once=False)
-    for block, p, ds in zip(blocks, places, gradients, strict=True):
+    for block, p, ds in zip(blocks, _scratch(blocks, q), _scratch(blocks, q), strict=True):
         q_b, dout_b, dq_b = q[:, block.rows], dout[:, block.rows], dq[:, block.rows]
         k_b, v_b, dk_b, dv_b = k[:, block.keys], v[:, block.keys], dk[:, block.keys], dv[:, block.keys]
-        if again:
-            _write_probabilities(q_b, k_b, block, scale, p)
+        _write_probabilities(q_b, k_b, block, scale, p)
         beta = 0 if block.is_first else 1  # the first visit to these keys writes, the others add
         torch.baddbmm(dv_b, p.mT, dout_b, beta=beta, out=dv_b)
         torch.bmm(dout_b, v_b.mT, out=ds)
@@ -231,60 +213,47 @@ def _blocks_of(
     return _blocks(*lengths, *see, window, num_heads, num_heads // num_groups)
 
 
-def _are_short(q: Tensor, k: Tensor, blocks: Sequence[_Block]) -> bool:
-    num_scores = sum(block.num_scores(k.shape[1]) for block in blocks)
-    return num_scores <= KEPT_KEYS * q.shape[0] * q.shape[1]
-
-
 @torch.library.custom_op("vapr::causal_attention", mutates_args=())
 def _causal_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], scale: float,
-    keep: bool, both_ways: Sequence[bool] | None = None, window: int | None = None,
-    forks: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the output (T, H, E), and P of short sequences if it is to be kept; else empty."""
+    both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     blocks = _blocks_of(q, k, lengths_q, lengths_k, both_ways, window, forks)
-    return causal_attention_fwd(q, k, v, blocks, scale, keep=keep and _are_short(q, k, blocks))
+    return causal_attention_fwd(q, k, v, blocks, scale)
 
 
 @_causal_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], scale: float,
-    keep: bool, both_ways: Sequence[bool] | None = None, window: int | None = None,
-    forks: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    blocks = _blocks_of(q, k, lengths_q, lengths_k, both_ways, window, forks)
-    num_scores = sum(block.num_scores(k.shape[1]) for block in blocks)
-    return q.new_empty(q.shape), q.new_empty(num_scores if keep and _are_short(q, k, blocks) else 0)
+    both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("vapr::causal_attention_bwd", mutates_args=())
 def _causal_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int],
-    scale: float, both_ways: Sequence[bool] | None = None, window: int | None = None,
-    forks: Sequence[int] | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], scale: float,
+    both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     blocks = _blocks_of(q, k, lengths_q, lengths_k, both_ways, window, forks)
-    return causal_attention_bwd(dout, q, k, v, kept, blocks, scale)
+    return causal_attention_bwd(dout, q, k, v, blocks, scale)
 
 
 @_causal_attention_bwd.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int],
-    scale: float, both_ways: Sequence[bool] | None = None, window: int | None = None,
-    forks: Sequence[int] | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], scale: float,
+    both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3], output[1])
-    lengths_q, lengths_k, scale, _, *see = inputs[3:]
-    ctx.options = (lengths_q, lengths_k, scale, *see)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
 
 
-def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
-    return *_causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+def _backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return *_causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
 _causal_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -293,7 +262,6 @@ _causal_attention.register_autograd(_backward, setup_context=_setup_context)
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int], lengths_k: Sequence[int], *, scale: float,
     both_ways: Sequence[bool] | None = None, window: int | None = None, forks: Sequence[int] | None = None,
-    recompute: bool = False,
 ) -> Tensor:  # fmt: skip
     """Causal attention inside each of S sequences laid end to end, the last query at the last key.
 
@@ -307,7 +275,6 @@ def causal_attention(
         forks: for each sequence NO_FORK, or how many keys a branch has in common with the last sequence before it that
             is none: its queries see the first so many of that one's keys, and then its own, which are all that it has.
             None: there are no branches.
-        recompute: keep no probabilities, however short the sequences are.
 
     Returns:
         Shape (T, H, E), contiguous, differentiable in q, k and v.
@@ -336,8 +303,7 @@ def causal_attention(
         _check_forks(forks, lengths_k, both_ways)
     if window is not None and window >= sum(lengths_k):  # of the longest path, at most
         window = None  # hides nothing
-    keep = not recompute and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _causal_attention(q, k, v, lengths_q, lengths_k, scale, keep, both_ways, window, forks)[0]
+    return _causal_attention(q, k, v, lengths_q, lengths_k, scale, both_ways, window, forks)
 
 
 def _check_forks(forks: Sequence[int], lengths_k: Sequence[int], both_ways: Sequence[bool] | None) -> None:

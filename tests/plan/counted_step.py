@@ -1,7 +1,6 @@
 """A real training step under PyTorch's counter of FLOPs, against what is predicted of it."""
 
 import dataclasses
-import importlib
 from unittest import mock
 
 import torch
@@ -22,11 +21,8 @@ from vapr.training.ranks import Ranks
 from vapr.training.step import train_step
 from vapr_kernels import matmul
 
-ATTENTION = importlib.import_module("vapr_kernels.causal_attention")  # the package has a function of that name
-
 
 @mock.patch.object(matmul, "_onednn", lambda: None)  # which some CPUs give more rows than there are
-@mock.patch.object(ATTENTION, "KEPT_KEYS", 0)  # a GPU's attention computes its scores again, and so it is predicted
 def assert_counted(config, lora, train, checkpointing, *, kernels=False):
     """Run a step of several packs twice, with the reference's log-probs computed and found; count each."""
     policy_config = dataclasses.replace(

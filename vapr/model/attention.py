@@ -90,7 +90,6 @@ def _varlen_options() -> frozenset[str]:
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentAttention, *, scale: float, backend: str,
     rotary: tuple[Tensor, Tensor] | None = None, only: LastQueries | None = None, window: int | None = None,
-    recompute: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention over a forest of segments.
 
@@ -103,7 +102,6 @@ def segment_attention(
         rotary: cosines and sines, each (T, E), to rotate q and k by; None if that was done.
         only: which queries there are; None: all.
         window: how many tokens of its path a token sees up to its own; None: all.
-        recompute: keep no probabilities either, which only causal_attention may do.
 
     Returns:
         The shape of ``q``: what each token would get within its own path.
@@ -126,10 +124,9 @@ def segment_attention(
     else:
         k, v = gather_rows(k, keys), gather_rows(v, keys)
     if branches is not None:
-        return causal_attention(q, k, v, lengths_q, lengths_k, forks=branches.forks, recompute=recompute, **see)
+        return causal_attention(q, k, v, lengths_q, lengths_k, forks=branches.forks, **see)
     if by_products:
-        see |= {"both_ways": segments.both_ways, "recompute": recompute}
-        return causal_attention(q, k, v, lengths_q, lengths_k, **see)
+        return causal_attention(q, k, v, lengths_q, lengths_k, both_ways=segments.both_ways, **see)
     if backend == "sdpa":
         if q.is_cuda and k.shape[1] != q.shape[1]:
             # SDPA's memory-efficient kernel, the one for fp32, knows no grouped key heads.

@@ -66,7 +66,6 @@ def run_decoder(
     assert len(deep) <= last
     level = checkpointing if decoder.training and torch.is_grad_enabled() else "none"
     own = functools.partial(transformers_layer, position_ids=batch.position_ids[:1])
-    attend = functools.partial(attend, recompute=level != "none")
     attend_scaled = scaled_queries(attend, query_scales(decoder, batch.position_ids[0]))
     stream = Stream(x)
     for number, layer in enumerate(decoder.layers):

@@ -35,8 +35,8 @@ def _head_backward_flops(
 
 
 def _attention_flops(
-    q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, keep: Any, both_ways: Any = None,
-    window: Any = None, forks: Any = None, **out: Any,
+    q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, both_ways: Any = None, window: Any = None,
+    forks: Any = None, **out: Any,
 ) -> int:  # fmt: skip
     above = [max(fork, 0) for fork in forks] if forks else [0] * len(lengths_q)
     seen = zip(lengths_q, above, lengths_k, strict=True)
@@ -44,10 +44,9 @@ def _attention_flops(
 
 
 def _attention_backward_flops(
-    dout: Any, q: Any, k: Any, v: Any, kept: Any, lengths_q: Any, lengths_k: Any, scale: Any, *see: Any, **out: Any
+    dout: Any, q: Any, k: Any, v: Any, lengths_q: Any, lengths_k: Any, scale: Any, *see: Any, **out: Any
 ) -> int:
-    products = 4 if kept[0] else 5
-    return _attention_flops(q, k, v, lengths_q, lengths_k, scale, True, *see) // 2 * products
+    return _attention_flops(q, k, v, lengths_q, lengths_k, scale, *see) // 2 * 5
 
 
 def _sdpa_flops(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
