@@ -73,7 +73,7 @@ RECIPES = (
     Recipe("llava_1_5_7b", "lora", 141, 16384, 52.9),
     Recipe("llava_1_5_7b", "full", 80, 4096, 72.0, optimizer="paged-adamw-8bit"),
     Recipe("llava_1_5_7b", "full", 141, 6144, 126.4),
-    Recipe("llava_1_5_13b", "lora", 24, 10240, 20.8, checkpointing="full", base_weights="nf4"),
+    Recipe("llava_1_5_13b", "lora", 24, 8192, 20.0, checkpointing="full", base_weights="nf4"),
     Recipe("llava_1_5_13b", "lora", 80, 8192, 60.1),
     Recipe("llava_1_5_13b", "lora", 141, 16384, 86.9),
     Recipe("llava_1_5_13b", "full", 141, 4096, 127.2, checkpointing="mlp", optimizer="paged-adamw-8bit"),

@@ -102,9 +102,13 @@ def _mlp_bwd(
 
 
 def _parts(num_rows: int, *linears: Linears) -> list[slice]:
-    """Divide rows evenly; not where weights are trained, whose gradients would be as wide as what is saved."""
-    trained = any(weight is not None and weight.requires_grad for layers in linears for weight in layers.weights)
-    num_parts = 1 if trained else max(-(-num_rows // ROWS), 1)
+    """Divide rows evenly; not where weights are trained, whose gradients would be as wide as what is saved.
+
+    Nor where they are restored from fewer bits, which each part would do again.
+    """
+    weights = [weight for layers in linears for weight in layers.weights]
+    at_once = any(weight is None or weight.requires_grad for weight in weights)
+    num_parts = 1 if at_once else max(-(-num_rows // ROWS), 1)
     ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
 

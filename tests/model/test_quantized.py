@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -354,6 +355,36 @@ def test_nothing_as_wide_as_a_weight_is_kept_for_the_backward_pass(kind, tiny, p
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         token_logps(policy, batch)
     assert kept and not shapes.intersection(kept)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_weight_is_restored_for_a_product_and_no_more_often(level, tiny, photo_pairs, few_rows, monkeypatch):
+    """Once in each direction, and where its layer is computed again; however many parts an MLP could have."""
+    folder = tiny("qwen2_5_vl")
+    policy = policy_of(folder, "int8", checkpointing=level)
+    batch = pack(tokenize(policy, folder, chosen_pairs(photo_pairs)[:2]))
+    assert batch.num_tokens > 100
+    first = {name: m for name, m in quantised_layers(policy).items() if ".layers.0." in name and "visual" not in name}
+    restored = Counter()
+    real = QuantizedLinear.weight.fget
+    names = {id(layer): name.rsplit(".", 2)[-2 if name.endswith("base_layer") else -1] for name, layer in first.items()}
+
+    def restore(layer):
+        restored.update([names[id(layer)]] if id(layer) in names else [])
+        return real(layer)
+
+    monkeypatch.setattr(QuantizedLinear, "weight", property(restore))
+    token_logps(policy, batch).sum().backward()
+    again = {
+        "none": (), "attention": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj"),
+        "full": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"),
+    }  # fmt: skip
+    # Nothing learns below the first layer: its input has no gradient.
+    inner = ("o_proj", "down_proj")
+    assert restored == {
+        name: 1 + (name in again[level]) + (name in inner or name in ("gate_proj", "up_proj"))
+        for name in names.values()
+    }
 
 
 def test_a_policy_without_quantised_layers_has_none(tiny):

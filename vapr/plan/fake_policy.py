@@ -37,7 +37,9 @@ from vapr.plan.shapes import build
 from vapr.plan.trials import trials_of
 from vapr_kernels import launch, matmul
 
-_HEAD = importlib.import_module("vapr_kernels.linear_logps")  # the package has a function of that name
+# The package has functions of these names.
+_HEAD = importlib.import_module("vapr_kernels.linear_logps")
+_MLP = importlib.import_module("vapr_kernels.gated_mlp")
 CPU = torch.device("cpu")
 
 
@@ -51,6 +53,7 @@ class Choices:
     gpu: bool  # what a GPU would run; False: what a CPU does
     keep_logits: bool  # whether the exponentials of a trained head are kept for its gradient
     cached_features: bool  # whether the image features come from the cache, and no tower runs
+    restored: bool = False  # whether weights are restored from fewer bits where they are used
 
 
 @contextlib.contextmanager
@@ -84,6 +87,8 @@ def faked(choices: Choices, fake: FakeTensorMode | None = None) -> Iterator[Fake
         (nn.Module, "to", lambda module, *where, **options: module),  # built in the right place
         (_HEAD, "_budget", lambda device: 2**60 if choices.keep_logits else 1),
     ]
+    if choices.restored:
+        replaced.append((_MLP, "ROWS", 2**60))
     if not choices.gpu:
         replaced.append((attention, "varlen_attention", _attention_of_a_cpu))
     else:

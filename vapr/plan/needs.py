@@ -100,7 +100,9 @@ class Needs:
 
     def _measured(self, batch: PackedBatch, variant: Variant, keep: bool) -> Profile:
         policy = dataclasses.replace(self.config.policy, checkpointing=variant.checkpointing, base_weights="bfloat16")
-        choices = Choices(policy, tuple(self.config.loss), self.kernels, True, keep, variant.cached_features)
+        in_parts = variant.checkpointing in ("mlp", "full")  # MLPs, but not where each part would restore weights
+        restored = in_parts and variant.storage.base_weights != "bfloat16"
+        choices = Choices(policy, tuple(self.config.loss), self.kernels, True, keep, variant.cached_features, restored)
         key = (
             self._model,
             repr(dataclasses.replace(choices, policy=dataclasses.replace(policy, model=""))),
