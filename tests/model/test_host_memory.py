@@ -26,6 +26,10 @@ print(pages() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it will")
 def test_a_step_gets_no_pages_that_the_one_before_it_had():
-    asked = {kind: int(subprocess.check_output([sys.executable, "-c", STEPS, kind])) for kind in ("kept", "given back")}
-    assert asked["given back"] > 4000, "of 8,192 pages that the tensors take; else there is nothing to mend"
-    assert asked["kept"] < 1000, "some systems take a few pages back from a process that does not touch them"
+    """What lies behind the heap is chance, so each is asked in three processes."""
+
+    def asked(kind: str) -> list[int]:
+        return [int(subprocess.check_output([sys.executable, "-c", STEPS, kind])) for _ in range(3)]
+
+    assert max(asked("given back")) > 4000, "of 8,192 pages that the tensors take; else there is nothing to mend"
+    assert max(asked("kept")) < 1000
