@@ -47,6 +47,10 @@ Gradient = Literal["none", "dx", "keep", "recompute"]
 LOG2E = 1.4426950408889634
 
 
+ROWS = 1024
+"""Rows whose exponentials exist at a time, at most: e W of so many has a tile for nearly every processor of a GPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a call is computed."""
@@ -80,11 +84,11 @@ def make_plan(
 
 
 def rows_at_a_time(num_rows: int, most: int, tile: int) -> int:
-    """Return how many rows to take at a time: at most ``most``, in as few pieces as that allows, each as large.
+    """Return how many rows to take at a time: at most ``most`` and ROWS, in as few pieces of one size as that allows.
 
     It is a multiple of ``tile``, and so at least one.
     """
-    most = max(most // tile, 1) * tile
+    most = max(min(most, ROWS) // tile, 1) * tile
     num_pieces = max(-(-num_rows // most), 1)
     return max(-(-num_rows // (num_pieces * tile)), 1) * tile
 
@@ -309,7 +313,8 @@ def linear_logps(
             * ``torch``: PyTorch's operations only.
 
             On a CPU every mode uses PyTorch's operations.
-        chunk_rows: rows whose logits exist at a time; by default what fits a 96th of the GPU's memory (CPU: 256 MiB).
+        chunk_rows: rows whose logits exist at a time; by default 1,024 or fewer, and what fits a 96th of the GPU's
+            memory (CPU: 256 MiB).
 
     Returns:
         Log-probs, shape (L,), fp32 (fp64 for fp64 inputs), differentiable in ``hidden`` and ``head``.

@@ -320,15 +320,16 @@ def test_the_plan(device):
     assert plan_of(mib, 193, "one-pass", trained=(True, True)).gradient == "keep"  # as asked for
     assert plan_of(100, 50).product == "library" and plan_of(100, 50, dtype=torch.bfloat16).product == "fused"
     assert plan_of(100, 50, dtype=torch.float16).product == "torch"  # whose range is too small for E
-    assert plan_of(9000, 32000, dtype=torch.bfloat16).chunk_rows == 3072  # three pieces, whole tiles
-    assert plan_of(8192, 32000, dtype=torch.bfloat16).chunk_rows == 4096  # 250 of 256 MiB
+    assert plan_of(9000, 32000, dtype=torch.bfloat16).chunk_rows == 1024  # nine pieces, whole tiles
+    assert plan_of(1100, 32000, dtype=torch.bfloat16).chunk_rows == 640  # two, and the last is not small
+    assert plan_of(1100, 300_000, dtype=torch.bfloat16).chunk_rows == 384  # three, of at most 447 rows in 256 MiB
     assert plan_of(9000, 32000, dtype=torch.bfloat16, grad=False).chunk_rows == 9000
 
 
 def test_on_a_cpu_every_mode_is_pytorch():
     assert {plan_of(100, 50, mode).product for mode in ("auto", *MODES, "torch")} == {"torch"}
-    assert plan_of(9000, 32000).chunk_rows == 1800  # five pieces; of 2,097 rows the last would be small
-    assert plan_of(2097, 32000).chunk_rows == 2097  # of 4 bytes in 256 MiB
+    assert plan_of(9000, 32000).chunk_rows == 1000
+    assert plan_of(9000, 130_000).chunk_rows == 500  # of at most 516 rows of 4 bytes in 256 MiB
 
 
 def test_gradcheck():
