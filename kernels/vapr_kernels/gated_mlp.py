@@ -12,7 +12,6 @@ T = packed tokens, D = hidden, I = intermediate size.
 """
 
 import functools
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,10 +20,14 @@ from torch import Tensor
 from vapr_kernels.adapted_linears import Linears, gradients, input_gradient, project
 from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
 from vapr_kernels.matmul import new_rows
+from vapr_kernels.pieces import piece_rows
 from vapr_kernels.swiglu import gated, gated_bwd
 
 ROWS = 1024
 """Rows on which gate and up are computed again at a time: enough for a GPU to multiply at its full rate."""
+
+ALIGNED = 16
+"""Parts begin at a multiple of so many rows, where kernels may read 16 bytes at a time of any vector of them."""
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -55,16 +58,19 @@ class _GatedMlp(torch.autograd.Function):
         needs, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
         if dout is None:
             return (*norm_bwd(None, dtotal, total, weight, rstd, needs), *[None] * (6 + len(needed)))
-        run = functools.partial(_mlp_bwd, gate_up=ctx.gate_up, down=ctx.down, adapted=ctx.adapted, needed=needed)
-        parts: list[Tensor] = []
+        run = functools.partial(
+            _mlp_bwd, gate_up=ctx.gate_up, down=ctx.down, adapted=ctx.adapted, needed=needed, with_dnormed=any(needs)
+        )
+        parts = [slice(None)] if both is not None else _parts(len(total), ctx.gate_up, ctx.down)
+        dnormed: list[Tensor] = []
         found: list[Tensor | None] = [None] * len(needed)
-        for rows in [slice(None)] if both is not None else _parts(len(total), ctx.gate_up, ctx.down):
+        for rows in parts:
             normed = normed_again(total[rows], rstd[rows], weight, ctx.eps)
-            dnormed, of_rows = run(dout[rows], normed, both, inner, with_dnormed=any(needs))
-            parts += [] if dnormed is None else [dnormed]
-            found = [b if a is None or b is None else a.add_(b) for a, b in zip(found, of_rows, strict=True)]
-        dnormed = _joined(parts) if parts else None
-        return (*norm_bwd(dnormed, dtotal, total, weight, rstd, needs), *[None] * 6, *found)
+            of_normed, of_parameters = run(dout[rows], normed, both, inner)
+            dnormed += [] if of_normed is None else [of_normed]
+            found = of_parameters if len(parts) == 1 else _added(found, of_parameters)
+        of_norm = norm_bwd(_joined(dnormed) if dnormed else None, dtotal, total, weight, rstd, needs)
+        return (*of_norm, *[None] * 6, *found)
 
 
 def _mlp(normed: Tensor, gate_up: Linears, down: Linears, adapted: bool) -> tuple[Tensor, Tensor]:
@@ -108,9 +114,14 @@ def _parts(num_rows: int, *linears: Linears) -> list[slice]:
     """
     weights = [weight for layers in linears for weight in layers.weights]
     at_once = any(weight is None or weight.requires_grad for weight in weights)
-    num_parts = 1 if at_once else max(-(-num_rows // ROWS), 1)
-    ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]
+    size = max(num_rows, 1) if at_once else piece_rows(num_rows, ROWS, ALIGNED)
+    return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
+
+
+def _added(sums: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients of some more rows, in fp32 (fp64): autograd rounds the sum to the parameter's dtype."""
+    wide = (None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in gradients)
+    return [b if a is None or b is None else a.add_(b) for a, b in zip(sums, wide, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials
 from vapr_kernels.exp_rows import exp_rows
 from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
 from vapr_kernels.matmul import matmul
+from vapr_kernels.pieces import piece_rows
 from vapr_kernels.row_stats import OFFSET, RowStats
 from vapr_kernels.target_logits import target_logits
 
@@ -79,18 +80,13 @@ def make_plan(
     if product == "fused" and gradient in ("none", "recompute"):  # which store nothing
         rows = max(len(hidden), 1)
     else:
-        rows = rows_at_a_time(len(hidden), budget // bytes_per_row, tile=128 if product == "fused" else 1)
+        rows = rows_at_a_time(len(hidden), budget // bytes_per_row, fused=product == "fused")
     return Plan(product, gradient, chunk_rows or rows)
 
 
-def rows_at_a_time(num_rows: int, most: int, tile: int) -> int:
-    """Return how many rows to take at a time: at most ``most`` and ROWS, in as few pieces of one size as that allows.
-
-    It is a multiple of ``tile``, and so at least one.
-    """
-    most = max(min(most, ROWS) // tile, 1) * tile
-    num_pieces = max(-(-num_rows // most), 1)
-    return max(-(-num_rows // (num_pieces * tile)), 1) * tile
+def rows_at_a_time(num_rows: int, most: int, *, fused: bool) -> int:
+    """Return of how many rows to hold exponentials at a time, with room for ``most``: of whole tiles if fused."""
+    return piece_rows(num_rows, min(most, ROWS), 128 if fused else 1)
 
 
 def _product(hidden: Tensor, mode: Mode) -> Product:

@@ -51,7 +51,7 @@ class HeadCall:
             return rows_of_hidden + again + (self.L * self.D * 8 if self.with_dx else 0)
         rows = self.L
         if not fused or self.gradient not in ("none", "recompute"):
-            rows = min(rows, rows_at_a_time(self.L, budget // (self.V * wide), tile=128 if fused else 1))
+            rows = min(rows, rows_at_a_time(self.L, budget // (self.V * wide), fused=fused))
         sums = (3 if self.gradient != "none" else 2) * -(-self.V // COLUMNS) * rows * 4 if fused else 0
         exponentials = rows * self.V * wide if self.gradient == "dx" or not fused else 0
         if self.product == "library":
