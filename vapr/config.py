@@ -67,9 +67,9 @@ class PolicyConfig:
     """``auto``: on a GPU in bfloat16 flash-attn where it imports, else PyTorch's varlen; everywhere else sdpa."""
     checkpointing: Literal[Checkpointing, "auto"] = "none"
     """What the backward pass computes again instead of keeping it, in each decoder layer: less memory, more time
-    (docs/memory.md). ``attention``: norm, q, k, v and attention; ``mlp``: the gated MLP; ``full``: the whole layer, and
-    the blocks of a trained tower. ``auto``: the first of none, attention, mlp and full with which ``vapr plan`` finds
-    that a step fits the GPU."""
+    (docs/memory.md). ``attention``: norm, q, k, v and attention; ``mlp``: the gated MLP; ``full``: all of the layer
+    but the MLP's last product, and the blocks of a trained tower. ``auto``: the first of none, attention, mlp and full
+    with which ``vapr plan`` finds that a step fits the GPU."""
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
     """Left out: full fine-tuning of what ``train`` names."""

@@ -4,9 +4,10 @@
     n     = rms_norm(total)
     out   = down(silu(gate(n)) * up(n))
 
-Kept for the backward pass are total, one number a row, and the outputs of gate and up; n and the input of ``down``, as
-wide as both, are computed again in passes over the memory. With ``recompute`` gate and up are computed again, too: two
-thirds of the MLP's products. It takes some rows after others, so that little of what is that wide exists at a time.
+Kept for the backward pass are total, one number a row, the outputs of gate and up, and what the first matrix of down's
+adapter makes; n and the input of ``down``, as wide as gate, are computed again in passes over the memory. With
+``recompute`` gate and up are computed again, too: two thirds of the MLP's products. ROWS rows then go through it at a
+time, so that little of what is wide exists at once, unless weights are trained or restored from fewer bits.
 
 T = packed tokens, D = hidden, I = intermediate size.
 """
@@ -20,14 +21,10 @@ from torch import Tensor
 from vapr_kernels.adapted_linears import Linears, gradients, input_gradient, project
 from vapr_kernels.add_rms_norm import norm_bwd, norm_fwd, normed_again
 from vapr_kernels.matmul import new_rows
-from vapr_kernels.pieces import piece_rows
 from vapr_kernels.swiglu import gated, gated_bwd
 
 ROWS = 1024
 """Rows on which gate and up are computed again at a time: enough for a GPU to multiply at its full rate."""
-
-ALIGNED = 16
-"""Parts begin at a multiple of so many rows, where kernels may read 16 bytes at a time of any vector of them."""
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -108,13 +105,14 @@ def _mlp_bwd(
 
 
 def _parts(num_rows: int, *linears: Linears) -> list[slice]:
-    """Divide rows evenly; not where weights are trained, whose gradients would be as wide as what is saved.
+    """Divide rows; not where weights are trained, whose gradients would be as wide as what is saved.
 
-    Nor where they are restored from fewer bits, which each part would do again.
+    Nor where they are restored from fewer bits, which each part would do again. All parts but the last have as many
+    rows, so that memory grows evenly with the rest.
     """
     weights = [weight for layers in linears for weight in layers.weights]
     at_once = any(weight is None or weight.requires_grad for weight in weights)
-    size = max(num_rows, 1) if at_once else piece_rows(num_rows, ROWS, ALIGNED)
+    size = max(num_rows, 1) if at_once else ROWS
     return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
 
 

@@ -36,7 +36,6 @@ from vapr_kernels.exp_logits import exp_buffer, exp_logits, exponentials
 from vapr_kernels.exp_rows import exp_rows
 from vapr_kernels.head_gradients import add_target_rows, hidden_gradient
 from vapr_kernels.matmul import matmul
-from vapr_kernels.pieces import piece_rows
 from vapr_kernels.row_stats import OFFSET, RowStats
 from vapr_kernels.target_logits import target_logits
 
@@ -85,8 +84,14 @@ def make_plan(
 
 
 def rows_at_a_time(num_rows: int, most: int, *, fused: bool) -> int:
-    """Return of how many rows to hold exponentials at a time, with room for ``most``: of whole tiles if fused."""
-    return piece_rows(num_rows, min(most, ROWS), 128 if fused else 1)
+    """Return of how many rows to hold exponentials at a time, where there is room for those of ``most`` rows.
+
+    As few pieces of one size as ROWS allows, too; of whole tiles if the product is the fused one.
+    """
+    tile = 128 if fused else 1
+    most = max(min(most, ROWS) // tile, 1) * tile
+    num_pieces = max(-(-num_rows // most), 1)
+    return max(-(-num_rows // (num_pieces * tile)), 1) * tile
 
 
 def _product(hidden: Tensor, mode: Mode) -> Product:
@@ -104,7 +109,10 @@ def _exp_dtype(hidden: Tensor, product: str) -> torch.dtype:
 
 
 def _budget(device: torch.device) -> int:
-    """Bytes of exponentials held at a time: a 96th of the GPU's memory (0.25 GiB of 24), 256 MiB on a CPU."""
+    """Bytes of exponentials held at a time: a 96th of the GPU's memory (0.25 GiB of 24), 256 MiB on a CPU.
+
+    Three times as many are kept for the gradient of a trained head.
+    """
     return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 256 * 2**20
 
 

@@ -172,19 +172,21 @@ def test_little_of_what_is_wide_exists_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_with_kernels_and_in_half_precision(device, dtype):
+def test_with_kernels_and_in_half_precision(device, dtype, monkeypatch):
     """To a few roundings of the dtype; kernels run where the fixture lets them."""
     torch.manual_seed(0)
     to = lambda t: t.detach().to(device).requires_grad_(t.requires_grad)
-    x, residual = (to(rows(9, 16, dtype)) for _ in range(2))
+    x, residual = (to(rows(40, 16, dtype)) for _ in range(2))
     weight = torch.randn(16).to(device, dtype)
     options = {"joint": True, "dtype": dtype, "device": device}
     gate_up, down = linears(16, (24, 24), (4, 4), **options), linears(24, (16,), (4,), **options)
     qkv = linears(16, (16, 8, 8), (4, 4, 4), bias=True, **options)
     tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.25}
-    got = gated_mlp(x, residual, weight, EPS, gate_up, down)
-    right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
-    compare(got, right, (x, residual, *gate_up.parameters, *down.parameters), **tolerance)
+    monkeypatch.setattr(GATED_MLP, "ROWS", 16)
+    for recompute in (False, True):
+        right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
+        got = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
+        compare(got, right, (x, residual, *gate_up.parameters, *down.parameters), **tolerance)
     output = linears(16, (16,), (4,), **options)
     got = normed_attention(x, residual, weight, EPS, qkv, output, attend)
     right = naive.normed_attention(x, residual, weight, EPS, qkv, output, attend)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vapr.batches.loader import open_loaders
 from vapr.config import PackingConfig
+from vapr.model.joint_layers import part
 from vapr.model.policy import load_policy
 from vapr.plan.counted import COUNTED
 from vapr.plan.flops import Flops, pack_flops, useful_flops
@@ -23,7 +24,7 @@ from vapr_kernels import matmul
 
 
 @mock.patch.object(matmul, "_onednn", lambda: None)  # which some CPUs give more rows than there are
-def assert_counted(config, lora, train, checkpointing, *, kernels=False):
+def assert_counted(config, lora, train, checkpointing, *, kernels=False, module_by_module=False):
     """Run a step of several packs twice, with the reference's log-probs computed and found; count each."""
     policy_config = dataclasses.replace(
         config.policy, lora=lora, train=train, checkpointing=checkpointing
@@ -32,6 +33,8 @@ def assert_counted(config, lora, train, checkpointing, *, kernels=False):
     shapes = read_shapes(config.policy)
     with open_loaders(config, say=lambda line: None) as loaders:
         policy = load_policy(config.policy, torch.device("cpu"))
+        if module_by_module:
+            part(policy.decoder.layers)
         reference = open_reference(config, policy, None, [loaders["train"]], Ranks(), FittingPacks())
         engine = Engine(policy, config.optim, 3)
         (step,) = loaders["train"].steps(0, 1)
@@ -51,6 +54,7 @@ def assert_counted(config, lora, train, checkpointing, *, kernels=False):
                         reference=with_reference,
                         cached_features=False,
                         kernels=kernels,
+                        module_by_module=module_by_module,
                     )
                     for pack in packs
                 ),

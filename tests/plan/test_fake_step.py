@@ -10,6 +10,7 @@ from vapr.batches.loader import open_loaders
 from vapr.batches.model_config import load_model_config
 from vapr.config import LEVELS, LoraConfig
 from vapr.model import attention
+from vapr.model.joint_layers import part
 from vapr.model.logps import token_logps
 from vapr.model.policy import image_features, load_policy
 from vapr.plan import fake_step
@@ -42,13 +43,15 @@ def tensors_of(value):
     return [t for one in value for t in tensors_of(one)] if isinstance(value, tuple) else []
 
 
-def real_step(config, batch):
+def real_step(config, batch, *, module_by_module=False):
     """Run a step on real tensors.
 
     Returns LiveBytes of it, what it counted until the loss, the bytes that autograd saved until then by PyTorch's own
     hook (which shares nothing with LiveBytes), and the bytes of the gradients.
     """
     policy = load_policy(config.policy, torch.device("cpu"))
+    if module_by_module:
+        part(policy.decoder.layers)
     reference = torch.zeros(len(batch.sum_prediction.rows))
     live = LiveBytes()
     saved: dict[int, int] = {}
@@ -91,13 +94,20 @@ def test_bytes_of_a_real_step_in_every_family(make_config, family):
     compare(make_config, family, "float32", "none", SOME)
 
 
-def compare(make_config, family, dtype, checkpointing, lora):
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_bytes_where_layers_run_module_by_module(make_config, checkpointing):
+    """As under ZeRO 3."""
+    compare(make_config, "llava", "float32", checkpointing, LORA, module_by_module=True)
+
+
+def compare(make_config, family, dtype, checkpointing, lora, *, module_by_module=False):
     config = make_config(family=family)
     policy = dataclasses.replace(config.policy, dtype=dtype, lora=lora, checkpointing=checkpointing)
     config = dataclasses.replace(config, policy=policy)
     batch = one_pack(config)
-    predicted = profile(load_model_config(policy.model), choices_of(config), batch)
-    live, kept, saved, gradients = real_step(config, batch)
+    choices = choices_of(config, module_by_module=module_by_module)
+    predicted = profile(load_model_config(policy.model), choices, batch)
+    live, kept, saved, gradients = real_step(config, batch, module_by_module=module_by_module)
     assert predicted.activations + predicted.head == kept
     if checkpointing == "none":  # where a layer's input is kept by a closure, which the hook does not see
         assert 0 <= kept - saved < 20_000  # log-probs, losses, masks and indices are alive, and saved by nobody

@@ -46,3 +46,10 @@ def test_so_it_does_where_attention_is_one_function(make_config, family, tuning,
     monkeypatch.setattr(patches, "kernels_run", lambda device, dtype: True)
     monkeypatch.setattr(step, "preference_loss", naive.preference_loss)
     assert_counted(make_config(family=family), *TUNINGS[tuning], checkpointing, kernels=True)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "lora on some layers", "full"])
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_so_it_does_where_layers_run_module_by_module(make_config, tuning, checkpointing):
+    """As under ZeRO 3."""
+    assert_counted(make_config(family="qwen2_5_vl"), *TUNINGS[tuning], checkpointing, module_by_module=True)

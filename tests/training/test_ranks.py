@@ -40,6 +40,7 @@ def test_several_processes_train_as_one(make_config, tmp_path, size, lora):
     )
     assert [rank.code for rank in ranks] == [0] * size, ranks[0].err + ranks[1].err
     assert losses(several) == pytest.approx(losses(one), rel=2e-6, abs=2e-6)
+    # Ranks add up in another order, and AdamW makes the most of the smallest differences for ten steps.
     for key in ("grad_norm", "rewards/margins", "pairs", "logps/chosen"):
         assert [row[key] for row in metrics(several)] == pytest.approx(
             [row[key] for row in metrics(one)], rel=3e-5, abs=3e-5

@@ -23,6 +23,7 @@ from vapr.config import Config
 from vapr.data.pairs import write_pairs
 from vapr.errors import UserError
 from vapr.interrupts import Stopped
+from vapr.plan import checkpointing
 from vapr.training import checkpoint, trainer
 from vapr.training import fill_caches as prepare
 from vapr.training import step as training_step
@@ -478,13 +479,13 @@ def at_step(monkeypatch, number: int, act) -> None:
 
 def test_data_workers_are_forked_before_the_policy_is_loaded(make_config, monkeypatch):
     """Which may put it on a GPU, whose state no fork should copy."""
-    real, running = trainer.load_policy, []
+    real, running = checkpointing.load_policy, []
 
     def load(*arguments, **options):
         running.append(len(multiprocessing.active_children()))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "load_policy", load)
+    monkeypatch.setattr(checkpointing, "load_policy", load)
     config = make_config()
     trainer.train(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2)))
     assert running == [2]

@@ -56,7 +56,8 @@ def run_decoder(
         kernels: as :func:`patch` was given.
         windows: how many tokens up to its own a token sees in each layer; None: all.
         checkpointing: what of each layer the backward pass computes again: none, attention, mlp or full. Layers that
-            are not written out have no parts: they are computed again as a whole, at any level but none.
+            are not written out have no parts: they are computed again as a whole, at any level but none. Without
+            gradients, too, it decides by which products a layer runs, so that scores round alike.
         deep: features of the image tokens that are added to what the first layers return, one (image tokens, D) each.
 
     Returns:
@@ -120,7 +121,7 @@ def decoder_layer(
     no query, no output projection and no MLP.
 
     At level ``attention`` the backward pass runs from the norm to attention again, and at level ``mlp`` the MLP's first
-    products; so it does at level ``full``, where it runs the layer again for its input (``unread``: not its output).
+    products. At level ``full`` it runs the layer again from its input on, but for the MLP's output (``unread``).
     """
     attend_part = plain_attention if layer.joint is None else joint_attention
     again = checkpointing == "attention"
@@ -244,7 +245,7 @@ def _run(part: Callable[..., Any], *arguments: Any, again: bool) -> Any:
 
 
 def _run_for_its_gradient(layer: Callable[..., Stream], *arguments: Any) -> Stream:
-    """Run a layer and keep its arguments; the backward pass runs it again, for all but what it returns."""
+    """Run a layer and keep its arguments; the backward pass runs it again, without the MLP's output."""
     calls = itertools.count()
 
     def run(*arguments: Any) -> Stream:

@@ -166,7 +166,7 @@ def load_policy(
 
     Args:
         config: names the model, what is trained, and how attention runs. ``checkpointing: auto`` counts as none: who
-            trains has it resolved (:mod:`vapr.plan.checkpointing`), and without gradients nothing is computed again.
+            trains or fills caches has it resolved (:mod:`vapr.plan.checkpointing`).
         device: a GPU if there is one, unless given.
         kernels: ``auto`` runs fused Triton kernels where they can run, ``off`` PyTorch's operations everywhere.
 

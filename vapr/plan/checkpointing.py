@@ -1,10 +1,12 @@
 """policy.checkpointing: auto, decided before a run begins."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from vapr.config import LEVELS, Checkpointing, Config
+from vapr.model.policy import Policy, load_policy
 from vapr.plan.gpus import GIB, gpu_here
 from vapr.plan.needs import Needs, least_checkpointing
 from vapr.plan.packs import read_packs
@@ -46,6 +48,18 @@ def resolve(config: Config, device: torch.device, world_size: int = 1) -> tuple[
         f"{'memory':<10} checkpointing: auto is {chosen.checkpointing}: predicted peak in GiB: {predicted}; "
         f"{card.usable_gib:.1f} can be used here"
     )
+
+
+def load_policy_to_train(config: Config, world_size: int, say: Callable[[str], None] = print) -> Policy:
+    """Load the policy, and decide first what its backward pass computes again, if that is left to vapr.
+
+    By that level scores are computed, too, with gradients and without.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved, line = resolve(config, device, world_size)
+    if line is not None:
+        say(line)
+    return load_policy(resolved.policy, kernels=config.kernels)
 
 
 def _with(config: Config, level: Checkpointing) -> Config:

@@ -32,6 +32,7 @@ from vapr.errors import UserError
 from vapr.families import FAMILIES, family_name
 from vapr.model import attention, patches
 from vapr.model import policy as policy_module
+from vapr.model.joint_layers import part
 from vapr.model.policy import Policy
 from vapr.plan.shapes import build
 from vapr.plan.trials import trials_of
@@ -54,6 +55,7 @@ class Choices:
     keep_logits: bool  # whether the exponentials of a trained head are kept for its gradient
     cached_features: bool  # whether the image features come from the cache, and no tower runs
     restored: bool = False  # whether weights are restored from fewer bits where they are used
+    module_by_module: bool = False  # as under ZeRO 3
 
 
 @contextlib.contextmanager
@@ -166,6 +168,8 @@ def fake_policy(config: Any, choices: Choices) -> Policy:
         mock.patch.object(policy_module, "choose_backend", lambda *arguments, **options: "varlen"),
     ):
         policy = policy_module.load_policy(wanted, CPU, kernels="auto" if choices.kernels else "off")
+    if choices.module_by_module:
+        part(policy.decoder.layers)
     varlen = choices.gpu and wanted.dtype == "bfloat16" and choices.policy.attention != "sdpa"
     return dataclasses.replace(policy, attention_backend="varlen" if varlen else "sdpa")
 

@@ -67,7 +67,7 @@ def useful_flops(shapes: Shapes, packs: Iterable[PackSizes]) -> float:
 
 def pack_flops(
     shapes: Shapes, pack: PackSizes, *, checkpointing: Checkpointing, reference: bool, cached_features: bool,
-    kernels: bool = False,
+    kernels: bool = False, module_by_module: bool = False,
 ) -> Flops:  # fmt: skip
     """Count all FLOPs of a pack in one step.
 
@@ -78,6 +78,7 @@ def pack_flops(
         reference: whether the reference's log-probs are computed in the step, with adapters off.
         cached_features: whether image features come from the cache.
         kernels: whether fused kernels run, as on a GPU: attention then keeps less, and computes more again.
+        module_by_module: whether layers run so, as under ZeRO 3.
     """
     full = any(weight.trained for weight in shapes.weights if weight.part == "language model")
     x_learns, tower = full, 0.0
@@ -94,7 +95,7 @@ def pack_flops(
         rows, attention = _rows(pack, layer, last=last), _attention(shapes, pack, last=last)
         ahead = sum(forward_flops(layer[name], rows[name]) for name in layer) + 2 * attention
         forward += ahead
-        joint = tried.joint.get(number, frozenset())
+        joint = frozenset() if module_by_module else tried.joint.get(number, frozenset())
         attends_again = kernels and not last and INTO_ATTENTION in joint and checkpointing != "full"
         joint |= {OUT_OF_ATTENTION} if attends_again else frozenset()
         plain += sum(_without_adapter(x, rows[name], joint=role(name) in joint) for name, x in layer.items())

@@ -32,6 +32,11 @@ class Storage:
     world_size: int
 
     @property
+    def module_by_module(self) -> bool:
+        """Return whether decoder layers run module by module, whose weights are gathered one by one."""
+        return self.engine == "deepspeed" and self.zero == 3
+
+    @property
     def name(self) -> str:
         if self.engine == "all-reduce":
             return "one GPU" if self.world_size == 1 else "all-reduce"

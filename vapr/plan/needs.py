@@ -101,8 +101,12 @@ class Needs:
     def _measured(self, batch: PackedBatch, variant: Variant, keep: bool) -> Profile:
         policy = dataclasses.replace(self.config.policy, checkpointing=variant.checkpointing, base_weights="bfloat16")
         in_parts = variant.checkpointing in ("mlp", "full")  # MLPs, but not where each part would restore weights
-        restored = in_parts and variant.storage.base_weights != "bfloat16"
-        choices = Choices(policy, tuple(self.config.loss), self.kernels, True, keep, variant.cached_features, restored)
+        choices = Choices(
+            policy, tuple(self.config.loss), self.kernels, gpu=True, keep_logits=keep,
+            cached_features=variant.cached_features,
+            restored=in_parts and variant.storage.base_weights != "bfloat16",
+            module_by_module=variant.storage.module_by_module,
+        )  # fmt: skip
         key = (
             self._model,
             repr(dataclasses.replace(choices, policy=dataclasses.replace(policy, model=""))),

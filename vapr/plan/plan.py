@@ -304,9 +304,9 @@ def _times_flops(needs: Needs, own: Variant) -> float:
     pack = max(needs.reading.packs, key=lambda pack: pack.tokens)
 
     def total(level: Checkpointing) -> float:
-        cached = own.cached_features
         return pack_flops(
-            needs.shapes, pack, checkpointing=level, reference=False, cached_features=cached, kernels=needs.kernels
-        ).total
+            needs.shapes, pack, checkpointing=level, reference=False, cached_features=own.cached_features,
+            kernels=needs.kernels, module_by_module=own.storage.module_by_module,
+        ).total  # fmt: skip
 
     return total(own.checkpointing) / total("none")

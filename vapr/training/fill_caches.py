@@ -21,9 +21,10 @@ from vapr.data.pairs import Pairs
 from vapr.errors import UserError
 from vapr.interrupts import Stopped, stopped_at_once
 from vapr.model.image_features import ImageFeatures, shared_image_features
-from vapr.model.policy import Policy, load_policy
+from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.model.sharded_cache import ShardedCache
+from vapr.plan.checkpointing import load_policy_to_train
 from vapr.progress import Display
 from vapr.training.out_of_memory import CacheCounts, FittingPacks
 from vapr.training.ranks import Ranks, open_ranks
@@ -53,7 +54,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> dict[str, Any
         loaders = ranks.in_turn(
             lambda: opened.enter_context(open_loaders(config, say=say, rank=ranks.rank, num_ranks=ranks.size))
         )
-        policy = ranks.agree(lambda: load_policy(config.policy, kernels=config.kernels))
+        policy = ranks.agree(lambda: load_policy_to_train(config, ranks.size, say))
         if policy.merged is not None:
             say(f"merged     {policy.merged}")
         reference = ranks.in_turn(lambda: _new_reference(config, policy, say))

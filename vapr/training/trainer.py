@@ -16,10 +16,10 @@ from vapr.config import Config
 from vapr.errors import UserError
 from vapr.interrupts import Interrupts, TrainingStopped
 from vapr.model.image_features import ImageFeatures
-from vapr.model.policy import Policy, load_policy
+from vapr.model.policy import Policy
 from vapr.model.reference import Reference
 from vapr.pages.run_report import write_run_report
-from vapr.plan import checkpointing
+from vapr.plan.checkpointing import load_policy_to_train
 from vapr.progress import Display
 from vapr.training import checkpoint, run_state
 from vapr.training.console import print_outcome, print_setup
@@ -175,7 +175,7 @@ def _set_up(config: Config, run: RunDir, opened: contextlib.ExitStack, ranks: Ra
         print(warning)
     probe = ranks.agree(lambda: _open_probe(config, loader))
     torch.manual_seed(config.seed)  # the adapters' initial weights
-    policy = ranks.agree(lambda: _load_policy(config, ranks))
+    policy = ranks.agree(lambda: load_policy_to_train(config, ranks.size))
     num_steps = config.optim.max_steps or config.optim.epochs * loader.steps_per_epoch
     policy, engine = make_engine(config, policy, num_steps, ranks)
     features = ranks.in_turn(lambda: open_features(config, policy, loader))
@@ -215,15 +215,6 @@ def _save_final(config: Config, run: RunDir, parts: _Parts) -> Path:
     )
     print_outcome(config, run, [parts.loader, parts.held_out], parts.reference, parts.engine)
     return run.final
-
-
-def _load_policy(config: Config, ranks: Ranks) -> Policy:
-    """Load the policy, and decide first whether activations are computed again, if that is left to vapr."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved, line = checkpointing.resolve(config, device, ranks.size)
-    if line is not None:
-        print(line)
-    return load_policy(resolved.policy, kernels=config.kernels)
 
 
 def _open_probe(config: Config, loader: PairLoader) -> Any:
