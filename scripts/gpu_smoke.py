@@ -10,6 +10,7 @@ the next check. Exits 1 if a check fails.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -37,7 +38,7 @@ os.environ["OUT"] = str(FOLDER / "rows")  # benchmarks taken once are no results
 
 import torch  # noqa: E402 - after the environment is set
 
-from bench.operations import OPERATIONS  # noqa: E402
+from bench.operations import operations_here  # noqa: E402
 from vapr_kernels import launch  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -306,25 +307,28 @@ def a_broken_off_run_goes_on() -> None:
 
 
 @check
-def two_steps_of_a_7b_model() -> str:
-    """Seconds, useful FLOPs and memory at real size; two steps are no benchmark."""
+def three_steps_of_a_7b_model() -> str:
+    """Seconds, useful FLOPs and memory at real size, the last step at level full; no benchmark."""
     from bench.arms import VaprArm
     from bench.workloads import SHAPES, WORKLOADS, Subject
     from vapr.training.metrics import UsefulFlops
 
     model, pairs_per_step = ("qwen2.5-vl-7b", 12) if GPU else ("small-qwen2.5-vl", 2)
     subject = Subject(SHAPES[model], FOLDER / "steps", DEVICE)
-    pairs = subject.pairs(WORKLOADS["captions"], 2 * pairs_per_step)
+    pairs = subject.pairs(WORKLOADS["captions"], 3 * pairs_per_step)
     arm = VaprArm(subject, pairs, pairs_per_step, share="pair", cached=False)
     arm.start(prebuilt=True)
-    for _ in range(2):
+    seconds = []
+    for level in ("none", "none", "full"):
+        arm.policy = dataclasses.replace(arm.policy, checkpointing=level)
         began = time.perf_counter()
         arm()
-        seconds = time.perf_counter() - began
-    rate = UsefulFlops(arm.policy).of(arm.prebuild()[0]) / seconds / 1e12
+        seconds.append(time.perf_counter() - began)
+    rate = UsefulFlops(arm.policy).of(arm.prebuild()[0]) / seconds[1] / 1e12
     peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
     assert abs(arm.losses[0] - 0.693147) < 0.05
-    return f"{model}: {seconds:.2f} s a step, {rate:.0f} TFLOP/s, peak {peak:.1f} GiB, losses {arm.losses}"
+    timed = f"{seconds[1]:.2f} s a step, {seconds[2]:.2f} at level full"
+    return f"{model}: {timed}, {rate:.0f} TFLOP/s, peak {peak:.1f} GiB, losses {arm.losses}"
 
 
 def one_round(name: str) -> str:
@@ -337,7 +341,7 @@ def one_round(name: str) -> str:
     return "; ".join(f"{provider}: {verdict}" for provider, verdict in verdicts.items())
 
 
-CHECKS.extend((f"bench {name}", lambda name=name: one_round(name)) for name in OPERATIONS)
+CHECKS.extend((f"bench {name}", lambda name=name: one_round(name)) for name in operations_here())
 
 
 @check

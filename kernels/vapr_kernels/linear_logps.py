@@ -317,8 +317,7 @@ def linear_logps(
             * ``torch``: PyTorch's operations only.
 
             On a CPU every mode uses PyTorch's operations.
-        chunk_rows: rows whose logits exist at a time; by default 1,024 or fewer, and what fits a 96th of the GPU's
-            memory (CPU: 256 MiB).
+        chunk_rows: rows whose logits exist at a time; by default at most 1,024, and what memory allows.
 
     Returns:
         Log-probs, shape (L,), fp32 (fp64 for fp64 inputs), differentiable in ``hidden`` and ``head``.

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_little_of_what_is_wide_exists_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_with_kernels_and_in_half_precision(device, dtype, monkeypatch):
+@mock.patch.object(GATED_MLP, "ROWS", 16)
+def test_with_kernels_and_in_half_precision(device, dtype):
     """To a few roundings of the dtype; kernels run where the fixture lets them."""
     torch.manual_seed(0)
     to = lambda t: t.detach().to(device).requires_grad_(t.requires_grad)
@@ -182,7 +184,6 @@ def test_with_kernels_and_in_half_precision(device, dtype, monkeypatch):
     gate_up, down = linears(16, (24, 24), (4, 4), **options), linears(24, (16,), (4,), **options)
     qkv = linears(16, (16, 8, 8), (4, 4, 4), bias=True, **options)
     tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.25}
-    monkeypatch.setattr(GATED_MLP, "ROWS", 16)
     for recompute in (False, True):
         right = naive.gated_mlp(x, residual, weight, EPS, gate_up, down)
         got = gated_mlp(x, residual, weight, EPS, gate_up, down, recompute=recompute)
